@@ -1,0 +1,1 @@
+"""The commands of ``python -m recipe``, a module each; the core imports none of them."""
