@@ -1,0 +1,75 @@
+"""The only place that calls ``deepspeed.initialize``, and the mends of what DeepSpeed does wrong for this recipe."""
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.ops import __compatible_ops__
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from recipe.scaling import RateSchedule
+from recipe.schedule import PaperLR
+
+
+def join_process_group(device: torch.device, timeout: timedelta) -> None:
+    """Join the process group that the launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR …) describes."""
+    # DeepSpeed would compile its shared-memory op at the first start, for two minutes; gloo serves as well.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timeout,
+        verbose=False,
+    )
+
+
+def start_engine(
+    model: nn.Module,
+    parameter_groups: list[dict[str, Any]],
+    deepspeed_config: Mapping[str, Any],
+    schedule: RateSchedule,
+) -> DeepSpeedEngine:
+    """DeepSpeed's engine around ``model``, with the optimizer of the config and the rate of ``schedule``."""
+    groups = [group for group in parameter_groups if group["params"]]
+    initial = [[parameter.detach().float().clone() for parameter in group["params"]] for group in groups]
+    # fp16, bf16 and ZeRO create the momentum by a real optimizer step on zero gradients, which would decay the weights
+    # once and leave λ·w in the momentum. Without weight decay that step changes nothing.
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        model_parameters=[group | {"weight_decay": 0.0} for group in groups],
+        config=dict(deepspeed_config),
+        lr_scheduler=lambda optimizer: PaperLR(optimizer, schedule),
+        dist_init_required=False,
+    )
+    for optimizer_group, group in zip(engine.basic_optimizer.param_groups, groups, strict=True):
+        optimizer_group["weight_decay"] = group["weight_decay"]
+    if hasattr(engine.optimizer, "fp32_groups"):  # fp16 and bf16 at stage 0
+        # DeepSpeed takes the master weights from the halved ones; the rounding of the start need not be kept.
+        for masters, values in zip(engine.optimizer.fp32_groups, initial, strict=True):
+            for master, value in zip(masters, values, strict=True):
+                master.data.copy_(value)
+    return engine
+
+
+def backward(engine: DeepSpeedEngine, loss: Tensor) -> None:
+    """Backpropagate the mean loss of a micro-batch (a scalar, fp32), scaled as ``engine.step`` will unscale it.
+
+    At ZeRO stage 0 DeepSpeed's fp16 optimizer divides the gradients by the loss scale, but nothing multiplied the loss
+    by it (upstream PR 8393), so that updates come out 65,536 times too small. The hook sets the gradient at the loss
+    to what it must be, loss scale / accumulation, whatever DeepSpeed did on the way: once DeepSpeed multiplies, the
+    hook changes nothing.
+    """
+    if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
+        scale = loss_scale(engine) / engine.gradient_accumulation_steps()
+        loss.register_hook(lambda gradient: torch.full_like(gradient, scale))
+    engine.backward(loss)
+
+
+def loss_scale(engine: DeepSpeedEngine) -> float:
+    """The factor by which gradients are scaled at present; 1 without fp16."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0

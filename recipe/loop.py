@@ -1,0 +1,97 @@
+"""One epoch of training and one pass over the validation set, on a DeepSpeed engine; knows neither JSON nor files."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+from recipe.data import Batch
+from recipe.engine import backward, loss_scale
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step as one rank saw it.
+
+    ``step`` counts from 0 over the whole run; ``lr`` is the rate that the update used; ``loss`` is a scalar on the
+    device, the mean over this rank's share of the global batch, before the update; ``loss_scale`` the scale that the
+    gradients had; ``skipped`` says that they overflowed and the update was left out; ``data_wait_seconds`` is the time
+    spent waiting for the loader.
+    """
+
+    step: int
+    lr: float
+    loss: Tensor
+    loss_scale: float
+    skipped: bool
+    data_wait_seconds: float
+    bad_images: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Top-1 and top-5 accuracy in per cent and mean loss over the ``count`` images that were counted."""
+
+    top1: float
+    top5: float
+    loss: float
+    count: int
+    bad_images: tuple[str, ...]
+
+
+def train_epoch(engine: DeepSpeedEngine, batches: Iterable[Batch]) -> Iterator[Step]:
+    """Train on micro-batches as they come; yield after each optimizer step.
+
+    ``engine.step()`` follows every micro-batch: DeepSpeed counts them, and updates after as many as it accumulates.
+    """
+    engine.train()
+    accumulation = engine.gradient_accumulation_steps()
+    losses: list[Tensor] = []
+    bad_images: list[str] = []
+    data_wait_seconds = 0.0
+    asked = time.perf_counter()
+    for batch in batches:
+        data_wait_seconds += time.perf_counter() - asked
+        loss = F.cross_entropy(_at_least_fp32(engine(batch.images)), batch.labels)
+        losses.append(loss.detach())
+        bad_images += batch.bad_images
+        backward(engine, loss)
+        lr, scale, step = engine.get_lr()[0], loss_scale(engine), engine.global_steps
+        engine.step()
+        if len(losses) == accumulation:
+            # DeepSpeed leaves its scheduler behind when fp16 skips an update; the rate follows the data seen.
+            engine.lr_scheduler.step(engine.global_steps)
+            mean_loss = torch.stack(losses).mean()
+            skipped = not engine.was_step_applied()
+            yield Step(step, lr, mean_loss, scale, skipped, data_wait_seconds, tuple(bad_images))
+            losses, bad_images, data_wait_seconds = [], [], 0.0
+        asked = time.perf_counter()
+
+
+@torch.no_grad()
+def evaluate(engine: DeepSpeedEngine, batches: Iterable[Batch], device: torch.device) -> Validation:
+    """Classify what every rank's ``batches`` hold; each image counts with its weight, 1 or 0 (padding, unreadable)."""
+    engine.eval()
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    bad_images: list[str] = []
+    for batch in batches:
+        logits = _at_least_fp32(engine(batch.images))
+        hits = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
+        losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        per_image = torch.stack([hits[:, 0], hits.any(1), losses.double(), torch.ones_like(losses)])
+        totals += (per_image * batch.weights).sum(1)
+        bad_images += batch.bad_images
+    dist.all_reduce(totals)
+    top1, top5, loss, count = totals.tolist()
+    if count == 0:
+        raise ValueError("no validation image could be read")
+    return Validation(100 * top1 / count, 100 * top5 / count, loss / count, round(count), tuple(bad_images))
+
+
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
