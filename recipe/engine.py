@@ -1,15 +1,15 @@
 """The only place that calls ``deepspeed.initialize``, and the mends of what DeepSpeed does wrong for this recipe."""
 
-import os
+import logging
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import logger
 from torch import Tensor, nn
 
 from recipe.scaling import RateSchedule
@@ -73,3 +73,10 @@ def backward(engine: DeepSpeedEngine, loss: Tensor) -> None:
 def loss_scale(engine: DeepSpeedEngine) -> float:
     """The factor by which gradients are scaled at present; 1 without fp16."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+
+
+def set_loudness(verbose: bool) -> None:
+    """Let DeepSpeed say all that it has to say, or only warnings."""
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    for handler in logger.handlers:
+        handler.setLevel(logger.level)

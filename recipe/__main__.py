@@ -1,0 +1,21 @@
+"""``python -m recipe COMMAND``: finds the command and hands over."""
+
+import importlib
+import sys
+
+COMMANDS = {"plan": "what a config will do, before anything runs"}
+
+
+def main() -> int:
+    """Run the command that is named first; return its exit code."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in COMMANDS:
+        command = importlib.import_module(f"recipe.commands.{arguments[0]}")
+        return int(command.main(arguments[1:]))
+    listing = "".join(f"  {name:<8} {purpose}\n" for name, purpose in COMMANDS.items())
+    print(f"usage: python -m recipe COMMAND …\n\n{listing}", file=sys.stderr, end="")
+    return 0 if arguments in (["-h"], ["--help"]) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Makes and checks the parts of a run before any rank meets another; whatever is wrong is a ``ValueError``."""
+
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from recipe import checkpoint
+from recipe.data import ImageDataset, open_datasets
+from recipe.model import build_model
+from recipe.plan import Plan
+from recipe.plan_text import plan_json
+
+PLAN, CHECKPOINTS = "plan.json", "checkpoints"
+MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+
+# A resumed run may differ in these keys: they say where and how it runs, not what is trained.
+FREE_TO_CHANGE = (
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "tensorboard",
+    "wandb",
+    "csv_monitor",
+    "comet",
+    "flops_profiler",
+    "comms_logger",
+    "recipe.max_micro_batch_size",
+    "recipe.data.path",
+    "recipe.data.workers",
+    "recipe.checkpoint",
+)
+
+Resume = Literal["auto", "never", "must"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run, checked and ready, before any rank has met another."""
+
+    plan: Plan
+    output: Path
+    device: torch.device
+    model: nn.Module
+    datasets: tuple[ImageDataset, ImageDataset] | None
+    resumes: bool
+
+
+def prepare(plan: Plan, output: Path, resume: Resume) -> Run:
+    """Check what the plan needs of this machine and make the parts.
+
+    Raises:
+        ValueError: a device without the precision, a package or data that is not there, a model that does not fit
+            the data, an output folder that holds another training.
+    """
+    recipe, data = plan.config.recipe, plan.config.recipe.data
+    resumes = check_output(plan, output, resume)
+    device = choose_device(plan)
+    for monitor, package in MONITOR_PACKAGES.items():
+        if getattr(plan.config, monitor).enabled and importlib.util.find_spec(package) is None:
+            raise plan.config.source.refusal(
+                f"{monitor}.enabled",
+                f"the package {package} is not installed",
+                f"pip install {package}, or write false",
+            )
+    datasets = None
+    if data.source != "synthetic":
+        datasets = open_datasets(
+            data.source,
+            data.path,
+            image_size=data.image_size,
+            crop=data.crop,
+            flip=data.flip,
+            seed=recipe.seed,
+            on_bad_image=data.on_bad_image,
+        )
+        check_datasets(plan, *datasets)
+    model = build_model(recipe.model.name, recipe.model.num_classes, recipe.seed, recipe.batchnorm.statistics)
+    return Run(plan, output, device, model, datasets, resumes)
+
+
+def check_output(plan: Plan, output: Path, resume: Resume) -> bool:
+    """Make the folder ``output``; return whether the run goes on from a checkpoint in it."""
+    try:
+        (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {output}: {error.strerror}; name a folder that can be written") from None
+    if not checkpoint.find(output / CHECKPOINTS):
+        if resume == "must":
+            raise ValueError(f"--resume must: {output / CHECKPOINTS} holds no checkpoint; check --output")
+        return False
+    if resume == "never":
+        raise ValueError(f"--resume never: {output} holds checkpoints; name another --output, or remove it")
+    try:
+        before = json.loads((output / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{output / PLAN}: {error}, so what its checkpoints were trained on is not known; name another --output"
+        ) from None
+    differences = differing_keys(before, json.loads(plan_json(plan)))
+    if differences:
+        raise ValueError(
+            f"{output} holds another training: {', '.join(differences)}; name another --output for this one"
+        )
+    return True
+
+
+def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """``key was a, is b`` for each key of two plans that says another training."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    return [
+        f"{key} was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in FREE_TO_CHANGE))
+    ]
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += _leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((prefix + key, value))
+    return found
+
+
+def choose_device(plan: Plan) -> torch.device:
+    """This rank's GPU, or the CPU where there is none; it must know the plan's precision."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"rank {os.environ.get('RANK', '0')} is the {local_rank + 1}. on this host, which has "
+                f"{torch.cuda.device_count()} GPUs; lower slots= in the hostfile, or --num_gpus"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    accelerator = get_accelerator()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    remedy = f'write "{plan.precision}": {{"enabled": false}} to train in fp32, or run it on a GPU that has it'
+    supported = {
+        "fp16": accelerator.is_fp16_supported,
+        "bf16": accelerator.is_bf16_supported,
+        "fp32": lambda: True,
+    }
+    if not supported[plan.precision]():
+        raise plan.config.source.refusal(f"{plan.precision}.enabled", f"{name} does not support it", remedy)
+    return device
+
+
+def check_datasets(plan: Plan, train: ImageDataset, validation: ImageDataset) -> None:
+    """Refuse data of other sizes or classes than the config says."""
+    refusal, classes = plan.config.source.refusal, plan.config.recipe.model.num_classes
+    if train.classes != classes:
+        raise refusal("recipe.model.num_classes", f"the data has {train.classes} classes", f"write {train.classes}")
+    for key, planned, found in (
+        ("train_images", plan.train_images, len(train)),
+        ("validation_images", plan.validation_images, len(validation)),
+    ):
+        if planned != found:
+            raise refusal(f"recipe.data.{key}", f"the data has {found}", f"write {found}, or check recipe.data.path")

@@ -1,0 +1,111 @@
+"""What is left to say at the end of a run, for programs (``summary.json``) and for people."""
+
+import importlib.metadata
+import platform
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipe.plan import Plan
+
+SUMMARY = "summary.json"
+PACKAGES = ("deepspeed", "torch", "torchvision", "timm")
+LAST_EPOCHS = 5  # the paper reports the median error of the last five (§5.1)
+
+
+@dataclass
+class History:
+    """What a run has been through; it is saved with every checkpoint, and a resumed run adds to it.
+
+    ``validations`` are the validation lines of ``metrics.jsonl``; ``seconds`` is the wall time of all launches.
+    """
+
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    bad_images: set[str] = field(default_factory=set)
+    seconds: float = 0.0
+
+    def state(self, seconds_since: float) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {
+            "validations": self.validations,
+            "bad_images": sorted(self.bad_images),
+            "seconds": self.seconds + seconds_since,
+        }
+
+
+def summarise(
+    plan: Plan,
+    history: History,
+    *,
+    device: str,
+    skipped_steps: int,
+    images_per_second: float | None,
+    best_checkpoint: Path | None,
+) -> dict[str, Any]:
+    """The content of ``summary.json``. Accuracies and errors are in per cent."""
+    best = max(history.validations, key=lambda validation: validation["top1"])
+    errors = [100 - validation["top1"] for validation in history.validations[-LAST_EPOCHS:]]
+    return {
+        "config": plan.config.source.file,
+        "model": plan.config.recipe.model.name,
+        "data": plan.config.recipe.data.source,
+        "precision": plan.precision,
+        "world_size": plan.world_size,
+        "global_batch": plan.global_batch,
+        "epochs": plan.epochs,
+        "steps": plan.total_steps,
+        "skipped_steps": skipped_steps,
+        "final_top1": history.validations[-1]["top1"],
+        "final_top5": history.validations[-1]["top5"],
+        "best_top1": best["top1"],
+        "best_epoch": best["epoch"],
+        "best_checkpoint": None if best_checkpoint is None else str(best_checkpoint),
+        "median_error_last_epochs": statistics.median(errors),
+        "images_per_second": images_per_second,
+        "wall_seconds": round(history.seconds, 1),
+        "bad_images": sorted(history.bad_images),
+        "device": device,
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in PACKAGES},
+    }
+
+
+def format_summary(summary: dict[str, Any], output: Path) -> str:
+    """The summary as a block of lines for people, with what they may want to type next."""
+    ranks = "1 rank" if summary["world_size"] == 1 else f"{summary['world_size']} ranks"
+    speed = "" if summary["images_per_second"] is None else f"{summary['images_per_second']:,.0f} images/s, "
+    skipped = f", {summary['skipped_steps']} skipped by overflow" if summary["skipped_steps"] else ""
+    last = min(LAST_EPOCHS, summary["epochs"])
+    fields = [
+        (
+            "trained",
+            f"{summary['model']} on {summary['data']}: {summary['epochs']} epochs at global batch "
+            f"{summary['global_batch']:,}, {summary['precision']}, {ranks} on {summary['device']}",
+        ),
+        (
+            "top-1",
+            f"{summary['final_top1']:.2f} % at the end, {summary['best_top1']:.2f} % at best "
+            f"(epoch {summary['best_epoch'] + 1}); median error of the last {last} epochs "
+            f"{summary['median_error_last_epochs']:.2f} %",
+        ),
+        ("speed", f"{speed}{summary['steps']:,} steps{skipped}, {_duration(summary['wall_seconds'])} in all"),
+        ("files", f"{output}: plan.json, metrics.jsonl, train.log, summary.json"),
+    ]
+    if summary["best_checkpoint"] is not None:
+        fields.append(("best weights", summary["best_checkpoint"]))
+    if summary["bad_images"]:
+        fields.append(("bad images", f"{len(summary['bad_images'])} could not be read, listed in {output / SUMMARY}"))
+    fields.append(
+        (
+            "next",
+            f"deepspeed recipe/train.py --deepspeed_config {output / 'plan.json'} --output {output}-again repeats it",
+        )
+    )
+    return "\n".join(f"  {label:<14}{text}" for label, text in fields) + "\n"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (f"{hours} h " if hours else "") + (f"{minutes} min " if hours or minutes else "") + f"{rest} s"

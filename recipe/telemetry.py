@@ -1,0 +1,244 @@
+"""What a run tells: a bar or lines for people, ``metrics.jsonl`` and a log for programs, DeepSpeed's monitors."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from recipe.loop import Step, Validation
+
+METRICS = "metrics.jsonl"
+LOG = "train.log"
+LINE_EVERY_SECONDS = 30.0
+
+Monitor = Callable[[list[tuple[str, float, int]]], None]
+
+
+class Telemetry:
+    """Collects steps on all ranks and, every ``steps_per_print`` of them, has rank 0 write them down.
+
+    A step's loss stays on the device until then, so that the loop need not wait for the device at every step. Every
+    rank makes the same calls: the mean over ranks is one collective for all steps of a report.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        *,
+        first_step: int,
+        epochs: int,
+        steps_per_epoch: int,
+        global_batch: int,
+        steps_per_print: int,
+        monitor: Monitor,
+    ) -> None:
+        self.epochs = epochs
+        self.steps_per_epoch = steps_per_epoch
+        self.global_batch = global_batch
+        self.steps_per_print = steps_per_print
+        self.monitor = monitor
+        self.training_seconds = 0.0
+        self.steps_trained = 0
+        self.writer: Writer | None = None
+        self._pending: list[Step] = []
+        self._clock = 0.0
+        if dist.get_rank() == 0:
+            self.writer = Writer(output, first_step, epochs * steps_per_epoch)
+
+    def start_clock(self) -> None:
+        """Training goes on from here; what passed since the last report (validation, a save) is not training time."""
+        self._clock = time.perf_counter()
+
+    def step(self, step: Step) -> None:
+        """Take one step; report if enough have come or the epoch ends.
+
+        Raises:
+            FloatingPointError: the loss is not finite and fp16's loss scale is not to blame.
+        """
+        self._pending.append(step)
+        last_of_epoch = (step.step + 1) % self.steps_per_epoch == 0
+        if len(self._pending) == self.steps_per_print or last_of_epoch:
+            self.report()
+
+    def report(self) -> None:
+        """Write down the steps that have come since the last report."""
+        if not self._pending:
+            return
+        losses = torch.stack([step.loss for step in self._pending])
+        dist.all_reduce(losses)
+        means = (losses / dist.get_world_size()).tolist()
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        self.training_seconds += seconds
+        self.steps_trained += len(self._pending)
+        images_per_second = len(self._pending) * self.global_batch / seconds
+        data_wait = sum(step.data_wait_seconds for step in self._pending) / seconds
+        if self.writer is not None:
+            for step, loss in zip(self._pending, means, strict=True):
+                self._write_step(self.writer, step, loss, images_per_second, data_wait)
+            last = self._pending[-1]
+            self.writer.show_progress(
+                last.step + 1,
+                f"epoch {last.step // self.steps_per_epoch + 1}/{self.epochs}",
+                f"loss {means[-1]:.3f}, rate {last.lr:.4g}, {images_per_second:,.0f} images/s",
+            )
+        for step, loss in zip(self._pending, means, strict=True):
+            if not math.isfinite(loss) and (not step.skipped or step.loss_scale <= 1):
+                raise FloatingPointError(
+                    f"the loss of step {step.step} is {loss}: training has diverged at rate {step.lr:g}"
+                )
+        self._pending = []
+
+    def validation(self, result: Validation, step: int) -> dict[str, Any]:
+        """Write down a validation that followed update ``step``; return its line of ``metrics.jsonl``."""
+        epoch = step // self.steps_per_epoch
+        event = {
+            "event": "validation",
+            "step": step,
+            "epoch": epoch,
+            "top1": result.top1,
+            "top5": result.top5,
+            "loss": _finite(result.loss),
+            "count": result.count,
+        }
+        if self.writer is not None:
+            self.writer.event(event)
+            self.writer.say(
+                f"epoch {epoch + 1}/{self.epochs}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
+                f"loss {result.loss:.4f} on {result.count:,} validation images"
+            )
+            samples = (step + 1) * self.global_batch
+            self.monitor(
+                [
+                    ("Validation/Samples/top1", result.top1, samples),
+                    ("Validation/Samples/top5", result.top5, samples),
+                    ("Validation/Samples/loss", result.loss, samples),
+                ]
+            )
+        return event
+
+    def images_per_second(self) -> float | None:
+        """Images trained in a second of training time, over this launch; None if it trained none."""
+        if not self.steps_trained:
+            return None
+        return self.steps_trained * self.global_batch / self.training_seconds
+
+    def say(self, message: str) -> None:
+        """Tell people and the log, on rank 0, without garbling the bar."""
+        if self.writer is not None:
+            self.writer.say(message)
+
+    def close(self) -> None:
+        """Leave the bar as it is and close the files."""
+        if self.writer is not None:
+            self.writer.close()
+
+    def _write_step(
+        self, writer: "Writer", step: Step, loss: float, images_per_second: float, data_wait: float
+    ) -> None:
+        epoch, samples = step.step // self.steps_per_epoch, (step.step + 1) * self.global_batch
+        writer.event(
+            {
+                "event": "step",
+                "step": step.step,
+                "epoch": epoch,
+                "samples": samples,
+                "lr": step.lr,
+                "loss": _finite(loss),
+                "images_per_second": round(images_per_second, 1),
+                "data_wait": round(data_wait, 4),
+                "loss_scale": step.loss_scale,
+                "skipped": step.skipped,
+            }
+        )
+        skipped = f", update skipped: overflow at loss scale {step.loss_scale:g}" if step.skipped else ""
+        writer.log(
+            f"epoch {epoch + 1}/{self.epochs}, step {step.step}: loss {loss:.4f}, rate {step.lr:.5g}, "
+            f"{images_per_second:,.0f} images/s, {data_wait:.0%} waiting for data{skipped}"
+        )
+        self.monitor([("Train/Samples/train_loss", loss, samples)])
+
+
+class Writer:
+    """Rank 0's files and its terminal: a bar where standard error is one, else now and then a line."""
+
+    def __init__(self, output: Path, first_step: int, total_steps: int) -> None:
+        drop_later_events(output / METRICS, first_step)
+        self.metrics = (output / METRICS).open("a", encoding="utf-8")
+        self.log_file = (output / LOG).open("a", encoding="utf-8")
+        self.total_steps = total_steps
+        self.line_printed_at = time.perf_counter()
+        self.bar: tqdm[Any] | None = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                total=total_steps,
+                initial=first_step,
+                dynamic_ncols=True,
+                bar_format="{desc}|{bar}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed} gone, {remaining} left]",
+            )
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Add a line to ``metrics.jsonl``."""
+        self.metrics.write(json.dumps(event, allow_nan=False) + "\n")
+        self.metrics.flush()
+
+    def log(self, message: str) -> None:
+        """Add a line to the log file."""
+        self.log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+        self.log_file.flush()
+
+    def say(self, message: str) -> None:
+        """Print a line above the bar, and log it."""
+        self.log(message)
+        tqdm.write(message)
+        self.line_printed_at = time.perf_counter()
+
+    def show_progress(self, steps_done: int, epoch: str, figures: str) -> None:
+        """Move the bar; without one, print a line if there was none for a while."""
+        if self.bar is not None:
+            self.bar.set_description_str(epoch, refresh=False)
+            self.bar.set_postfix_str(figures, refresh=False)
+            self.bar.update(steps_done - self.bar.n)
+        elif time.perf_counter() - self.line_printed_at > LINE_EVERY_SECONDS:
+            tqdm.write(f"{epoch}: step {steps_done:,} of {self.total_steps:,}, {figures}")
+            self.line_printed_at = time.perf_counter()
+
+    def close(self) -> None:
+        """Leave the bar as it stands and close the files."""
+        if self.bar is not None:
+            self.bar.close()
+        self.metrics.close()
+        self.log_file.close()
+
+
+def drop_later_events(metrics: Path, first_step: int) -> None:
+    """Keep the lines about updates before ``first_step``: those after it are about to be made again.
+
+    A line that a kill left half-written goes too.
+    """
+    if not metrics.exists():
+        return
+    kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _step_of(line) < first_step]
+    rewritten = metrics.with_suffix(".rewritten")
+    rewritten.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(rewritten, metrics)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no word for an infinite loss."""
+    return value if math.isfinite(value) else None
