@@ -1,0 +1,48 @@
+"""The data, a function of (seed, epoch, index): the same samples, crops and order on any hardware."""
+
+from pathlib import Path
+from typing import Literal
+
+from recipe.data.augment import Crop
+from recipe.data.batch import Batch
+from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage
+from recipe.data.digits import open_digits
+from recipe.data.imagefolder import open_imagefolder
+from recipe.data.loader import TrainLoader, ValidationLoader
+from recipe.data.synthetic import SyntheticLoader
+
+__all__ = [
+    "BadImageError",
+    "Batch",
+    "ImageDataset",
+    "SyntheticLoader",
+    "TrainLoader",
+    "ValidationLoader",
+    "open_datasets",
+]
+
+
+def open_datasets(
+    source: Literal["digits", "imagefolder"],
+    path: str | Path | None,
+    image_size: int,
+    crop: Crop,
+    flip: bool,
+    seed: int,
+    on_bad_image: OnBadImage,
+) -> tuple[ImageDataset, ImageDataset]:
+    """Return (training, validation); needs no process group, so that what is wrong shows before one starts.
+
+    Args:
+        source: "digits" comes with scikit-learn, "imagefolder" is a folder of images.
+        path: The folder of "imagefolder".
+        image_size, crop, flip, seed, on_bad_image: See ``ImageDataset``.
+
+    Raises:
+        ValueError: The folder is not what it should be; see ``open_imagefolder``.
+    """
+    if source == "digits":
+        return open_digits(image_size=image_size, crop=crop, flip=flip, seed=seed)
+    if path is None:
+        raise ValueError('recipe.data.path: missing; source "imagefolder" needs the folder that holds train/ and val/')
+    return open_imagefolder(path, image_size=image_size, crop=crop, flip=flip, seed=seed, on_bad_image=on_bad_image)

@@ -1,0 +1,112 @@
+"""A folder of images, a folder a class: torchvision's ImageFolder, with errors that a user can act on."""
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import pil_loader
+
+from recipe.data.augment import Crop
+from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What PIL raises for damaged files: its UnidentifiedImageError is an OSError, a broken PNG a SyntaxError."""
+
+
+class ImageFiles(ImageDataset):
+    """The images under one folder, read when asked for; see ``ImageDataset`` for the other arguments."""
+
+    def __init__(
+        self,
+        folder: ImageFolder,
+        *,
+        image_size: int,
+        crop: Crop,
+        flip: bool,
+        seed: int,
+        on_bad_image: OnBadImage,
+    ) -> None:
+        super().__init__(
+            folder.targets,
+            len(folder.classes),
+            image_size=image_size,
+            crop=crop,
+            flip=flip,
+            seed=seed,
+            on_bad_image=on_bad_image,
+        )
+        self.class_names: list[str] = folder.classes
+        self._root = str(folder.root)
+        # One array, for the same reason as the labels are a tensor: a million strings are a quarter of a GB.
+        prefix = os.path.join(self._root, "")
+        self._paths = np.array([os.fsencode(path.removeprefix(prefix)) for path, _ in folder.samples])
+
+    def image(self, index: int) -> Image.Image:
+        path = self.name(index)
+        try:
+            with warnings.catch_warnings():
+                # PIL speaks of metadata and palettes here; the pixels are those that torchvision's users get.
+                warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+                warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+                return pil_loader(path)
+        except _UNREADABLE as error:
+            raise BadImageError(
+                f'{path}: not a readable image ({error}); mend it, or set recipe.data.on_bad_image to "skip"'
+            ) from error
+
+    def name(self, index: int) -> str:
+        return os.path.join(self._root, os.fsdecode(self._paths[index]))
+
+
+def open_imagefolder(
+    path: str | Path, *, image_size: int, crop: Crop, flip: bool, seed: int, on_bad_image: OnBadImage
+) -> tuple[ImageFiles, ImageFiles]:
+    """Return (training, validation): ``path/train``, and ``path/val`` or, where there is none, ``path/test``.
+
+    Raises:
+        ValueError: A folder is missing or cannot be listed, a class has no image, or the two parts differ in
+            their classes. The message says what is wrong with which path.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise _refusal(f"there is no folder {path}; it should hold train/ and val/")
+    if not (path / "train").is_dir():
+        raise _refusal(f"{path} has no folder train/; it should hold a folder a class")
+    held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
+    if held_out is None:
+        raise _refusal(f"{path} has neither val/ nor test/ beside train/")
+
+    folders = [_list(path / "train"), _list(held_out)]
+    for one, other in (folders, folders[::-1]):
+        if missing := set(one.classes) - set(other.classes):
+            raise _refusal(f"{other.root} lacks classes that {one.root} has: {_some(missing)}")
+    train, validation = (
+        ImageFiles(folder, image_size=image_size, crop=crop, flip=flip, seed=seed, on_bad_image=on_bad_image)
+        for folder in folders
+    )
+    return train, validation
+
+
+def _list(root: Path) -> ImageFolder:
+    try:
+        folder = ImageFolder(root, allow_empty=True)
+    except FileNotFoundError as error:
+        raise _refusal(f"{root} holds no class; it should hold a folder a class") from error
+    except OSError as error:
+        raise _refusal(f"{root} cannot be listed: {error}") from error
+    if empty := set(range(len(folder.classes))) - set(folder.targets):
+        names = {folder.classes[index] for index in empty}
+        raise _refusal(f"{root} holds no image of {_some(names)}; fill or remove these folders")
+    return folder
+
+
+def _refusal(message: str) -> ValueError:
+    return ValueError(f"recipe.data.path: {message}")
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:5])
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

@@ -1,0 +1,200 @@
+"""From keys to batches on the device: torch's DataLoader, where nothing but the keys decides what comes."""
+
+import multiprocessing
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, default_collate
+
+from recipe.data.batch import Batch, Normalise
+from recipe.data.datasets import BadImageError, ImageDataset, Sample
+from recipe.data.sampler import TrainSampler, ValidationSampler
+
+_STUCK_AFTER_SECONDS = 600
+"""A batch that has not come by then never will; a file system that hangs must end the run, not stop it."""
+
+
+class _HostBatch(NamedTuple):
+    """What a worker sends: a NamedTuple, because DataLoader pins its tensors."""
+
+    images: Tensor
+    labels: Tensor
+    weights: Tensor
+    bad_images: list[str]
+
+
+class _Loader:
+    """What training and validation share: worker processes, the way to the device, the end."""
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        sampler: Sampler,
+        *,
+        workers: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self._device = torch.device(device)
+        self._normalise = Normalise(mean, std, device=self._device, dtype=dtype)
+        self._dataset = dataset
+        self._sampler = sampler
+        self._workers = workers
+        self._loader = self._new_loader()
+
+    def close(self) -> None:
+        """End the worker processes. A later pass starts new ones."""
+        self._loader = self._new_loader()
+
+    def _new_loader(self) -> DataLoader:
+        processes: dict[str, Any] = {}
+        if self._workers:
+            processes = {
+                # A forked worker sees by its parent that its rank was killed, and ends. With forkserver the
+                # parent is the server, and both outlive a killed rank for ever. With spawn every worker would
+                # import torch, and DeepSpeed with the main module.
+                "multiprocessing_context": multiprocessing.get_context("fork"),
+                "worker_init_fn": _ignore_interrupts,
+                "persistent_workers": True,
+                "timeout": _STUCK_AFTER_SECONDS,
+            }
+        return DataLoader(
+            self._dataset,
+            batch_sampler=self._sampler,
+            num_workers=self._workers,
+            collate_fn=_collate,
+            pin_memory=self._device.type == "cuda",
+            # DataLoader draws a seed for its workers; without a generator, from the global state.
+            generator=torch.Generator(),
+            **processes,
+        )
+
+    def _batches(self) -> Iterator[Batch]:
+        with warnings.catch_warnings():
+            # Python 3.12 warns when a process with threads forks. A worker runs PIL and copies tensors on one
+            # thread; it needs no lock that another thread of this process (gloo, CUDA, a writer) may hold.
+            warnings.filterwarnings("ignore", r"This process .* is multi-threaded, use of fork", DeprecationWarning)
+            host_batches = iter(self._loader)
+        try:
+            for host in host_batches:
+                yield Batch(
+                    self._normalise(host.images),
+                    host.labels.to(self._device, non_blocking=True),
+                    host.weights.to(self._device, non_blocking=True),
+                    tuple(host.bad_images),
+                )
+        except BadImageError as error:
+            # DataLoader puts the worker's traceback before the message; the message alone says what to do.
+            raise BadImageError(str(error).rpartition("BadImageError: ")[2].strip()) from None
+
+
+class TrainLoader(_Loader):
+    """Yields a rank's training batches.
+
+    Args:
+        dataset: What is trained on.
+        global_batch: Samples a step, over all ranks and accumulation rounds.
+        micro_batch: m, samples a batch.
+        rank: This process, from 0.
+        world_size: Number of processes.
+        seed: Seed of the permutations.
+        workers: Processes that read images; 0 reads them in this one.
+        device: Where the batches live.
+        dtype: Of the images.
+        mean: Of the pixels of each of the 3 channels, from 0 to 1.
+        std: Likewise.
+
+    Raises:
+        ValueError: See ``TrainSampler``.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        workers: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self._order = TrainSampler(
+            len(dataset),
+            global_batch=global_batch,
+            micro_batch=micro_batch,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+        )
+        super().__init__(dataset, self._order, workers=workers, device=device, dtype=dtype, mean=mean, std=std)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._order.steps_per_epoch
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """Yield the micro-batches of the epoch's steps from ``first_step`` on, in order.
+
+        Raises:
+            ValueError: The epoch has no such step.
+            BadImageError: An image cannot be read, and the data set does not skip it.
+            RuntimeError: A worker process died, or gave nothing for ten minutes.
+        """
+        self._order.set_epoch(epoch, first_step)
+        yield from self._batches()
+
+
+class ValidationLoader(_Loader):
+    """Yields a rank's share of the validation data; see ``TrainLoader`` for the arguments."""
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        *,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        sampler = ValidationSampler(len(dataset), micro_batch=micro_batch, rank=rank, world_size=world_size)
+        super().__init__(dataset, sampler, workers=workers, device=device, dtype=dtype, mean=mean, std=std)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the same number of batches on every rank; over all ranks every readable image counts once.
+
+        Raises:
+            BadImageError: An image cannot be read, and the data set does not skip it.
+            RuntimeError: A worker process died, or gave nothing for ten minutes.
+        """
+        yield from self._batches()
+
+
+def _collate(samples: list[Sample]) -> _HostBatch:
+    # PIL's pixels are interleaved, as in torch's channels_last: stacked so, they are copied in one go.
+    images = default_collate([sample.image.movedim(0, -1) for sample in samples]).movedim(-1, 1)
+    return _HostBatch(
+        images,
+        torch.tensor([sample.label for sample in samples]),
+        torch.tensor([sample.weight for sample in samples]),
+        [sample.bad_image for sample in samples if sample.bad_image],
+    )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the main process decides, and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,87 @@
+"""Random images made on the device: what training costs when reading images costs nothing."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from recipe.data.batch import Batch, Normalise
+from recipe.data.sampler import PADDING, TrainSampler, ValidationSampler
+from recipe.data.seeds import derive_seed
+
+
+class SyntheticLoader:
+    """Stands where a ``TrainLoader`` and a ``ValidationLoader`` would.
+
+    It yields as many batches as they, all of the same uint8 images and labels, a function of (seed, rank) and
+    normalised anew each time.
+
+    Args:
+        train_images: Images an epoch.
+        validation_images: Images a validation; over all ranks so many weights are 1.
+        classes: Labels are drawn from ``range(classes)``.
+        image_size: S, pixels a side.
+        global_batch, micro_batch, rank, world_size, seed, device, dtype, mean, std: As for ``TrainLoader``.
+
+    Raises:
+        ValueError: See ``TrainSampler``.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_images: int,
+        validation_images: int,
+        classes: int,
+        image_size: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self._train_order = TrainSampler(
+            train_images,
+            global_batch=global_batch,
+            micro_batch=micro_batch,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+        )
+        self._validation_order = ValidationSampler(
+            validation_images, micro_batch=micro_batch, rank=rank, world_size=world_size
+        )
+        self._device = torch.device(device)
+        self._normalise = Normalise(mean, std, device=self._device, dtype=dtype)
+        generator = torch.Generator(self._device).manual_seed(derive_seed("synthetic", seed, rank))
+        shape = (micro_batch, image_size, image_size, 3)
+        pixels = torch.randint(256, shape, generator=generator, device=self._device, dtype=torch.uint8)
+        self._images = pixels.movedim(-1, 1)
+        self._labels = torch.randint(classes, (micro_batch,), generator=generator, device=self._device)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._train_order.steps_per_epoch
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """Yield as many batches as the epoch has micro-batches from ``first_step`` on.
+
+        Raises:
+            ValueError: The epoch has no such step.
+        """
+        self._train_order.set_epoch(epoch, first_step)
+        weights = torch.ones(len(self._labels), device=self._device)
+        for _ in range(len(self._train_order)):
+            yield Batch(self._normalise(self._images), self._labels, weights)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the same number of validation batches on every rank."""
+        for keys in self._validation_order:
+            weights = torch.tensor([float(key != PADDING) for key in keys], device=self._device)
+            yield Batch(self._normalise(self._images), self._labels, weights)
+
+    def close(self) -> None:
+        """Do nothing: there are no worker processes."""
