@@ -1,0 +1,51 @@
+"""Images for the tests: made on the spot, in every shape that image folders are met in."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from recipe.data.datasets import ImageDataset
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+def picture(seed: int = 0, width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
+    """A smooth random image, so that JPEG keeps it and a resize matters."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+class Pictures(ImageDataset):
+    """Pictures of three classes and several sizes, in memory."""
+
+    def __init__(self, length: int = 23, *, crop: str = "random_resized", image_size: int = 16) -> None:
+        labels = [index % 3 for index in range(length)]
+        super().__init__(labels, 3, image_size=image_size, crop=crop, flip=True, seed=5)
+
+    def image(self, index: int) -> Image.Image:
+        return picture(index, width=20 + index)
+
+    def name(self, index: int) -> str:
+        return f"picture {index}"
+
+
+def write_folder(root: Path, classes: int = 2, images: int = 3, parts: tuple[str, ...] = ("train", "val")) -> Path:
+    """Write ``parts``, each with as many JPEGs in each of the classes c0, c1, …"""
+    for part in parts:
+        for label in range(classes):
+            folder = root / part / f"c{label}"
+            folder.mkdir(parents=True)
+            for number in range(images):
+                picture(100 * label + number).save(folder / f"{number}.jpg")
+    return root
+
+
+def rng_states() -> list:
+    """The global random states of Python, numpy and torch, comparable with ==."""
+    import random
+
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return [random.getstate(), kind, keys.tolist(), rest, torch.get_rng_state().tolist()]

@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from recipe.data import open_datasets
+
+TRAIN_IMAGES, VALIDATION_IMAGES = 1442, 355
+
+
+def digits(crop: str = "none", image_size: int = 8):
+    return open_datasets("digits", None, image_size, crop, False, 0, "stop")
+
+
+def test_every_fifth_image_of_each_class_is_held_out():
+    pixels, labels = load_digits(return_X_y=True)
+    train, validation = digits()
+    assert (len(train), len(validation)) == (TRAIN_IMAGES, VALIDATION_IMAGES)
+    assert train.classes == validation.classes == 10
+
+    expected = {"train": [], "validation": []}
+    seen = dict.fromkeys(range(10), 0)
+    for image, label in zip(pixels, labels, strict=True):
+        seen[label] += 1
+        expected["validation" if seen[label] % 5 == 0 else "train"].append((image, label))
+    for name, dataset in (("train", train), ("validation", validation)):
+        for index, (image, label) in enumerate(expected[name]):
+            sample = dataset[index]
+            assert sample.label == label
+            assert np.abs(sample.image.numpy().reshape(3, 64) - image * 255 / 16).max() <= 0.5
+
+    counts = torch.bincount(torch.tensor([validation[index].label for index in range(len(validation))]))
+    assert all(abs(int(count) / total - 0.2) < 0.005 for count, total in zip(counts, seen.values(), strict=True))
+
+
+def test_digits_are_enlarged_greys_over_the_whole_range():
+    train, validation = digits("padded", image_size=32)
+    images = torch.stack([train[index].image for index in range(200)])
+    assert images.shape == (200, 3, 32, 32)
+    assert torch.equal(images[:, 0], images[:, 1])
+    assert torch.equal(images[:, 0], images[:, 2])
+    assert (int(images.min()), int(images.max())) == (0, 255)
+    assert validation[0].weight == 1.0
+
+
+@pytest.mark.parametrize("crop", ["random_resized", "padded", "none"])
+def test_any_crop_works(crop):
+    train, validation = digits(crop, image_size=24)
+    assert train[3, 5].image.shape == validation[5].image.shape == (3, 24, 24)
+    assert train[3, 5].label == train[5].label
+    moved = not torch.equal(train[3, 5].image, train[4, 5].image)
+    assert moved == (crop != "none")

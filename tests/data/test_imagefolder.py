@@ -1,0 +1,218 @@
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+from torchvision.transforms import PILToTensor
+
+from recipe.data import BadImageError, TrainLoader, ValidationLoader, open_datasets
+from tests.data.images import MEAN, STD, picture, write_folder
+
+
+def open_folder(path, on_bad_image="stop", crop="none"):
+    return open_datasets("imagefolder", path, 16, crop, False, 0, on_bad_image)
+
+
+def loaders(path, on_bad_image, workers):
+    train, validation = open_folder(path, on_bad_image)
+    common = {"micro_batch": 2, "rank": 0, "world_size": 1, "workers": workers}
+    common |= {"device": "cpu", "dtype": torch.float32, "mean": MEAN, "std": STD}
+    return TrainLoader(train, global_batch=2, seed=0, **common), ValidationLoader(validation, **common)
+
+
+def palette_with_transparency() -> Image.Image:
+    image = picture(8).convert("P")
+    image.info["transparency"] = bytes([0, 100, 200])
+    return image
+
+
+def rotated_by_exif() -> tuple[Image.Image, Image.Exif]:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return picture(9), exif
+
+
+def write_kinds(folder):
+    """Write what a collection from the web holds, and what PIL warns of."""
+    folder.mkdir(parents=True)
+    picture(0).save(folder / "colour.jpg")
+    picture(1).save(folder / "progressive.JPEG", progressive=True)
+    picture(2, mode="L").save(folder / "grey.jpg")
+    picture(3, mode="CMYK").save(folder / "cmyk.jpeg")
+    picture(4).save(folder / "really_a.JPEG", "PNG")
+    picture(5, mode="RGBA").save(folder / "alpha.png")
+    picture(6, mode="1").save(folder / "bits.png")
+    Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50).save(folder / "deep.png")
+    picture(7).save(folder / "lossless.webp", lossless=True)
+    palette_with_transparency().save(folder / "palette.png")
+    image, exif = rotated_by_exif()
+    image.save(folder / "rotated.jpg", exif=exif)
+    damaged = exif.tobytes()[:-6] + b"\xff" * 6
+    image.save(folder / "damaged_exif.jpg", exif=damaged)
+    picture(10).save(folder / "naïve name.jpg")
+
+
+def test_images_of_any_kind_are_read_as_torchvision_reads_them(tmp_path):
+    write_kinds(tmp_path / "train" / "a")
+    write_kinds(tmp_path / "val" / "a")
+    train, validation = open_folder(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = [(PILToTensor()(image), label) for image, label in datasets.ImageFolder(tmp_path / "train")]
+    assert len(train) == len(theirs) == 13
+    for index, (expected, label) in enumerate(theirs):
+        assert torch.equal(PILToTensor()(train.image(index)), expected), train.name(index)
+        assert train[0, index].label == validation[index].label == label
+    assert train.image(train_index(train, "rotated.jpg")).size == (40, 30)
+
+
+def train_index(dataset, name):
+    (index,) = [index for index in range(len(dataset)) if dataset.name(index).endswith(name)]
+    return index
+
+
+def test_a_huge_image_is_read_and_a_bomb_is_refused(tmp_path, monkeypatch):
+    train, _ = open_folder(write_folder(tmp_path))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 1,200 pixels: more than the limit, less than twice
+    assert train.image(0).size == (40, 30)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(BadImageError, match=r"0\.jpg: not a readable image \(Image size"):
+        train.image(0)
+
+
+def test_order_labels_and_classes_are_torchvisions(tmp_path):
+    write_folder(tmp_path, classes=3, images=4)
+    (tmp_path / "train" / "c1" / "deeper").mkdir()
+    picture(1).save(tmp_path / "train" / "c1" / "deeper" / "x.png")
+    (tmp_path / "train" / "c1" / "notes.txt").write_text("no image")
+    train, validation = open_folder(tmp_path)
+    theirs = datasets.ImageFolder(tmp_path / "train")
+    ours = [(train.name(index), train[0, index].label) for index in range(len(train))]
+    assert ours == theirs.samples
+    assert (len(train), len(validation)) == (13, 12)
+    assert train.classes == 3
+    assert train.class_names == ["c0", "c1", "c2"]
+
+
+def test_val_comes_before_test(tmp_path):
+    write_folder(tmp_path, parts=("train", "test"))
+    assert "/test/" in open_folder(tmp_path)[1].name(0)
+    write_folder(tmp_path, parts=("val",))
+    assert "/val/" in open_folder(tmp_path)[1].name(0)
+
+
+def test_a_folder_that_will_not_do_is_refused(tmp_path):
+    def refusal(path=tmp_path) -> str:
+        with pytest.raises(ValueError, match=r"^recipe\.data\.path: ") as error:
+            open_folder(path)
+        return str(error.value)
+
+    assert "missing" in refusal(None)
+    assert f"there is no folder {tmp_path / 'nowhere'}" in refusal(tmp_path / "nowhere")
+    assert f"{tmp_path} has no folder train/" in refusal()
+    (tmp_path / "train").mkdir()
+    assert f"{tmp_path} has neither val/ nor test/" in refusal()
+    (tmp_path / "val").mkdir()
+    assert f"{tmp_path / 'train'} holds no class" in refusal()
+    write_folder(tmp_path / "good")
+    for label in range(8):
+        (tmp_path / "train" / f"c{label}").mkdir()
+    (tmp_path / "train" / "c0" / "readme.txt").touch()
+    assert f"{tmp_path / 'train'} holds no image of c0, c1, c2, c3, c4 and 3 more" in refusal()
+
+
+@pytest.mark.parametrize(("here", "there"), [("train", "val"), ("val", "train")])
+def test_classes_that_differ_are_named(tmp_path, here, there):
+    write_folder(tmp_path)
+    (tmp_path / here / "otters").mkdir()
+    picture().save(tmp_path / here / "otters" / "0.jpg")
+    message = f"{tmp_path / there} lacks classes that {tmp_path / here} has: otters"
+    with pytest.raises(ValueError, match=f"recipe.data.path: {message}$"):
+        open_folder(tmp_path)
+
+
+def spoil(path, how: str) -> None:
+    good = path.read_bytes()
+    if how == "directory in its place":
+        path.unlink()
+        path.symlink_to(path.parent, target_is_directory=True)
+        return
+    path.write_bytes({"truncated": good[: len(good) // 2], "text": b"no image\n", "empty": b""}[how])
+
+
+@pytest.mark.parametrize("how", ["truncated", "text", "empty", "directory in its place"])
+def test_a_bad_image_names_its_path_and_the_remedy(tmp_path, how):
+    train, validation = open_folder(write_folder(tmp_path))
+    for part, dataset, key in (("train", train, (0, 1)), ("val", validation, 1)):
+        bad = tmp_path / part / "c0" / "1.jpg"
+        spoil(bad, how)
+        with pytest.raises(BadImageError) as error:
+            dataset[key]
+        assert str(error.value).startswith(f"{bad}: ")
+        assert str(error.value).endswith('set recipe.data.on_bad_image to "skip"')
+        again = pickle.loads(pickle.dumps(error.value))
+        assert isinstance(again, BadImageError)
+        assert str(again) == str(error.value)
+
+
+def test_a_broken_png_is_a_bad_image(tmp_path):
+    train, _ = open_folder(write_folder(tmp_path))
+    path = tmp_path / "train" / "c0" / "1.jpg"
+    picture().save(path, "PNG")
+    data = bytearray(path.read_bytes())
+    data[40] ^= 0xFF
+    path.write_bytes(bytes(data))
+    with pytest.raises(BadImageError, match=r"1\.jpg"):
+        train[0, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stop_ends_an_epoch_with_one_clear_line(tmp_path, workers):
+    train, validation = loaders(write_folder(tmp_path), "stop", workers)
+    for part, batches in (("train", train.epoch(0)), ("val", validation.batches())):
+        bad = tmp_path / part / "c1" / "2.jpg"
+        spoil(bad, "text")
+        with pytest.raises(BadImageError) as error:
+            list(batches)
+        assert str(error.value).startswith(f"{bad}: not a readable image")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skip_replaces_in_training_and_leaves_out_in_validation(tmp_path, workers):
+    write_folder(tmp_path)
+    good, _ = open_folder(tmp_path, crop="random_resized")
+    bad = [tmp_path / part / folder for part in ("train", "val") for folder in ("c0/2.jpg", "c1/2.jpg")]
+    for path in bad:
+        spoil(path, "truncated")
+    train, validation = loaders(tmp_path, "skip", workers)
+
+    batches = list(train.epoch(0))
+    assert sorted(path for batch in batches for path in batch.bad_images) == [str(path) for path in bad[:2]]
+    assert all(torch.equal(batch.weights, torch.ones(2)) for batch in batches)
+    # The last image of c0 gave its place to the first of c1, the last of all to the first of all.
+    assert sorted(label for batch in batches for label in batch.labels.tolist()) == [0, 0, 0, 1, 1, 1]
+
+    batches = list(validation.batches())
+    assert [path for batch in batches for path in batch.bad_images] == [str(path) for path in bad[2:]]
+    assert torch.cat([batch.weights for batch in batches]).tolist() == [1, 1, 0, 1, 1, 0]
+
+    # A function of (seed, epoch, index) still: the crop that the bad image would have had, of the next image.
+    dataset, _ = open_folder(tmp_path, "skip", crop="random_resized")
+    sample = dataset[4, 2]
+    assert sample.bad_image == str(bad[0])
+    assert sample.label == 1
+    assert torch.equal(sample.image, dataset[4, 2].image)
+    assert not torch.equal(sample.image, good[4, 3].image)
+
+
+def test_skip_gives_up_where_nothing_can_be_read(tmp_path):
+    write_folder(tmp_path)
+    train, _ = open_folder(tmp_path, "skip")
+    for path in (tmp_path / "train").glob("*/*"):
+        path.unlink()
+    with pytest.raises(BadImageError, match=r"c1/1\.jpg: cannot be read, nor can any of the images that follow"):
+        train[0, 4]

@@ -1,0 +1,208 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from recipe.data import TrainLoader, ValidationLoader, loader, open_datasets
+from recipe.data.batch import Normalise
+from recipe.data.sampler import PADDING, epoch_permutation
+from tests.data.images import MEAN, STD, Pictures, rng_states
+
+CPU = torch.device("cpu")
+
+
+def train_loader(dataset=None, *, rank=0, world_size=1, micro_batch=4, workers=0, global_batch=8, **kwargs):
+    options = {"device": "cpu", "dtype": torch.float32, "mean": MEAN, "std": STD, "seed": 1} | kwargs
+    return TrainLoader(
+        dataset or Pictures(),
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        rank=rank,
+        world_size=world_size,
+        workers=workers,
+        **options,
+    )
+
+
+def validation_loader(dataset, *, rank=0, world_size=1, micro_batch=4, workers=0):
+    options = {"device": "cpu", "dtype": torch.float32, "mean": MEAN, "std": STD}
+    return ValidationLoader(
+        dataset, micro_batch=micro_batch, rank=rank, world_size=world_size, workers=workers, **options
+    )
+
+
+def images(batches) -> torch.Tensor:
+    return torch.cat([batch.images for batch in batches])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_normalisation_is_torchvisions(dtype):
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3 * 4).view(4, 3, 16, 16)
+    expected = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])(pixels)
+    ours = Normalise(MEAN, STD, device=CPU, dtype=dtype)(pixels)
+    assert ours.dtype == dtype
+    assert ours.is_contiguous()
+    exact = Normalise(MEAN, STD, device=CPU, dtype=torch.float32)(pixels)
+    torch.testing.assert_close(exact, expected, rtol=0, atol=1e-6)
+    assert torch.equal(ours, exact.to(dtype))
+
+
+def test_a_batch_holds_what_the_keys_ask_for():
+    dataset = Pictures()
+    order = epoch_permutation(1, 3, 23).tolist()
+    batches = list(train_loader(dataset).epoch(3))
+    assert len(batches) == 4
+    for number, batch in enumerate(batches):
+        samples = [dataset[3, index] for index in order[4 * number : 4 * number + 4]]
+        pixels = torch.stack([sample.image for sample in samples])
+        assert torch.equal(batch.images, Normalise(MEAN, STD, device=CPU, dtype=torch.float32)(pixels))
+        assert batch.labels.tolist() == [sample.label for sample in samples]
+        assert batch.labels.dtype == torch.int64
+        assert torch.equal(batch.weights, torch.ones(4))
+        assert batch.bad_images == ()
+
+
+def test_a_sample_is_the_same_for_every_split_and_worker_count():
+    whole = images(train_loader(micro_batch=8).epoch(1))
+    for world_size, micro_batch, workers in [(1, 2, 0), (1, 4, 2), (2, 4, 0), (2, 2, 2), (4, 1, 0)]:
+        of_ranks = [
+            train_loader(rank=rank, world_size=world_size, micro_batch=micro_batch, workers=workers).epoch(1)
+            for rank in range(world_size)
+        ]
+        together = images(batch for round_of_ranks in zip(*of_ranks, strict=True) for batch in round_of_ranks)
+        assert torch.equal(together, whole), (world_size, micro_batch, workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_differ_and_a_resumed_one_is_the_rest(workers):
+    source = train_loader(workers=workers)
+    assert source.steps_per_epoch == 2
+    first = images(source.epoch(0))
+    second = images(source.epoch(1))
+    assert not torch.equal(first, second)
+    assert torch.equal(images(source.epoch(1, first_step=1)), second[8:])
+    assert list(source.epoch(1, first_step=2)) == []
+    # An epoch that is left in the middle does not leak into the next one.
+    next(iter(source.epoch(0)))
+    assert torch.equal(images(source.epoch(1)), second)
+    source.close()
+    assert torch.equal(images(source.epoch(0)), first)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("length", "world_size", "micro_batch"), [(23, 1, 4), (23, 2, 5), (7, 3, 4), (5, 2, 1)])
+def test_validation_counts_every_image_once(length, world_size, micro_batch, workers):
+    dataset = Pictures(length)
+    counted = []
+    for rank in range(world_size):
+        source = validation_loader(dataset, rank=rank, world_size=world_size, micro_batch=micro_batch, workers=workers)
+        batches = list(source.batches())
+        assert len(batches) == -(-length // (world_size * micro_batch))
+        counted += [batch.images[place] for batch in batches for place in range(micro_batch) if batch.weights[place]]
+    assert len(counted) == length
+    ours = sorted(image.flatten().tolist() for image in counted)
+    theirs = Normalise(MEAN, STD, device=CPU, dtype=torch.float32)(
+        torch.stack([dataset[index].image for index in range(length)])
+    )
+    assert ours == sorted(image.flatten().tolist() for image in theirs)
+
+
+def test_padding_is_a_blank_that_does_not_count():
+    blank = Pictures()[PADDING]
+    assert (blank.label, blank.weight, blank.bad_image) == (0, 0.0, "")
+    assert blank.image.shape == (3, 16, 16)
+    assert blank.image.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_global_random_states_are_neither_read_nor_written(workers):
+    torch.manual_seed(0)
+    train, validation = open_datasets("digits", None, 8, "random_resized", True, 0, "stop")
+    before = rng_states()
+    first = images(train_loader(train, workers=workers, global_batch=64, micro_batch=32).epoch(0))
+    list(validation_loader(validation, workers=workers, micro_batch=100).batches())
+    assert rng_states() == before
+    torch.manual_seed(1)
+    assert torch.equal(first, images(train_loader(train, workers=workers, global_batch=64, micro_batch=32).epoch(0)))
+
+
+class Deadly(Pictures):
+    """Its first image kills the process that reads it."""
+
+    def image(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Stuck(Pictures):
+    """Its images take longer than anyone waits."""
+
+    def image(self, index):
+        time.sleep(2.5)
+        return super().image(index)
+
+
+def test_a_killed_worker_ends_the_run():
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
+        list(train_loader(Deadly(), workers=1).epoch(0))
+
+
+def test_a_stuck_worker_ends_the_run(monkeypatch):
+    monkeypatch.setattr(loader, "_STUCK_AFTER_SECONDS", 1)
+    with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
+        list(train_loader(Stuck(), workers=1, global_batch=1, micro_batch=1).epoch(0))
+
+
+def test_close_ends_the_workers():
+    before = set(multiprocessing.active_children())
+    source = train_loader(workers=2)
+    list(source.epoch(0))
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    source.close()
+    assert set(multiprocessing.active_children()) == before
+
+
+PROGRAM = """
+import multiprocessing, sys, threading, time, warnings
+from tests.data.test_loader import Pictures, train_loader, validation_loader
+warnings.simplefilter("error")
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+train, validation = train_loader(workers=2), validation_loader(Pictures(), workers=1)
+list(validation.batches())
+batches = train.epoch(0)
+next(batches)
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+def start_program(seconds: float) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(seconds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_process_ends_without_noise_and_a_killed_one_takes_its_workers_along():
+    """Left in the middle of an epoch, with another thread running, where warnings are errors."""
+    quiet, killed = start_program(0), start_program(60)
+    pids = [int(pid) for pid in killed.stdout.readline().split()]
+    assert len(pids) == 3
+    killed.kill()
+    # DataLoader's workers look for their parent every five seconds.
+    deadline = time.monotonic() + 15
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+    killed.communicate()
+
+    _, noise = quiet.communicate(timeout=60)
+    assert noise == ""
+    assert quiet.returncode == 0

@@ -1,0 +1,106 @@
+import pytest
+import torch
+
+from recipe.data.sampler import PADDING, TrainSampler, ValidationSampler, epoch_permutation
+
+SPLITS = [
+    (1, 24),
+    (1, 8),
+    (1, 1),
+    (2, 12),
+    (2, 4),
+    (3, 8),
+    (4, 6),
+    (4, 3),
+    (8, 1),
+    (24, 1),
+]  # (ranks, micro-batch)
+
+
+def train_sampler(rank: int, world_size: int, micro_batch: int, *, length: int = 100, global_batch: int = 24):
+    return TrainSampler(
+        length,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        rank=rank,
+        world_size=world_size,
+        seed=3,
+    )
+
+
+def test_a_permutation_of_every_sample_that_epoch_and_seed_decide():
+    first = epoch_permutation(0, 0, 1000)
+    assert sorted(first.tolist()) == list(range(1000))
+    assert torch.equal(first, epoch_permutation(0, 0, 1000))
+    others = [epoch_permutation(seed, epoch, 1000) for seed, epoch in [(0, 1), (1, 0), (1, 1)]]
+    assert not any(torch.equal(first, other) for other in others)
+
+
+def test_the_permutation_of_today_is_that_of_tomorrow():
+    """A run that is resumed with another version of anything must find the order it left."""
+    assert epoch_permutation(0, 0, 10).tolist() == [6, 9, 8, 5, 1, 7, 3, 4, 0, 2]
+
+
+def test_a_table_by_hand(monkeypatch):
+    """13 samples in order, 2 ranks × accumulation 2 × micro-batch 2 = 8; five samples are dropped."""
+    monkeypatch.setattr("recipe.data.sampler.epoch_permutation", lambda seed, epoch, length: torch.arange(length))
+    kwargs = {"length": 13, "global_batch": 8}
+    assert list(train_sampler(0, 2, 2, **kwargs)) == [[(0, 0), (0, 1)], [(0, 4), (0, 5)]]
+    assert list(train_sampler(1, 2, 2, **kwargs)) == [[(0, 2), (0, 3)], [(0, 6), (0, 7)]]
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), SPLITS)
+def test_every_split_holds_the_same_sequence_in_the_same_step(world_size, micro_batch):
+    permutation = epoch_permutation(3, 2, 100).tolist()
+    batches = []
+    for rank in range(world_size):
+        sampler = train_sampler(rank, world_size, micro_batch)
+        sampler.set_epoch(2)
+        batches.append(list(sampler))
+        assert len(batches[rank]) == len(sampler) == 4 * sampler.accumulation
+        assert all(len(batch) == micro_batch for batch in batches[rank])
+
+    # Round after round, rank after rank: more than the same set a step, the same neighbours.
+    keys = [key for round_of_ranks in zip(*batches, strict=True) for batch in round_of_ranks for key in batch]
+    assert keys == [(2, index) for index in permutation[:96]]
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 8), (2, 4), (4, 6)])
+def test_a_resumed_epoch_is_the_rest_of_the_whole_one(world_size, micro_batch):
+    sampler = train_sampler(world_size - 1, world_size, micro_batch)
+    sampler.set_epoch(1)
+    whole = list(sampler)
+    for first_step in range(5):
+        sampler.set_epoch(1, first_step)
+        assert len(sampler) == (4 - first_step) * sampler.accumulation
+        assert list(sampler) == whole[first_step * sampler.accumulation :]
+
+
+def test_train_sampler_refuses_what_does_not_divide():
+    with pytest.raises(ValueError, match="24 is no multiple of 5 ranks × 1 samples"):
+        train_sampler(0, 5, 1)
+    with pytest.raises(ValueError, match=r"24 is larger than the data set \(23 samples\)"):
+        train_sampler(0, 1, 1, length=23)
+    for first_step in (-1, 5):
+        with pytest.raises(ValueError, match=f"first step {first_step} is not within an epoch of 4 steps"):
+            train_sampler(0, 1, 1).set_epoch(0, first_step)
+
+
+def test_a_validation_table_by_hand():
+    batches = [list(ValidationSampler(7, micro_batch=2, rank=rank, world_size=3)) for rank in range(3)]
+    assert batches == [[[0, 1], [6, -1]], [[2, 3], [-1, -1]], [[4, 5], [-1, -1]]]
+
+
+@pytest.mark.parametrize("length", [1, 7, 30, 31, 97])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("micro_batch", [1, 3, 8, 100])
+def test_validation_is_exact(length, world_size, micro_batch):
+    samplers = [
+        ValidationSampler(length, micro_batch=micro_batch, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    batches = [list(sampler) for sampler in samplers]
+    assert {len(of_rank) for of_rank in batches} == {len(samplers[0])} == {-(-length // (world_size * micro_batch))}
+    assert {len(batch) for of_rank in batches for batch in of_rank} == {micro_batch}
+    keys = [key for of_rank in batches for batch in of_rank for key in batch]
+    assert sorted(key for key in keys if key != PADDING) == list(range(length))
