@@ -1,0 +1,441 @@
+"""Reads one config, a DeepSpeed JSON with a section ``recipe``, strictly into a frozen, typed view.
+
+Every refusal is a ``ConfigError``: one line with file, key, value, what is wrong and what would be right.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr, ValidationError
+from pydantic_core import ErrorDetails
+
+from recipe.deepspeed_sections import (
+    Auto,
+    Count,
+    DeepSpeedConfig,
+    NonNegativeFloat,
+    PositiveFloat,
+    Section,
+)
+
+Key = tuple[str | int, ...]
+ABSENT: Any = ...  # stands for the value of a key that is not written; JSON has no such value
+
+
+class ConfigError(ValueError):
+    """A refused input. ``str()`` is one line; the parts are attributes."""
+
+    def __init__(self, file: str, key: str, value: Any, problem: str, remedy: str) -> None:
+        """``key`` is dotted, or "" where the whole file is meant; ``value`` may be ``ABSENT``."""
+        super().__init__(file, key, value, problem, remedy)
+        self.file, self.key, self.value, self.problem, self.remedy = file, key, value, problem, remedy
+
+    def __str__(self) -> str:
+        where = self.file
+        if self.key:
+            where += f": {self.key}"
+        if self.value is not ABSENT:
+            shown = json.dumps(self.value, ensure_ascii=False, default=str)
+            where += f" = {shown if len(shown) <= 80 else shown[:79] + '…'}"
+        line = f"{where}: {self.problem}; {self.remedy}"
+        # Names and texts come from outside: no line break or terminal escape may pass.
+        return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in line)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a config comes from, for messages and for writing it down again."""
+
+    file: str
+    """the file's name, with every ``--set`` that changed it"""
+
+    text: str
+    """the JSON after every ``--set``, as the user wrote it: with each "auto", without defaults"""
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        """The JSON as a dict of the caller's own, which it may change."""
+        raw: dict[str, Any] = json.loads(self.text)
+        return raw
+
+    def refusal(self, key: str, problem: str, remedy: str) -> ConfigError:
+        """The error that refuses what the file says under a dotted key."""
+        value: Any = self.raw
+        for part in key.split("."):
+            value = value.get(part, ABSENT) if isinstance(value, dict) else ABSENT
+        return ConfigError(self.file, key, value, problem, remedy)
+
+
+class Model(Section):
+    name: str = Field(min_length=1)
+    """timm's name of a model, such as "resnet50" """
+
+    num_classes: int = Field(ge=2)
+    """the number of classes, a whole number >= 2"""
+
+
+class BatchNorm(Section):
+    statistics: Literal["global", "local"] | Count = "global"
+    """what batch norm averages over: "global" (all GPUs' micro-batches), "local" (each GPU's) or a number of
+    samples, a whole number >= 1; the paper's is 32"""
+
+
+Unit = Annotated[float, Field(ge=0, le=1)]
+Three = Field(strict=False, min_length=3, max_length=3)
+
+
+class Data(Section):
+    source: Literal["digits", "imagefolder", "synthetic"]
+    """ "digits" (scikit-learn's), "imagefolder" (a folder for each class) or "synthetic" (random pixels)"""
+
+    path: str | None = Field(None, min_length=1)
+    """the folder of an imagefolder, a string; null for the other sources"""
+
+    image_size: int = Field(ge=8)
+    """height and width of the images that the model sees, in pixels, a whole number >= 8"""
+
+    train_images: Count | Auto = "auto"
+    """images to train on, a whole number >= 1, so that a plan needs no data; "auto" only for digits"""
+
+    validation_images: Count | Auto = "auto"
+    """images to validate on, a whole number >= 1, so that a plan needs no data; "auto" only for digits"""
+
+    crop: Literal["random_resized", "padded", "none"] = "random_resized"
+    """ "random_resized" (the paper's), "padded" (shifted by a few pixels) or "none" """
+
+    flip: bool = True
+    """true or false: whether half of the training images are mirrored; the paper's are"""
+
+    mean: Annotated[tuple[Unit, ...], Three] | Auto = "auto"
+    """the mean of red, green and blue, three numbers from 0 to 1, or "auto": the source's"""
+
+    std: Annotated[tuple[PositiveFloat, ...], Three] | Auto = "auto"
+    """the standard deviation of red, green and blue on a scale from 0 to 1, three numbers > 0, or "auto": the
+    source's"""
+
+    workers: Annotated[int, Field(ge=0)] | Auto = "auto"
+    """loader processes per GPU, a whole number >= 0, or "auto": from the CPU cores at hand"""
+
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """ "stop" or "skip": what an image that cannot be read does to the run"""
+
+
+class Schedule(Section):
+    epochs: Count
+    """passes over the training images, a whole number >= 1"""
+
+    reference_lr: PositiveFloat = 0.1
+    """the rate at the reference batch, a number > 0; the paper's is 0.1 (section 2.1)"""
+
+    reference_batch_size: Count = 256
+    """images in the batch for which the reference rate holds, a whole number >= 1; the paper's is 256"""
+
+    scaling_rule: Literal["linear", "sqrt", "none"] = "linear"
+    """ "linear" (the paper's), "sqrt" or "none": how the rate follows the global batch"""
+
+    warmup: Literal["gradual", "constant", "none"] = "gradual"
+    """ "gradual" (the paper's), "constant" or "none": how the rate comes to its peak"""
+
+    warmup_epochs: NonNegativeFloat = 5
+    """epochs of warmup, a number >= 0; the paper's is 5 (section 2.2)"""
+
+    decay_epochs: Annotated[tuple[PositiveFloat, ...], Field(strict=False)] = (30, 60, 80)
+    """the epochs after which the rate decays, a list of rising numbers > 0; the paper's are 30, 60 and 80"""
+
+    decay_factor: float = Field(0.1, gt=0, le=1)
+    """by what the rate is multiplied at each decay, a number > 0 and <= 1; the paper's is 0.1"""
+
+    weight_decay_rule: Literal["constant", "inverse"] = "constant"
+    """ "constant" (the paper's) or "inverse": how the weight decay follows the global batch"""
+
+    reference_weight_decay: NonNegativeFloat | None = None
+    """the weight decay at the reference batch, a number >= 0, or null"""
+
+
+class Checkpoint(Section):
+    every_steps: Count | None = None
+    """optimizer steps between checkpoints, a whole number >= 1, or null for one at the end of each epoch"""
+
+    keep_last: Count = 2
+    """how many of the latest checkpoints stay, a whole number >= 1; 2, because the latest may not be whole"""
+
+    keep_best: bool = True
+    """true or false: whether the checkpoint with the best top-1 accuracy stays, too"""
+
+
+class Recipe(Section):
+    """What DeepSpeed has no word for."""
+
+    model: Model
+    """an object with name and num_classes"""
+
+    max_micro_batch_size: Count = 256
+    """images per GPU and forward pass that an "auto" may take at most, a whole number >= 1: write it, as the
+    recipe does not measure memory yet"""
+
+    batchnorm: BatchNorm = BatchNorm()
+    """an object with statistics"""
+
+    data: Data
+    """an object with source, image_size and what else the source needs"""
+
+    schedule: Schedule
+    """an object with epochs and what else differs from the paper"""
+
+    checkpoint: Checkpoint = Checkpoint()
+    """an object with every_steps, keep_last and keep_best"""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    """the root of all randomness, a whole number >= 0 and < 2^63"""
+
+
+class Config(DeepSpeedConfig):
+    """A config that holds together by itself; whether it fits GPUs and data is the plan's to say.
+
+    ``model_fields_set`` of each section tells which keys the file writes.
+    """
+
+    recipe: Recipe
+    """an object with model, data and schedule"""
+
+    _source: Source = PrivateAttr()
+
+    @property
+    def source(self) -> Source:
+        """The file behind the view; not a field, so that a dump of the view is a config again."""
+        return self._source
+
+
+def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a JSON file; an override is ``--set``'s KEY=VALUE: a dotted key, and JSON or else a string."""
+    file = str(path)
+    raw = _parse_file(read_text(Path(path), "*.json"), file)
+    if overrides:
+        file += f" (with {' '.join(f'--set {override}' for override in overrides)})"
+    for override in overrides:
+        _override(raw, override, file)
+    return parse_config(raw, file)
+
+
+def parse_config(raw: dict[str, Any], file: str) -> Config:
+    """The typed view of a config that is already in memory; ``file`` is its name in messages."""
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise _refusal(error.errors(include_url=False), raw, file) from None
+    config._source = Source(file, json.dumps(raw))
+    for contradiction in _contradictions(config):
+        raise config.source.refusal(*contradiction)
+    return config
+
+
+def read_text(path: Path, siblings: str) -> str:
+    """The text of a UTF-8 file that is not empty; ``siblings`` matches the files that may have been meant."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        problem, remedy = f"not UTF-8 at byte {error.start}", "save it as UTF-8"
+    except OSError as error:
+        problem, remedy = (error.strerror or str(error)).lower(), _nearby(path, siblings)
+    else:
+        if text.startswith("\ufeff"):
+            problem, remedy = "begins with a byte-order mark", "save it as UTF-8 without one"
+        elif not text.strip():
+            problem, remedy = "empty", "fill it, or name another file"
+        else:
+            return text
+    raise ConfigError(str(path), "", ABSENT, problem, remedy)
+
+
+def _nearby(path: Path, siblings: str) -> str:
+    folder = path if path.is_dir() else path.parent
+    if not folder.is_dir():
+        return f"{folder} is not a folder"
+    names = sorted(file.name for file in folder.glob(siblings))
+    close = difflib.get_close_matches(path.name, names, n=1)
+    question = f"did you mean {folder / close[0]}? " if close else ""
+    return f"{question}{folder} holds {', '.join(names[:20]) or f'no {siblings}'}"
+
+
+def _parse_file(text: str, file: str) -> dict[str, Any]:
+    try:
+        raw = json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
+        remedy = "write plain JSON"
+        if after.startswith(("//", "/*", "#")):
+            remedy = "remove the comment: JSON has none (DeepSpeed would let it pass, as Hjson)"
+        elif before.endswith(",") and after.startswith(("}", "]")):
+            remedy = "remove the comma before it (DeepSpeed would let it pass, as Hjson)"
+        problem = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        raise ConfigError(file, "", ABSENT, problem, remedy) from None
+    except (RecursionError, ValueError) as error:
+        problem = f"Python cannot read it: {str(error).partition(';')[0]}"
+        raise ConfigError(file, "", ABSENT, problem, "write plain JSON") from None
+    _check_leaves(raw, file)
+    if not isinstance(raw, dict):
+        raise ConfigError(file, "", raw, "not an object", "write the keys and values between { and }")
+    return raw
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """Stands in a parsed object for the values of a key that occurs more than once."""
+
+    values: list[Any]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    parsed = dict(pairs)
+    if len(parsed) < len(pairs):
+        for key in parsed:
+            values = [value for name, value in pairs if name == key]
+            parsed[key] = values[0] if len(values) == 1 else _Repeated(values)
+    return parsed
+
+
+def _check_leaves(value: Any, file: str, key: Key = ()) -> None:
+    """Refuse what Python's json lets pass: a key that occurs twice, a number that is not finite."""
+    if len(key) > 100:
+        raise ConfigError(file, _dotted(key), ABSENT, "nested too deeply", "write plain JSON")
+    if isinstance(value, dict | list):
+        for part, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_leaves(inner, file, (*key, part))
+    elif isinstance(value, _Repeated):
+        raise ConfigError(file, _dotted(key), value.values, "this key occurs more than once", "write it once")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(file, _dotted(key), value, "not a finite number", "write a finite one")
+
+
+def _override(raw: dict[str, Any], override: str, file: str) -> None:
+    dotted, equals, text = override.partition("=")
+    *path, last = dotted.split(".")
+    if not equals or not all([*path, last]):
+        problem = f"--set {override} is not KEY=VALUE"
+        raise ConfigError(file, "", ABSENT, problem, "write it as in --set recipe.schedule.epochs=2")
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError):
+        value = text
+    _check_leaves(value, file, (*path, last))
+    section: Any = raw
+    for depth, part in enumerate(path, start=1):
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            problem = f"not an object, so it has no {'.'.join([*path[depth:], last])}"
+            raise ConfigError(file, _dotted(tuple(path[:depth])), section, problem, "set the key itself")
+    section[last] = value
+
+
+def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Key, problem and remedy of what keys say that only together are wrong."""
+    params, zero = config.optimizer.params, config.zero_optimization
+    data, schedule = config.recipe.data, config.recipe.schedule
+    if params.nesterov and params.momentum == 0:
+        yield "optimizer.params.momentum", "Nesterov's needs some", 'write one > 0, or "nesterov": false'
+    if config.fp16.auto_cast:
+        yield "fp16.auto_cast", "the loop hands images over in the model's precision itself", "write false"
+    if config.fp16.enabled and config.bf16.enabled:
+        yield "bf16.enabled", "fp16 is enabled, too", "enable one of the two"
+    if not zero.compute_grad_norm and zero.stage not in (1, 2):
+        yield "zero_optimization.compute_grad_norm", "only ZeRO stages 1 and 2 can do without", "write true"
+    if data.source == "imagefolder" and data.path is None:
+        yield "recipe.data.path", "an imagefolder has no default", "write the path of the folder"
+    for name, images in ("train_images", data.train_images), ("validation_images", data.validation_images):
+        if data.source != "digits" and images == "auto":
+            yield f"recipe.data.{name}", f'"auto" is not for {data.source}', "write the number of images"
+    if list(schedule.decay_epochs) != sorted(set(schedule.decay_epochs)):
+        yield "recipe.schedule.decay_epochs", "the numbers do not rise", "write each once, the smallest first"
+
+
+_KINDS = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "model_type": "an object",
+}
+_LIMITS = {
+    "greater_than": "too small",
+    "greater_than_equal": "too small",
+    "less_than": "too large",
+    "less_than_equal": "too large",
+    "string_too_short": "empty",
+    "too_short": "too short",
+    "too_long": "too long",
+    "finite_number": "not a finite number",
+}
+
+
+def _refusal(errors: list[ErrorDetails], raw: dict[str, Any], file: str) -> ConfigError:
+    """The first of pydantic's errors, in words; unknown keys come first: a typo explains a missing key."""
+    first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
+    key, value = _locate(first["loc"], raw)
+    if first["type"] == "extra_forbidden":
+        return ConfigError(file, _dotted(key), value, *_unknown(_section(key[:-1]), str(key[-1])))
+    if first["type"] == "missing":
+        key, value = first["loc"], ABSENT
+    branches = [error for error in errors if _locate(error["loc"], raw)[0] == key] or [first]
+    kinds = " or ".join(_kind(error) for error in branches)
+    limits = [_LIMITS[error["type"]] for error in branches if error["type"] in _LIMITS]
+    problem = "missing" if value is ABSENT else limits[0] if limits else f"not {kinds}"
+    if not key:
+        return ConfigError(file, "", ABSENT, f"not {kinds}", "write a DeepSpeed config with a section recipe")
+    *path, name = [part for part in key if isinstance(part, str)]
+    field = _section(path).model_fields[name]
+    default = json.dumps(field.default, default=lambda section: {})
+    expected = field.description or f"{kinds} (DeepSpeed's default is {default})"
+    return ConfigError(file, _dotted(key), value, problem, f"expected {' '.join(expected.split())}")
+
+
+def _locate(loc: Key, raw: Any) -> tuple[Key, Any]:
+    """The key and value that pydantic means; what the file does not hold is the name of a union's branch."""
+    key: Key = ()
+    for part in loc:
+        try:
+            raw = raw[part]
+        except (KeyError, IndexError, TypeError):
+            continue
+        key = (*key, part)
+    return key, raw
+
+
+def _kind(error: ErrorDetails) -> str:
+    if error["type"] == "literal_error":
+        return str(error["ctx"]["expected"]).replace("'", '"')
+    return _KINDS.get(error["type"]) or error["msg"].removeprefix("Input should be ")
+
+
+def _section(key: Sequence[str | int]) -> type[Section]:
+    section: Any = Config
+    for part in key:
+        section = section.model_fields[str(part)].annotation
+    return section
+
+
+def _unknown(section: type[Section], name: str) -> tuple[str, str]:
+    """What is wrong with a key that a section does not know, and what may have been meant."""
+    if name in section.unsupported:
+        return section.unsupported[name]
+    elsewhere = [key for key in _keys(Config) if key.endswith(f".{name}")]
+    meant = elsewhere or difflib.get_close_matches(name, section.model_fields)
+    if meant:
+        return "unknown key", f'did you mean "{meant[0]}"?'
+    return "unknown key", f"the keys here are {', '.join(section.model_fields)}"
+
+
+def _keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+
+
+def _dotted(key: Key) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
