@@ -1,0 +1,269 @@
+"""Batch norm over the micro-batches of all ranks, on CPU and CUDA, in every precision of the recipe.
+
+torch.nn.SyncBatchNorm refuses CPU tensors, and torch's batch norm refuses half parameters beside fp32
+buffers, which is what DeepSpeed's fp16 and bf16 leave behind. Here the statistics, the running averages and
+the affine step are computed in fp32 (float64 for float64 input) whatever the parameters are; the output has
+the input's dtype and memory format.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Statistics = Literal["global", "local"] | int
+Group = dist.ProcessGroup | None
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm of an (N, C, …) tensor over the micro-batches of all ranks, or over this rank's alone.
+
+    Parameters, buffers, their names and conventions are those of ``nn.BatchNorm2d``, so that checkpoints are
+    interchangeable: ``momentum`` is the share of the new value (torch's 0.1 is the paper's 0.9), None the
+    plain mean of all steps, and the running variance is the unbiased one of the joined count. ``drop`` and
+    ``act``, identities unless the converted module had them, follow, as in timm's BatchNormAct2d.
+
+    The gradients of weight and bias are this rank's sums: the engine averages them over the ranks, like any
+    other gradient. The ranks' micro-batches need not be of one size.
+
+    Args:
+        statistics: "global" (over the ranks of the group) or "local" (over this rank).
+        process_group: the ranks that "global" joins; None for all. Where torch.distributed is not initialised
+            there is one rank.
+
+    Raises:
+        ValueError: statistics that are not available; in training, a joined count of one value a channel.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        statistics: Statistics = "global",
+        process_group: Group = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_statistics(statistics)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.statistics = statistics
+        self.process_group = process_group
+        self.drop: nn.Module = nn.Identity()
+        self.act: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        return self.act(self.drop(self._normalise(x)))
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        # Ones instead of None: with neither weight nor buffers torch's CPU kernel would keep half statistics.
+        weight = x.new_ones(self.num_features, dtype=dtype) if self.weight is None else self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        tracked = not self.training or self.track_running_stats
+        mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
+        share = self._count_step() if self.training and tracked else 0.0
+
+        ranks = self._ranks() if self.training else 1
+        if ranks == 1:
+            return F.batch_norm(x, mean, var, weight, bias, self.training or mean is None, share, self.eps)
+        group = self.process_group or dist.group.WORLD
+        if x.device.type != "cpu":
+            if mean is None:  # torch's kernel takes the dtype of the statistics from the running averages
+                mean, var = torch.zeros_like(weight), torch.ones_like(weight)
+            return TorchSyncBatchNorm.apply(x, weight, bias, mean, var, self.eps, share, group, ranks)
+        batch_mean, batch_var, count = _joined_statistics(x, group)
+        if mean is not None and var is not None:
+            mean.lerp_(batch_mean.to(mean.dtype), share)
+            var.lerp_((batch_var * (count / (count - 1))).to(var.dtype), share)
+        return _Normalise.apply(x, weight, bias, batch_mean, batch_var, count, self.eps, group)
+
+    def _count_step(self) -> float:
+        """Count this step; return the share of its statistics in the running averages."""
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+    def _ranks(self) -> int:
+        return _world_size(self.process_group) if self.statistics == "global" else 1
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        # Wider than the base class: the 1d batch norms of some timm models' heads become this class too.
+        if x.dim() < 2:
+            raise ValueError(f"expected an (N, C, …) input, got shape {tuple(x.shape)}")
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, statistics={self.statistics!r}"
+
+
+def convert_batchnorm(model: nn.Module, statistics: Statistics, process_group: Group = None) -> nn.Module:
+    """Replace every batch norm of ``model`` by a :class:`BatchNorm`, in place; return the model.
+
+    Parameters, buffers and timm's ``drop`` and ``act`` stay the same objects, and a module that stood
+    in two places still does. A frozen batch norm is an affine step without statistics and stays.
+
+    Raises:
+        ValueError: statistics that are not available; a kind of batch norm that is not known here.
+    """
+    _check_statistics(statistics)
+    if isinstance(model, _BatchNorm):
+        return _converted(model, statistics, process_group)
+    replacements: dict[nn.Module, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():  # named_children() would name a shared child once
+            if isinstance(child, _BatchNorm):
+                if child not in replacements:
+                    replacements[child] = _converted(child, statistics, process_group)
+                setattr(parent, name, replacements[child])
+    return model
+
+
+@torch.no_grad()
+def average_running_statistics(model: nn.Module, process_group: Group = None) -> None:
+    """Make the running averages of ``model`` equal on all ranks, in place: their mean over the ranks.
+
+    For "local" statistics, before a validation or a checkpoint; every rank must call it. The mean of the
+    variances stays an estimate of the variance within a micro-batch, which is what the model trains on.
+    One collective in all; none on one rank, or where the statistics are joined over these ranks already.
+    """
+    ranks = _world_size(process_group)
+    buffers = [
+        buffer
+        for module in model.modules()
+        if isinstance(module, BatchNorm)
+        and not (module.statistics == "global" and module.process_group is process_group)
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
+    if ranks == 1 or not buffers:
+        return
+    means = torch.cat(buffers)
+    dist.all_reduce(means, group=process_group)
+    means /= ranks
+    for buffer, mean in zip(buffers, means.split([len(buffer) for buffer in buffers]), strict=True):
+        buffer.copy_(mean)
+
+
+def _check_statistics(statistics: Statistics) -> None:
+    if statistics not in ("global", "local"):
+        what = "a fixed number of samples is not available yet" if isinstance(statistics, int) else "unknown"
+        shown = f'"{statistics}"' if isinstance(statistics, str) else statistics
+        raise ValueError(f'recipe.batchnorm.statistics = {shown}: {what}; use "global" or "local"')
+
+
+def _world_size(group: Group) -> int:
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def _converted(module: _BatchNorm, statistics: Statistics, process_group: Group) -> BatchNorm:
+    followed_by_act = hasattr(module, "drop") and hasattr(module, "act")  # timm's BatchNormAct2d
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    if type(module) not in plain and not followed_by_act:
+        raise ValueError(f"{type(module).__name__} is a batch norm that the recipe cannot convert")
+    converted = BatchNorm(
+        module.num_features,
+        module.eps,
+        module.momentum,
+        module.affine,
+        module.track_running_stats,
+        statistics=statistics,
+        process_group=process_group,
+        device="meta",
+    )
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        setattr(converted, name, getattr(module, name))
+    if followed_by_act:
+        converted.drop, converted.act = module.drop, module.act  # type: ignore[assignment]
+    return converted.train(module.training)
+
+
+@torch.no_grad()
+def _joined_statistics(x: Tensor, group: Group) -> tuple[Tensor, Tensor, int]:
+    """Mean (C,), biased variance (C,), values a channel of all ranks' ``x``, bit-identical on every rank.
+
+    Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample
+    variances", for any number of parts: n = Σ nᵢ, m = Σ nᵢ mᵢ / n, M2 = Σ (M2ᵢ + nᵢ (mᵢ − m)²).
+    Unlike E[x²] − E[x]² it loses nothing where the mean is large beside the spread.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    channels, dims = x.size(1), [dim for dim in range(x.dim()) if dim != 1]
+    count = x.numel() // channels
+    if count:
+        rough_mean = x.mean(dims, dtype=dtype)
+        deviation = x - _per_channel(rough_mean, x)
+        mean = rough_mean.double() + deviation.mean(dims)  # what rounding left out of the rough mean
+        m2 = deviation.square_().sum(dims).double()
+    else:
+        mean = m2 = x.new_zeros(channels, dtype=torch.float64)
+    part = torch.cat([mean, m2, mean.new_tensor([count])])
+    parts = part.new_empty(dist.get_world_size(group), len(part))
+    dist.all_gather(list(parts), part, group)
+
+    means, m2s, counts = parts.split([channels, channels, 1], dim=1)
+    total = int(counts.sum())
+    if total < 2:
+        shape = tuple(x.shape)
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+    joined_mean = (counts * means).sum(0) / total
+    joined_m2 = (m2s + counts * (means - joined_mean).square()).sum(0)
+    return joined_mean.to(dtype), (joined_m2 / total).to(dtype), total
+
+
+class _Normalise(torch.autograd.Function):
+    """y = weight · x̂ + bias with x̂ = (x − mean) / √(var + eps), where mean and var depend on all ranks' x.
+
+    Backward is Ioffe and Szegedy (2015), §3, with the means over the values of all ranks:
+    dx = weight / √(var + eps) · (dy − mean(dy) − x̂ · mean(dy · x̂)).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        count: int,
+        eps: float,
+        group: Group,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.count, ctx.eps, ctx.group = count, eps, group
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var = ctx.saved_tensors
+        if len(x):
+            _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+                dy, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
+            )
+        else:  # torch's kernel divides by zero
+            dweight = dbias = torch.zeros_like(weight)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            sums = torch.stack([dweight, dbias])  # Σ dy · x̂ and Σ dy of this rank
+            dist.all_reduce(sums, group=ctx.group)
+            mean_dy_xhat, mean_dy = sums / ctx.count
+            invstd = (var + ctx.eps).rsqrt()
+            scale = weight * invstd
+            # In fp32, and rounded once: correcting a half dx would round twice.
+            dx = (x - _per_channel(mean, x)).mul_(_per_channel(-scale * invstd * mean_dy_xhat, x))
+            dx = dx.sub_(_per_channel(scale * mean_dy, x)).addcmul_(dy, _per_channel(scale, x)).to(x.dtype)
+        return dx, dweight, dbias if ctx.needs_input_grad[2] else None, None, None, None, None, None
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """``values`` (C,) in a shape that broadcasts over ``x`` (N, C, …)."""
+    return values.view(-1, *[1] * (x.dim() - 2))

@@ -1,0 +1,50 @@
+"""The checks of tests/test_batchnorm.py on CUDA: one rank, ranks that share a GPU over gloo, and NCCL."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests import test_batchnorm as on_cpu
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.gpu
+
+# An offset of 1000 in fp32 tests our own statistics; with one rank they are cuDNN's.
+ONE_RANK = [name for name in on_cpu.CASES if name not in ("offset", "offset, channels_last")]
+# torch's kernels give a rank without samples no gradients, where ours give zeros.
+SEVERAL_RANKS = [name for name in on_cpu.CASES if name != "a rank without samples"]
+
+
+@pytest.mark.parametrize("name", ONE_RANK)
+def test_one_rank_is_plain_batch_norm(name: str) -> None:
+    case = on_cpu.CASES[name]
+    on_cpu.assert_agrees(case, [on_cpu.train(case, [0], device="cuda")])
+
+
+@pytest.mark.parametrize("name", on_cpu.CASES)
+def test_evaluation_uses_the_running_averages(name: str) -> None:
+    case = on_cpu.CASES[name]
+    module = on_cpu.convert_batchnorm(case.module(), "global").cuda().eval()
+    plain = case.module().double().eval()
+    x, _ = case.joined(0, [0, 1])
+    y = module(x.cuda())
+    assert y.dtype == case.dtype
+    on_cpu.assert_near(y.cpu(), plain(x.double()), case.tolerance)
+
+
+def on_a_rank(rank: int, world: int, backend: str) -> dict[str, dict]:
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    group = dist.new_group(backend=backend)
+    return {name: on_cpu.train(on_cpu.CASES[name], [rank], device="cuda", group=group) for name in SEVERAL_RANKS}
+
+
+@pytest.fixture(scope="module", params=["gloo", "nccl"])
+def ranks(request: pytest.FixtureRequest) -> list[dict[str, dict]]:
+    if request.param == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("NCCL takes no two ranks on one GPU, and torch sees only one")
+    return run_ranks(2, on_a_rank, request.param)
+
+
+@pytest.mark.parametrize("name", SEVERAL_RANKS)
+def test_two_ranks_are_plain_batch_norm_on_the_joined_batch(ranks: list[dict[str, dict]], name: str) -> None:
+    on_cpu.assert_agrees(on_cpu.CASES[name], [rank[name] for rank in ranks])
