@@ -156,13 +156,13 @@ def batch_triangle(config: Config, world_size: int) -> tuple[int, int]:
     batch, largest = config.train_batch_size, config.recipe.max_micro_batch_size
     micro, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
     factors = {"ranks": world_size}
-    if accumulation != "auto":
+    if isinstance(accumulation, int):
         factors["accumulation steps"] = accumulation
-    if micro != "auto":
+    if isinstance(micro, int):
         factors["images in a micro-batch"] = micro
     unit = math.prod(factors.values())
     limit = math.inf
-    if accumulation != "auto":
+    if isinstance(accumulation, int):
         limit = unit * largest if micro == "auto" else unit
     if batch % unit or batch > limit:
         product = f"{' × '.join(map(str, factors.values()))} ({' × '.join(factors)})"
@@ -174,11 +174,12 @@ def batch_triangle(config: Config, world_size: int) -> tuple[int, int]:
             remedy += '; or write "auto" for train_micro_batch_size_per_gpu and gradient_accumulation_steps'
         raise config.source.refusal("train_batch_size", f"it cannot be shared out as {product}", remedy)
     share = batch // world_size
-    if accumulation != "auto":
+    if isinstance(accumulation, int):
         return share // accumulation, accumulation
-    if micro == "auto":
-        micro = next(size for size in range(min(share, largest), 0, -1) if share % size == 0)
-    return micro, share // micro
+    if isinstance(micro, int):
+        return micro, share // micro
+    divisor = next(size for size in range(min(share, largest), 0, -1) if share % size == 0)
+    return divisor, share // divisor
 
 
 def _data_set_sizes(config: Config) -> tuple[int, int]:
