@@ -18,7 +18,7 @@ DIGITS_IMAGES = {"train": 1442, "validation": 355}
 
 # Pixel statistics of the training images scaled to 0..1, per channel.
 PIXEL_MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "digits": ((0.3053, 0.3053, 0.3053), (0.3266, 0.3266, 0.3266)),
+    "digits": ((0.3054, 0.3054, 0.3054), (0.3237, 0.3237, 0.3237)),
     "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "synthetic": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }

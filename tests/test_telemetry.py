@@ -1,0 +1,123 @@
+"""What a run writes while it trains."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipe.loop import Step, Validation
+from recipe.telemetry import METRICS, Telemetry, drop_later_events
+from tests.ranks import run_ranks
+
+
+def step(number: int, loss: float, *, skipped: bool = False, loss_scale: float = 1.0) -> Step:
+    return Step(number, 0.1 * (number + 1), torch.tensor(loss), loss_scale, skipped, 0.0, ())
+
+
+def telemetry(output: Path, steps_per_print: int = 2, events: list | None = None) -> Telemetry:
+    result = Telemetry(
+        output,
+        first_step=0,
+        epochs=2,
+        steps_per_epoch=3,
+        global_batch=64,
+        steps_per_print=steps_per_print,
+        monitor=(events if events is not None else []).extend,
+    )
+    result.start_clock()
+    return result
+
+
+def lines(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / METRICS).read_text().splitlines()]
+
+
+def _two_ranks_report(rank: int, world_size: int, folder: str) -> None:
+    reporter = telemetry(Path(folder))
+    for number in range(6):
+        reporter.step(step(number, loss=1.0 + number + rank))
+    reporter.close()
+
+
+def test_the_loss_of_a_step_is_the_mean_over_ranks(tmp_path: Path) -> None:
+    run_ranks(2, _two_ranks_report, str(tmp_path))
+    written = lines(tmp_path)
+    assert [line["loss"] for line in written] == [1.5, 2.5, 3.5, 4.5, 5.5, 6.5]
+    assert [line["step"] for line in written] == [0, 1, 2, 3, 4, 5]
+    assert [line["epoch"] for line in written] == [0, 0, 0, 1, 1, 1]
+    assert [line["samples"] for line in written] == [64, 128, 192, 256, 320, 384]
+    assert [line["lr"] for line in written] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    assert set(written[0]) == {
+        *("event", "step", "epoch", "samples", "lr", "loss", "images_per_second"),
+        *("data_wait", "loss_scale", "skipped"),
+    }
+
+
+def _reports(rank: int, world_size: int, folder: str) -> dict:
+    found: dict = {}
+    output = Path(folder)
+    events: list = []
+    reporter = telemetry(output, events=events)
+    reporter.step(step(0, 1.0))
+    found["before the second step"] = (output / METRICS).read_text()
+    reporter.step(step(1, 2.0))
+    found["after the second step"] = len(lines(output))
+    reporter.step(step(2, 3.0))  # the last of its epoch
+    found["after the epoch"] = len(lines(output))
+    reporter.validation(Validation(50.0, 90.0, math.nan, 10, ()), 2)
+    reporter.close()
+    found["lines"] = lines(output)
+    found["monitored"] = [(name, samples) for name, _, samples in events]
+    return found
+
+
+def test_reports_come_every_steps_per_print_and_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, _reports, str(tmp_path))
+    assert found["before the second step"] == ""
+    assert found["after the second step"] == 2
+    assert found["after the epoch"] == 3
+    assert found["lines"][-1] == {
+        **{"event": "validation", "step": 2, "epoch": 0},
+        **{"top1": 50.0, "top5": 90.0, "loss": None, "count": 10},
+    }
+    assert found["monitored"] == [
+        *[("Train/Samples/train_loss", samples) for samples in (64, 128, 192)],
+        *[(f"Validation/Samples/{name}", 192) for name in ("top1", "top5", "loss")],
+    ]
+
+
+def _diverges(rank: int, world_size: int, folder: str) -> dict[str, str]:
+    outcomes = {}
+    for name, bad in {
+        "fp32": step(1, math.nan),
+        "overflow": step(1, math.inf, skipped=True, loss_scale=2.0**16),
+        "at scale 1": step(1, math.nan, skipped=True, loss_scale=1.0),
+    }.items():
+        reporter = telemetry(Path(folder))
+        reporter.step(step(0, 1.0))
+        try:
+            reporter.step(bad)
+            outcomes[name] = "goes on"
+        except FloatingPointError as error:
+            outcomes[name] = str(error)
+        reporter.close()
+    return outcomes
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_unless_it_is_an_overflow(tmp_path: Path) -> None:
+    (outcomes,) = run_ranks(1, _diverges, str(tmp_path))
+    assert outcomes["overflow"] == "goes on"
+    for name in ("fp32", "at scale 1"):
+        assert outcomes[name] == "the loss of step 1 is nan: training has diverged at rate 0.2"
+
+
+def test_a_resumed_run_drops_the_events_that_it_makes_again(tmp_path: Path) -> None:
+    metrics = tmp_path / METRICS
+    kept = [{"event": "step", "step": 0}, {"event": "step", "step": 1}, {"event": "validation", "step": 1}]
+    later = [{"event": "step", "step": 2}]
+    torn = '{"event": "step", "st'
+    metrics.write_text("".join(json.dumps(event) + "\n" for event in kept + later) + torn)
+    drop_later_events(metrics, first_step=2)
+    assert lines(tmp_path) == kept
