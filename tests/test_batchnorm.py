@@ -187,6 +187,7 @@ def on_a_rank(rank: int, world: int) -> dict[str, Any]:
         "local": train(CASES["fp32"], [rank], "local"),
         "refusal": refusal_of_one_value(rank),
         "slopes": slopes(rank),
+        "mean errors": [mean_error(rank, layout) for layout in (torch.contiguous_format, torch.channels_last)],
         "averaged": averaged(rank),
         "pair": pair(rank, world),
         "models": {name: joined_model_error(name, rank, world) for name in ("test_resnet", "test_efficientnet")},
@@ -215,6 +216,16 @@ def slopes(rank: int) -> list[tuple[float, float]]:
         dist.all_reduce(both)
         found.append(tuple(both.tolist()))
     return found
+
+
+def mean_error(rank: int, layout: torch.memory_format) -> float:
+    """Error of the joined mean of many values around 1000, of which a plain sum in fp32 loses the last bits."""
+    x = torch.randn(16, 64, 28, 28, generator=torch.Generator().manual_seed(rank)) + 1000
+    module = BatchNorm(64, momentum=1.0)
+    module(x.contiguous(memory_format=layout))
+    mean = x.double().mean((0, 2, 3))
+    dist.all_reduce(mean)
+    return (module.running_mean - mean / dist.get_world_size()).abs().max().item()
 
 
 def averaged(rank: int) -> dict[str, Any]:
@@ -271,6 +282,11 @@ def test_gradients_are_the_slopes_of_the_joined_loss(ranks: list[dict]) -> None:
     for rank in ranks:
         for by_differences, by_gradients in rank["slopes"]:
             assert by_gradients == pytest.approx(by_differences, rel=1e-7)
+
+
+def test_a_large_mean_is_found_to_the_last_bit(ranks: list[dict]) -> None:
+    half_an_ulp = 2**-15
+    assert max(error for rank in ranks for error in rank["mean errors"]) < 1.01 * half_an_ulp
 
 
 def test_a_joined_count_of_one_is_refused_on_every_rank(ranks: list[dict]) -> None:
