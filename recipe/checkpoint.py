@@ -60,7 +60,7 @@ def save(engine: DeepSpeedEngine, folder: Path, top1: float | None, client_state
         shutil.rmtree(folder / tag, ignore_errors=True)
         os.rename(written, folder / tag)
         _fsync(folder)
-        unfinished.rmdir()
+        shutil.rmtree(unfinished)  # and with it the script that DeepSpeed adds for ZeRO shards: no code in checkpoints
     dist.barrier()
     return folder / tag
 

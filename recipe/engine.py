@@ -1,6 +1,8 @@
 """The only place that calls ``deepspeed.initialize``, and the mends of what DeepSpeed does wrong for this recipe."""
 
 import logging
+import os
+import socket
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -17,7 +19,15 @@ from recipe.schedule import PaperLR
 
 
 def join_process_group(device: torch.device, timeout: timedelta) -> None:
-    """Join the process group that the launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR …) describes."""
+    """Join the process group that the launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR …) describes.
+
+    Without a launcher, as ``python recipe/train.py …``, it is a group of one.
+    """
+    if "RANK" not in os.environ:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # DeepSpeed would compile its shared-memory op at the first start, for two minutes; gloo serves as well.
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(

@@ -118,7 +118,7 @@ def _warmup(plan: Plan) -> str:
         if rules.warmup == "none":
             return "none"
         return f"none: it needs a batch above {rules.reference_batch_size:,} and a rate above {rules.reference_lr:g}"
-    duration = f"{_count(schedule.warmup_steps, 'step')} ({rules.warmup_epochs:g} epochs)"
+    duration = f"{_count(schedule.warmup_steps, 'step')} ({_count(rules.warmup_epochs, 'epoch')})"
     if schedule.warmup == "constant":
         return f"constant: {schedule.start_rate:.6g} for {duration}, then {schedule.peak_rate:.6g}"
     curve = "" if schedule.warmup_type == "linear" else ", logarithmic"
@@ -177,5 +177,5 @@ def _checkpoints(plan: Plan) -> str:
     return f"after each epoch{every}; {last}{best} are kept"
 
 
-def _count(number: int, what: str) -> str:
+def _count(number: float, what: str) -> str:
     return f"{number:,} {what}" + ("" if number == 1 else "s")

@@ -7,27 +7,34 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from recipe import checkpoint
 from recipe.batchnorm import average_running_statistics
-from recipe.data import SyntheticLoader, TrainLoader, ValidationLoader
+from recipe.data import BadImageError, SyntheticLoader, TrainLoader, ValidationLoader
 from recipe.engine import join_process_group, set_loudness, start_engine
 from recipe.loop import evaluate, train_epoch
 from recipe.model import parameter_groups
 from recipe.plan import Plan
 from recipe.plan_text import plan_json
 from recipe.preflight import CHECKPOINTS, PLAN, Run
-from recipe.summary import SUMMARY, History, format_summary, summarise
+from recipe.summary import SUMMARY, History, summarise
 from recipe.telemetry import Telemetry
 
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=10)
+KNOWN_FAILURES = (BadImageError, FloatingPointError)  # their messages say all that a person needs
 
 
-def train(run: Run, verbose: bool) -> None:
-    """Train from the newest checkpoint, or from the start, to the end."""
+def train(run: Run, verbose: bool) -> dict[str, Any]:
+    """Train from the newest checkpoint, or from the start, to the end; return the content of ``summary.json``.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+        BadImageError: an image cannot be read.
+    """
     plan, output, started = run.plan, run.output, time.monotonic()
     set_loudness(verbose or asks_for_details(plan))
     join_process_group(run.device, PROCESS_GROUP_TIMEOUT)
@@ -71,21 +78,37 @@ def train(run: Run, verbose: bool) -> None:
         save(engine, run, history, time.monotonic() - started, top1=result.top1)
 
     history.seconds += time.monotonic() - started
+    train_loader.close()
+    validation_loader.close()
     telemetry.close()
+    best = checkpoint.best(checkpoint.find(output / CHECKPOINTS))
+    summary = summarise(
+        plan,
+        history,
+        device=device_name(run.device),
+        skipped_steps=engine.skipped_steps,
+        images_per_second=telemetry.images_per_second(),
+        best_checkpoint=None if best is None else best.path,
+    )
     if dist.get_rank() == 0:
-        best = checkpoint.best(checkpoint.find(output / CHECKPOINTS))
-        summary = summarise(
-            plan,
-            history,
-            device=device_name(run.device),
-            skipped_steps=engine.skipped_steps,
-            images_per_second=telemetry.images_per_second(),
-            best_checkpoint=None if best is None else best.path,
-        )
         replace_text(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
-        print("\n" + format_summary(summary, output), flush=True)
+    if plan.config.comms_logger.enabled:
+        deepspeed.comm.log_summary()
     dist.barrier()
     dist.destroy_process_group()
+    return summary
+
+
+def summary_of_complete_run(run: Run) -> dict[str, Any] | None:
+    """What an earlier launch wrote when it came to the end of this run; None if there is something left to do."""
+    newest = checkpoint.find(run.output / CHECKPOINTS)[:1] if run.resumes else []
+    if not newest or newest[0].step < run.plan.total_steps:
+        return None
+    try:
+        summary: dict[str, Any] = json.loads((run.output / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return summary
 
 
 def resume(engine: DeepSpeedEngine, run: Run) -> tuple[History, list[str]]:

@@ -182,7 +182,7 @@ class Writer:
                 total=total_steps,
                 initial=first_step,
                 dynamic_ncols=True,
-                bar_format="{desc}|{bar}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed} gone, {remaining} left]",
+                bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed} gone, {remaining} left]",
             )
 
     def event(self, event: dict[str, Any]) -> None:

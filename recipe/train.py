@@ -17,6 +17,7 @@ if __name__ == "__main__":
 from recipe.config import read_config
 from recipe.plan import make_plan
 from recipe.plan_text import format_plan
+from recipe.summary import format_summary
 
 COMPLETE, FAILED, REFUSED = 0, 1, 2
 OTHER_RANKS_WAIT_SECONDS = 15.0
@@ -35,19 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         # torch and DeepSpeed take seconds to import; a mistake in the config need not wait for them.
         choose_accelerator()
         from recipe.preflight import prepare
+        from recipe.run import KNOWN_FAILURES, summary_of_complete_run, train
 
         run = prepare(plan, output, arguments.resume)
     except ValueError as refusal:
         return refuse(refusal, rank, arguments.verbose)
     try:
-        from recipe.run import train
-
-        train(run, arguments.verbose)
+        if (summary := summary_of_complete_run(run)) is None:
+            summary = train(run, arguments.verbose)
     except Exception as error:
-        traceback.print_exc()
+        if arguments.verbose or not isinstance(error, KNOWN_FAILURES):
+            traceback.print_exc()
         where = f"rank {rank} on {socket.gethostname()}"
         print(f"recipe: {where} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return FAILED
+    if rank == 0:
+        print("\n" + format_summary(summary, output), flush=True)
     return COMPLETE
 
 

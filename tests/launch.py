@@ -1,0 +1,68 @@
+"""Starts real training runs, by the ``deepspeed`` CLI or plain Python, and reads what they leave."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DIGITS = "ds_configs/digits_b512.json"
+SHORT = (
+    "--set=recipe.schedule.epochs=3",
+    "--set=recipe.schedule.warmup_epochs=1",
+    "--set=recipe.schedule.decay_epochs=[2]",
+)  # six steps of the digits config
+
+
+def command(*arguments: str, ranks: int | None) -> list[str]:
+    """The command line of a run on ``ranks`` ranks by the launcher; None starts one rank without it."""
+    if ranks is None:
+        return [sys.executable, "recipe/train.py", *arguments]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
+    return [*launcher, "--num_gpus", str(ranks), "recipe/train.py", *arguments]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's environment without what an outer launch may have left, one thread a rank."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return inherited | {"OMP_NUM_THREADS": "1"} | variables
+
+
+def train(*arguments: str, ranks: int | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run to the end; give its exit code and output."""
+    return subprocess.run(
+        command(*arguments, ranks=ranks),
+        cwd=ROOT,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def train_ok(*arguments: str, ranks: int | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """``train``, insisting that the run is complete."""
+    done = train(*arguments, ranks=ranks, **variables)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done
+
+
+def events(output: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl`` of one kind, "step" or "validation"."""
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def losses(output: Path) -> list[float]:
+    """The training loss of every step."""
+    return [event["loss"] for event in events(output, "step")]
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])

@@ -1,0 +1,68 @@
+"""What is checked before ranks meet, where a whole run would need another machine to show it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from recipe.config import ConfigError, read_config
+from recipe.plan import Plan, make_plan
+from recipe.plan_text import plan_json
+from recipe.preflight import choose_device, differing_keys
+
+DIGITS = Path(__file__).parents[1] / "ds_configs/digits_b512.json"
+
+
+def plan(*overrides: str, world_size: int = 1) -> Plan:
+    return make_plan(read_config(DIGITS, overrides), world_size)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_precision_that_the_device_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """Some CPUs know fp16 and some do not: the accelerator's word is what counts."""
+    for name, answer in (("is_fp16_supported", precision != "fp16"), ("is_bf16_supported", precision != "bf16")):
+        monkeypatch.setattr(get_accelerator(), name, lambda answer=answer: answer)
+    with pytest.raises(ConfigError) as caught:
+        choose_device(plan(f"{precision}.enabled=true"))
+    assert caught.value.key == f"{precision}.enabled"
+    assert "does not support it" in caught.value.problem
+    assert "train in fp32" in caught.value.remedy
+    if not torch.cuda.is_available():
+        assert choose_device(plan()) == torch.device("cpu")
+
+
+def differences(*overrides: str, world_size: int = 1) -> list[str]:
+    before: dict[str, Any] = json.loads(plan_json(plan()))
+    return differing_keys(before, json.loads(plan_json(plan(*overrides, world_size=world_size))))
+
+
+def test_a_resumed_run_may_change_where_and_how_it_runs() -> None:
+    assert differences(world_size=2) == []
+    assert (
+        differences(
+            "recipe.max_micro_batch_size=64",
+            "recipe.data.workers=2",
+            "recipe.checkpoint.every_steps=3",
+            "tensorboard.enabled=true",
+            "steps_per_print=7",
+            "wall_clock_breakdown=true",
+        )
+        == []
+    )
+
+
+def test_a_resumed_run_may_not_change_what_is_trained() -> None:
+    assert differences("recipe.seed=1") == ["recipe.seed was 0, is 1"]
+    assert differences("recipe.schedule.decay_epochs=[30, 45]") == [
+        "recipe.schedule.decay_epochs was [30.0, 45.0, 55.0], is [30.0, 45.0]"
+    ]
+    # The rate follows the batch, and is named too.
+    assert [text.split()[0] for text in differences("train_batch_size=1024")] == [
+        "train_batch_size",
+        "optimizer.params.lr",
+        "scheduler.params.warmup_max_lr",
+        "scheduler.params.warmup_num_steps",
+    ]

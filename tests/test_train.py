@@ -1,0 +1,270 @@
+"""Real runs of ``recipe/train.py``: what they write, how they end, and what they refuse."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.golden import GOLDEN
+from tests.launch import DIGITS, ROOT, SHORT, command, environment, events, losses, train, train_ok
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Six steps of the digits on one rank, by the launcher."""
+    output = tmp_path_factory.mktemp("short") / "run"
+    return output, train_ok("--deepspeed_config", DIGITS, "--output", str(output), *SHORT, ranks=1)
+
+
+def test_what_a_run_leaves(short_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    output, done = short_run
+    steps, validations = events(output, "step"), events(output, "validation")
+    assert [step["step"] for step in steps] == [0, 1, 2, 3, 4, 5]
+    # 0.1 → 0.2 over the two steps of the first epoch, ÷10 after the second
+    assert [step["lr"] for step in steps] == pytest.approx([0.1, 0.15, 0.2, 0.2, 0.02, 0.02], rel=1e-12)
+    assert [step["samples"] for step in steps] == [512 * n for n in range(1, 7)]
+    assert [(v["step"], v["epoch"], v["count"]) for v in validations] == [(1, 0, 355), (3, 1, 355), (5, 2, 355)]
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["final_top1"] == validations[-1]["top1"]
+    assert summary["best_top1"] == max(v["top1"] for v in validations)
+    assert summary["median_error_last_epochs"] == pytest.approx(sorted(100 - v["top1"] for v in validations)[1])
+    assert summary["images_per_second"] > 0
+    assert set(summary["versions"]) == {"python", "deepspeed", "torch", "torchvision", "timm"}
+    kept = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert kept[-2:] == ["step-00000004", "step-00000006"]
+    assert len((output / "train.log").read_text().splitlines()) == 9
+    assert "Plan of ds_configs/digits_b512.json" in done.stdout
+    assert "epoch 3/3: top-1" in done.stdout
+    assert "best weights" in done.stdout
+    assert str(output / "plan.json") in done.stdout
+
+
+def test_quiet_by_default(short_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """After the plan nothing is printed but our own lines; what precedes it is the launcher's."""
+    _, done = short_run
+    ours = done.stdout[done.stdout.index("Plan of") :].splitlines()
+    launcher = re.compile(r"\[launch\.py:")
+    strange = [line for line in ours if line.startswith("[") and not launcher.search(line)]
+    assert strange == []
+    assert "Warning" not in done.stderr
+
+
+def test_golden_losses(short_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """The seeded run as it was when the file was made; ``python -m tests.golden`` makes it anew.
+
+    Two CPUs round differently, and training multiplies a difference by about four a step.
+    """
+    golden = json.loads(GOLDEN.read_text())["losses"]
+    for step, (loss, expected) in enumerate(zip(losses(short_run[0]), golden, strict=True)):
+        assert loss == pytest.approx(expected, rel=1e-6 * 4**step), f"step {step}"
+
+
+def test_plan_json_repeats_the_run(short_run: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    output, _ = short_run
+    train_ok("--deepspeed_config", str(output / "plan.json"), "--output", str(tmp_path / "again"))
+    assert losses(tmp_path / "again") == losses(output)
+    assert (tmp_path / "again/plan.json").read_text() == (output / "plan.json").read_text()
+
+
+def test_a_killed_run_goes_on_by_the_same_command(
+    short_run: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    arguments = ("--deepspeed_config", DIGITS, "--output", str(output), "--set=recipe.checkpoint.every_steps=1", *SHORT)
+    process = subprocess.Popen(command(*arguments, ranks=None), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (output / "checkpoints/step-00000003/manifest.json").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (output / "summary.json").exists()
+    done = train_ok(*arguments)
+    assert "resumed from" in done.stdout
+    assert [step["step"] for step in events(output, "step")] == [0, 1, 2, 3, 4, 5]
+    assert losses(output) == losses(short_run[0])
+    assert events(output, "validation") == events(short_run[0], "validation")
+
+
+def test_a_complete_run_is_not_trained_again(
+    short_run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    output, _ = short_run
+    before = (output / "metrics.jsonl").read_bytes()
+    done = train_ok("--deepspeed_config", DIGITS, "--output", str(output), *SHORT)
+    assert (output / "metrics.jsonl").read_bytes() == before
+    assert "best weights" in done.stdout
+
+
+def test_two_ranks_write_one_run(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    done = train_ok("--deepspeed_config", DIGITS, "--output", str(output), *SHORT, ranks=2)
+    assert "512 = 2 ranks × 2 accumulation steps × micro-batch of 128" in done.stdout
+    assert done.stdout.count("Plan of") == 1
+    assert [step["step"] for step in events(output, "step")] == [0, 1, 2, 3, 4, 5]
+    assert [v["count"] for v in events(output, "validation")] == [355, 355, 355]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_stages_train_and_resume(tmp_path: Path, stage: int) -> None:
+    output = tmp_path / "run"
+    arguments = ["--deepspeed_config", DIGITS, "--output", str(output), *SHORT]
+    arguments.append(f"--set=zero_optimization.stage={stage}")
+    train_ok(*arguments, ranks=2)
+    whole = losses(output)
+    # As if it had been killed before the last epoch ended.
+    (output / "summary.json").unlink()
+    (output / "checkpoints/step-00000006/manifest.json").unlink()
+    train_ok(*arguments, ranks=2)
+    assert losses(output) == whole
+
+
+def test_bf16_trains_and_resumes(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = ["--deepspeed_config", DIGITS, "--output", str(output), *SHORT, "--set=bf16.enabled=true"]
+    train_ok(*arguments)
+    whole = losses(output)
+    assert whole[-1] < whole[0]
+    (output / "checkpoints/step-00000006/manifest.json").unlink()
+    train_ok(*arguments)
+    assert losses(output) == whole
+
+
+def test_deepspeeds_own_sections_work(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    done = train_ok(
+        *("--deepspeed_config", DIGITS, "--output", str(output), *SHORT),
+        "--set=tensorboard.enabled=true",
+        "--set=csv_monitor.enabled=true",
+        '--set=flops_profiler={"enabled": true, "profile_step": 2}',
+        '--set=comms_logger={"enabled": true}',
+        "--set=wall_clock_breakdown=true",
+    )
+    assert list((output / "tensorboard").glob("events.out.tfevents.*"))
+    curves = {path.name for path in (output / "csv_monitor").iterdir()}
+    assert {"Train_Samples_lr.csv", "Train_Samples_train_loss.csv", "Validation_Samples_top1.csv"} <= curves
+    rates = (output / "csv_monitor/Train_Samples_lr.csv").read_text().splitlines()
+    assert len(rates) == 1 + 6
+    assert "Flops Profiler" in done.stdout
+    assert "Comm. Op" in done.stdout
+    assert "time (ms)" in done.stdout
+
+
+def image_folder(folder: Path, *, per_class: int = 12) -> Path:
+    """Two classes, red and blue, as JPEGs of uneven sizes; one training image is a text file."""
+    for part, count in (("train", per_class), ("val", 5)):
+        for color in ("red", "blue"):
+            (folder / part / color).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (40 + number, 30 + 2 * number), color).save(folder / part / color / f"{number}.jpg")
+    (folder / "train/red/3.jpg").write_text("not an image")
+    return folder
+
+
+FOLDER_RUN = (
+    "--set=train_batch_size=8",
+    "--set=recipe.max_micro_batch_size=2",
+    "--set=recipe.model.num_classes=2",
+    '--set=recipe.data={"source": "imagefolder", "path": "nowhere", "image_size": 32, "train_images": 24, '
+    '"validation_images": 10, "workers": 1}',
+    "--set=recipe.schedule.epochs=2",
+    "--set=recipe.schedule.decay_epochs=[1]",
+)
+
+
+def test_an_image_folder_with_a_bad_image(tmp_path: Path) -> None:
+    data, output = image_folder(tmp_path / "data"), tmp_path / "run"
+    arguments = ("--deepspeed_config", DIGITS, "--output", str(output), "--data", str(data), *FOLDER_RUN)
+    stopped = train(*arguments, ranks=2)
+    assert stopped.returncode == 1
+    assert str(data / "train/red/3.jpg") in stopped.stderr
+    assert 'set recipe.data.on_bad_image to "skip"' in stopped.stderr
+    assert "Traceback" not in stopped.stderr.partition("failed: BadImageError")[0]
+    skipped = train_ok(*arguments, "--set=recipe.data.on_bad_image=skip", "--output", str(tmp_path / "skip"), ranks=2)
+    summary = json.loads((tmp_path / "skip/summary.json").read_text())
+    assert summary["bad_images"] == [str(data / "train/red/3.jpg")]
+    assert summary["steps"] == 6
+    assert [v["count"] for v in events(tmp_path / "skip", "validation")] == [10, 10]
+    assert "1 could not be read" in skipped.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set=train_btach_size=8"], "did you mean"),
+        (["--set=train_batch_size=511"], "the nearest that can: 510 or 512"),
+        (["--set=recipe.model.num_classes=11"], "the data has 10 classes; write 10"),
+        (["--set=recipe.model.name=test_resnt"], 'did you mean "test_resnet"'),
+        ([*FOLDER_RUN], "recipe.data.path"),
+        (["--resume=must"], "holds no checkpoint"),
+        (["--set=wandb.enabled=true"], "pip install wandb"),
+    ],
+)
+def test_refusals(tmp_path: Path, arguments: list[str], message: str) -> None:
+    """Exit code 2 from the launcher, one line, no traceback, no process group."""
+    done = train("--deepspeed_config", DIGITS, "--output", str(tmp_path / "run"), *arguments, ranks=2)
+    assert done.returncode == 2, f"{done.stdout}\n{done.stderr}"
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("recipe: ")]
+    assert message in line
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "run/plan.json").exists()
+
+
+def test_another_training_in_the_same_output_is_refused(
+    short_run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    output, _ = short_run
+    done = train("--deepspeed_config", DIGITS, "--output", str(output), *SHORT, "--set=train_batch_size=256")
+    assert done.returncode == 2
+    assert "train_batch_size was 512, is 256" in done.stderr
+    assert "recipe.schedule.epochs" not in done.stderr
+    never = train("--deepspeed_config", DIGITS, "--output", str(output), *SHORT, "--resume", "never")
+    assert never.returncode == 2
+    assert "--resume never" in never.stderr
+
+
+def test_a_run_that_diverges_says_at_which_step(tmp_path: Path) -> None:
+    done = train(
+        "--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT, "--set=recipe.schedule.reference_lr=1e9"
+    )
+    assert done.returncode == 1
+    assert re.search(r"recipe: rank 0 on \S+ failed: FloatingPointError: the loss of step \d is nan", done.stderr)
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
+    terminal, stderr = pty.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))
+    process = subprocess.Popen(
+        command("--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT, ranks=None),
+        cwd=ROOT,
+        env=environment(),
+        stdout=stderr,
+        stderr=stderr,
+    )
+    os.close(stderr)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(terminal, 65536)
+        except OSError:  # Linux's word for: the other side has closed
+            break
+        shown += chunk
+    assert process.wait() == 0
+    text = shown.decode()
+    assert re.search(r"epoch 3/3.*6/6 steps, loss \d\.\d+, rate 0\.02, [\d,]+ images/s \[.* gone, .* left\]", text)
+    # Lines that are printed while the bar stands begin at the left edge.
+    for line in re.findall(r"[^\r\n]*top-1 [\d.]+ %, top-5[^\r\n]*", text):
+        assert re.match(r"(\x1b\[[\d;]*[A-Za-z])*epoch \d/3: top-1", line), repr(line)
