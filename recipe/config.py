@@ -5,7 +5,6 @@ Every refusal is a ``ConfigError``: one line with file, key, value, what is wron
 
 import difflib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,29 +21,7 @@ from recipe.deepspeed_sections import (
     PositiveFloat,
     Section,
 )
-
-Key = tuple[str | int, ...]
-ABSENT: Any = ...  # stands for the value of a key that is not written; JSON has no such value
-
-
-class ConfigError(ValueError):
-    """A refused input. ``str()`` is one line; the parts are attributes."""
-
-    def __init__(self, file: str, key: str, value: Any, problem: str, remedy: str) -> None:
-        """``key`` is dotted, or "" where the whole file is meant; ``value`` may be ``ABSENT``."""
-        super().__init__(file, key, value, problem, remedy)
-        self.file, self.key, self.value, self.problem, self.remedy = file, key, value, problem, remedy
-
-    def __str__(self) -> str:
-        where = self.file
-        if self.key:
-            where += f": {self.key}"
-        if self.value is not ABSENT:
-            shown = json.dumps(self.value, ensure_ascii=False, default=str)
-            where += f" = {shown if len(shown) <= 80 else shown[:79] + '…'}"
-        line = f"{where}: {self.problem}; {self.remedy}"
-        # Names and texts come from outside: no line break or terminal escape may pass.
-        return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in line)
+from recipe.strict_json import ABSENT, ConfigError, Key, apply_override, dotted_key, parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -214,11 +191,11 @@ class Config(DeepSpeedConfig):
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a JSON file; an override is ``--set``'s KEY=VALUE: a dotted key, and JSON or else a string."""
     file = str(path)
-    raw = _parse_file(read_text(Path(path), "*.json"), file)
+    raw = parse_json(read_text(Path(path), "*.json"), file)
     if overrides:
         file += f" (with {' '.join(f'--set {override}' for override in overrides)})"
     for override in overrides:
-        _override(raw, override, file)
+        apply_override(raw, override, file)
     return parse_config(raw, file)
 
 
@@ -232,104 +209,6 @@ def parse_config(raw: dict[str, Any], file: str) -> Config:
     for contradiction in _contradictions(config):
         raise config.source.refusal(*contradiction)
     return config
-
-
-def read_text(path: Path, siblings: str) -> str:
-    """The text of a UTF-8 file that is not empty; ``siblings`` matches the files that may have been meant."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        problem, remedy = f"not UTF-8 at byte {error.start}", "save it as UTF-8"
-    except OSError as error:
-        problem, remedy = (error.strerror or str(error)).lower(), _nearby(path, siblings)
-    else:
-        if text.startswith("\ufeff"):
-            problem, remedy = "begins with a byte-order mark", "save it as UTF-8 without one"
-        elif not text.strip():
-            problem, remedy = "empty", "fill it, or name another file"
-        else:
-            return text
-    raise ConfigError(str(path), "", ABSENT, problem, remedy)
-
-
-def _nearby(path: Path, siblings: str) -> str:
-    folder = path if path.is_dir() else path.parent
-    if not folder.is_dir():
-        return f"{folder} is not a folder"
-    names = sorted(file.name for file in folder.glob(siblings))
-    close = difflib.get_close_matches(path.name, names, n=1)
-    question = f"did you mean {folder / close[0]}? " if close else ""
-    return f"{question}{folder} holds {', '.join(names[:20]) or f'no {siblings}'}"
-
-
-def _parse_file(text: str, file: str) -> dict[str, Any]:
-    try:
-        raw = json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
-        remedy = "write plain JSON"
-        if after.startswith(("//", "/*", "#")):
-            remedy = "remove the comment: JSON has none (DeepSpeed would let it pass, as Hjson)"
-        elif before.endswith(",") and after.startswith(("}", "]")):
-            remedy = "remove the comma before it (DeepSpeed would let it pass, as Hjson)"
-        problem = f"line {error.lineno}, column {error.colno}: {error.msg}"
-        raise ConfigError(file, "", ABSENT, problem, remedy) from None
-    except (RecursionError, ValueError) as error:
-        problem = f"Python cannot read it: {str(error).partition(';')[0]}"
-        raise ConfigError(file, "", ABSENT, problem, "write plain JSON") from None
-    _check_leaves(raw, file)
-    if not isinstance(raw, dict):
-        raise ConfigError(file, "", raw, "not an object", "write the keys and values between { and }")
-    return raw
-
-
-@dataclass(frozen=True)
-class _Repeated:
-    """Stands in a parsed object for the values of a key that occurs more than once."""
-
-    values: list[Any]
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    parsed = dict(pairs)
-    if len(parsed) < len(pairs):
-        for key in parsed:
-            values = [value for name, value in pairs if name == key]
-            parsed[key] = values[0] if len(values) == 1 else _Repeated(values)
-    return parsed
-
-
-def _check_leaves(value: Any, file: str, key: Key = ()) -> None:
-    """Refuse what Python's json lets pass: a key that occurs twice, a number that is not finite."""
-    if len(key) > 100:
-        raise ConfigError(file, _dotted(key), ABSENT, "nested too deeply", "write plain JSON")
-    if isinstance(value, dict | list):
-        for part, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            _check_leaves(inner, file, (*key, part))
-    elif isinstance(value, _Repeated):
-        raise ConfigError(file, _dotted(key), value.values, "this key occurs more than once", "write it once")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(file, _dotted(key), value, "not a finite number", "write a finite one")
-
-
-def _override(raw: dict[str, Any], override: str, file: str) -> None:
-    dotted, equals, text = override.partition("=")
-    *path, last = dotted.split(".")
-    if not equals or not all([*path, last]):
-        problem = f"--set {override} is not KEY=VALUE"
-        raise ConfigError(file, "", ABSENT, problem, "write it as in --set recipe.schedule.epochs=2")
-    try:
-        value = json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError):
-        value = text
-    _check_leaves(value, file, (*path, last))
-    section: Any = raw
-    for depth, part in enumerate(path, start=1):
-        section = section.setdefault(part, {})
-        if not isinstance(section, dict):
-            problem = f"not an object, so it has no {'.'.join([*path[depth:], last])}"
-            raise ConfigError(file, _dotted(tuple(path[:depth])), section, problem, "set the key itself")
-    section[last] = value
 
 
 def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
@@ -378,7 +257,7 @@ def _refusal(errors: list[ErrorDetails], raw: dict[str, Any], file: str) -> Conf
     first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
     key, value = _locate(first["loc"], raw)
     if first["type"] == "extra_forbidden":
-        return ConfigError(file, _dotted(key), value, *_unknown(_section(key[:-1]), str(key[-1])))
+        return ConfigError(file, dotted_key(key), value, *_unknown(_section(key[:-1]), str(key[-1])))
     if first["type"] == "missing":
         key, value = first["loc"], ABSENT
     branches = [error for error in errors if _locate(error["loc"], raw)[0] == key] or [first]
@@ -391,7 +270,7 @@ def _refusal(errors: list[ErrorDetails], raw: dict[str, Any], file: str) -> Conf
     field = _section(path).model_fields[name]
     default = json.dumps(field.default, default=lambda section: {})
     expected = field.description or f"{kinds} (DeepSpeed's default is {default})"
-    return ConfigError(file, _dotted(key), value, problem, f"expected {' '.join(expected.split())}")
+    return ConfigError(file, dotted_key(key), value, problem, f"expected {' '.join(expected.split())}")
 
 
 def _locate(loc: Key, raw: Any) -> tuple[Key, Any]:
@@ -435,7 +314,3 @@ def _keys(section: type[Section], prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             yield from _keys(field.annotation, f"{prefix}{name}.")
-
-
-def _dotted(key: Key) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")

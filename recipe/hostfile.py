@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from recipe.config import ABSENT, ConfigError, read_text
+from recipe.strict_json import ABSENT, ConfigError, read_text
 
 # A name reaches ssh and pdsh as an argument: a leading "-" would be an option; pdsh expands "," and "[1-4]",
 # and takes what stands before ":" for a way to connect ("exec:" runs the command on this machine).

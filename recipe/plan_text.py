@@ -178,4 +178,5 @@ def _checkpoints(plan: Plan) -> str:
 
 
 def _count(number: float, what: str) -> str:
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {what}" + ("" if number == 1 else "s")

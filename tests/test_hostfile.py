@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from recipe.config import ConfigError
 from recipe.hostfile import read_hostfile, world_size
+from recipe.strict_json import ConfigError
 
 HostfileOf = Callable[[str | bytes], Path]
 

@@ -1,0 +1,136 @@
+"""Reads JSON strictly: what a person got wrong in a file is said in one line, never passed over.
+
+Python's json lets a repeated key, NaN and infinity pass; DeepSpeed reads Hjson, with comments and trailing commas.
+"""
+
+import difflib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Key = tuple[str | int, ...]
+ABSENT: Any = ...  # stands for the value of a key that is not written; JSON has no such value
+
+
+class ConfigError(ValueError):
+    """A refused input. ``str()`` is one line; the parts are attributes."""
+
+    def __init__(self, file: str, key: str, value: Any, problem: str, remedy: str) -> None:
+        """``key`` is dotted, or "" where the whole file is meant; ``value`` may be ``ABSENT``."""
+        super().__init__(file, key, value, problem, remedy)
+        self.file, self.key, self.value, self.problem, self.remedy = file, key, value, problem, remedy
+
+    def __str__(self) -> str:
+        where = self.file
+        if self.key:
+            where += f": {self.key}"
+        if self.value is not ABSENT:
+            shown = json.dumps(self.value, ensure_ascii=False, default=str)
+            where += f" = {shown if len(shown) <= 80 else shown[:79] + '…'}"
+        line = f"{where}: {self.problem}; {self.remedy}"
+        # Names and texts come from outside: no line break or terminal escape may pass.
+        return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in line)
+
+
+def read_text(path: Path, siblings: str) -> str:
+    """The text of a UTF-8 file that is not empty; ``siblings`` matches the files that may have been meant."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        problem, remedy = f"not UTF-8 at byte {error.start}", "save it as UTF-8"
+    except OSError as error:
+        problem, remedy = (error.strerror or str(error)).lower(), _nearby(path, siblings)
+    else:
+        if text.startswith("\ufeff"):
+            problem, remedy = "begins with a byte-order mark", "save it as UTF-8 without one"
+        elif not text.strip():
+            problem, remedy = "empty", "fill it, or name another file"
+        else:
+            return text
+    raise ConfigError(str(path), "", ABSENT, problem, remedy)
+
+
+def _nearby(path: Path, siblings: str) -> str:
+    folder = path if path.is_dir() else path.parent
+    if not folder.is_dir():
+        return f"{folder} is not a folder"
+    names = sorted(file.name for file in folder.glob(siblings))
+    close = difflib.get_close_matches(path.name, names, n=1)
+    question = f"did you mean {folder / close[0]}? " if close else ""
+    return f"{question}{folder} holds {', '.join(names[:20]) or f'no {siblings}'}"
+
+
+def parse_json(text: str, file: str) -> dict[str, Any]:
+    try:
+        raw = json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
+        remedy = "write plain JSON"
+        if after.startswith(("//", "/*", "#")):
+            remedy = "remove the comment: JSON has none (DeepSpeed would let it pass, as Hjson)"
+        elif before.endswith(",") and after.startswith(("}", "]")):
+            remedy = "remove the comma before it (DeepSpeed would let it pass, as Hjson)"
+        problem = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        raise ConfigError(file, "", ABSENT, problem, remedy) from None
+    except (RecursionError, ValueError) as error:
+        problem = f"Python cannot read it: {str(error).partition(';')[0]}"
+        raise ConfigError(file, "", ABSENT, problem, "write plain JSON") from None
+    _check_leaves(raw, file)
+    if not isinstance(raw, dict):
+        raise ConfigError(file, "", raw, "not an object", "write the keys and values between { and }")
+    return raw
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """Stands in a parsed object for the values of a key that occurs more than once."""
+
+    values: list[Any]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    parsed = dict(pairs)
+    if len(parsed) < len(pairs):
+        for key in parsed:
+            values = [value for name, value in pairs if name == key]
+            parsed[key] = values[0] if len(values) == 1 else _Repeated(values)
+    return parsed
+
+
+def _check_leaves(value: Any, file: str, key: Key = ()) -> None:
+    """Refuse what Python's json lets pass: a key that occurs twice, a number that is not finite."""
+    if len(key) > 100:
+        raise ConfigError(file, dotted_key(key), ABSENT, "nested too deeply", "write plain JSON")
+    if isinstance(value, dict | list):
+        for part, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_leaves(inner, file, (*key, part))
+    elif isinstance(value, _Repeated):
+        raise ConfigError(file, dotted_key(key), value.values, "this key occurs more than once", "write it once")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(file, dotted_key(key), value, "not a finite number", "write a finite one")
+
+
+def apply_override(raw: dict[str, Any], override: str, file: str) -> None:
+    dotted, equals, text = override.partition("=")
+    *path, last = dotted.split(".")
+    if not equals or not all([*path, last]):
+        problem = f"--set {override} is not KEY=VALUE"
+        raise ConfigError(file, "", ABSENT, problem, "write it as in --set recipe.schedule.epochs=2")
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError):
+        value = text
+    _check_leaves(value, file, (*path, last))
+    section: Any = raw
+    for depth, part in enumerate(path, start=1):
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            problem = f"not an object, so it has no {'.'.join([*path[depth:], last])}"
+            raise ConfigError(file, dotted_key(tuple(path[:depth])), section, problem, "set the key itself")
+    section[last] = value
+
+
+def dotted_key(key: Key) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
