@@ -93,7 +93,7 @@ def choose_accelerator() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
+        if not os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(cores_per_rank())
 
 

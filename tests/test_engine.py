@@ -55,7 +55,7 @@ def plain_training(steps: int, batch: int, schedule: RateSchedule = CONSTANT_RAT
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
+    return {name: parameter.detach().float().cpu().clone() for name, parameter in model.named_parameters()}
 
 
 def new_engine(
@@ -89,10 +89,11 @@ def train_step(engine: Any, rank: int, world_size: int, step: int, batch: int) -
     from recipe.loop import train_epoch
 
     images, labels = samples(step, batch)
-    dtype = next(engine.module.parameters()).dtype
+    weight = next(engine.module.parameters())
+    images, labels = images.to(weight), labels.to(weight.device)
     micro = engine.train_micro_batch_size_per_gpu()
     order = [(a * world_size + rank) * micro for a in range(engine.gradient_accumulation_steps())]
-    batches = [Batch(images[i : i + micro].to(dtype), labels[i : i + micro], torch.ones(micro), ()) for i in order]
+    batches = [Batch(images[i : i + micro], labels[i : i + micro], torch.ones(micro), ()) for i in order]
     (_,) = train_epoch(engine, batches)
 
 
@@ -104,12 +105,12 @@ def master_weights(engine: Any) -> dict[str, Tensor]:
     if hasattr(engine.optimizer, "fp32_groups"):
         (conv, linear), (conv_bias, linear_bias) = engine.optimizer.fp32_groups
         return {
-            name: value.detach().clone()
+            name: value.detach().cpu().clone()
             for name, value in zip(names, (conv, conv_bias, linear, linear_bias), strict=True)
         }
     if engine.zero_optimization_stage() == 0:
         return weights_of(engine.module)
-    return {name: safe_get_full_fp32_param(p).clone() for name, p in engine.module.named_parameters()}
+    return {name: safe_get_full_fp32_param(p).cpu().clone() for name, p in engine.module.named_parameters()}
 
 
 def updates(history: list[dict[str, Tensor]]) -> list[Tensor]:
@@ -194,7 +195,8 @@ def _trained_with_an_overflow(rank: int, world_size: int, overflow_at: int) -> d
         images, labels = samples(step, 16)
         if step == overflow_at:
             images = images * 1e4
-        micro = [Batch(images[i : i + 8].half(), labels[i : i + 8], torch.ones(8), ()) for i in (0, 8)]
+        images, labels = images.to(engine.device, torch.half), labels.to(engine.device)
+        micro = [Batch(images[i : i + 8], labels[i : i + 8], torch.ones(8), ()) for i in (0, 8)]
         momentum = [state["momentum_buffer"].clone() for state in engine.optimizer.state.values()]
         weights = master_weights(engine)
         (result,) = train_epoch(engine, micro)

@@ -7,6 +7,7 @@ import pty
 import re
 import struct
 import subprocess
+import sys
 import termios
 import time
 from pathlib import Path
@@ -110,12 +111,23 @@ def test_a_complete_run_is_not_trained_again(
 
 
 def test_two_ranks_write_one_run(tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    done = train_ok("--deepspeed_config", DIGITS, "--output", str(output), *SHORT, ranks=2)
+    output, extensions = tmp_path / "run", tmp_path / "extensions"
+    arguments = ("--deepspeed_config", DIGITS, "--output", str(output), *SHORT)
+    done = train_ok(*arguments, ranks=2, OMP_NUM_THREADS="", TORCH_EXTENSIONS_DIR=str(extensions))
     assert "512 = 2 ranks × 2 accumulation steps × micro-batch of 128" in done.stdout
     assert done.stdout.count("Plan of") == 1
     assert [step["step"] for step in events(output, "step")] == [0, 1, 2, 3, 4, 5]
     assert [v["count"] for v in events(output, "validation")] == [355, 355, 355]
+    # Each rank takes its share of the cores, and DeepSpeed compiles nothing.
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert f"2 ranks on CPU, {share} thread" in done.stdout
+    assert not list(extensions.rglob("*.so"))
+
+
+def test_the_config_is_validated_before_torch_is_imported() -> None:
+    program = "import sys, recipe.train; print([m for m in ('torch', 'deepspeed') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -1,0 +1,150 @@
+"""The engine's checks of tests/test_engine.py on CUDA, and a real run of ResNet-50."""
+
+import math
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from recipe.scaling import RateSchedule
+from tests import test_engine as on_cpu
+from tests.launch import events, losses, train_ok
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(rank: int, world_size: int, store: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function`` as ``run_ranks`` does, but with NCCL, as in training."""
+    torch.cuda.set_device(rank)
+    dist.destroy_process_group()
+    dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    return function(rank, world_size, *args)
+
+
+@pytest.fixture(autouse=True)
+def _deepspeed_takes_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)  # a CPU test may have set it
+
+
+def test_half_precisions_change_rounding_not_the_method(tmp_path: Path) -> None:
+    """Invariant 7, with the bounds that hold on the CPU; the reference is fp32 on the CPU."""
+    reference = on_cpu.updates(on_cpu.plain_training(6, 16))
+    (histories,) = run_ranks(1, on_gpu, str(tmp_path / "store"), on_cpu._trained_in_fp16_and_bf16)
+    for precision, rounding in (("fp16", 2**-11), ("bf16", 2**-8)):
+        measured = on_cpu.updates(histories[precision])
+        assert on_cpu.relative_error(measured[0], reference[0]) < 4 * rounding
+        for update, expected in zip(measured, reference, strict=True):
+            assert on_cpu.relative_error(update, expected) < 16 * rounding
+
+
+def test_an_overflow_skips_its_update_and_loses_nothing_else(tmp_path: Path) -> None:
+    (result,) = run_ranks(1, on_gpu, str(tmp_path / "store"), on_cpu._trained_with_an_overflow, 2)
+    skipped = [(step, skipped, unchanged) for step, skipped, unchanged, _, _ in result["seen"]]
+    assert skipped == [(step, step == 2, step == 2) for step in range(5)]
+    rates_and_scales = [(lr, scale) for *_, lr, scale in result["seen"]]
+    assert rates_and_scales == [
+        (pytest.approx(0.1 + 0.05 * step), 2.0**16 if step < 2 else 2.0**15) for step in range(5)
+    ]
+    assert result["skipped_steps"] == 1
+
+
+def _memory_formats(rank: int, world_size: int, precision: str) -> dict[str, tuple[str, bool, bool]]:
+    """Of each convolution and batch norm in a training step: its dtype, and whether what comes out of it, and the
+    gradient that comes back to it, are channels_last."""
+    from recipe.batchnorm import BatchNorm
+    from recipe.data import SyntheticLoader
+    from recipe.engine import join_process_group, start_engine
+    from recipe.loop import train_epoch
+    from recipe.model import build_model, parameter_groups
+
+    join_process_group(torch.device("cuda"), timedelta(seconds=60))
+    model = build_model("resnet50", 10, seed=0, statistics="global")
+    engine = start_engine(
+        model,
+        parameter_groups(model, 1e-4),
+        {
+            "train_batch_size": 8,
+            "gradient_clipping": 0.0,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9, "nesterov": True}},
+        }
+        | ({} if precision == "fp32" else {precision: {"enabled": True}}),
+        RateSchedule(0.01, 0.01, "none", 0, "linear", (), 0.1),
+    )
+    seen: dict[str, list[Any]] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        def forward_hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            def gradient_hook(gradient: Tensor) -> None:
+                seen[name].append(gradient.is_contiguous(memory_format=torch.channels_last))
+
+            seen[name] = [str(output.dtype), output.is_contiguous(memory_format=torch.channels_last)]
+            output.register_hook(gradient_hook)
+
+        return forward_hook
+
+    for name, module in engine.module.named_modules():
+        if isinstance(module, (nn.Conv2d, BatchNorm)):
+            module.register_forward_hook(look(name))
+    loader = SyntheticLoader(
+        train_images=8,
+        validation_images=1,
+        classes=10,
+        image_size=64,  # 2 × 2 pixels at the end: with one, every format would be both
+        global_batch=8,
+        micro_batch=8,
+        rank=rank,
+        world_size=world_size,
+        seed=0,
+        device="cuda",
+        dtype=next(engine.module.parameters()).dtype,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+    )
+    (step,) = train_epoch(engine, loader.epoch(0))
+    assert math.isfinite(step.loss.item())
+    return {name: tuple(found) for name, found in seen.items()}
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", "torch.float32"), ("fp16", "torch.float16"), ("bf16", "torch.bfloat16")]
+)
+def test_channels_last_is_kept_from_the_first_layer_to_the_last(precision: str, dtype: str, tmp_path: Path) -> None:
+    (formats,) = run_ranks(1, on_gpu, str(tmp_path / "store"), _memory_formats, precision)
+    assert len(formats) == 53 + 53  # ResNet-50's convolutions and batch norms
+    assert formats == dict.fromkeys(formats, (dtype, True, True))
+
+
+@pytest.mark.parametrize("config", ["resnet50_b8192", "resnet50_b8192_bf16"])
+def test_resnet50_trains_and_validates(config: str, tmp_path: Path) -> None:
+    """Twenty steps of two micro-batches of 64, as train.py is run; synthetic images are the same at every step."""
+    output = tmp_path / "run"
+    launcher = Path(sys.executable).with_name("deepspeed")
+    train_ok(
+        *("--deepspeed_config", f"ds_configs/{config}.json", "--output", str(output)),
+        "--set=train_batch_size=128",
+        "--set=train_micro_batch_size_per_gpu=64",
+        "--set=tensorboard.enabled=false",
+        "--set=recipe.data.source=synthetic",
+        "--set=recipe.data.path=null",
+        "--set=recipe.data.train_images=2570",
+        "--set=recipe.data.validation_images=100",
+        "--set=recipe.schedule.epochs=1",
+        ranks=1 if launcher.exists() else None,
+    )
+    steps, (validation,) = events(output, "step"), events(output, "validation")
+    assert [step["step"] for step in steps] == list(range(20))
+    # 0.1 · 128 / 256, and no warmup up to a batch of 256
+    assert {step["lr"] for step in steps} == {0.05}
+    assert all(loss is not None and math.isfinite(loss) for loss in losses(output))
+    assert losses(output)[0] == pytest.approx(math.log(1000), rel=0.1)
+    assert losses(output)[-1] < 0.5 * losses(output)[0]
+    assert sum(step["skipped"] for step in steps) <= 2  # fp16's first loss scale may be too large
+    assert validation["count"] == 100
+    assert math.isfinite(validation["loss"])

@@ -1,0 +1,44 @@
+"""The README says what is there."""
+
+from pathlib import Path
+
+import pytest
+
+from recipe.config import Config, read_config
+from recipe.deepspeed_sections import PassedOn, Section
+from recipe.hostfile import read_hostfile
+from recipe.plan import make_plan
+from recipe.plan_text import format_plan
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def keys(section: type[Section], prefix: str = "") -> list[str]:
+    """The dotted keys of a config; of a section that is passed on to DeepSpeed, its name alone."""
+    found = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section) and not issubclass(inner, PassedOn):
+            found += keys(inner, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
+
+
+@pytest.mark.parametrize("key", keys(Config))
+def test_every_key_stands_in_the_table(key: str) -> None:
+    rows = [line.split("|")[1] for line in README.splitlines() if line.startswith("| `")]
+    section, _, name = key.rpartition(".")
+    assert any(f"`{key}`" in row or (f"`{name}`" in row and f"`{section}." in row) for row in rows)
+
+
+@pytest.mark.parametrize("path", [*(ROOT / "ds_configs").iterdir(), *(ROOT / "hostfiles").iterdir()], ids=str)
+def test_every_config_and_hostfile_is_named(path: Path) -> None:
+    assert f"`{path.name}`" in README or f"{path.parent.name}/{path.name} " in README
+
+
+def test_the_plan_is_as_it_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    ranks = sum(read_hostfile("hostfiles/four_nodes_8gpu").values())
+    assert format_plan(make_plan(read_config("ds_configs/resnet50_b8192.json"), ranks)) in README
