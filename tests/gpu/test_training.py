@@ -30,7 +30,7 @@ def on_gpu(rank: int, world_size: int, store: str, function: Callable[..., Any],
 
 @pytest.fixture(autouse=True)
 def _deepspeed_takes_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)  # a CPU test may have set it
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)  # it may say "cpu" for the sake of the other tests
 
 
 def test_half_precisions_change_rounding_not_the_method(tmp_path: Path) -> None:

@@ -1,0 +1,380 @@
+"""What a training step of the recipe costs beside plain PyTorch.
+
+Each rank is one process that runs several loops over the same batches, in turn and one optimizer step at a time, so
+that whatever slows the machine slows all of them:
+
+- recipe: ``recipe.loop.train_epoch`` on DeepSpeed's engine, as in a run, without telemetry and loading of data;
+- plain: forward, backward and optimizer of PyTorch; on several ranks one all-reduce of all gradients;
+- ddp, on several ranks: ``DistributedDataParallel``, silent (``no_sync``) on all but the last micro-batch;
+- timm, on one rank: plain, with the model as timm makes it, that is with ``torch.nn.BatchNorm2d``.
+
+All but the last have the same model with the recipe's batch norm over all ranks (torch's own SyncBatchNorm refuses CPU
+tensors), so that what they differ by is the engine. Half precisions are autocast in PyTorch, with a GradScaler for
+fp16. Before the clock starts the loops' weights are compared: they must have had the same training, up to rounding.
+
+    python -m benchmarks.engine_overhead --world-size 1 2 --json benchmarks/results/engine_overhead_cpu.json
+    torchrun --nproc-per-node 8 -m benchmarks.engine_overhead --model resnet50 --image-size 224 --precision fp16
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import date, timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.optim import SGD, Optimizer
+
+from recipe.data import Batch, SyntheticLoader
+from recipe.model import build_model, parameter_groups
+from recipe.scaling import RateSchedule
+from recipe.train import choose_accelerator
+
+CLASSES = 1000
+RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-4
+LOSS_SCALE_POWER = 10  # so small that no step of a GradScaler or of DeepSpeed overflows and is left out
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WARM_UP_STEPS = 3
+# The part of the warm-up's update by which two loops may differ; measured: fp32 none, bf16 0.02 to 0.04.
+ROUNDING = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.15}
+TIMEOUT = timedelta(minutes=10)
+
+
+class Loop(NamedTuple):
+    """A way to train: ``step`` makes one optimizer step; ``optimizer`` holds the fp32 weights."""
+
+    step: Callable[[], object]
+    optimizer: Optimizer
+
+    def weights(self) -> Tensor:
+        """All weights in one vector."""
+        return parameters_to_vector(p for group in self.optimizer.param_groups for p in group["params"]).detach()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure; print a table, and write it and a JSON if asked to."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments, where = parse_arguments(words), hardware()
+    if "RANK" in os.environ:  # a launcher has started this process as one of its ranks
+        results = run_rank(arguments)
+        if os.environ["RANK"] != "0":
+            return 0
+    else:
+        results = [result for ranks in arguments.world_size for result in spawn_ranks(ranks, arguments)]
+    report = {
+        "command": shlex.join(["python", "-m", "benchmarks.engine_overhead", *words]),
+        "date": date.today().isoformat(),
+        "hardware": where,
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "deepspeed", "timm")},
+        "settings": {key: getattr(arguments, key) for key in ("model", "image_size", "micro_batch", "precision")},
+        "results": results,
+    }
+    table = format_report(report)
+    print(table, end="")
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        arguments.json.with_suffix(".md").write_text(table, encoding="utf-8")
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; a combination that cannot run ends the program."""
+    parser = argparse.ArgumentParser(prog="benchmarks.engine_overhead", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="resnet18", help="timm's name (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=64, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=int, default=32, help="images a rank (default: %(default)s)")
+    parser.add_argument("--accumulation", type=int, nargs="+", default=[1, 8], help="one measurement each")
+    parser.add_argument("--steps", type=int, default=40, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--world-size", type=int, nargs="+", default=[1], help="one after the other; not with torchrun")
+    parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
+    arguments = parser.parse_args(argv)
+    if arguments.steps < 2:
+        parser.error(f"--steps {arguments.steps}: a spread needs at least 2")
+    if arguments.precision == "fp16" and not torch.cuda.is_available():
+        parser.error("--precision fp16 needs a GPU")
+    if torch.cuda.is_available() and "RANK" not in os.environ and max(arguments.world_size) > torch.cuda.device_count():
+        parser.error(f"--world-size {max(arguments.world_size)}: NCCL needs a GPU for each rank")
+    return arguments
+
+
+def spawn_ranks(world_size: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run the ranks on this machine; return what rank 0 measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_spawned_rank, (world_size, arguments, folder), nprocs=world_size)
+        results: list[dict[str, Any]] = json.loads(Path(folder, "results.json").read_text())
+        return results
+
+
+def _spawned_rank(rank: int, world_size: int, arguments: argparse.Namespace, folder: str) -> None:
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ |= {key: str(value) for key, value in environment.items()}
+    # A file, and not a port that another program may take in the meantime.
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world_size,
+        timeout=TIMEOUT,
+    )
+    results = run_rank(arguments)
+    if rank == 0:
+        Path(folder, "results.json").write_text(json.dumps(results))
+
+
+def run_rank(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure every accumulation as one of the ranks that the environment describes."""
+    choose_accelerator()  # before DeepSpeed is imported
+    from recipe.engine import join_process_group, set_loudness
+
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    set_loudness(verbose=False)
+    join_process_group(device, TIMEOUT)
+    results = [measure(arguments, accumulation, device) for accumulation in arguments.accumulation]
+    dist.barrier()  # a rank that leaves early makes gloo abort the others
+    dist.destroy_process_group()
+    return results
+
+
+def measure(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> dict[str, Any]:
+    """Time the loops in turn. A round's time of a loop is that of its slowest rank."""
+    loops = make_loops(arguments, accumulation, device)
+    start = loops["plain"].weights()
+    for _ in range(WARM_UP_STEPS):
+        for loop in loops.values():
+            loop.step()
+    differences = compare_training(loops, start, arguments.precision)
+    seconds = torch.zeros(arguments.steps, len(loops), dtype=torch.float64, device=device)
+    turns = list(enumerate(loops.values()))
+    for round_ in range(arguments.steps):
+        for column, loop in turns[round_ % len(turns) :] + turns[: round_ % len(turns)]:
+            seconds[round_, column] = _timed(loop.step, device)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    by_loop = dict(zip(loops, seconds.T.tolist(), strict=True))
+    return {
+        "world_size": dist.get_world_size(),
+        "accumulation": accumulation,
+        "rounds": arguments.steps,
+        "threads_a_rank": torch.get_num_threads(),
+        "step_ms": {name: _quartiles([1000 * value for value in times]) for name, times in by_loop.items()},
+        "recipe_ratio": {
+            name: _quartiles([ours / theirs for ours, theirs in zip(by_loop["recipe"], times, strict=True)])
+            for name, times in by_loop.items()
+            if name != "recipe"
+        },
+        "update_differs_from_plain_by": differences,
+    }
+
+
+def make_loops(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> dict[str, Loop]:
+    """The loops by name, from the same weights and on the same batches, different for every rank and micro-step."""
+    world_size = dist.get_world_size()
+    batches = [
+        next(
+            SyntheticLoader(
+                train_images=arguments.micro_batch * world_size,
+                validation_images=1,
+                classes=CLASSES,
+                image_size=arguments.image_size,
+                global_batch=arguments.micro_batch * world_size,
+                micro_batch=arguments.micro_batch,
+                rank=dist.get_rank(),
+                world_size=world_size,
+                seed=micro_step,
+                device=device,
+                dtype=DTYPES[arguments.precision],
+                mean=(0.5,) * 3,
+                std=(0.25,) * 3,
+            ).epoch(0)
+        )
+        for micro_step in range(accumulation)
+    ]
+
+    def model() -> nn.Module:
+        return build_model(arguments.model, CLASSES, seed=0, statistics="global").to(device)
+
+    loops = {
+        "recipe": recipe_loop(model(), batches, arguments.precision),
+        "plain": plain_loop(model(), batches, arguments.precision),
+    }
+    if world_size > 1:
+        wrapped = DistributedDataParallel(model(), device_ids=[device.index] if device.type == "cuda" else None)
+        wrapped.broadcast_buffers = False  # SyncBN keeps them equal; the argument warns in torch 2.15, this does not
+        loops["ddp"] = plain_loop(wrapped, batches, arguments.precision)
+    else:
+        as_timm_makes_it = timm.create_model(arguments.model, num_classes=CLASSES)
+        as_timm_makes_it.load_state_dict(model().state_dict())
+        loops["timm"] = plain_loop(as_timm_makes_it.to(device), batches, arguments.precision)
+    return loops
+
+
+def recipe_loop(model: nn.Module, batches: list[Batch], precision: str) -> Loop:
+    """The recipe's own loop on its engine."""
+    from recipe.engine import start_engine
+    from recipe.loop import train_epoch
+
+    micro_batch = len(batches[0].labels)
+    config: dict[str, Any] = {
+        "train_batch_size": micro_batch * len(batches) * dist.get_world_size(),
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": len(batches),
+        "gradient_clipping": 0.0,
+        "optimizer": {
+            "type": "SGD",
+            "params": {"lr": RATE, "momentum": MOMENTUM, "nesterov": True, "weight_decay": WEIGHT_DECAY},
+        },
+    }
+    if precision == "fp16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": LOSS_SCALE_POWER}
+    elif precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    constant_rate = RateSchedule(RATE, RATE, "none", 0, "linear", (), 0.1)
+    engine = start_engine(model, parameter_groups(model, WEIGHT_DECAY), config, constant_rate)
+    steps = train_epoch(engine, itertools.cycle(batches))
+    return Loop(lambda: next(steps), engine.basic_optimizer)
+
+
+def plain_loop(model: nn.Module, batches: list[Batch], precision: str) -> Loop:
+    """The same in PyTorch; ``DistributedDataParallel`` averages the gradients itself."""
+    model.train()
+    ddp = isinstance(model, DistributedDataParallel)
+    optimizer = SGD(parameter_groups(model, WEIGHT_DECAY), lr=RATE, momentum=MOMENTUM, nesterov=True)
+    device = batches[0].images.device.type
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**LOSS_SCALE_POWER, enabled=precision == "fp16")
+    world_size = dist.get_world_size()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        for batch in batches:
+            silent = ddp and batch is not batches[-1]
+            with model.no_sync() if silent else contextlib.nullcontext():  # type: ignore[operator]
+                with torch.autocast(device, DTYPES[precision], enabled=precision != "fp32"):
+                    logits = model(batch.images)
+                loss = F.cross_entropy(logits.float(), batch.labels)
+                scaler.scale(loss / len(batches)).backward()
+        if world_size > 1 and not ddp:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            mean = parameters_to_vector(gradients).div_(world_size)
+            dist.all_reduce(mean)
+            vector_to_parameters(mean, gradients)
+        scaler.step(optimizer)
+        scaler.update()
+
+    return Loop(step, optimizer)
+
+
+def compare_training(loops: dict[str, Loop], start: Tensor, precision: str) -> dict[str, float]:
+    """By what part of plain PyTorch's update the others' differ.
+
+    Raises:
+        RuntimeError: by more than rounding, so that their times would tell nothing.
+    """
+    update = loops["plain"].weights() - start
+    differences = {}
+    for name, loop in loops.items():
+        if name == "plain":
+            continue
+        difference = float((loop.weights() - start - update).norm() / update.norm())
+        if not difference <= ROUNDING[precision]:
+            raise RuntimeError(
+                f"{name} does not train as plain does: after {WARM_UP_STEPS} steps their updates differ by "
+                f"{difference:.2g}, more than {precision}'s rounding explains ({ROUNDING[precision]:g})"
+            )
+        differences[name] = difference
+    return differences
+
+
+def _timed(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one step, from the moment when all ranks are ready until the device is done."""
+    dist.barrier()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _quartiles(values: list[float]) -> dict[str, float]:
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "lower_quartile": lower, "upper_quartile": upper}
+
+
+def hardware() -> dict[str, Any]:
+    """What it runs on, and how busy that is with other things."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    found: dict[str, Any] = {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
+    return found
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    settings, where = report["settings"], report["hardware"]
+    processor = f"{where['cpu']}, {where['cores']} cores, load before {where['load_before']}"
+    device = f"{where['gpus']} × {where['gpu']}; {processor}" if "gpu" in where else processor
+    lines = [
+        f"# A step of the recipe beside plain PyTorch: {settings['model']}, {settings['image_size']} px, micro-batch "
+        f"{settings['micro_batch']}, {settings['precision']}",
+        "",
+        f"- hardware: {device}",
+        f"- versions: {', '.join(f'{name} {number}' for name, number in report['versions'].items())}",
+        f"- command: `{report['command']}`",
+        f"- date: {report['date']}",
+        "",
+        "| ranks | accumulation | rounds | loop | step, ms: median (quartiles) | recipe ÷ loop: median (quartiles) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in report["results"]:
+        for name, times in result["step_ms"].items():
+            ratio = result["recipe_ratio"].get(name)
+            lines.append(
+                f"| {result['world_size']} | {result['accumulation']} | {result['rounds']} | {name} "
+                f"| {_shown(times, '.1f')} | {_shown(ratio, '.3f') if ratio else ''} |"
+            )
+    lines += [
+        "",
+        "The loops take turns, step by step; a ratio is the median of the rounds' ratios. recipe: the recipe's loop on "
+        "DeepSpeed's engine; plain: PyTorch, with one all-reduce of the gradients on several ranks; ddp: "
+        "DistributedDataParallel; timm: plain, with torch.nn.BatchNorm2d. All but timm have the recipe's batch norm.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(quartiles: dict[str, float], form: str) -> str:
+    return f"{quartiles['median']:{form}} ({quartiles['lower_quartile']:{form}}–{quartiles['upper_quartile']:{form}})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
