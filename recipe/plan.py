@@ -27,6 +27,8 @@ PIXEL_MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 # batch norm and biases. Any other model is counted when it is built.
 PARAMETER_COUNTS = {
     ("resnet50", 1000): (25_502_912, 54_120),
+    ("resnet18", 10): (11_172_032, 9_610),
+    ("test_resnet", 10): (371_568, 2_090),
 }
 
 PAPER_WEIGHT_DECAY = 1e-4

@@ -12,6 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from recipe import checkpoint
+from recipe.config import ConfigError
 from recipe.data import ImageDataset, open_datasets
 from recipe.model import build_model
 from recipe.plan import Plan
@@ -62,7 +63,7 @@ def prepare(plan: Plan, output: Path, resume: Resume) -> Run:
         ValueError: a device without the precision, a package or data that is not there, a model that does not fit
             the data, an output folder that holds another training.
     """
-    recipe, data = plan.config.recipe, plan.config.recipe.data
+    recipe = plan.config.recipe
     resumes = check_output(plan, output, resume)
     device = choose_device(plan)
     for monitor, package in MONITOR_PACKAGES.items():
@@ -72,20 +73,33 @@ def prepare(plan: Plan, output: Path, resume: Resume) -> Run:
                 f"the package {package} is not installed",
                 f"pip install {package}, or write false",
             )
-    datasets = None
-    if data.source != "synthetic":
-        datasets = open_datasets(
-            data.source,
-            data.path,
-            image_size=data.image_size,
-            crop=data.crop,
-            flip=data.flip,
-            seed=recipe.seed,
-            on_bad_image=data.on_bad_image,
-        )
-        check_datasets(plan, *datasets)
-    model = build_model(recipe.model.name, recipe.model.num_classes, recipe.seed, recipe.batchnorm.statistics)
+    try:
+        datasets = open_data(plan)
+        model = build_model(recipe.model.name, recipe.model.num_classes, recipe.seed, recipe.batchnorm.statistics)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        # Data and model know the key and the value, but not the file.
+        raise ValueError(f"{plan.config.source.file}: {error}") from error
     return Run(plan, output, device, model, datasets, resumes)
+
+
+def open_data(plan: Plan) -> tuple[ImageDataset, ImageDataset] | None:
+    """Training and validation data, of the sizes and classes that the config says; None for synthetic data."""
+    recipe, data = plan.config.recipe, plan.config.recipe.data
+    if data.source == "synthetic":
+        return None
+    datasets = open_datasets(
+        data.source,
+        data.path,
+        image_size=data.image_size,
+        crop=data.crop,
+        flip=data.flip,
+        seed=recipe.seed,
+        on_bad_image=data.on_bad_image,
+    )
+    check_datasets(plan, *datasets)
+    return datasets
 
 
 def check_output(plan: Plan, output: Path, resume: Resume) -> bool:

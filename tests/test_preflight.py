@@ -9,9 +9,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from recipe.config import ConfigError, read_config
-from recipe.plan import Plan, make_plan
+from recipe.model import build_model, parameter_counts
+from recipe.plan import PARAMETER_COUNTS, Plan, make_plan
 from recipe.plan_text import plan_json
-from recipe.preflight import choose_device, differing_keys
+from recipe.preflight import choose_device, differing_keys, prepare
 
 DIGITS = Path(__file__).parents[1] / "ds_configs/digits_b512.json"
 
@@ -66,3 +67,29 @@ def test_a_resumed_run_may_not_change_what_is_trained() -> None:
         "scheduler.params.warmup_max_lr",
         "scheduler.params.warmup_num_steps",
     ]
+
+
+@pytest.mark.parametrize("path", sorted(DIGITS.parent.glob("*.json")), ids=lambda path: path.stem)
+def test_the_plans_parameter_counts_are_the_models(path: Path) -> None:
+    model = read_config(path).recipe.model
+    counts = parameter_counts(build_model(model.name, model.num_classes, 0, "local"))
+    assert PARAMETER_COUNTS[model.name, model.num_classes] == counts
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (['recipe.model.name="resnet5O"'], 'recipe.model.name = "resnet5O": timm has no such model; did you mean'),
+        (
+            [
+                'recipe.data={"source": "imagefolder", "path": "nowhere", "image_size": 32, "train_images": 1442, '
+                '"validation_images": 355}'
+            ],
+            "recipe.data.path: nowhere",
+        ),
+    ],
+)
+def test_what_model_and_data_refuse_names_the_file(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match="digits_b512") as caught:
+        prepare(plan(*overrides), tmp_path, "auto")
+    assert f"): {message}" in str(caught.value)
