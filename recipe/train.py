@@ -89,8 +89,8 @@ def cores_per_rank() -> int:
 
 def set_up_torch() -> None:
     """Say to torch and DeepSpeed what they read once, when they are imported: threads and accelerator."""
-    # OpenMP's threads wait for each other by spinning. On an idle machine that is faster (1.5 times for the digits), but
-    # where anything else wants a core they spin through whole time slices, and training takes 20 times as long.
+    # OpenMP's threads wait for each other by spinning. On an idle machine that is faster (1.5 times for the digits),
+    # but where anything else wants a core they spin through whole time slices, and training takes 20 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 

@@ -85,7 +85,7 @@ def test_the_plans_parameter_counts_are_the_models(path: Path) -> None:
                 'recipe.data={"source": "imagefolder", "path": "nowhere", "image_size": 32, "train_images": 1442, '
                 '"validation_images": 355}'
             ],
-            "recipe.data.path: nowhere",
+            "recipe.data.path: there is no folder nowhere",
         ),
     ],
 )
