@@ -6,6 +6,7 @@ the affine step are computed in fp32 (float64 for float64 input) whatever the pa
 the input's dtype and memory format.
 """
 
+import json
 from typing import Any, Literal
 
 import torch
@@ -32,12 +33,16 @@ class BatchNorm(nn.BatchNorm2d):
     other gradient. The ranks' micro-batches need not be of one size.
 
     Args:
-        statistics: "global" (over the ranks of the group) or "local" (over this rank).
-        process_group: the ranks that "global" joins; None for all. Where torch.distributed is not initialised
-            there is one rank.
+        statistics: "global" (over the ranks of the group), "local" (over this rank), or n: over exactly n samples. A
+            micro-batch of several times n is split into groups of n neighbours; one of n / k samples is joined with
+            those of k ranks by ``join_neighbours``. The running averages then wait for ``update_running_averages``,
+            so that they are those of an optimizer step, however many micro-batches it has.
+        process_group: the ranks that "global" joins, or that hold n samples together; None for all. Where
+            torch.distributed is not initialised there is one rank.
 
     Raises:
-        ValueError: statistics that are not available; in training, a joined count of one value a channel.
+        ValueError: statistics that are not known; in training, a joined count of one value a channel, or a micro-batch
+            that neither holds whole groups of n samples nor, joined, makes up one.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class BatchNorm(nn.BatchNorm2d):
         self.process_group = process_group
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()
+        self._collected: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
@@ -69,6 +75,8 @@ class BatchNorm(nn.BatchNorm2d):
         # Ones instead of None: with neither weight nor buffers torch's CPU kernel would keep half statistics.
         weight = x.new_ones(self.num_features, dtype=dtype) if self.weight is None else self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
+        if self.training and isinstance(self.statistics, int):
+            return self._normalise_groups(x, weight, bias, self.statistics)
         tracked = not self.training or self.track_running_stats
         mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
         share = self._count_step() if self.training and tracked else 0.0
@@ -86,6 +94,31 @@ class BatchNorm(nn.BatchNorm2d):
             mean.lerp_(batch_mean.to(mean.dtype), share)
             var.lerp_((batch_var * (count / (count - 1))).to(var.dtype), share)
         return _Normalise.apply(x, weight, bias, batch_mean, batch_var, count, self.eps, group)
+
+    def _normalise_groups(self, x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> Tensor:
+        """Over groups of n samples: the micro-batch's, or the one that it makes up with other ranks'."""
+        if len(x) % n == 0:
+            groups = len(x) // n
+            # Running averages that forget at once are the batch's statistics: momentum 1.
+            mean, var = weight.new_zeros(groups * len(weight)), weight.new_ones(groups * len(weight))
+            bias = None if bias is None else bias.repeat(groups)
+            y = F.batch_norm(_side_by_side(x, groups), mean, var, weight.repeat(groups), bias, True, 1.0, self.eps)
+            y = _one_below_the_other(y, groups)
+        else:
+            ranks = _world_size(self.process_group)
+            if len(x) * ranks != n:
+                raise ValueError(f"batch norm over {n} samples cannot be had from {ranks} × {len(x)} of them")
+            groups, group = 1, self.process_group or dist.group.WORLD
+            mean, var = torch.zeros_like(weight), torch.ones_like(weight)
+            if x.device.type != "cpu":
+                y = TorchSyncBatchNorm.apply(x, weight, bias, mean, var, self.eps, 1.0, group, ranks)
+            else:
+                mean, batch_var, count = _joined_statistics(x, group)
+                var = batch_var * (count / (count - 1))
+                y = _Normalise.apply(x, weight, bias, mean, batch_var, count, self.eps, group)
+        if self.track_running_stats:
+            self._collected.append((mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0)))
+        return y
 
     def _count_step(self) -> float:
         """Count this step; return the share of its statistics in the running averages."""
@@ -140,6 +173,7 @@ def average_running_statistics(model: nn.Module, process_group: Group = None) ->
         buffer
         for module in model.modules()
         if isinstance(module, BatchNorm)
+        and not isinstance(module.statistics, int)
         and not (module.statistics == "global" and module.process_group is process_group)
         for buffer in (module.running_mean, module.running_var)
         if buffer is not None
@@ -153,11 +187,85 @@ def average_running_statistics(model: nn.Module, process_group: Group = None) ->
         buffer.copy_(mean)
 
 
+def join_neighbours(model: nn.Module, micro_batch: int) -> None:
+    """Where batch norm is over more samples than a micro-batch has, join ranks that hold neighbouring ones.
+
+    Every rank calls it, once the process group is there. Neighbouring ranks hold neighbouring samples of each round of
+    accumulation, so that a group is the same samples however many ranks there are.
+    """
+    modules = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    joined = [module for module in modules if isinstance(module.statistics, int) and module.statistics > micro_batch]
+    for n in sorted({int(module.statistics) for module in joined}):
+        ranks = n // micro_batch
+        for first in range(0, _world_size(None), ranks):
+            group = dist.new_group(list(range(first, first + ranks)))
+            if isinstance(group, dist.ProcessGroup) and first <= dist.get_rank() < first + ranks:
+                for module in joined:
+                    if module.statistics == n:
+                        module.process_group = group
+
+
+@torch.no_grad()
+def update_running_averages(model: nn.Module, discard: bool = False) -> None:
+    """Take the mean over all groups of n samples of an optimizer step into the running averages, in place.
+
+    Every rank calls it after every optimizer step; one collective in all. ``discard`` forgets the step's statistics: an
+    update that overflowed leaves the running averages alone, too. Does nothing for "global" and "local".
+    """
+    modules = [module for module in model.modules() if isinstance(module, BatchNorm) and module._collected]
+    collected = [[torch.stack(parts).mean(0) for parts in zip(*m._collected, strict=True)] for m in modules]
+    for module in modules:
+        module._collected = []
+    if discard or not modules:
+        return
+    means = torch.cat([part for parts in collected for part in parts])
+    ranks = _world_size(None)
+    if ranks > 1:
+        # Each rank has as many groups, or shares in them, as any other: the mean of means is the mean.
+        dist.all_reduce(means)
+        means /= ranks
+    sizes = [module.num_features for module in modules for _ in range(2)]
+    parts = iter(means.split(sizes))
+    for module in modules:
+        share = module._count_step()
+        for buffer in (module.running_mean, module.running_var):
+            assert buffer is not None
+            buffer.lerp_(next(parts).to(buffer.dtype), share)
+
+
 def _check_statistics(statistics: Statistics) -> None:
-    if statistics not in ("global", "local"):
-        what = "a fixed number of samples is not available yet" if isinstance(statistics, int) else "unknown"
-        shown = f'"{statistics}"' if isinstance(statistics, str) else statistics
-        raise ValueError(f'recipe.batchnorm.statistics = {shown}: {what}; use "global" or "local"')
+    if statistics not in ("global", "local") and not (isinstance(statistics, int) and statistics > 0):
+        raise ValueError(
+            f"recipe.batchnorm.statistics = {json.dumps(statistics)}: unknown; "
+            'use "global", "local" or a number of samples'
+        )
+
+
+def _side_by_side(x: Tensor, groups: int) -> Tensor:
+    """(groups · n, C, …) → (n, groups · C, …): every group's channels become channels of one batch of n samples.
+
+    One kernel then takes the statistics of all groups. Keeps channels_last.
+    """
+    if groups == 1:
+        return x
+    grouped = x.unflatten(0, (groups, -1))
+    if _is_channels_last(x):
+        return grouped.permute(1, 3, 4, 0, 2).flatten(3).permute(0, 3, 1, 2)
+    return grouped.transpose(0, 1).flatten(1, 2)
+
+
+def _one_below_the_other(y: Tensor, groups: int) -> Tensor:
+    """The inverse of ``_side_by_side``."""
+    if groups == 1:
+        return y
+    grouped = y.unflatten(1, (groups, -1))
+    if _is_channels_last(y):
+        return grouped.permute(1, 0, 3, 4, 2).flatten(0, 1).permute(0, 3, 1, 2)
+    return grouped.transpose(0, 1).flatten(0, 1)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _world_size(group: Group) -> int:

@@ -164,6 +164,9 @@ class Recipe(Section):
     schedule: Schedule
     """an object with epochs and what else differs from the paper"""
 
+    precision: Literal["fp64"] | None = None
+    """ "fp64" trains in double precision, for checks in which rounding must not matter; null: as fp16 and bf16 say"""
+
     checkpoint: Checkpoint = Checkpoint()
     """an object with every_steps, keep_last and keep_best"""
 
@@ -221,6 +224,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "fp16.auto_cast", "the loop hands images over in the model's precision itself", "write false"
     if config.fp16.enabled and config.bf16.enabled:
         yield "bf16.enabled", "fp16 is enabled, too", "enable one of the two"
+    if config.recipe.precision == "fp64" and (config.fp16.enabled or config.bf16.enabled or zero.stage):
+        yield "recipe.precision", "fp16, bf16 or a ZeRO stage is enabled, too", "remove it, or them"
     if not zero.compute_grad_norm and zero.stage not in (1, 2):
         yield "zero_optimization.compute_grad_norm", "only ZeRO stages 1 and 2 can do without", "write true"
     if data.source == "imagefolder" and data.path is None:

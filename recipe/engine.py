@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger
@@ -46,6 +47,12 @@ def start_engine(
 ) -> DeepSpeedEngine:
     """DeepSpeed's engine around ``model``, with the optimizer of the config and the rate of ``schedule``."""
     groups = [group for group in parameter_groups if group["params"]]
+    dtype = next(model.parameters()).dtype
+    if dtype == torch.float64:
+        # DeepSpeed reduces gradients of the accelerator's own types only, and in fp32 unless told otherwise.
+        accelerator = get_accelerator()
+        dtypes = [*accelerator.supported_dtypes(), dtype]
+        accelerator.supported_dtypes = lambda: dtypes
     initial = [[parameter.detach().float().clone() for parameter in group["params"]] for group in groups]
     # fp16, bf16 and ZeRO create the momentum by a real optimizer step on zero gradients, which would decay the weights
     # once and leave λ·w in the momentum. Without weight decay that step changes nothing.
@@ -56,6 +63,8 @@ def start_engine(
         lr_scheduler=lambda optimizer: PaperLR(optimizer, schedule),
         dist_init_required=False,
     )
+    if dtype == torch.float64:
+        engine.communication_data_type = dtype
     for optimizer_group, group in zip(engine.basic_optimizer.param_groups, groups, strict=True):
         optimizer_group["weight_decay"] = group["weight_decay"]
     if hasattr(engine.optimizer, "fp32_groups"):  # fp16 and bf16 at stage 0

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
+from recipe.batchnorm import update_running_averages
 from recipe.data import Batch
 from recipe.engine import backward, loss_scale
 
@@ -68,6 +69,7 @@ def train_epoch(engine: DeepSpeedEngine, batches: Iterable[Batch]) -> Iterator[S
             engine.lr_scheduler.step(engine.global_steps)
             mean_loss = torch.stack(losses).mean()
             skipped = not engine.was_step_applied()
+            update_running_averages(engine.module, discard=skipped)
             yield Step(step, lr, mean_loss, scale, skipped, data_wait_seconds, tuple(bad_images))
             losses, bad_images, data_wait_seconds = [], [], 0.0
         asked = time.perf_counter()

@@ -75,6 +75,8 @@ class Plan:
     @property
     def precision(self) -> str:
         """The precision of forward and backward pass."""
+        if self.config.recipe.precision is not None:
+            return self.config.recipe.precision
         if self.config.fp16.enabled:
             return "fp16"
         return "bf16" if self.config.bf16.enabled else "fp32"
@@ -87,12 +89,6 @@ def make_plan(config: Config, world_size: int, cores_per_rank: int | None = None
         ConfigError: a contradiction, a batch that the ranks cannot share, a warmup longer than the run, …
     """
     recipe = config.recipe
-    if isinstance(recipe.batchnorm.statistics, int):
-        raise config.source.refusal(
-            "recipe.batchnorm.statistics",
-            "batch norm over a fixed number of samples is not built yet",
-            'write "global" (all ranks) or "local" (each rank)',
-        )
     micro_batch, accumulation = batch_triangle(config, world_size)
     train_images, validation_images = _data_set_sizes(config)
     if config.train_batch_size > train_images:
@@ -176,12 +172,43 @@ def batch_triangle(config: Config, world_size: int) -> tuple[int, int]:
             remedy += '; or write "auto" for train_micro_batch_size_per_gpu and gradient_accumulation_steps'
         raise config.source.refusal("train_batch_size", f"it cannot be shared out as {product}", remedy)
     share = batch // world_size
-    if isinstance(accumulation, int):
-        return share // accumulation, accumulation
-    if isinstance(micro, int):
-        return micro, share // micro
-    divisor = next(size for size in range(min(share, largest), 0, -1) if share % size == 0)
-    return divisor, share // divisor
+    n = config.recipe.batchnorm.statistics
+    fitting = [
+        size
+        for size in range(share, 0, -1)
+        if share % size == 0 and (not isinstance(n, int) or holds_groups(n, size, world_size))
+    ]
+    written = share // accumulation if isinstance(accumulation, int) else micro
+    if not isinstance(written, int):
+        size = next((size for size in fitting if size <= largest), None)
+        if size is None:
+            raise config.source.refusal(
+                "recipe.batchnorm.statistics",
+                f"no micro-batch up to {largest} (recipe.max_micro_batch_size) holds groups of {n} samples or, on "
+                f"{world_size} ranks, makes them up",
+                _fitting_remedy(fitting),
+            )
+    elif written in fitting:
+        size = written
+    else:
+        raise config.source.refusal(
+            "train_micro_batch_size_per_gpu",
+            f"micro-batches of {written} neither hold groups of {n} samples (recipe.batchnorm.statistics) nor, on "
+            f"{world_size} ranks, make them up",
+            _fitting_remedy(fitting),
+        )
+    return size, share // size
+
+
+def holds_groups(n: int, micro_batch: int, world_size: int) -> bool:
+    """Whether batch norm over n samples can be had: of parts of a micro-batch, or of those of neighbouring ranks."""
+    return micro_batch % n == 0 or (n % micro_batch == 0 and world_size % (n // micro_batch) == 0)
+
+
+def _fitting_remedy(fitting: list[int]) -> str:
+    if not fitting:
+        return "no micro-batch does on so many ranks: choose another number of samples, batch or number of ranks"
+    return f"micro-batches that do: {', '.join(map(str, sorted(fitting)))}"
 
 
 def _data_set_sizes(config: Config) -> tuple[int, int]:

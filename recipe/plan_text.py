@@ -50,13 +50,16 @@ def notes(plan: Plan) -> list[str]:
     found = []
     share = plan.global_batch // plan.world_size
     largest = min(plan.config.recipe.max_micro_batch_size, share)
-    if plan.config.train_micro_batch_size_per_gpu and plan.micro_batch * 4 <= largest:
+    if plan.micro_batch * 4 <= largest and not any(
+        share % size == 0 for size in range(plan.micro_batch + 1, largest + 1)
+    ):
         found.append(
             f"a micro-batch of {plan.micro_batch} is small: {share:,} images a rank have no larger divisor up to "
             f"{largest}; a train_batch_size with more divisors trains faster"
         )
     statistics = plan.config.recipe.batchnorm.statistics
     over = plan.micro_batch * (plan.world_size if statistics == "global" else 1)
+    over = statistics if isinstance(statistics, int) else over
     if over < 16:
         found.append(f"batch norm's statistics come from only {over} images; the paper used 32")
     if plan.precision == "bf16" and plan.accumulation >= 64:
@@ -73,10 +76,16 @@ def notes(plan: Plan) -> list[str]:
 
 def _model(plan: Plan) -> str:
     recipe = plan.config.recipe
+    n = recipe.batchnorm.statistics
     norm = {"global": "SyncBN over all ranks", "local": "batch norm over each rank's micro-batch"}
+    if isinstance(n, int):
+        where = (
+            f"{n // plan.micro_batch} ranks" if n > plan.micro_batch else f"{plan.micro_batch // n} in a micro-batch"
+        )
+        norm[str(n)] = f"batch norm over groups of {n} images ({where})"
     return (
         f"{recipe.model.name}, {recipe.model.num_classes} classes, {recipe.data.image_size} px, {plan.precision}, "
-        f"{norm[str(recipe.batchnorm.statistics)]}"
+        f"{norm[str(n)]}"
     )
 
 

@@ -81,6 +81,8 @@ def prepare(plan: Plan, output: Path, resume: Resume) -> Run:
     except ValueError as error:
         # Data and model know the key and the value, but not the file.
         raise ValueError(f"{plan.config.source.file}: {error}") from error
+    if plan.precision == "fp64":
+        model = model.double()
     return Run(plan, output, device, model, datasets, resumes)
 
 
@@ -163,12 +165,8 @@ def choose_device(plan: Plan) -> torch.device:
     accelerator = get_accelerator()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     remedy = f'write "{plan.precision}": {{"enabled": false}} to train in fp32, or run it on a GPU that has it'
-    supported = {
-        "fp16": accelerator.is_fp16_supported,
-        "bf16": accelerator.is_bf16_supported,
-        "fp32": lambda: True,
-    }
-    if not supported[plan.precision]():
+    supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
+    if plan.precision in supported and not supported[plan.precision]():
         raise plan.config.source.refusal(f"{plan.precision}.enabled", f"{name} does not support it", remedy)
     return device
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from recipe import checkpoint
-from recipe.batchnorm import average_running_statistics
+from recipe.batchnorm import average_running_statistics, join_neighbours
 from recipe.data import BadImageError, SyntheticLoader, TrainLoader, ValidationLoader
 from recipe.engine import join_process_group, set_loudness, start_engine
 from recipe.loop import evaluate, train_epoch
@@ -41,6 +41,7 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
     torch.manual_seed(plan.config.recipe.seed + dist.get_rank())  # for dropout; the data has numbers of its own
     if dist.get_rank() == 0:
         replace_text(output / PLAN, plan_json(plan))
+    join_neighbours(run.model, plan.micro_batch)
     engine = start_engine(
         run.model,
         parameter_groups(run.model, plan.weight_decay),

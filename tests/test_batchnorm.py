@@ -367,9 +367,9 @@ def test_one_value_a_channel_is_refused() -> None:
 @pytest.mark.parametrize(
     ("statistics", "message"),
     [
-        (32, '= 32: a fixed number of samples is not available yet; use "global" or "local"'),
-        ("gloabl", '= "gloabl": unknown; use "global" or "local"'),
-        (None, '= None: unknown; use "global" or "local"'),
+        (0, '= 0: unknown; use "global", "local" or a number of samples'),
+        ("gloabl", '= "gloabl": unknown; use "global", "local" or a number of samples'),
+        (None, '= null: unknown; use "global", "local" or a number of samples'),
     ],
 )
 def test_other_statistics_are_refused(statistics: Any, message: str) -> None:

@@ -15,7 +15,6 @@ from recipe.plan_text import format_plan, notes, plan_json
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
-BUILT = [path for path in CONFIGS if path.stem != "resnet50_b8192_n32"]
 
 
 def config(**changes: Any) -> Config:
@@ -211,7 +210,6 @@ def test_scaling_rule_none_means_what_the_file_says() -> None:
     [
         ({"train_batch_size": 1_300_000}, "train_batch_size", "at most 1281167"),
         ({"recipe__schedule__epochs": 4}, "recipe.schedule.warmup_epochs", "at most 4"),
-        ({"recipe__batchnorm__statistics": 32}, "recipe.batchnorm.statistics", '"global"'),
     ],
 )
 def test_what_cannot_be_trained_is_refused(changes: dict, key: str, remedy: str) -> None:
@@ -226,7 +224,7 @@ def test_fractional_epochs() -> None:
     assert plan.schedule.milestones == (4602, 9399)
 
 
-@pytest.mark.parametrize("path", BUILT, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("hostfile", ["localhost", "one_node_8gpu", "four_nodes_8gpu", "paper_32_nodes_8gpu"])
 def test_shipped_configs_plan_on_shipped_hostfiles_and_plan_json_repeats_them(path: Path, hostfile: str) -> None:
     ranks = sum(read_hostfile(ROOT / "hostfiles" / hostfile).values())
@@ -245,9 +243,29 @@ def test_plan_json_on_other_ranks_is_refused_with_the_remedy() -> None:
         make_plan(parse_config(resolved, "plan.json"), 16)
 
 
-def test_the_config_for_n_32_is_refused_until_it_is_built() -> None:
-    with pytest.raises(ConfigError, match=r"recipe\.batchnorm\.statistics = 32"):
-        make_plan(read_config(ROOT / "ds_configs/resnet50_b8192_n32.json"), 8)
+@pytest.mark.parametrize(
+    ("n", "world_size", "largest", "micro"),
+    [
+        (32, 1, 256, 256),  # eight groups in a micro-batch
+        (32, 256, 256, 32),
+        (32, 1024, 256, 8),  # a group on four ranks
+        (48, 8, 256, None),  # 1024 images a rank: no divisor of it is a multiple of 48, and 48 / 16 ranks are 3
+        (32, 1, 16, None),  # 16 images on one rank do not make up 32
+        (32, 2, 16, 16),
+    ],
+)
+def test_micro_batches_that_hold_groups_of_n(n: int, world_size: int, largest: int, micro: int | None) -> None:
+    changes = {"recipe__batchnorm__statistics": n, "recipe__max_micro_batch_size": largest}
+    if micro is None:
+        assert refusal(world_size, **changes).key == "recipe.batchnorm.statistics"
+    else:
+        assert make_plan(config(**changes), world_size).micro_batch == micro
+
+
+def test_a_written_micro_batch_must_fit_n_samples() -> None:
+    error = refusal(2, recipe__batchnorm__statistics=32, train_micro_batch_size_per_gpu=8)
+    assert error.key == "train_micro_batch_size_per_gpu"
+    assert error.remedy.startswith("micro-batches that do: 16, 32, 64, ")
 
 
 def test_zero_stages_get_deepspeeds_word_for_sgd() -> None:

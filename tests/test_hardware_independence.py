@@ -1,0 +1,51 @@
+"""Invariant 3: one file, one training, on any number of ranks and in any micro-batches.
+
+Training is chaotic: a difference in rounding grows about fourfold a step. So the proof is in float64.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.launch import DIGITS, events, losses, train_ok
+
+pytestmark = pytest.mark.slow
+
+FIXED_N = (
+    "--set=train_batch_size=256",
+    "--set=recipe.batchnorm.statistics=32",
+    "--set=recipe.schedule.epochs=10",
+    "--set=recipe.schedule.decay_epochs=[8]",
+)  # 50 steps, 5 an epoch
+FP64 = "--set=recipe.precision=fp64"
+RANKS, MICRO_BATCHES, WORKERS = (1, 2, 4), (16, 32, 64, 128), (0, 2)
+
+
+def run(output: Path, ranks: int, micro_batch: int, workers: int, *overrides: str) -> Path:
+    split = (f"--set=recipe.max_micro_batch_size={micro_batch}", f"--set=recipe.data.workers={workers}")
+    train_ok("--deepspeed_config", DIGITS, "--output", str(output), *FIXED_N, *split, *overrides, ranks=ranks)
+    return output
+
+
+def test_the_same_training_on_any_hardware(tmp_path: Path) -> None:
+    """Six combinations in which every number of ranks, micro-batch and number of workers occurs."""
+    reference = run(tmp_path / "reference", 1, 32, 0, FP64)
+    assert len(losses(reference)) == 50
+    for ranks, micro_batch, workers in ((1, 128, 2), (2, 16, 0), (2, 64, 2), (4, 64, 0), (4, 16, 2)):
+        name = f"{ranks} ranks, micro-batch {micro_batch}, {workers} workers"
+        other = run(tmp_path / name, ranks, micro_batch, workers, FP64)
+        assert losses(other) == pytest.approx(losses(reference), rel=1e-9), name
+        for validation, expected in zip(events(other, "validation"), events(reference, "validation"), strict=True):
+            assert (validation["top1"], validation["count"]) == (expected["top1"], expected["count"]), name
+            assert validation["loss"] == pytest.approx(expected["loss"], rel=1e-9)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    reference = run(tmp_path / "reference", 1, 64, 0, FP64, "--set=recipe.schedule.epochs=6")
+    resumed = run(tmp_path / "resumed", 1, 64, 0, FP64, "--set=recipe.schedule.epochs=6")
+    # As if it had been killed in the last epoch.
+    (resumed / "summary.json").unlink()
+    (resumed / "checkpoints/step-00000030/manifest.json").unlink()
+    run(resumed, 2, 16, 0, FP64, "--set=recipe.schedule.epochs=6")
+    assert losses(resumed) == pytest.approx(losses(reference), rel=1e-9)
+    assert [event["step"] for event in events(resumed, "step")] == list(range(30))
