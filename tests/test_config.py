@@ -135,6 +135,7 @@ def test_what_is_not_written_is_the_papers() -> None:
             "reference_weight_decay": None,
         },
         "checkpoint": {"every_steps": None, "keep_last": 2, "keep_best": True},
+        "precision": None,
         "seed": 0,
     }
 
