@@ -46,7 +46,7 @@ from torch.optim import SGD, Optimizer
 from recipe.data import Batch, SyntheticLoader
 from recipe.model import build_model, parameter_groups
 from recipe.scaling import RateSchedule
-from recipe.train import choose_accelerator
+from recipe.train import set_up_torch
 
 CLASSES = 1000
 RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-4
@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure; print a table, and write it and a JSON if asked to."""
     words = list(sys.argv[1:] if argv is None else argv)
     arguments, where = parse_arguments(words), hardware()
+    set_up_torch()  # spawned ranks inherit what is in the environment before they import torch
     if "RANK" in os.environ:  # a launcher has started this process as one of its ranks
         results = run_rank(arguments)
         if os.environ["RANK"] != "0":
@@ -144,7 +145,7 @@ def _spawned_rank(rank: int, world_size: int, arguments: argparse.Namespace, fol
 
 def run_rank(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure every accumulation as one of the ranks that the environment describes."""
-    choose_accelerator()  # before DeepSpeed is imported
+    set_up_torch()
     from recipe.engine import join_process_group, set_loudness
 
     device = torch.device("cpu")
