@@ -8,6 +8,7 @@ bears the name is whole.
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +29,21 @@ UNFINISHED = ".unfinished"
 ZERO_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message names it and says what is known of the cause."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was written to its end: ``step`` updates done, ``top1`` in per cent if it was validated."""
+    """A checkpoint that was written to its end: ``step`` updates done, ``top1`` in per cent if it was validated.
+
+    ``files`` has the size in bytes and the SHA-256 of each file as it was written.
+    """
 
     path: Path
     step: int
     top1: float | None
-    files: dict[str, dict[str, Any]]
+    files: dict[str, tuple[int, str]]
 
 
 def save(engine: DeepSpeedEngine, folder: Path, top1: float | None, client_state: dict[str, Any]) -> Path:
@@ -45,24 +53,36 @@ def save(engine: DeepSpeedEngine, folder: Path, top1: float | None, client_state
     if dist.get_rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
     dist.barrier()
-    engine.save_checkpoint(str(unfinished), tag=tag, client_state=client_state, save_latest=False)
-    if dist.get_rank() == 0:
-        written = unfinished / tag
-        files = {
-            str(file.relative_to(written)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-            for file in sorted(written.rglob("*"))
-            if file.is_file()
-        }
-        manifest = {"step": engine.global_steps, "top1": top1, "files": files}
-        (written / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        for path in (*written.rglob("*"), written):
-            _fsync(path)
-        shutil.rmtree(folder / tag, ignore_errors=True)
-        os.rename(written, folder / tag)
-        _fsync(folder)
-        shutil.rmtree(unfinished)  # and with it the script that DeepSpeed adds for ZeRO shards: no code in checkpoints
+    try:
+        engine.save_checkpoint(str(unfinished), tag=tag, client_state=client_state, save_latest=False)
+        if dist.get_rank() == 0:
+            _complete(unfinished / tag, engine.global_steps, top1)
+            shutil.rmtree(folder / tag, ignore_errors=True)
+            os.rename(unfinished / tag, folder / tag)
+            _fsync(folder)
+            # And with it the script that DeepSpeed adds for ZeRO shards: no code in checkpoints.
+            shutil.rmtree(unfinished)
+    except (OSError, RuntimeError) as error:
+        # torch says of a full disk only that it is at an unexpected position.
+        free = shutil.disk_usage(folder).free
+        raise CheckpointError(
+            f"{folder / tag} could not be written, with {free / 2**20:,.0f} MiB free on its disk: {error}"
+        ) from error
     dist.barrier()
     return folder / tag
+
+
+def _complete(written: Path, step: int, top1: float | None) -> None:
+    """Add the manifest, and have all of it on the disk."""
+    files = {
+        str(file.relative_to(written)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(written.rglob("*"))
+        if file.is_file()
+    }
+    manifest = {"step": step, "top1": top1, "files": files}
+    (written / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for path in (*written.rglob("*"), written):
+        _fsync(path)
 
 
 def find(folder: Path) -> list[Checkpoint]:
@@ -70,10 +90,14 @@ def find(folder: Path) -> list[Checkpoint]:
     found = []
     for path in folder.glob(f"step-*/{MANIFEST}"):
         try:
-            manifest = json.loads(path.read_text())
-            found.append(Checkpoint(path.parent, manifest["step"], manifest["top1"], manifest["files"]))
-        except (OSError, ValueError, KeyError, TypeError):
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            step, top1, files = manifest["step"], manifest["top1"], manifest["files"]
+            sums = {name: (int(file["bytes"]), str(file["sha256"])) for name, file in files.items()}
+            top1 = None if top1 is None else float(top1)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue
+        if sums and path.parent.name == f"step-{step:08}":
+            found.append(Checkpoint(path.parent, step, top1, sums))
     return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
@@ -96,13 +120,13 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def damage(checkpoint: Checkpoint) -> str | None:
     """What is wrong with the files of ``checkpoint``, or None if each is as it was written."""
-    for name, expected in checkpoint.files.items():
+    for name, (size, sha256) in checkpoint.files.items():
         file = checkpoint.path / name
         if not file.is_file():
             return f"{file} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{file} has {file.stat().st_size} bytes, its manifest says {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            return f"{file} has {file.stat().st_size} bytes, its manifest says {size}"
+        if _sha256(file) != sha256:
             return f"{file} is not what was written: its SHA-256 differs from the manifest's"
     return None
 
@@ -114,9 +138,15 @@ def load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
         mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"),
         torch.serialization.safe_globals(ZERO_CLASSES),
     ):
-        path, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        try:
+            path, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        except pickle.UnpicklingError:
+            raise CheckpointError(
+                f"{checkpoint} holds more than tensors and plain values, which could run code, and is not loaded; "
+                "remove it, and the run goes on from an older one"
+            ) from None
     if path is None:
-        raise RuntimeError(f"DeepSpeed found no checkpoint in {checkpoint}")
+        raise CheckpointError(f"DeepSpeed found no checkpoint in {checkpoint}")
     engine.lr_scheduler.step(engine.global_steps)
     return client_state
 

@@ -12,10 +12,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 Auto = Literal["auto"]
-Count = Annotated[int, Field(ge=1)]
+# Upper bounds keep arithmetic with them finite.
+Count = Annotated[int, Field(ge=1, le=10**15)]
 Size = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e15)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e15)]
 
 NOT_HERE = ("this recipe does not support this key of DeepSpeed's", "remove it")
 REMOVED = ("DeepSpeed has removed this feature", "remove it")

@@ -246,7 +246,9 @@ def _rate_schedule(config: Config, steps_per_epoch: int) -> RateSchedule:
         f" = {peak:.7g}",
         "none": f"the peak rate is {peak:.7g}",
     }[rules.scaling_rule]
-    remedy = f'write "auto" or {peak:.7g}, or recipe.schedule.scaling_rule "none" if you mean it'
+    remedy = f'write "auto" or {peak:.7g}'
+    if rules.scaling_rule != "none":
+        remedy += ', or recipe.schedule.scaling_rule "none" if you mean it'
     _check(config, "optimizer.params.lr", peak, rule, remedy)
     _check(config, "scheduler.params.warmup_max_lr", peak, rule, remedy)
 

@@ -4,6 +4,7 @@ import json
 import textwrap
 
 from recipe.plan import PARAMETER_COUNTS, Plan
+from recipe.strict_json import printable
 
 WIDTH = 110
 LABEL_WIDTH = 16
@@ -31,7 +32,7 @@ def format_plan(plan: Plan) -> str:
         ("checkpoints", _checkpoints(plan)),
         *(("note", note) for note in notes(plan)),
     ]
-    lines = [f"Plan of {plan.config.source.file}", ""]
+    lines = [f"Plan of {printable(plan.config.source.file)}", ""]
     for label, text in fields:
         indent = " " * (LABEL_WIDTH + 2)
         lines += textwrap.wrap(
@@ -84,8 +85,8 @@ def _model(plan: Plan) -> str:
         )
         norm[str(n)] = f"batch norm over groups of {n} images ({where})"
     return (
-        f"{recipe.model.name}, {recipe.model.num_classes} classes, {recipe.data.image_size} px, {plan.precision}, "
-        f"{norm[str(n)]}"
+        f"{printable(recipe.model.name)}, {recipe.model.num_classes} classes, {recipe.data.image_size} px, "
+        f"{plan.precision}, {norm[str(n)]}"
     )
 
 
@@ -98,7 +99,7 @@ def _global_batch(plan: Plan) -> str:
 
 def _data(plan: Plan) -> str:
     data = plan.config.recipe.data
-    where = f"{data.source} in {data.path}" if data.path else data.source
+    where = f"{data.source} in {printable(data.path)}" if data.path else data.source
     return f"{where}: {plan.train_images:,} training images, {plan.validation_images:,} for validation"
 
 

@@ -1,11 +1,12 @@
 """Makes and checks the parts of a run before any rank meets another; whatever is wrong is a ``ValueError``."""
 
+import fcntl
 import importlib.util
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -18,7 +19,7 @@ from recipe.model import build_model
 from recipe.plan import Plan
 from recipe.plan_text import plan_json
 
-PLAN, CHECKPOINTS = "plan.json", "checkpoints"
+PLAN, SUMMARY, LOCK, CHECKPOINTS = "plan.json", "summary.json", ".lock", "checkpoints"
 MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
 # A resumed run may differ in these keys: they say where and how it runs, not what is trained.
@@ -38,6 +39,7 @@ FREE_TO_CHANGE = (
     "recipe.max_micro_batch_size",
     "recipe.data.path",
     "recipe.data.workers",
+    "recipe.data.on_bad_image",
     "recipe.checkpoint",
 )
 
@@ -54,6 +56,7 @@ class Run:
     model: nn.Module
     datasets: tuple[ImageDataset, ImageDataset] | None
     resumes: bool
+    lock_file: IO[str] | None
 
 
 def prepare(plan: Plan, output: Path, resume: Resume) -> Run:
@@ -76,6 +79,7 @@ def prepare(plan: Plan, output: Path, resume: Resume) -> Run:
     try:
         datasets = open_data(plan)
         model = build_model(recipe.model.name, recipe.model.num_classes, recipe.seed, recipe.batchnorm.statistics)
+        check_image_size(model, recipe.data.image_size)
     except ConfigError:
         raise
     except ValueError as error:
@@ -83,7 +87,8 @@ def prepare(plan: Plan, output: Path, resume: Resume) -> Run:
         raise ValueError(f"{plan.config.source.file}: {error}") from error
     if plan.precision == "fp64":
         model = model.double()
-    return Run(plan, output, device, model, datasets, resumes)
+    lock_file = lock(output) if os.environ.get("RANK", "0") == "0" else None
+    return Run(plan, output, device, model, datasets, resumes, lock_file)
 
 
 def open_data(plan: Plan) -> tuple[ImageDataset, ImageDataset] | None:
@@ -104,6 +109,17 @@ def open_data(plan: Plan) -> tuple[ImageDataset, ImageDataset] | None:
     return datasets
 
 
+@torch.no_grad()
+def check_image_size(model: nn.Module, image_size: int) -> None:
+    """Refuse images that the model does not take, as a vision transformer takes those of one size only."""
+    model.eval()
+    try:
+        model(torch.zeros(1, 3, image_size, image_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"recipe.data.image_size = {image_size}: the model takes no such images: {error}") from None
+    model.train()
+
+
 def check_output(plan: Plan, output: Path, resume: Resume) -> bool:
     """Make the folder ``output``; return whether the run goes on from a checkpoint in it."""
     try:
@@ -113,6 +129,8 @@ def check_output(plan: Plan, output: Path, resume: Resume) -> bool:
     if not checkpoint.find(output / CHECKPOINTS):
         if resume == "must":
             raise ValueError(f"--resume must: {output / CHECKPOINTS} holds no checkpoint; check --output")
+        if (output / SUMMARY).exists():
+            raise ValueError(f"{output} holds a complete run without its checkpoints; name another --output")
         return False
     if resume == "never":
         raise ValueError(f"--resume never: {output} holds checkpoints; name another --output, or remove it")
@@ -128,6 +146,22 @@ def check_output(plan: Plan, output: Path, resume: Resume) -> bool:
             f"{output} holds another training: {', '.join(differences)}; name another --output for this one"
         )
     return True
+
+
+def lock(output: Path) -> IO[str]:
+    """Keep any other run out of ``output`` for as long as this process lives and the file is open; rank 0 calls it.
+
+    A POSIX lock: it ends with the process, however that ends, and forked loader processes do not inherit it.
+    """
+    file = (output / LOCK).open("a", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"another run is writing to {output}; wait for it, end it, or name another --output") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

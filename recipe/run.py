@@ -14,18 +14,19 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from recipe import checkpoint
 from recipe.batchnorm import average_running_statistics, join_neighbours
+from recipe.checkpoint import CheckpointError
 from recipe.data import BadImageError, SyntheticLoader, TrainLoader, ValidationLoader
 from recipe.engine import join_process_group, set_loudness, start_engine
 from recipe.loop import evaluate, train_epoch
 from recipe.model import parameter_groups
 from recipe.plan import Plan
 from recipe.plan_text import plan_json
-from recipe.preflight import CHECKPOINTS, PLAN, Run
-from recipe.summary import SUMMARY, History, summarise
+from recipe.preflight import CHECKPOINTS, PLAN, SUMMARY, Run
+from recipe.summary import History, summarise
 from recipe.telemetry import Telemetry
 
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=10)
-KNOWN_FAILURES = (BadImageError, FloatingPointError)  # their messages say all that a person needs
+KNOWN_FAILURES = (BadImageError, CheckpointError, FloatingPointError)  # their messages say all that a person needs
 
 
 def train(run: Run, verbose: bool) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
     join_process_group(run.device, PROCESS_GROUP_TIMEOUT)
     torch.manual_seed(plan.config.recipe.seed + dist.get_rank())  # for dropout; the data has numbers of its own
     if dist.get_rank() == 0:
+        (output / SUMMARY).unlink(missing_ok=True)  # it is written last: while it is there, the run is complete
         replace_text(output / PLAN, plan_json(plan))
     join_neighbours(run.model, plan.micro_batch)
     engine = start_engine(

@@ -14,6 +14,11 @@ Key = tuple[str | int, ...]
 ABSENT: Any = ...  # stands for the value of a key that is not written; JSON has no such value
 
 
+def printable(text: str) -> str:
+    """Texts that come from outside, on one line and without terminal escapes."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+
+
 class ConfigError(ValueError):
     """A refused input. ``str()`` is one line; the parts are attributes."""
 
@@ -30,8 +35,7 @@ class ConfigError(ValueError):
             shown = json.dumps(self.value, ensure_ascii=False, default=str)
             where += f" = {shown if len(shown) <= 80 else shown[:79] + '…'}"
         line = f"{where}: {self.problem}; {self.remedy}"
-        # Names and texts come from outside: no line break or terminal escape may pass.
-        return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in line)
+        return printable(line)
 
 
 def read_text(path: Path, siblings: str) -> str:

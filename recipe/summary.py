@@ -9,7 +9,6 @@ from typing import Any
 
 from recipe.plan import Plan
 
-SUMMARY = "summary.json"
 PACKAGES = ("deepspeed", "torch", "torchvision", "timm")
 LAST_EPOCHS = 5  # the paper reports the median error of the last five (§5.1)
 
@@ -95,7 +94,7 @@ def format_summary(summary: dict[str, Any], output: Path) -> str:
     if summary["best_checkpoint"] is not None:
         fields.append(("best weights", summary["best_checkpoint"]))
     if summary["bad_images"]:
-        fields.append(("bad images", f"{len(summary['bad_images'])} could not be read, listed in {output / SUMMARY}"))
+        fields.append(("bad images", f"{len(summary['bad_images'])} could not be read, listed in summary.json"))
     fields.append(
         (
             "next",

@@ -226,7 +226,11 @@ def drop_later_events(metrics: Path, first_step: int) -> None:
     """
     if not metrics.exists():
         return
-    kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _step_of(line) < first_step]
+    kept = [
+        line
+        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+        if _step_of(line) < first_step
+    ]
     rewritten = metrics.with_suffix(".rewritten")
     rewritten.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(rewritten, metrics)

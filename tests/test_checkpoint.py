@@ -28,8 +28,20 @@ def test_find_lists_what_has_a_manifest_the_newest_first(tmp_path: Path) -> None
     for step in (2, 10, 4):
         make(tmp_path, step)
     (tmp_path / "step-00000099").mkdir()  # no manifest: it was never completed
-    torn = make(tmp_path, 98)
-    (torn / MANIFEST).write_text('{"step": 98, "fi')
+    for number, manifest in enumerate(
+        [
+            '{"step": 90, "fi',
+            '{"step": "91", "top1": null, "files": {"weights": {"bytes": 5, "sha256": ""}}}',
+            '{"step": 92, "top1": null, "files": []}',
+            '{"step": 93, "top1": null, "files": {}}',
+            '{"step": 94, "top1": "good", "files": {"weights": {"bytes": 5, "sha256": ""}}}',
+            '{"step": 94, "top1": null, "files": {"weights": {"bytes": 5, "sha256": ""}}}',
+            '{"step": 96, "top1": null, "files": {"weights": {}}}',
+            "[]",
+        ],
+        start=90,
+    ):
+        (make(tmp_path, number) / MANIFEST).write_text(manifest)
     (tmp_path / ".unfinished" / "step-00000097").mkdir(parents=True)
     assert steps(tmp_path) == [10, 4, 2]
     assert find(tmp_path / "nowhere") == []

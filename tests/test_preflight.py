@@ -1,6 +1,10 @@
 """What is checked before ranks meet, where a whole run would need another machine to show it."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,11 @@ from deepspeed.accelerator import get_accelerator
 from recipe.config import ConfigError, read_config
 from recipe.model import build_model, parameter_counts
 from recipe.plan import PARAMETER_COUNTS, Plan, make_plan
-from recipe.plan_text import plan_json
-from recipe.preflight import choose_device, differing_keys, prepare
+from recipe.plan_text import format_plan, plan_json
+from recipe.preflight import check_output, choose_device, differing_keys, lock, prepare
 
-DIGITS = Path(__file__).parents[1] / "ds_configs/digits_b512.json"
+ROOT = Path(__file__).parents[1]
+DIGITS = ROOT / "ds_configs/digits_b512.json"
 
 
 def plan(*overrides: str, world_size: int = 1) -> Plan:
@@ -46,6 +51,7 @@ def test_a_resumed_run_may_change_where_and_how_it_runs() -> None:
         differences(
             "recipe.max_micro_batch_size=64",
             "recipe.data.workers=2",
+            'recipe.data.on_bad_image="skip"',
             "recipe.checkpoint.every_steps=3",
             "tensorboard.enabled=true",
             "steps_per_print=7",
@@ -79,6 +85,7 @@ def test_the_plans_parameter_counts_are_the_models(path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (['recipe.model.name="vit_tiny_patch16_224"'], "recipe.data.image_size = 32: the model takes no such images"),
         (['recipe.model.name="resnet5O"'], 'recipe.model.name = "resnet5O": timm has no such model; did you mean'),
         (
             [
@@ -93,3 +100,34 @@ def test_what_model_and_data_refuse_names_the_file(tmp_path: Path, overrides: li
     with pytest.raises(ValueError, match="digits_b512") as caught:
         prepare(plan(*overrides), tmp_path, "auto")
     assert f"): {message}" in str(caught.value)
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    """The lock ends with its process, however that ends; a forked loader process does not keep it."""
+    holder = (
+        "import os, sys, time; from pathlib import Path; from recipe.preflight import lock; "
+        f"file = lock(Path({str(tmp_path)!r})); pid = os.fork(); "
+        "print(pid, flush=True) if pid else None; time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = int(next(line for line in process.stdout if line.strip().isdigit()))  # DeepSpeed may warn before
+    with pytest.raises(ValueError, match="another run is writing to"):
+        lock(tmp_path)
+    process.kill()
+    process.wait()
+    lock(tmp_path).close()
+    os.kill(child, signal.SIGKILL)
+    process.stdout.close()
+
+
+def test_results_without_checkpoints_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a complete run without its checkpoints"):
+        check_output(plan(), tmp_path, "auto")
+
+
+def test_the_plan_prints_no_terminal_escapes() -> None:
+    text = format_plan(plan('recipe.model.name="x\\u001b[2Jy"'))
+    assert "\x1b" not in text
+    assert r"x\u001b[2Jy, 10 classes" in text

@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("config", help="a JSON of ds_configs/")
     ranks = parser.add_mutually_exclusive_group()
     ranks.add_argument("--hostfile", help="plan for all slots of this DeepSpeed hostfile")
-    ranks.add_argument("--world-size", type=_positive, default=1, metavar="N", help="plan for N ranks (default: 1)")
+    ranks.add_argument("--world-size", type=_ranks, default=1, metavar="N", help="plan for N ranks (default: 1)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one value of the config"
     )
@@ -33,8 +33,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
+def _ranks(text: str) -> int:
     number = int(text)
-    if number < 1:
+    if not 1 <= number <= 1_000_000:
         raise ValueError
     return number
