@@ -230,6 +230,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "zero_optimization.compute_grad_norm", "only ZeRO stages 1 and 2 can do without", "write true"
     if data.source == "imagefolder" and data.path is None:
         yield "recipe.data.path", "an imagefolder has no default", "write the path of the folder"
+    if data.source != "imagefolder" and data.path is not None:
+        yield "recipe.data.path", f"{data.source} data has no folder", 'remove it, or write "source": "imagefolder"'
     for name, images in ("train_images", data.train_images), ("validation_images", data.validation_images):
         if data.source != "digits" and images == "auto":
             yield f"recipe.data.{name}", f'"auto" is not for {data.source}', "write the number of images"

@@ -14,7 +14,7 @@ from recipe.scaling import (
     warmup_applies,
 )
 
-DIGITS_IMAGES = {"train": 1442, "validation": 355}
+DIGITS_CLASSES, DIGITS_IMAGES = 10, {"train": 1442, "validation": 355}
 
 # Pixel statistics of the training images scaled to 0..1, per channel.
 PIXEL_MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -214,6 +214,10 @@ def _fitting_remedy(fitting: list[int]) -> str:
 def _data_set_sizes(config: Config) -> tuple[int, int]:
     """Training and validation images, from the file or, for data that ships with a library, known beforehand."""
     data = config.recipe.data
+    if data.source == "digits" and config.recipe.model.num_classes != DIGITS_CLASSES:
+        raise config.source.refusal(
+            "recipe.model.num_classes", f"the data has {DIGITS_CLASSES} classes", f"write {DIGITS_CLASSES}"
+        )
     sizes = []
     for key, part in (("train_images", "train"), ("validation_images", "validation")):
         written = getattr(data, key)

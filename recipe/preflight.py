@@ -206,13 +206,17 @@ def choose_device(plan: Plan) -> torch.device:
 
 
 def check_datasets(plan: Plan, train: ImageDataset, validation: ImageDataset) -> None:
-    """Refuse data of other sizes or classes than the config says."""
-    refusal, classes = plan.config.source.refusal, plan.config.recipe.model.num_classes
-    if train.classes != classes:
-        raise refusal("recipe.model.num_classes", f"the data has {train.classes} classes", f"write {train.classes}")
-    for key, planned, found in (
-        ("train_images", plan.train_images, len(train)),
-        ("validation_images", plan.validation_images, len(validation)),
-    ):
-        if planned != found:
-            raise refusal(f"recipe.data.{key}", f"the data has {found}", f"write {found}, or check recipe.data.path")
+    """Refuse data of other sizes or classes than the config says; one message says all that is to change."""
+    found = {
+        "recipe.model.num_classes": (plan.config.recipe.model.num_classes, train.classes),
+        "recipe.data.train_images": (plan.train_images, len(train)),
+        "recipe.data.validation_images": (plan.validation_images, len(validation)),
+    }
+    wrong = {key: actual for key, (planned, actual) in found.items() if planned != actual}
+    if wrong:
+        key, actual = next(iter(wrong.items()))
+        raise plan.config.source.refusal(
+            key,
+            f"the data has {actual}",
+            f"write {', '.join(f'{key} {actual}' for key, actual in wrong.items())}, or check the folder (--data)",
+        )

@@ -60,6 +60,8 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
         steps_per_print=plan.config.steps_per_print,
         monitor=engine.monitor.write_events,
     )
+    if run.device.type == "cpu" and plan.precision == "fp16":
+        messages.append("fp16 on a CPU takes many times as long as fp32; --set fp16.enabled=false trains in fp32")
     for message in messages:
         telemetry.say(message)
     train_loader, validation_loader = open_loaders(run, next(engine.module.parameters()).dtype)

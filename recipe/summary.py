@@ -1,8 +1,11 @@
 """What is left to say at the end of a run, for programs (``summary.json``) and for people."""
 
 import importlib.metadata
+import os
 import platform
+import shutil
 import statistics
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,20 +75,20 @@ def summarise(
 
 def format_summary(summary: dict[str, Any], output: Path) -> str:
     """The summary as a block of lines for people, with what they may want to type next."""
-    ranks = "1 rank" if summary["world_size"] == 1 else f"{summary['world_size']} ranks"
+    ranks = _count(summary["world_size"], "rank")
     speed = "" if summary["images_per_second"] is None else f"{summary['images_per_second']:,.0f} images/s, "
     skipped = f", {summary['skipped_steps']} skipped by overflow" if summary["skipped_steps"] else ""
     last = min(LAST_EPOCHS, summary["epochs"])
     fields = [
         (
             "trained",
-            f"{summary['model']} on {summary['data']}: {summary['epochs']} epochs at global batch "
+            f"{summary['model']} on {summary['data']}: {_count(summary['epochs'], 'epoch')} at global batch "
             f"{summary['global_batch']:,}, {summary['precision']}, {ranks} on {summary['device']}",
         ),
         (
             "top-1",
             f"{summary['final_top1']:.2f} % at the end, {summary['best_top1']:.2f} % at best "
-            f"(epoch {summary['best_epoch'] + 1}); median error of the last {last} epochs "
+            f"(epoch {summary['best_epoch'] + 1}); median error of the last {_count(last, 'epoch')} "
             f"{summary['median_error_last_epochs']:.2f} %",
         ),
         ("speed", f"{speed}{summary['steps']:,} steps{skipped}, {_duration(summary['wall_seconds'])} in all"),
@@ -95,13 +98,27 @@ def format_summary(summary: dict[str, Any], output: Path) -> str:
         fields.append(("best weights", summary["best_checkpoint"]))
     if summary["bad_images"]:
         fields.append(("bad images", f"{len(summary['bad_images'])} could not be read, listed in summary.json"))
+    ranks_option = "" if summary["world_size"] == 1 else f"--num_gpus {summary['world_size']} "
     fields.append(
         (
-            "next",
-            f"deepspeed recipe/train.py --deepspeed_config {output / 'plan.json'} --output {output}-again repeats it",
+            "again",
+            f"{_launcher()} -q {ranks_option}recipe/train.py --deepspeed_config {output / 'plan.json'} "
+            f"--output {output}-again",
         )
     )
+    fields.append(
+        ("next", f"--set train_batch_size={2 * summary['global_batch']} with another --output: rate and warmup follow")
+    )
     return "\n".join(f"  {label:<14}{text}" for label, text in fields) + "\n"
+
+
+def _launcher() -> str:
+    """How a person can type the launcher's name here."""
+    return "deepspeed" if shutil.which("deepspeed") else os.path.relpath(Path(sys.executable).parent / "deepspeed")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:

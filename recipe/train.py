@@ -19,12 +19,12 @@ from recipe.plan import make_plan
 from recipe.plan_text import format_plan
 from recipe.summary import format_summary
 
-COMPLETE, FAILED, REFUSED = 0, 1, 2
+COMPLETE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 OTHER_RANKS_WAIT_SECONDS = 15.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Plan, check, train. Return 0 if the run is complete, 2 if the input was refused, 1 if it failed."""
+    """Plan, check, train. Return 0 if the run is complete, 2 if the input was refused, 130 on Ctrl-C, else 1."""
     arguments = parse_arguments(argv)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     output = arguments.output or Path("runs", arguments.deepspeed_config.stem)
@@ -42,8 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as refusal:
         return refuse(refusal, rank, arguments.verbose)
     try:
-        if (summary := summary_of_complete_run(run)) is None:
+        summary = summary_of_complete_run(run)
+        if summary is None:
             summary = train(run, arguments.verbose)
+        elif rank == 0:
+            print(f"{output} is complete already, and nothing was trained; another --output trains it anew")
+    except KeyboardInterrupt:
+        print("recipe: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+        return INTERRUPTED
     except Exception as error:
         if arguments.verbose or not isinstance(error, KNOWN_FAILURES):
             traceback.print_exc()

@@ -556,7 +556,7 @@ def test_takes_what_is_right(key: str, value: Any) -> None:
         ("recipe.schedule.epochs=2", "recipe.schedule.epochs", 2),
         ("recipe.model.name=resnet50", "recipe.model.name", "resnet50"),
         ('recipe.model.name="resnet50"', "recipe.model.name", "resnet50"),
-        ("recipe.data.path=a=b", "recipe.data.path", "a=b"),
+        ("recipe.model.name=a=b", "recipe.model.name", "a=b"),
         ("recipe.schedule.decay_epochs=[1, 2]", "recipe.schedule.decay_epochs", (1, 2)),
         ("recipe.schedule.reference_weight_decay=null", "recipe.schedule.reference_weight_decay", None),
         ("bf16.enabled=true", "bf16.enabled", True),

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from tests.golden import GOLDEN
@@ -46,6 +48,8 @@ def test_what_a_run_leaves(short_run: tuple[Path, subprocess.CompletedProcess[st
     kept = sorted(path.name for path in (output / "checkpoints").iterdir())
     assert kept[-2:] == ["step-00000004", "step-00000006"]
     assert len((output / "train.log").read_text().splitlines()) == 9
+    saved = torch.load(Path(summary["best_checkpoint"]) / "mp_rank_00_model_states.pt", weights_only=True)
+    timm.create_model("test_resnet", num_classes=10).load_state_dict(saved["module"])
     assert "Plan of ds_configs/digits_b512.json" in done.stdout
     assert "epoch 3/3: top-1" in done.stdout
     assert "best weights" in done.stdout
@@ -107,6 +111,7 @@ def test_a_complete_run_is_not_trained_again(
     before = (output / "metrics.jsonl").read_bytes()
     done = train_ok("--deepspeed_config", DIGITS, "--output", str(output), *SHORT)
     assert (output / "metrics.jsonl").read_bytes() == before
+    assert "is complete already" in done.stdout
     assert "best weights" in done.stdout
 
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _ranks(text: str) -> int:
-    number = int(text)
+    number = int(text) if text.isdecimal() and len(text) < 9 else 0
     if not 1 <= number <= 1_000_000:
-        raise ValueError
+        raise argparse.ArgumentTypeError("expected a whole number from 1 to 1000000")
     return number
