@@ -10,10 +10,11 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -133,11 +134,7 @@ def damage(checkpoint: Checkpoint) -> str | None:
 
 def load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
     """Put ``engine`` into the state of ``checkpoint``; return the client state that was saved with it."""
-    # DeepSpeed reads with weights_only=False, which would run code from a file; torch lets the environment insist.
-    with (
-        mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"),
-        torch.serialization.safe_globals(ZERO_CLASSES),
-    ):
+    with _weights_only(), torch.serialization.safe_globals(ZERO_CLASSES):
         try:
             path, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         except pickle.UnpicklingError:
@@ -149,6 +146,21 @@ def load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"DeepSpeed found no checkpoint in {checkpoint}")
     engine.lr_scheduler.step(engine.global_steps)
     return client_state
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """DeepSpeed reads with weights_only=False, which would run code from a file; torch lets the environment insist."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def prune(folder: Path, keep_last: int, keep_best: bool) -> None:
