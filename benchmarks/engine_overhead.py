@@ -282,8 +282,8 @@ def plain_loop(model: nn.Module, batches: list[Batch], precision: str) -> Loop:
             vector_to_parameters(mean, gradients)
         scaler.step(optimizer)
         scaler.update()
-        # At the end, as DeepSpeed does: a loop that keeps them while the others run has memory at hand at its next turn,
-        # where one that gave it back pays for page faults, on a CPU up to a tenth of a step.
+        # Here and not before the next step, as DeepSpeed does: a loop that kept them while the others run would have
+        # memory at hand at its turn, where one that gave it back pays for page faults, on a CPU a tenth of a step.
         optimizer.zero_grad()
 
     return Loop(step, optimizer)
