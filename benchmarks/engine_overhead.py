@@ -21,15 +21,12 @@ import contextlib
 import itertools
 import json
 import os
-import platform
-import shlex
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import date, timedelta
-from importlib.metadata import version
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import SGD, Optimizer
 
+from benchmarks.report import context, heading, write
 from recipe.data import Batch, SyntheticLoader
 from recipe.model import build_model, parameter_groups
 from recipe.scaling import RateSchedule
@@ -72,7 +70,7 @@ class Loop(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; print a table, and write it and a JSON if asked to."""
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments, where = parse_arguments(words), hardware()
+    arguments, where = parse_arguments(words), context("benchmarks.engine_overhead", words)
     set_up_torch()  # spawned ranks inherit what is in the environment before they import torch
     if "RANK" in os.environ:  # a launcher has started this process as one of its ranks
         results = run_rank(arguments)
@@ -80,21 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
     else:
         results = [result for ranks in arguments.world_size for result in spawn_ranks(ranks, arguments)]
-    report = {
-        "command": shlex.join(["python", "-m", "benchmarks.engine_overhead", *words]),
-        "date": date.today().isoformat(),
-        "hardware": where,
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("torch", "deepspeed", "timm")},
+    report = where | {
         "settings": {key: getattr(arguments, key) for key in ("model", "image_size", "micro_batch", "precision")},
         "results": results,
     }
     table = format_report(report)
     print(table, end="")
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        arguments.json.with_suffix(".md").write_text(table, encoding="utf-8")
+        write(arguments.json, report, table)
     return 0
 
 
@@ -327,35 +318,15 @@ def _quartiles(values: list[float]) -> dict[str, float]:
     return {"median": median, "lower_quartile": lower, "upper_quartile": upper}
 
 
-def hardware() -> dict[str, Any]:
-    """What it runs on, and how busy that is with other things."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    found: dict[str, Any] = {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_before": round(os.getloadavg()[0], 2),
-    }
-    if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
-    return found
-
-
 def format_report(report: dict[str, Any]) -> str:
     """The report as Markdown."""
-    settings, where = report["settings"], report["hardware"]
-    processor = f"{where['cpu']}, {where['cores']} cores, load before {where['load_before']}"
-    device = f"{where['gpus']} × {where['gpu']}; {processor}" if "gpu" in where else processor
+    settings = report["settings"]
     lines = [
-        f"# A step of the recipe beside plain PyTorch: {settings['model']}, {settings['image_size']} px, micro-batch "
-        f"{settings['micro_batch']}, {settings['precision']}",
-        "",
-        f"- hardware: {device}",
-        f"- versions: {', '.join(f'{name} {number}' for name, number in report['versions'].items())}",
-        f"- command: `{report['command']}`",
-        f"- date: {report['date']}",
-        "",
+        *heading(
+            f"A step of the recipe beside plain PyTorch: {settings['model']}, {settings['image_size']} px, micro-batch "
+            f"{settings['micro_batch']}, {settings['precision']}",
+            report,
+        ),
         "| ranks | accumulation | rounds | loop | step, ms: median (quartiles) | recipe ÷ loop: median (quartiles) |",
         "|---|---|---|---|---|---|",
     ]

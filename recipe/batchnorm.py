@@ -64,7 +64,7 @@ class BatchNorm(nn.BatchNorm2d):
         self.process_group = process_group
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()
-        self._collected: list[tuple[Tensor, Tensor]] = []
+        self.collected: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
@@ -79,7 +79,7 @@ class BatchNorm(nn.BatchNorm2d):
             return self._normalise_groups(x, weight, bias, self.statistics)
         tracked = not self.training or self.track_running_stats
         mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
-        share = self._count_step() if self.training and tracked else 0.0
+        share = self.count_step() if self.training and tracked else 0.0
 
         ranks = self._ranks() if self.training else 1
         if ranks == 1:
@@ -105,7 +105,7 @@ class BatchNorm(nn.BatchNorm2d):
             y = F.batch_norm(_side_by_side(x, groups), mean, var, weight.repeat(groups), bias, True, 1.0, self.eps)
             y = _one_below_the_other(y, groups)
         else:
-            ranks = _world_size(self.process_group)
+            ranks = world_size_of(self.process_group)
             if len(x) * ranks != n:
                 raise ValueError(f"batch norm over {n} samples cannot be had from {ranks} × {len(x)} of them")
             groups, group = 1, self.process_group or dist.group.WORLD
@@ -117,17 +117,17 @@ class BatchNorm(nn.BatchNorm2d):
                 var = batch_var * (count / (count - 1))
                 y = _Normalise.apply(x, weight, bias, mean, batch_var, count, self.eps, group)
         if self.track_running_stats:
-            self._collected.append((mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0)))
+            self.collected.append((mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0)))
         return y
 
-    def _count_step(self) -> float:
+    def count_step(self) -> float:
         """Count this step; return the share of its statistics in the running averages."""
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
     def _ranks(self) -> int:
-        return _world_size(self.process_group) if self.statistics == "global" else 1
+        return world_size_of(self.process_group) if self.statistics == "global" else 1
 
     def _check_input_dim(self, x: Tensor) -> None:
         # Wider than the base class: the 1d batch norms of some timm models' heads become this class too.
@@ -160,33 +160,6 @@ def convert_batchnorm(model: nn.Module, statistics: Statistics, process_group: G
     return model
 
 
-@torch.no_grad()
-def average_running_statistics(model: nn.Module, process_group: Group = None) -> None:
-    """Make the running averages of ``model`` equal on all ranks, in place: their mean over the ranks.
-
-    For "local" statistics, before a validation or a checkpoint; every rank must call it. The mean of the
-    variances stays an estimate of the variance within a micro-batch, which is what the model trains on.
-    One collective in all; none on one rank, or where the statistics are joined over these ranks already.
-    """
-    ranks = _world_size(process_group)
-    buffers = [
-        buffer
-        for module in model.modules()
-        if isinstance(module, BatchNorm)
-        and not isinstance(module.statistics, int)
-        and not (module.statistics == "global" and module.process_group is process_group)
-        for buffer in (module.running_mean, module.running_var)
-        if buffer is not None
-    ]
-    if ranks == 1 or not buffers:
-        return
-    means = torch.cat(buffers)
-    dist.all_reduce(means, group=process_group)
-    means /= ranks
-    for buffer, mean in zip(buffers, means.split([len(buffer) for buffer in buffers]), strict=True):
-        buffer.copy_(mean)
-
-
 def join_neighbours(model: nn.Module, micro_batch: int) -> None:
     """Where batch norm is over more samples than a micro-batch has, join ranks that hold neighbouring ones.
 
@@ -197,40 +170,12 @@ def join_neighbours(model: nn.Module, micro_batch: int) -> None:
     joined = [module for module in modules if isinstance(module.statistics, int) and module.statistics > micro_batch]
     for n in sorted({int(module.statistics) for module in joined}):
         ranks = n // micro_batch
-        for first in range(0, _world_size(None), ranks):
+        for first in range(0, world_size_of(None), ranks):
             group = dist.new_group(list(range(first, first + ranks)))
             if isinstance(group, dist.ProcessGroup) and first <= dist.get_rank() < first + ranks:
                 for module in joined:
                     if module.statistics == n:
                         module.process_group = group
-
-
-@torch.no_grad()
-def update_running_averages(model: nn.Module, discard: bool = False) -> None:
-    """Take the mean over all groups of n samples of an optimizer step into the running averages, in place.
-
-    Every rank calls it after every optimizer step; one collective in all. ``discard`` forgets the step's statistics: an
-    update that overflowed leaves the running averages alone, too. Does nothing for "global" and "local".
-    """
-    modules = [module for module in model.modules() if isinstance(module, BatchNorm) and module._collected]
-    collected = [[torch.stack(parts).mean(0) for parts in zip(*m._collected, strict=True)] for m in modules]
-    for module in modules:
-        module._collected = []
-    if discard or not modules:
-        return
-    means = torch.cat([part for parts in collected for part in parts])
-    ranks = _world_size(None)
-    if ranks > 1:
-        # Each rank has as many groups, or shares in them, as any other: the mean of means is the mean.
-        dist.all_reduce(means)
-        means /= ranks
-    sizes = [module.num_features for module in modules for _ in range(2)]
-    parts = iter(means.split(sizes))
-    for module in modules:
-        share = module._count_step()
-        for buffer in (module.running_mean, module.running_var):
-            assert buffer is not None
-            buffer.lerp_(next(parts).to(buffer.dtype), share)
 
 
 def _check_statistics(statistics: Statistics) -> None:
@@ -268,7 +213,8 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def _world_size(group: Group) -> int:
+def world_size_of(group: Group) -> int:
+    """Ranks of the group; one where torch.distributed is not initialised."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 

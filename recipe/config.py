@@ -138,6 +138,9 @@ class Checkpoint(Section):
     every_steps: Count | None = None
     """optimizer steps between checkpoints, a whole number >= 1, or null for one at the end of each epoch"""
 
+    every_minutes: PositiveFloat | None = None
+    """minutes between checkpoints, a number > 0, or null for one at the end of each epoch"""
+
     keep_last: Count = 2
     """how many of the latest checkpoints stay, a whole number >= 1; 2, because the latest may not be whole"""
 
@@ -151,9 +154,9 @@ class Recipe(Section):
     model: Model
     """an object with name and num_classes"""
 
-    max_micro_batch_size: Count = 256
-    """images per GPU and forward pass that an "auto" may take at most, a whole number >= 1: write it, as the
-    recipe does not measure memory yet"""
+    max_micro_batch_size: Count | Auto = 256
+    """images per GPU and forward pass that an "auto" may take at most, a whole number >= 1, or "auto": as many as fit
+    the GPU, 32 on a CPU"""
 
     batchnorm: BatchNorm = BatchNorm()
     """an object with statistics"""
@@ -168,7 +171,7 @@ class Recipe(Section):
     """ "fp64" trains in double precision, for checks in which rounding must not matter; null: as fp16 and bf16 say"""
 
     checkpoint: Checkpoint = Checkpoint()
-    """an object with every_steps, keep_last and keep_best"""
+    """an object with every_steps, every_minutes, keep_last and keep_best"""
 
     seed: int = Field(0, ge=0, lt=2**63)
     """the root of all randomness, a whole number >= 0 and < 2^63"""

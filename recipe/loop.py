@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from recipe.batchnorm import update_running_averages
 from recipe.data import Batch
 from recipe.engine import backward, loss_scale
+from recipe.running_averages import update_running_averages
 
 
 @dataclass(frozen=True)

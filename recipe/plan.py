@@ -32,6 +32,7 @@ PARAMETER_COUNTS = {
 }
 
 PAPER_WEIGHT_DECAY = 1e-4
+ASSUMED_MICRO_BATCH = 256  # the largest that a plan assumes where "auto" asks the run to measure; the headline's
 RATE_TOLERANCE = 1e-6  # a rate written with seven digits agrees with the rule
 
 
@@ -51,6 +52,8 @@ class Plan:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     workers: int
+    assumes_micro_batch: bool
+    """whether the run has yet to find the micro-batch, the largest that fits the device"""
 
     @property
     def global_batch(self) -> int:
@@ -89,7 +92,11 @@ def make_plan(config: Config, world_size: int, cores_per_rank: int | None = None
         ConfigError: a contradiction, a batch that the ranks cannot share, a warmup longer than the run, …
     """
     recipe = config.recipe
-    micro_batch, accumulation = batch_triangle(config, world_size)
+    largest, assumes_micro_batch = recipe.max_micro_batch_size, False
+    if largest == "auto":
+        assumes_micro_batch = config.train_micro_batch_size_per_gpu == config.gradient_accumulation_steps == "auto"
+        largest = ASSUMED_MICRO_BATCH if assumes_micro_batch else config.train_batch_size
+    micro_batch, accumulation = batch_triangle(config, world_size, largest)
     train_images, validation_images = _data_set_sizes(config)
     if config.train_batch_size > train_images:
         raise config.source.refusal(
@@ -120,6 +127,8 @@ def make_plan(config: Config, world_size: int, cores_per_rank: int | None = None
     if config.zero_optimization is not None and config.zero_optimization.stage:
         # DeepSpeed's word for SGD under ZeRO; without it, it refuses to start.
         resolved["zero_allow_untested_optimizer"] = True
+    if recipe.max_micro_batch_size == "auto":
+        resolved["recipe"]["max_micro_batch_size"] = micro_batch
     resolved["recipe"]["data"] |= {
         "train_images": train_images,
         "validation_images": validation_images,
@@ -140,18 +149,27 @@ def make_plan(config: Config, world_size: int, cores_per_rank: int | None = None
         mean=mean,
         std=std,
         workers=workers,
+        assumes_micro_batch=assumes_micro_batch,
     )
 
 
-def batch_triangle(config: Config, world_size: int) -> tuple[int, int]:
+def with_micro_batch(plan: Plan, micro_batch: int) -> Plan:
+    """The plan with the micro-batch that was found for it, and the accumulation that follows."""
+    raw = plan.config.source.raw
+    raw |= {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": "auto"}
+    raw["recipe"]["max_micro_batch_size"] = micro_batch
+    return make_plan(parse_config(raw, plan.config.source.file), plan.world_size)
+
+
+def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, int]:
     """Micro-batch and accumulation steps with ranks × accumulation × micro-batch = global batch.
 
-    An "auto" micro-batch is the largest up to ``max_micro_batch_size`` that divides what is left for it.
+    An "auto" micro-batch is the largest up to ``largest`` that divides what is left for it.
 
     Raises:
         ConfigError: no such numbers; it names the nearest global batches that have some.
     """
-    batch, largest = config.train_batch_size, config.recipe.max_micro_batch_size
+    batch = config.train_batch_size
     micro, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
     factors = {"ranks": world_size}
     if isinstance(accumulation, int):
@@ -173,14 +191,12 @@ def batch_triangle(config: Config, world_size: int) -> tuple[int, int]:
         raise config.source.refusal("train_batch_size", f"it cannot be shared out as {product}", remedy)
     share = batch // world_size
     n = config.recipe.batchnorm.statistics
-    fitting = [
-        size
-        for size in range(share, 0, -1)
-        if share % size == 0 and (not isinstance(n, int) or holds_groups(n, size, world_size))
-    ]
+    fitting = fitting_micro_batches(batch, world_size, n)
     written = share // accumulation if isinstance(accumulation, int) else micro
     if not isinstance(written, int):
         size = next((size for size in fitting if size <= largest), None)
+        if size is None and fitting and config.recipe.max_micro_batch_size == "auto":
+            size = fitting[-1]
         if size is None:
             raise config.source.refusal(
                 "recipe.batchnorm.statistics",
@@ -198,6 +214,16 @@ def batch_triangle(config: Config, world_size: int) -> tuple[int, int]:
             _fitting_remedy(fitting),
         )
     return size, share // size
+
+
+def fitting_micro_batches(global_batch: int, world_size: int, statistics: str | int) -> list[int]:
+    """All micro-batches that share out the global batch and hold batch norm's groups, the largest first."""
+    share = global_batch // world_size
+    return [
+        size
+        for size in range(share, 0, -1)
+        if share % size == 0 and (not isinstance(statistics, int) or holds_groups(statistics, size, world_size))
+    ]
 
 
 def holds_groups(n: int, micro_batch: int, world_size: int) -> bool:

@@ -3,7 +3,7 @@
 import json
 import textwrap
 
-from recipe.plan import PARAMETER_COUNTS, Plan
+from recipe.plan import ASSUMED_MICRO_BATCH, PARAMETER_COUNTS, Plan
 from recipe.strict_json import printable
 
 WIDTH = 110
@@ -50,7 +50,14 @@ def notes(plan: Plan) -> list[str]:
     """What a person should know before the run starts."""
     found = []
     share = plan.global_batch // plan.world_size
-    largest = min(plan.config.recipe.max_micro_batch_size, share)
+    limit = plan.config.recipe.max_micro_batch_size
+    assert isinstance(limit, int), "a plan leaves no auto"
+    largest = min(limit, share)
+    if plan.assumes_micro_batch:
+        found.append(
+            f'max_micro_batch_size is "auto": a run finds what fits the GPU (on a CPU it takes 32); this plan assumes '
+            f"up to {ASSUMED_MICRO_BATCH}"
+        )
     if plan.micro_batch * 4 <= largest and not any(
         share % size == 0 for size in range(plan.micro_batch + 1, largest + 1)
     ):
@@ -59,6 +66,11 @@ def notes(plan: Plan) -> list[str]:
             f"{largest}; a train_batch_size with more divisors trains faster"
         )
     statistics = plan.config.recipe.batchnorm.statistics
+    if plan.assumes_micro_batch and not isinstance(statistics, int):
+        found.append(
+            f'"statistics": "{statistics}" makes the training depend on the micro-batch, and "auto" that on the GPU; '
+            "a number of images (the paper's 32) does not"
+        )
     over = plan.micro_batch * (plan.world_size if statistics == "global" else 1)
     over = statistics if isinstance(statistics, int) else over
     if over < 16:
@@ -181,7 +193,8 @@ def _weight_decay(plan: Plan) -> str:
 
 def _checkpoints(plan: Plan) -> str:
     settings = plan.config.recipe.checkpoint
-    every = f" and every {_count(settings.every_steps, 'step')}" if settings.every_steps else ""
+    every = f", every {_count(settings.every_steps, 'step')}" if settings.every_steps else ""
+    every += f", every {_count(settings.every_minutes, 'minute')}" if settings.every_minutes else ""
     best = " and the best" if settings.keep_best else ""
     last = "the last" if settings.keep_last == 1 else f"the last {settings.keep_last}"
     return f"after each epoch{every}; {last}{best} are kept"

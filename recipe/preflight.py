@@ -2,48 +2,23 @@
 
 import fcntl
 import importlib.util
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from recipe import checkpoint
 from recipe.config import ConfigError
 from recipe.data import ImageDataset, open_datasets
 from recipe.model import build_model
 from recipe.plan import Plan
-from recipe.plan_text import plan_json
+from recipe.resume import Resume, Start, choose_start
 
-PLAN, SUMMARY, LOCK, CHECKPOINTS = "plan.json", "summary.json", ".lock", "checkpoints"
+LOCK = ".lock"
 MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
-
-# A resumed run may differ in these keys: they say where and how it runs, not what is trained.
-FREE_TO_CHANGE = (
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "tensorboard",
-    "wandb",
-    "csv_monitor",
-    "comet",
-    "flops_profiler",
-    "comms_logger",
-    "recipe.max_micro_batch_size",
-    "recipe.data.path",
-    "recipe.data.workers",
-    "recipe.data.on_bad_image",
-    "recipe.checkpoint",
-)
-
-Resume = Literal["auto", "never", "must"]
 
 
 @dataclass(frozen=True)
@@ -55,11 +30,11 @@ class Run:
     device: torch.device
     model: nn.Module
     datasets: tuple[ImageDataset, ImageDataset] | None
-    resumes: bool
+    start: Start
     lock_file: IO[str] | None
 
 
-def prepare(plan: Plan, output: Path, resume: Resume) -> Run:
+def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = False) -> Run:
     """Check what the plan needs of this machine and make the parts.
 
     Raises:
@@ -67,7 +42,7 @@ def prepare(plan: Plan, output: Path, resume: Resume) -> Run:
             the data, an output folder that holds another training.
     """
     recipe = plan.config.recipe
-    resumes = check_output(plan, output, resume)
+    start = choose_start(plan, output, resume, accept_changes)
     device = choose_device(plan)
     for monitor, package in MONITOR_PACKAGES.items():
         if getattr(plan.config, monitor).enabled and importlib.util.find_spec(package) is None:
@@ -88,7 +63,7 @@ def prepare(plan: Plan, output: Path, resume: Resume) -> Run:
     if plan.precision == "fp64":
         model = model.double()
     lock_file = lock(output) if os.environ.get("RANK", "0") == "0" else None
-    return Run(plan, output, device, model, datasets, resumes, lock_file)
+    return Run(plan, output, device, model, datasets, start, lock_file)
 
 
 def open_data(plan: Plan) -> tuple[ImageDataset, ImageDataset] | None:
@@ -120,34 +95,6 @@ def check_image_size(model: nn.Module, image_size: int) -> None:
     model.train()
 
 
-def check_output(plan: Plan, output: Path, resume: Resume) -> bool:
-    """Make the folder ``output``; return whether the run goes on from a checkpoint in it."""
-    try:
-        (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output {output}: {error.strerror}; name a folder that can be written") from None
-    if not checkpoint.find(output / CHECKPOINTS):
-        if resume == "must":
-            raise ValueError(f"--resume must: {output / CHECKPOINTS} holds no checkpoint; check --output")
-        if (output / SUMMARY).exists():
-            raise ValueError(f"{output} holds a complete run without its checkpoints; name another --output")
-        return False
-    if resume == "never":
-        raise ValueError(f"--resume never: {output} holds checkpoints; name another --output, or remove it")
-    try:
-        before = json.loads((output / PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{output / PLAN}: {error}, so what its checkpoints were trained on is not known; name another --output"
-        ) from None
-    differences = differing_keys(before, json.loads(plan_json(plan)))
-    if differences:
-        raise ValueError(
-            f"{output} holds another training: {', '.join(differences)}; name another --output for this one"
-        )
-    return True
-
-
 def lock(output: Path) -> IO[str]:
     """Keep any other run out of ``output`` for as long as this process lives and the file is open; rank 0 calls it.
 
@@ -162,26 +109,6 @@ def lock(output: Path) -> IO[str]:
     except OSError:
         pass  # a file system without locks
     return file
-
-
-def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """``key was a, is b`` for each key of two plans that says another training."""
-    old, new = dict(_leaves(before)), dict(_leaves(now))
-    return [
-        f"{key} was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in FREE_TO_CHANGE))
-    ]
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found += _leaves(value, f"{prefix}{key}.")
-        else:
-            found.append((prefix + key, value))
-    return found
 
 
 def choose_device(plan: Plan) -> torch.device:

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,31 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from recipe import checkpoint
-from recipe.batchnorm import average_running_statistics, join_neighbours
-from recipe.checkpoint import CheckpointError
+from recipe.agreement import Requests
+from recipe.batchnorm import join_neighbours
+from recipe.checkpoint import CHECKPOINTS, PLAN, CheckpointError
 from recipe.data import BadImageError, SyntheticLoader, TrainLoader, ValidationLoader
+from recipe.data.seeds import derive_seed
 from recipe.engine import join_process_group, set_loudness, start_engine
+from recipe.interruption import Interrupted
 from recipe.loop import evaluate, train_epoch
+from recipe.micro_batch import CPU_MICRO_BATCH, largest_on_cpu, largest_on_gpu
 from recipe.model import parameter_groups
-from recipe.plan import Plan
-from recipe.plan_text import plan_json
-from recipe.preflight import CHECKPOINTS, PLAN, SUMMARY, Run
+from recipe.plan import Plan, fitting_micro_batches, with_micro_batch
+from recipe.plan_text import format_plan, plan_json
+from recipe.preflight import Run
+from recipe.resume import SUMMARY, statistics_change, training_sha256
+from recipe.running_averages import (
+    average_running_statistics,
+    gather_running_averages,
+    restore_running_averages,
+)
 from recipe.summary import History, summarise
-from recipe.telemetry import Telemetry
+from recipe.telemetry import OutputError, Telemetry
 
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=10)
-KNOWN_FAILURES = (BadImageError, CheckpointError, FloatingPointError)  # their messages say all that a person needs
+# Their messages say all that a person needs.
+KNOWN_FAILURES = (BadImageError, CheckpointError, FloatingPointError, OutputError)
 
 
 def train(run: Run, verbose: bool) -> dict[str, Any]:
@@ -35,11 +47,15 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
     Raises:
         FloatingPointError: the loss is not finite.
         BadImageError: an image cannot be read.
+        CheckpointError: a checkpoint cannot be written, or none of those that are there can be loaded.
+        OutputError: a file of the run cannot be written.
+        Interrupted: a signal asked for the end, and the run is saved.
     """
-    plan, output, started = run.plan, run.output, time.monotonic()
-    set_loudness(verbose or asks_for_details(plan))
+    output, started = run.output, time.monotonic()
+    set_loudness(verbose or asks_for_details(run.plan))
     join_process_group(run.device, PROCESS_GROUP_TIMEOUT)
-    torch.manual_seed(plan.config.recipe.seed + dist.get_rank())  # for dropout; the data has numbers of its own
+    run = settle_micro_batch(run)
+    plan = run.plan
     if dist.get_rank() == 0:
         (output / SUMMARY).unlink(missing_ok=True)  # it is written last: while it is there, the run is complete
         replace_text(output / PLAN, plan_json(plan))
@@ -54,6 +70,7 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
     telemetry = Telemetry(
         output,
         first_step=engine.global_steps,
+        validated_steps=history.validated_steps,
         epochs=plan.epochs,
         steps_per_epoch=plan.steps_per_epoch,
         global_batch=plan.global_batch,
@@ -66,26 +83,50 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
         telemetry.say(message)
     train_loader, validation_loader = open_loaders(run, next(engine.module.parameters()).dtype)
 
-    while engine.global_steps < plan.total_steps:
-        epoch, first_step = divmod(engine.global_steps, plan.steps_per_epoch)
-        telemetry.start_clock()
-        for step in train_epoch(engine, train_loader.epoch(epoch, first_step)):
-            telemetry.step(step)
-            history.bad_images |= set(step.bad_images)
-            if saves_within_epoch(plan, engine.global_steps):
-                telemetry.report()
-                save(engine, run, history, time.monotonic() - started, top1=None)
+    every_minutes = plan.config.recipe.checkpoint.every_minutes
+    save_every = None if every_minutes is None else timedelta(minutes=every_minutes)
+    with Requests(save_every, PROCESS_GROUP_TIMEOUT) as requests:
+
+        def save_now(top1: float | None = None) -> None:
+            telemetry.report()
+            telemetry.sync()
+            save(engine, run, history, time.monotonic() - started, top1)
+            requests.saved()
+            telemetry.start_clock()
+
+        try:
+            while True:
+                epoch, first_step = divmod(engine.global_steps, plan.steps_per_epoch)
+                if first_step == 0 and engine.global_steps > history.validated_steps:
+                    average_running_statistics(engine.module)
+                    result = evaluate(engine, requests.watched(validation_loader.batches()), run.device)
+                    history.validations.append(telemetry.validation(result, engine.global_steps - 1))
+                    history.bad_images |= set(result.bad_images)
+                    save_now(result.top1)
+                if engine.global_steps == plan.total_steps:
+                    break
                 telemetry.start_clock()
-        average_running_statistics(engine.module)
-        result = evaluate(engine, validation_loader.batches(), run.device)
-        history.validations.append(telemetry.validation(result, engine.global_steps - 1))
-        history.bad_images |= set(result.bad_images)
-        save(engine, run, history, time.monotonic() - started, top1=result.top1)
+                seed_layers(plan, engine.global_steps)
+                for step in train_epoch(engine, train_loader.epoch(epoch, first_step)):
+                    seed_layers(plan, engine.global_steps)
+                    telemetry.step(step)
+                    history.bad_images |= set(step.bad_images)
+                    signum, save_due = requests.agree()
+                    if signum:
+                        raise Interrupted(signum)
+                    if saves_within_epoch(plan, engine.global_steps, save_due):
+                        save_now()
+        except Interrupted as end:
+            save_now()
+            done = f"{engine.global_steps:,} of {plan.total_steps:,} steps"
+            telemetry.say(f"ended by {end}, saved after {done}; the same command goes on")
+            raise
+        finally:
+            train_loader.close()
+            validation_loader.close()
+            telemetry.close()
 
     history.seconds += time.monotonic() - started
-    train_loader.close()
-    validation_loader.close()
-    telemetry.close()
     best = checkpoint.best(checkpoint.find(output / CHECKPOINTS))
     summary = summarise(
         plan,
@@ -104,10 +145,35 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
     return summary
 
 
+def settle_micro_batch(run: Run) -> Run:
+    """Where the plan assumes a micro-batch, replace it by the largest that fits every rank's device.
+
+    On as many ranks as before, a run that goes on keeps the one that it had, and with it every bit.
+    """
+    plan, recipe, start = run.plan, run.plan.config.recipe, run.start
+    if not plan.assumes_micro_batch:
+        return run
+    candidates = fitting_micro_batches(plan.global_batch, plan.world_size, recipe.batchnorm.statistics)
+    earlier = (start.earlier_plan or {}).get("train_micro_batch_size_per_gpu")
+    if start.checkpoints and start.checkpoints[0].world_size == plan.world_size and earlier in candidates:
+        size, why = earlier, "as before"
+    elif run.device.type == "cpu":
+        size, why = largest_on_cpu(candidates), f"on a CPU the largest up to {CPU_MICRO_BATCH}"
+    else:
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}.get(
+            plan.precision, torch.float32
+        )
+        size = largest_on_gpu(candidates, run.model, recipe.data.image_size, dtype, run.device)
+        why = f"the largest that fits {device_name(run.device)}"
+    plan = with_micro_batch(plan, size)
+    if dist.get_rank() == 0:
+        print(f'{format_plan(plan)}\nmax_micro_batch_size "auto": {size} images, {why}', flush=True)
+    return replace(run, plan=plan)
+
+
 def summary_of_complete_run(run: Run) -> dict[str, Any] | None:
     """What an earlier launch wrote when it came to the end of this run; None if there is something left to do."""
-    newest = checkpoint.find(run.output / CHECKPOINTS)[:1] if run.resumes else []
-    if not newest or newest[0].step < run.plan.total_steps:
+    if not run.start.checkpoints or run.start.checkpoints[0].step < run.plan.total_steps:
         return None
     try:
         summary: dict[str, Any] = json.loads((run.output / SUMMARY).read_text(encoding="utf-8"))
@@ -117,32 +183,55 @@ def summary_of_complete_run(run: Run) -> dict[str, Any] | None:
 
 
 def resume(engine: DeepSpeedEngine, run: Run) -> tuple[History, list[str]]:
-    """Load the newest whole checkpoint, if the run goes on from one; return its history and what there is to say."""
-    if not run.resumes:
+    """Load the newest checkpoint that is whole, if there are any; return its history and what there is to say.
+
+    Raises:
+        CheckpointError: those that are whole cannot be loaded, or none is and the run must resume.
+    """
+    if not run.start.checkpoints:
         return History(), []
-    newest, messages = checkpoint.newest_whole(run.output / CHECKPOINTS)
-    if newest is None:
+    loaded, state, messages = checkpoint.load_newest(engine, run.start.checkpoints)
+    messages = [*run.start.messages, *messages]
+    if loaded is None:
+        if run.start.must_resume:
+            raise CheckpointError(f"--resume must: no checkpoint is whole: {'; '.join(messages)}")
         return History(), [*messages, "no whole checkpoint is left: training begins anew"]
-    state = checkpoint.load(engine, newest.path)
+    restore_running_averages(engine.module, state["running_averages"])
     history = History(state["validations"], set(state["bad_images"]), state["seconds"])
-    return history, [*messages, f"resumed from {newest.path}, {engine.global_steps:,} steps done"]
+    messages += statistics_change(run.plan, run.start)
+    return history, [*messages, f"resumed from {loaded.path}, {engine.global_steps:,} steps done"]
 
 
 def save(engine: DeepSpeedEngine, run: Run, history: History, seconds: float, top1: float | None) -> None:
-    """Write a checkpoint, then remove those that the config does not keep."""
+    """Write a checkpoint, then remove those that the config does not keep. The engine is left as it was."""
     if run.plan.config.recipe.data.on_bad_image == "skip":
         history.bad_images = union_over_ranks(history.bad_images)
+    # DeepSpeed writes rank 0's running averages. Their mean is what can be used, each rank's own what goes on.
+    own = gather_running_averages(engine.module)
     average_running_statistics(engine.module)
-    folder, settings = run.output / CHECKPOINTS, run.plan.config.recipe.checkpoint
-    checkpoint.save(engine, folder, top1, history.state(seconds))
+    folder, settings, plan = run.output / CHECKPOINTS, run.plan.config.recipe.checkpoint, plan_json(run.plan)
+    checkpoint.save(
+        engine,
+        folder,
+        top1=top1,
+        client_state=history.state(seconds) | {"running_averages": own},
+        plan=plan,
+        training_sha256=training_sha256(json.loads(plan)),
+    )
+    restore_running_averages(engine.module, own)
     if dist.get_rank() == 0:
         checkpoint.prune(folder, settings.keep_last, settings.keep_best)
 
 
-def saves_within_epoch(plan: Plan, steps_done: int) -> bool:
-    """Whether ``every_steps`` asks for a checkpoint here; at the end of an epoch there is one anyway."""
+def saves_within_epoch(plan: Plan, steps_done: int, due: bool) -> bool:
+    """Whether the clock or ``every_steps`` asks for a checkpoint here; at the end of an epoch there is one anyway."""
     every = plan.config.recipe.checkpoint.every_steps
-    return every is not None and steps_done % every == 0 and steps_done % plan.steps_per_epoch != 0
+    return (due or (every is not None and steps_done % every == 0)) and steps_done % plan.steps_per_epoch != 0
+
+
+def seed_layers(plan: Plan, step: int) -> None:
+    """Seed what the model draws itself, as dropout, for one step: a resumed run draws the same. The data does not."""
+    torch.manual_seed(derive_seed("layers", plan.config.recipe.seed, step, dist.get_rank()))
 
 
 def open_loaders(

@@ -27,6 +27,11 @@ class History:
     bad_images: set[str] = field(default_factory=set)
     seconds: float = 0.0
 
+    @property
+    def validated_steps(self) -> int:
+        """The steps that were done when the model was last validated."""
+        return int(self.validations[-1]["step"]) + 1 if self.validations else 0
+
     def state(self, seconds_since: float) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return {

@@ -1,5 +1,6 @@
 """What a run tells: a bar or lines for people, ``metrics.jsonl`` and a log for programs, DeepSpeed's monitors."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,11 @@ from recipe.loop import Step, Validation
 METRICS = "metrics.jsonl"
 LOG = "train.log"
 LINE_EVERY_SECONDS = 30.0
+
+
+class OutputError(RuntimeError):
+    """A file of the run cannot be written; the message names it and the cause."""
+
 
 Monitor = Callable[[list[tuple[str, float, int]]], None]
 
@@ -34,6 +40,7 @@ class Telemetry:
         output: Path,
         *,
         first_step: int,
+        validated_steps: int,
         epochs: int,
         steps_per_epoch: int,
         global_batch: int,
@@ -51,7 +58,7 @@ class Telemetry:
         self._pending: list[Step] = []
         self._clock = 0.0
         if dist.get_rank() == 0:
-            self.writer = Writer(output, first_step, epochs * steps_per_epoch)
+            self.writer = Writer(output, first_step, validated_steps, epochs * steps_per_epoch)
 
     def start_clock(self) -> None:
         """Training goes on from here; what passed since the last report (validation, a save) is not training time."""
@@ -136,6 +143,11 @@ class Telemetry:
         if self.writer is not None:
             self.writer.say(message)
 
+    def sync(self) -> None:
+        """Have the metrics on the disk, as a checkpoint that follows will be."""
+        if self.writer is not None:
+            self.writer.sync()
+
     def close(self) -> None:
         """Leave the bar as it is and close the files."""
         if self.writer is not None:
@@ -170,8 +182,8 @@ class Telemetry:
 class Writer:
     """Rank 0's files and its terminal: a bar where standard error is one, else now and then a line."""
 
-    def __init__(self, output: Path, first_step: int, total_steps: int) -> None:
-        drop_later_events(output / METRICS, first_step)
+    def __init__(self, output: Path, first_step: int, validated_steps: int, total_steps: int) -> None:
+        drop_later_events(output / METRICS, first_step, validated_steps)
         self.metrics = (output / METRICS).open("a", encoding="utf-8")
         self.log_file = (output / LOG).open("a", encoding="utf-8")
         self.total_steps = total_steps
@@ -187,13 +199,25 @@ class Writer:
 
     def event(self, event: dict[str, Any]) -> None:
         """Add a line to ``metrics.jsonl``."""
-        self.metrics.write(json.dumps(event, allow_nan=False) + "\n")
-        self.metrics.flush()
+        self._write(self.metrics, json.dumps(event, allow_nan=False))
 
     def log(self, message: str) -> None:
         """Add a line to the log file."""
-        self.log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
-        self.log_file.flush()
+        self._write(self.log_file, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
+
+    def sync(self) -> None:
+        """Have ``metrics.jsonl`` on the disk: a checkpoint must not be there without the lines that precede it."""
+        os.fsync(self.metrics.fileno())
+
+    @staticmethod
+    def _write(file: TextIO, line: str) -> None:
+        try:
+            file.write(line + "\n")
+            file.flush()
+        except OSError as error:
+            raise OutputError(
+                f"{file.name}: {error.strerror}; the checkpoints are whole: make room, and the same command goes on"
+            ) from error
 
     def say(self, message: str) -> None:
         """Print a line above the bar, and log it."""
@@ -215,32 +239,36 @@ class Writer:
         """Leave the bar as it stands and close the files."""
         if self.bar is not None:
             self.bar.close()
-        self.metrics.close()
-        self.log_file.close()
+        with contextlib.suppress(OSError):  # a line that could not be written has been told of
+            self.metrics.close()
+            self.log_file.close()
 
 
-def drop_later_events(metrics: Path, first_step: int) -> None:
-    """Keep the lines about updates before ``first_step``: those after it are about to be made again.
+def drop_later_events(metrics: Path, first_step: int, validated_steps: int) -> None:
+    """Keep the lines about updates before ``first_step``, and about validations after ``validated_steps`` or fewer.
 
-    A line that a kill left half-written goes too.
+    Those after it are about to be made again. A line that a kill left half-written goes too.
     """
     if not metrics.exists():
         return
+    limits = {"step": first_step, "validation": validated_steps}
     kept = [
-        line
-        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines()
-        if _step_of(line) < first_step
+        line for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if _precedes(line, limits)
     ]
     rewritten = metrics.with_suffix(".rewritten")
-    rewritten.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    with rewritten.open("w", encoding="utf-8") as file:
+        file.write("".join(f"{line}\n" for line in kept))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(rewritten, metrics)
 
 
-def _step_of(line: str) -> float:
+def _precedes(line: str, limits: dict[str, int]) -> bool:
     try:
-        return int(json.loads(line)["step"])
+        event = json.loads(line)
+        return int(event["step"]) < limits[event["event"]]
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return False
 
 
 def _finite(value: float) -> float | None:

@@ -15,41 +15,55 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipe.config import read_config
+from recipe.interruption import Interrupted, end_at_once
 from recipe.plan import make_plan
 from recipe.plan_text import format_plan
 from recipe.summary import format_summary
 
-COMPLETE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+COMPLETE, FAILED, REFUSED = 0, 1, 2
 OTHER_RANKS_WAIT_SECONDS = 15.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Plan, check, train. Return 0 if the run is complete, 2 if the input was refused, 130 on Ctrl-C, else 1."""
-    arguments = parse_arguments(argv)
+    """Plan, check, train.
+
+    Returns:
+        0 if the run is complete, 2 if the input was refused, 130 or 143 if SIGINT or SIGTERM ended it, else 1.
+    """
+    try:
+        end_at_once()
+        return run(parse_arguments(argv))
+    except Interrupted as end:
+        return end.exit_code
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """``main`` behind the command line.
+
+    Raises:
+        Interrupted: a signal asked for the end.
+    """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     output = arguments.output or Path("runs", arguments.deepspeed_config.stem)
     try:
         config = read_config(arguments.deepspeed_config, overrides(arguments))
         plan = make_plan(config, world_size, cores_per_rank())
-        if rank == 0:
+        if rank == 0 and not plan.assumes_micro_batch:
             print(format_plan(plan), flush=True)
         # torch and DeepSpeed take seconds to import; a mistake in the config need not wait for them.
         set_up_torch()
         from recipe.preflight import prepare
         from recipe.run import KNOWN_FAILURES, summary_of_complete_run, train
 
-        run = prepare(plan, output, arguments.resume)
+        checked = prepare(plan, output, arguments.resume, arguments.accept_changes)
     except ValueError as refusal:
         return refuse(refusal, rank, arguments.verbose)
     try:
-        summary = summary_of_complete_run(run)
+        summary = summary_of_complete_run(checked)
         if summary is None:
-            summary = train(run, arguments.verbose)
+            summary = train(checked, arguments.verbose)
         elif rank == 0:
             print(f"{output} is complete already, and nothing was trained; another --output trains it anew")
-    except KeyboardInterrupt:
-        print("recipe: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
-        return INTERRUPTED
     except Exception as error:
         if arguments.verbose or not isinstance(error, KNOWN_FAILURES):
             traceback.print_exc()
@@ -76,6 +90,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default="auto",
         help="go on from the newest checkpoint of the run: if there is one, never, or fail without (default: auto)",
     )
+    parser.add_argument("--accept-changes", action="store_true", help="go on from checkpoints of a config that differs")
     parser.add_argument("--verbose", action="store_true", help="show all that DeepSpeed says, and tracebacks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher gives it
     return parser.parse_args(argv)

@@ -13,7 +13,8 @@ from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from recipe.batchnorm import BatchNorm, Statistics, average_running_statistics, convert_batchnorm
+from recipe.batchnorm import BatchNorm, Statistics, convert_batchnorm
+from recipe.running_averages import average_running_statistics
 from tests.ranks import run_ranks
 
 CHANNELS = 5

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipe.batchnorm import BatchNorm, average_running_statistics, join_neighbours, update_running_averages
+from recipe.batchnorm import BatchNorm, join_neighbours
+from recipe.running_averages import average_running_statistics, update_running_averages
 from tests.ranks import run_ranks
 
 N, CHANNELS, BATCH, STEPS = 4, 3, 16, 2

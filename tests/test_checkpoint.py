@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.checkpoint import MANIFEST, best, damage, find, prune
+from recipe.checkpoint import MANIFEST, _publish, best, damage, find, prune
 
 
 def make(folder: Path, step: int, top1: float | None = None) -> Path:
@@ -15,8 +15,8 @@ def make(folder: Path, step: int, top1: float | None = None) -> Path:
     path.mkdir(parents=True)
     (path / "weights").write_text("whole")
     sha256 = hashlib.sha256(b"whole").hexdigest()
-    manifest = {"step": step, "top1": top1, "files": {"weights": {"bytes": 5, "sha256": sha256}}}
-    (path / MANIFEST).write_text(json.dumps(manifest))
+    head = {"step": step, "top1": top1, "training_sha256": "same", "world_size": 2}
+    (path / MANIFEST).write_text(json.dumps(head | {"files": {"weights": {"bytes": 5, "sha256": sha256}}}))
     return path
 
 
@@ -28,16 +28,18 @@ def test_find_lists_what_has_a_manifest_the_newest_first(tmp_path: Path) -> None
     for step in (2, 10, 4):
         make(tmp_path, step)
     (tmp_path / "step-00000099").mkdir()  # no manifest: it was never completed
+    head = {"top1": None, "training_sha256": "", "world_size": 1, "files": {"weights": {"bytes": 5, "sha256": ""}}}
     for number, manifest in enumerate(
         [
             '{"step": 90, "fi',
-            '{"step": "91", "top1": null, "files": {"weights": {"bytes": 5, "sha256": ""}}}',
-            '{"step": 92, "top1": null, "files": []}',
-            '{"step": 93, "top1": null, "files": {}}',
-            '{"step": 94, "top1": "good", "files": {"weights": {"bytes": 5, "sha256": ""}}}',
-            '{"step": 94, "top1": null, "files": {"weights": {"bytes": 5, "sha256": ""}}}',
-            '{"step": 96, "top1": null, "files": {"weights": {}}}',
+            json.dumps(head | {"step": "91"}),
+            json.dumps(head | {"step": 92, "files": []}),
+            json.dumps(head | {"step": 93, "files": {}}),
+            json.dumps(head | {"step": 94, "top1": "good"}),
+            json.dumps(head | {"step": 94}),
+            json.dumps(head | {"step": 96, "files": {"weights": {}}}),
             "[]",
+            json.dumps(head | {"step": 98, "world_size": None}),
         ],
         start=90,
     ):
@@ -45,6 +47,21 @@ def test_find_lists_what_has_a_manifest_the_newest_first(tmp_path: Path) -> None
     (tmp_path / ".unfinished" / "step-00000097").mkdir(parents=True)
     assert steps(tmp_path) == [10, 4, 2]
     assert find(tmp_path / "nowhere") == []
+
+
+def test_a_replaced_checkpoint_stands_in_until_the_new_one_has_its_name(tmp_path: Path) -> None:
+    """A kill between the two renames leaves the old one under its other name; after them there is one."""
+    old = make(tmp_path, 4, 50.0)
+    old.rename(tmp_path / "step-00000004.replaced")
+    assert [(c.path.name, c.top1) for c in find(tmp_path)] == [("step-00000004.replaced", 50.0)]
+    make(tmp_path, 2)
+    whole = make(tmp_path / "elsewhere", 4, 60.0)
+    _publish(whole, tmp_path / "step-00000004")
+    assert [(c.path.name, c.top1) for c in find(tmp_path)] == [("step-00000004", 60.0), ("step-00000002", None)]
+    again = make(tmp_path / "elsewhere", 4, 70.0)
+    _publish(again, tmp_path / "step-00000004")
+    assert [c.top1 for c in find(tmp_path)] == [70.0, None]
+    assert not list(tmp_path.glob("*.replaced"))
 
 
 def test_a_whole_checkpoint_has_no_damage(tmp_path: Path) -> None:

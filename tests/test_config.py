@@ -134,7 +134,7 @@ def test_what_is_not_written_is_the_papers() -> None:
             "weight_decay_rule": "constant",
             "reference_weight_decay": None,
         },
-        "checkpoint": {"every_steps": None, "keep_last": 2, "keep_best": True},
+        "checkpoint": {"every_steps": None, "every_minutes": None, "keep_last": 2, "keep_best": True},
         "precision": None,
         "seed": 0,
     }
@@ -423,7 +423,7 @@ def test_a_typo_explains_a_missing_key() -> None:
         ("comet.mode", "new", '= "new": not "get", "create" or "get_or_create";'),
         ("recipe.model.name", "", '= "": empty; expected timm\'s name of a model'),
         ("recipe.model.num_classes", 1, "= 1: too small; expected the number of classes"),
-        ("recipe.max_micro_batch_size", "auto", "the recipe does not measure memory yet"),
+        ("recipe.max_micro_batch_size", "automatic", 'or "auto": as many as fit the GPU'),
         (
             "recipe.batchnorm.statistics",
             "sync",

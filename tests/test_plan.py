@@ -10,7 +10,7 @@ import pytest
 
 from recipe.config import Config, ConfigError, parse_config, read_config
 from recipe.hostfile import read_hostfile
-from recipe.plan import Plan, make_plan
+from recipe.plan import Plan, fitting_micro_batches, make_plan, with_micro_batch
 from recipe.plan_text import format_plan, notes, plan_json
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +71,42 @@ def test_auto_takes_the_largest_micro_batch_that_divides(
     resolved = json.loads(plan_json(plan))
     assert resolved["train_micro_batch_size_per_gpu"] == micro
     assert resolved["gradient_accumulation_steps"] == accumulation
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "assumed", "micro"),
+    [
+        ({}, 8, True, 256),
+        ({"recipe__batchnorm__statistics": 512}, 1, True, 512),  # more than is assumed, but nothing smaller fits
+        ({"train_micro_batch_size_per_gpu": 1024}, 1, False, 1024),
+        ({"gradient_accumulation_steps": 2}, 4, False, 1024),
+    ],
+)
+def test_an_auto_limit_leaves_only_an_open_micro_batch_to_the_run(
+    changes: dict[str, Any], world_size: int, assumed: bool, micro: int
+) -> None:
+    plan = make_plan(config(recipe__max_micro_batch_size="auto", **changes), world_size)
+    assert (plan.assumes_micro_batch, plan.micro_batch) == (assumed, micro)
+    assert ('"auto": a run finds what fits' in "\n".join(notes(plan))) == assumed
+    assert json.loads(plan_json(plan))["recipe"]["max_micro_batch_size"] == micro
+
+
+def test_the_micro_batch_that_a_run_found_settles_the_plan() -> None:
+    open_plan = make_plan(config(recipe__max_micro_batch_size="auto"), 8)
+    settled = with_micro_batch(open_plan, 512)
+    assert (settled.micro_batch, settled.accumulation, settled.assumes_micro_batch) == (512, 2, False)
+    assert settled.schedule == open_plan.schedule
+    resolved = json.loads(plan_json(settled))
+    assert (resolved["train_micro_batch_size_per_gpu"], resolved["gradient_accumulation_steps"]) == (512, 2)
+    assert resolved["recipe"]["max_micro_batch_size"] == 512
+    again = make_plan(parse_config(resolved, "plan.json"), 8)
+    assert plan_json(again) == plan_json(settled)
+
+
+def test_fitting_micro_batches() -> None:
+    assert fitting_micro_batches(48, 2, "global") == [24, 12, 8, 6, 4, 3, 2, 1]
+    assert fitting_micro_batches(48, 2, 8) == [24, 8, 4]  # three groups, one, and half of one on each of two ranks
+    assert fitting_micro_batches(48, 1, 5) == []
 
 
 @pytest.mark.parametrize(
@@ -299,6 +335,9 @@ def test_notes() -> None:
     assert plan_notes(train_batch_size=256, recipe__max_micro_batch_size=32) == ""
     assert "come from only 4 images" in plan_notes(train_batch_size=256, recipe__max_micro_batch_size=4)
     assert "24.79 % at 16k" in plan_notes(train_batch_size=16384)
+    assert '"auto" that on the GPU' in plan_notes(recipe__max_micro_batch_size="auto")
+    fixed_n = {"recipe__max_micro_batch_size": "auto", "recipe__batchnorm__statistics": 32}
+    assert "depend on the micro-batch" not in plan_notes(**fixed_n)
     assert "bf16" in plan_notes(bf16={"enabled": True}, recipe__max_micro_batch_size=64)
     assert "before the warmup has ended" in plan_notes(recipe__schedule__decay_epochs=[2, 60])
 

@@ -20,6 +20,7 @@ def telemetry(output: Path, steps_per_print: int = 2, events: list | None = None
     result = Telemetry(
         output,
         first_step=0,
+        validated_steps=0,
         epochs=2,
         steps_per_epoch=3,
         global_batch=64,
@@ -119,5 +120,8 @@ def test_a_resumed_run_drops_the_events_that_it_makes_again(tmp_path: Path) -> N
     later = [{"event": "step", "step": 2}]
     torn = b'{"event": "step", "st\xff'
     metrics.write_bytes("".join(json.dumps(event) + "\n" for event in kept + later).encode() + torn)
-    drop_later_events(metrics, first_step=2)
+    drop_later_events(metrics, first_step=2, validated_steps=2)
     assert lines(tmp_path) == kept
+    # Saved after the last step of an epoch, and killed when the validation had been written but not saved.
+    drop_later_events(metrics, first_step=2, validated_steps=0)
+    assert lines(tmp_path) == kept[:2]

@@ -17,6 +17,9 @@ from recipe.data.sampler import TrainSampler, ValidationSampler
 _STUCK_AFTER_SECONDS = 600
 """A batch that has not come by then never will; a file system that hangs must end the run, not stop it."""
 
+_END_AFTER_SECONDS = 30
+"""What DeepSpeed's launcher gives a process between SIGTERM and SIGKILL."""
+
 
 class _HostBatch(NamedTuple):
     """What a worker sends: a NamedTuple, because DataLoader pins its tensors."""
@@ -60,7 +63,7 @@ class _Loader:
                 # parent is the server, and both outlive a killed rank for ever. With spawn every worker would
                 # import torch, and DeepSpeed with the main module.
                 "multiprocessing_context": multiprocessing.get_context("fork"),
-                "worker_init_fn": _ignore_interrupts,
+                "worker_init_fn": _outlive_signals,
                 "persistent_workers": True,
                 "timeout": _STUCK_AFTER_SECONDS,
             }
@@ -195,6 +198,9 @@ def _collate(samples: list[Sample]) -> _HostBatch:
     )
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process decides, and ends its workers.
+def _outlive_signals(worker: int) -> None:
+    # Ctrl-C, and the launcher's SIGTERM, reach the workers too, but the step under way needs their images: the main
+    # process decides, and ends them. One that does not answer it goes by the alarm.
+    signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(_END_AFTER_SECONDS))

@@ -1,0 +1,147 @@
+"""``recipe/train.py`` that kills itself, or all processes of its launch, with SIGKILL at a named moment.
+
+The environment says when: ``KILL_AT="window 7 1"`` is the seventh time that rank 1 comes to the moment ``window`` in
+this launch (for ``last`` the number says how many steps there are, for ``clock`` milliseconds); for ``group`` in the
+place of a rank, rank 0 kills the whole process group, launcher and all. Only what leads to the signal is put between;
+the training is that of ``recipe/train.py``.
+"""
+
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from recipe.train import main, set_up_torch
+
+MOMENTS = {
+    "window": "between a micro-batch's backward pass and the optimizer's turn",
+    "step": "right after a micro-batch or an optimizer step",
+    "metrics": "in the middle of a line of metrics.jsonl",
+    "checkpoint": "in the middle of a checkpoint's file",
+    "files": "between the files of a checkpoint",
+    "publish": "when a checkpoint is whole and has no name yet",
+    "published": "right after a checkpoint got its name",
+    "prune": "while an old checkpoint is removed",
+    "validation": "during a validation",
+    "last": "right after the last step",
+    "summary": "after all training, before the summary",
+    "clock": "whatever is going on, so many milliseconds after the imports",
+}
+
+
+class Trigger:
+    """Counts how often its moment came, and kills when it has come often enough."""
+
+    def __init__(self, count: int, whole_group: bool) -> None:
+        self.left = count
+        self.whole_group = whole_group
+
+    def __call__(self) -> bool:
+        """Whether this is the time."""
+        self.left -= 1
+        return self.left == 0
+
+    def kill(self) -> None:
+        """End here, as the kernel does when memory runs out: nothing is flushed, nobody is told."""
+        if self.whole_group:
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at(moment: str, trigger: Trigger) -> None:
+    """Put ``trigger`` where ``moment`` is."""
+    import torch
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from recipe import checkpoint, run, telemetry
+
+    def before(function: Callable[..., Any]) -> Callable[..., Any]:
+        def killed(*args: Any, **kwargs: Any) -> Any:
+            if trigger():
+                trigger.kill()
+            return function(*args, **kwargs)
+
+        return killed
+
+    def after(function: Callable[..., Any]) -> Callable[..., Any]:
+        def killed(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            if trigger():
+                trigger.kill()
+            return result
+
+        return killed
+
+    def half_a_file(state: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        whole = io.BytesIO()
+        save(state, whole, *args, **kwargs)
+        if trigger():
+            Path(path).write_bytes(whole.getvalue()[: whole.tell() // 2])
+            trigger.kill()
+        Path(path).write_bytes(whole.getvalue())
+
+    def half_a_line(file: Any, line: str) -> None:
+        if file.name.endswith(telemetry.METRICS) and trigger():
+            file.write(line[: len(line) // 2])
+            file.flush()
+            trigger.kill()
+        write(file, line)
+
+    def half_removed(path: Path) -> None:
+        if trigger():
+            (path / checkpoint.MANIFEST).unlink()
+            trigger.kill()
+        remove(path)
+
+    def some_batches(engine: Any, batches: Iterable[Any], device: Any) -> Any:
+        def watched() -> Iterator[Any]:
+            for batch in batches:
+                if trigger():
+                    trigger.kill()
+                yield batch
+
+        return evaluate(engine, watched(), device)
+
+    def after_the_last_step(engine: Any, batches: Iterable[Any], device: Any) -> Any:
+        if engine.global_steps == trigger.left:
+            trigger.kill()
+        return evaluate(engine, batches, device)
+
+    save, write, evaluate, remove = torch.save, telemetry.Writer._write, run.evaluate, checkpoint._remove
+    places: dict[str, tuple[Any, str, Any]] = {
+        "window": (DeepSpeedEngine, "step", before(DeepSpeedEngine.step)),
+        "step": (DeepSpeedEngine, "step", after(DeepSpeedEngine.step)),
+        "metrics": (telemetry.Writer, "_write", staticmethod(half_a_line)),
+        "checkpoint": (torch, "save", half_a_file),
+        "files": (checkpoint, "_complete", before(checkpoint._complete)),
+        "publish": (checkpoint, "_publish", before(checkpoint._publish)),
+        "published": (checkpoint, "_publish", after(checkpoint._publish)),
+        "prune": (checkpoint, "_remove", half_removed),
+        "validation": (run, "evaluate", some_batches),
+        "last": (run, "evaluate", after_the_last_step),
+        "summary": (run, "summarise", before(run.summarise)),
+    }
+    if moment == "clock":
+        threading.Timer(trigger.left / 1000, trigger.kill).start()
+    else:
+        setattr(*places[moment])
+
+
+if __name__ == "__main__":
+    set_up_torch()
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() == "cpu":
+        get_accelerator().is_fp16_supported = lambda: True  # where it is slow, it is right all the same
+    if os.environ.get("KILL_AT"):
+        name, count, who = os.environ["KILL_AT"].split()
+        if os.environ.get("RANK", "0") == who.replace("group", "0"):
+            kill_at(name, Trigger(int(count), who == "group"))
+    sys.exit(main())

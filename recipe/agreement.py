@@ -1,0 +1,109 @@
+"""What ranks agree on between two optimizer steps: to end, because of a signal, or to write a checkpoint.
+
+A signal lets the current step finish and be saved; a second one ends the process at once. It may reach one rank only,
+and the ranks' clocks differ, so that they agree after each step.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from recipe.interruption import SIGNALS, Interrupted
+
+# Ctrl-C reaches a rank twice: from the terminal, and by the launcher, which passes it on at once.
+SAME_REQUEST_SECONDS = 2.0
+
+T = TypeVar("T")
+
+
+class Requests:
+    """Collects, while training, what a person, a scheduler or the clock asks for.
+
+    Args:
+        save_every: The time between two checkpoints, by rank 0's clock; None for none.
+        timeout: After which the ranks' agreement fails.
+    """
+
+    def __init__(self, save_every: timedelta | None, timeout: timedelta) -> None:
+        self._save_every = save_every
+        self._saved_at = time.monotonic()
+        self._signum = 0
+        self._signalled_at = 0.0
+        self._handlers: dict[int, Any] = {}
+        self._pipe = 0
+        # The agreement is the CPU's business: over NCCL it would make each step wait for the device.
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
+
+    def __enter__(self) -> Self:
+        # Python runs a handler when the main thread comes back from C, and that may wait for a rank that is gone. The
+        # pipe is written to at once, and a thread of its own reads it.
+        listen_to, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        threading.Thread(target=self._listen, args=(listen_to,), daemon=True).start()
+        signal.set_wakeup_fd(self._pipe)
+        for signum in SIGNALS:
+            self._handlers[signum] = signal.signal(signum, lambda signum, frame: None)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(self._pipe)
+
+    def agree(self) -> tuple[int, bool]:
+        """The signal that any rank got (0: none), and whether rank 0's clock asks for a checkpoint; on all ranks.
+
+        Every rank calls it at the same moments.
+        """
+        due = self._save_every is not None and time.monotonic() - self._saved_at >= self._save_every.total_seconds()
+        if dist.get_world_size() == 1:
+            return self._signum, due
+        assert isinstance(self._group, dist.ProcessGroup), "every rank is a member"
+        asked = torch.tensor([self._signum, int(due and dist.get_rank() == 0)])
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
+        signum, save = asked.tolist()
+        return signum, bool(save)
+
+    def watched(self, items: Iterable[T]) -> Iterator[T]:
+        """Pass ``items`` on; raise ``Interrupted`` on all ranks between two of them once any has got a signal."""
+        for item in items:
+            yield item
+            signum, _ = self.agree()
+            if signum:
+                raise Interrupted(signum)
+
+    def saved(self) -> None:
+        """A checkpoint was written: the clock starts anew."""
+        self._saved_at = time.monotonic()
+
+    def _listen(self, listen_to: int) -> None:
+        while numbers := os.read(listen_to, 1):
+            if numbers[0] in SIGNALS:  # DataLoader has a handler for SIGCHLD
+                self._take(numbers[0])
+        os.close(listen_to)
+
+    def _take(self, signum: int) -> None:
+        name, now = signal.Signals(signum).name, time.monotonic()
+        if not self._signum:
+            self._signum, self._signalled_at = signum, now
+            if dist.get_rank() == 0:
+                _say(f"{name}: this step is finished and saved; a second signal ends the run at once")
+        elif now - self._signalled_at > SAME_REQUEST_SECONDS:
+            _say(f"rank {dist.get_rank()}: a second signal, {name}: ended at once")
+            os._exit(128 + signum)
+
+
+def _say(message: str) -> None:
+    print(f"recipe: {message}", file=sys.stderr, flush=True)

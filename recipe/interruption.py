@@ -1,0 +1,29 @@
+"""SIGTERM (Slurm's preemption, a scheduler) and SIGINT (Ctrl-C) as an exception that no handler of failures takes."""
+
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """A signal asked for the end. No ``Exception``: whoever handles failures shall not take it for one."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """The shell's convention: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + self.signum
+
+
+def end_at_once() -> None:
+    """Have a signal raise ``Interrupted``: before training there is nothing to finish."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    for signum in SIGNALS:
+        signal.signal(signum, interrupt)

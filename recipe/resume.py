@@ -1,0 +1,177 @@
+"""Where a run starts: anew, or from the checkpoints in its output folder, if they are of the same training."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from recipe.checkpoint import CHECKPOINTS, PLAN, Checkpoint, find
+from recipe.plan import Plan
+from recipe.plan_text import plan_json
+
+SUMMARY = "summary.json"
+
+# A resumed run may differ in these keys: they say where and how it runs, not what is trained.
+FREE_TO_CHANGE = (
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "tensorboard",
+    "wandb",
+    "csv_monitor",
+    "comet",
+    "flops_profiler",
+    "comms_logger",
+    "recipe.max_micro_batch_size",
+    "recipe.data.path",
+    "recipe.data.workers",
+    "recipe.data.on_bad_image",
+    "recipe.checkpoint",
+)
+# Steps are counted in these: with another value the same number of steps is another place in the data.
+NEVER_TO_CHANGE = ("train_batch_size", "recipe.data.train_images")
+
+Resume = Literal["auto", "never", "must"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """``checkpoints`` are those that the run may go on from, the newest first; none means that it begins anew.
+
+    ``earlier_plan`` is the plan of the newest; ``messages`` say what a person should know before training goes on.
+    """
+
+    checkpoints: tuple[Checkpoint, ...] = ()
+    earlier_plan: dict[str, Any] | None = None
+    messages: tuple[str, ...] = ()
+    must_resume: bool = False
+
+
+def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool) -> Start:
+    """Make the folder ``output`` and look what is in it.
+
+    Raises:
+        ValueError: a folder that cannot be written; checkpoints of another training, of other ranks under ZeRO, where
+            there should be none, or none where there should be some.
+    """
+    folder = output / CHECKPOINTS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {output}: {error.strerror}; name a folder that can be written") from None
+    found = find(folder)
+    if not found:
+        if resume == "must":
+            raise ValueError(f"--resume must: {folder} holds no checkpoint; check --output")
+        if (output / SUMMARY).exists():
+            raise ValueError(f"{output} holds a complete run without its checkpoints; name another --output")
+        return Start()
+    if resume == "never":
+        raise ValueError(f"--resume never: {output} holds checkpoints; name another --output, or remove it")
+
+    now, newest = json.loads(plan_json(plan)), found[0]
+    stage = plan.config.zero_optimization.stage if plan.config.zero_optimization is not None else 0
+    if stage and newest.world_size != plan.world_size:
+        raise ValueError(
+            f"{newest.path} was written by {newest.world_size} ranks, and ZeRO stage {stage} loads it on as many only; "
+            f"start {newest.world_size} ranks instead of {plan.world_size}, or name another --output"
+        )
+    messages: list[str] = []
+    if newest.training_sha256 != training_sha256(now):
+        differences = _differences_from(newest, now)
+        counted = [text for text in differences if text.startswith(NEVER_TO_CHANGE)]
+        if counted:
+            raise ValueError(
+                f"{output} holds another training: {', '.join(differences)}; its steps are counted in it, so that it "
+                "cannot be continued so: name another --output for this one"
+            )
+        if not accept_changes:
+            raise ValueError(
+                f"{output} holds another training: {', '.join(differences)}; name another --output for this one, or "
+                "insist with --accept-changes"
+            )
+        messages.append(f"goes on with changes: {', '.join(differences)}")
+    candidates = found if accept_changes else [c for c in found if c.training_sha256 == newest.training_sha256]
+    messages += [
+        f"checkpoint {checkpoint.path} is left aside: it is of another config, and --accept-changes was not given"
+        for checkpoint in found
+        if checkpoint not in candidates
+    ]
+    try:
+        earlier_plan = _plan_of(newest)
+    except ValueError:
+        earlier_plan = None  # it is damaged, and an older one is taken
+    return Start(tuple(candidates), earlier_plan, tuple(messages), resume == "must")
+
+
+def training_sha256(plan: dict[str, Any]) -> str:
+    """A digest of all that a plan says of what is trained, and of nothing that says where or how."""
+    leaves = sorted((key, value) for key, value in _leaves(plan) if not _is_free(key))
+    return hashlib.sha256(json.dumps(leaves).encode()).hexdigest()
+
+
+def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """``key was a, is b`` for each key of two plans that says another training."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    return [
+        f"{key} was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) and not _is_free(key)
+    ]
+
+
+def statistics_change(plan: Plan, start: Start) -> list[str]:
+    """What other ranks or another micro-batch mean for batch norm over all ranks' or each rank's micro-batch."""
+    statistics = plan.config.recipe.batchnorm.statistics
+    before = (start.earlier_plan or {}).get("train_micro_batch_size_per_gpu")
+    if isinstance(statistics, int) or not isinstance(before, int):
+        return []
+    now = plan.micro_batch
+    if statistics == "global":
+        before, now = before * start.checkpoints[0].world_size, now * plan.world_size
+    if before == now:
+        return []
+    return [
+        f'batch norm\'s statistics ("{statistics}") now come from {now} images, before from {before}: the training '
+        "changes; with a number of images for recipe.batchnorm.statistics it would not"
+    ]
+
+
+def _differences_from(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
+    try:
+        return differing_keys(_plan_of(checkpoint), now)
+    except ValueError as error:
+        return [f"what, {checkpoint.path / PLAN} does not tell ({error})"]
+
+
+def _plan_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The plan that a checkpoint was trained by.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        plan: dict[str, Any] = json.loads((checkpoint.path / PLAN).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    if not isinstance(plan, dict):
+        raise ValueError("no JSON object")
+    return plan
+
+
+def _is_free(key: str) -> bool:
+    return f"{key}.".startswith(tuple(f"{free}." for free in FREE_TO_CHANGE))
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += _leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((prefix + key, value))
+    return found

@@ -1,0 +1,37 @@
+"""``"max_micro_batch_size": "auto"`` on a GPU: what it finds trains, and what is twice as large does not fit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipe.micro_batch import largest_on_gpu, try_training
+from recipe.model import build_model
+from tests.gpu.test_training import on_gpu
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.gpu
+
+SIZES = [2**power for power in range(15)]
+
+
+def _found(rank: int, world_size: int, share: float) -> tuple[int, float]:
+    """The largest micro-batch in a share of the memory, and the share that the run's trial then took of that."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_per_process_memory_fraction(share, device)
+    model = build_model("resnet18", 10, seed=0, statistics=32)
+    size = largest_on_gpu(SIZES, model, 64, torch.float16, device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try_training(model, size, 64, torch.float16, device)
+    peak = torch.cuda.max_memory_allocated(device) / torch.cuda.get_device_properties(device).total_memory
+    with pytest.raises(RuntimeError):
+        try_training(model, 2 * size, 64, torch.float16, device)
+    return size, peak / share
+
+
+def test_the_largest_fits_and_twice_as_many_do_not(tmp_path: Path) -> None:
+    (small,) = run_ranks(1, on_gpu, str(tmp_path / "small"), _found, 0.1)
+    (large,) = run_ranks(1, on_gpu, str(tmp_path / "large"), _found, 0.4)
+    assert small[0] < large[0]
+    for _, peak in (small, large):
+        assert 0.4 < peak <= 1

@@ -1,0 +1,118 @@
+"""Signals and clocks, on real ranks: what one of them gets, all know after the step; a second signal ends at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from recipe.agreement import SAME_REQUEST_SECONDS, Requests
+from recipe.interruption import Interrupted, end_at_once
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT = timedelta(seconds=60)
+
+
+def _signalled(rank: int, world_size: int, signum: int) -> list[tuple[int, bool]]:
+    before = signal.getsignal(signum)
+    agreed = []
+    with Requests(None, TIMEOUT) as requests:
+        for step in range(4):
+            if (rank, step) == (1, 2):
+                os.kill(os.getpid(), signum)
+                time.sleep(0.5)  # the signal is another thread's to take
+            agreed.append(requests.agree())
+    assert signal.getsignal(signum) is before
+    return agreed
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_all_ranks_learn_of_a_signal_to_one_after_the_same_step(signum: int) -> None:
+    assert run_ranks(2, _signalled, signum) == [[(0, False), (0, False), (signum, False), (signum, False)]] * 2
+
+
+def _clocked(rank: int, world_size: int) -> list[bool]:
+    """Rank 1's clock asks at once and always, rank 0's when it has slept."""
+    due = []
+    with Requests(timedelta(seconds=0 if rank else 1), TIMEOUT) as requests:
+        for pause in (0, 1.1, 0):
+            time.sleep(pause)
+            due.append(requests.agree()[1])
+        requests.saved()
+        due.append(requests.agree()[1])
+    return due
+
+
+def test_rank_0s_clock_asks_for_checkpoints() -> None:
+    assert run_ranks(2, _clocked) == [[False, True, True, False]] * 2
+
+
+def _watched(rank: int, world_size: int) -> list[int]:
+    seen: list[int] = []
+    with Requests(None, TIMEOUT) as requests:
+        try:
+            for item in requests.watched(range(5)):
+                seen.append(item)
+                if (rank, item) == (0, 1):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(0.5)
+        except Interrupted as end:
+            seen.append(end.exit_code)
+    return seen
+
+
+def test_a_signal_ends_a_validation_between_the_same_batches_on_all_ranks() -> None:
+    assert run_ranks(2, _watched) == [[0, 1, 143]] * 2
+
+
+PROGRAM = """
+import ctypes
+import torch
+from datetime import timedelta
+from recipe.agreement import Requests
+from recipe.engine import join_process_group
+join_process_group(torch.device("cpu"), timedelta(seconds=60))
+with Requests(None, timedelta(seconds=60)) as requests:
+    print("ready", flush=True)
+    # As in a collective whose other ranks are gone: this thread comes back from C for no signal.
+    c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    c.pthread_mutex_lock(mutex)
+    c.pthread_mutex_lock(mutex)
+"""
+
+
+def test_a_second_signal_ends_the_process_at_once_wherever_it_is() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert any(line == "ready\n" for line in process.stdout)
+        for _ in range(2):  # Ctrl-C comes twice: from the terminal and from the launcher
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        ended_early = process.poll() is not None
+        time.sleep(SAME_REQUEST_SECONDS)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=10)
+    assert not ended_early
+    assert process.returncode == 143
+    assert "SIGINT: this step is finished and saved; a second signal ends the run at once" in stderr
+    assert "rank 0: a second signal, SIGTERM: ended at once" in stderr
+
+
+def test_before_training_a_signal_ends_at_once() -> None:
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    end_at_once()
+    try:
+        with pytest.raises(Interrupted) as caught:
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    assert caught.value.exit_code == 143
+    assert not isinstance(caught.value, Exception)
