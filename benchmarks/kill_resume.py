@@ -41,6 +41,7 @@ class Setting(NamedTuple):
 
     ranks: int
     precision: str
+    workers: int = 0
 
     @property
     def micro_batch(self) -> int:
@@ -53,6 +54,7 @@ class Setting(NamedTuple):
         values: dict[str, Any] = {
             "train_batch_size": 256,
             "recipe.max_micro_batch_size": self.micro_batch,
+            "recipe.data.workers": self.workers,
             "recipe.schedule.epochs": EPOCHS,
             "recipe.schedule.decay_epochs": [3],
             "recipe.checkpoint.every_steps": SAVE_EVERY,
@@ -72,6 +74,7 @@ class Kill(NamedTuple):
     moment: str
     times: int
     who: str
+    signal_name: str = "KILL"
 
     def __str__(self) -> str:
         whom = "the whole launch" if self.who == "group" else f"rank {self.who}"

@@ -2,8 +2,8 @@
 
 The environment says when: ``KILL_AT="window 7 1"`` is the seventh time that rank 1 comes to the moment ``window`` in
 this launch (for ``last`` the number says how many steps there are, for ``clock`` milliseconds); for ``group`` in the
-place of a rank, rank 0 kills the whole process group, launcher and all. Only what leads to the signal is put between;
-the training is that of ``recipe/train.py``.
+place of a rank, rank 0 kills the whole process group, launcher and all. A fourth word names another signal, as
+``TERM``. Only what leads to the signal is put between; the training is that of ``recipe/train.py``.
 """
 
 import io
@@ -39,9 +39,10 @@ MOMENTS = {
 class Trigger:
     """Counts how often its moment came, and kills when it has come often enough."""
 
-    def __init__(self, count: int, whole_group: bool) -> None:
+    def __init__(self, count: int, whole_group: bool, signum: signal.Signals) -> None:
         self.left = count
         self.whole_group = whole_group
+        self.signum = signum
 
     def __call__(self) -> bool:
         """Whether this is the time."""
@@ -49,10 +50,11 @@ class Trigger:
         return self.left == 0
 
     def kill(self) -> None:
-        """End here, as the kernel does when memory runs out: nothing is flushed, nobody is told."""
+        """By SIGKILL it ends here, as when memory runs out: nothing is flushed, nobody is told."""
         if self.whole_group:
-            os.killpg(os.getpgrp(), signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)
+            os.killpg(os.getpgrp(), self.signum)
+        else:
+            os.kill(os.getpid(), self.signum)
 
 
 def kill_at(moment: str, trigger: Trigger) -> None:
@@ -141,7 +143,7 @@ if __name__ == "__main__":
     if get_accelerator().device_name() == "cpu":
         get_accelerator().is_fp16_supported = lambda: True  # where it is slow, it is right all the same
     if os.environ.get("KILL_AT"):
-        name, count, who = os.environ["KILL_AT"].split()
+        name, count, who, signal_name = f"{os.environ['KILL_AT']} KILL".split()[:4]
         if os.environ.get("RANK", "0") == who.replace("group", "0"):
-            kill_at(name, Trigger(int(count), who == "group"))
+            kill_at(name, Trigger(int(count), who == "group", signal.Signals[f"SIG{signal_name}"]))
     sys.exit(main())

@@ -1,7 +1,11 @@
 """Runs a function on real ranks: processes joined by a gloo process group."""
 
+import faulthandler
 import os
+import signal
+import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +20,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     """Call ``function(rank, world_size, *args)`` on every rank; return what each gave, in rank order.
 
     ``function`` is a module-level function and what it returns must be picklable; the default process group is ready
-    when it starts. An exception on any rank is raised here with that rank's traceback.
+    when it starts. An exception on any rank is raised here with that rank's traceback. A rank that fails takes the
+    others down, and one of these may be the one that is raised here; so each rank also writes to stderr, which pytest
+    shows, how it failed or where it stood when it was ended.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank_main, (world_size, function, args, folder), nprocs=world_size)
@@ -24,18 +30,25 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
 
 def _rank_main(rank: int, world_size: int, function: Callable[..., Any], args: tuple, folder: str) -> None:
+    faulthandler.enable()
+    faulthandler.register(signal.SIGTERM, chain=True)  # how torch ends the other ranks
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=60),
-    )
+    os.environ["LOCAL_SIZE"] = str(world_size)  # as the launcher; without it ZeRO-3 starts numactl at every reduction
     try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=60),
+        )
         result = function(rank, world_size, *args)
         torch.save(result, Path(folder, f"{rank}.pt"))
         dist.barrier()
+    except Exception:
+        print(f"rank {rank} of {world_size} raised:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
