@@ -1,0 +1,190 @@
+"""What a checkpoint costs: the time that training stands still for it, and its share of an epoch.
+
+An engine of the recipe trains a step of synthetic images and writes checkpoints by ``recipe.checkpoint.save`` into
+``--folder``: DeepSpeed's file, the manifest with its SHA-256, and all of it on the disk (fsync) under its name. The
+share is of an epoch of 1,281,167 images: at the speed that this machine trains, measured beside, and at the speeds that
+``--images-per-second`` assumes, as that of a GPU node.
+
+    python -m benchmarks.checkpoint_cost --folder runs --json benchmarks/results/checkpoint_cost_cpu.json
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.report import context, heading, write
+from recipe.data import SyntheticLoader
+from recipe.model import build_model, parameter_groups
+from recipe.scaling import RateSchedule
+from recipe.train import set_up_torch
+
+IMAGES_PER_EPOCH = 1_281_167
+CLASSES = 1000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure; print a table, and write it and a JSON if asked to."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    before = context("benchmarks.checkpoint_cost", words)
+    arguments = parse_arguments(words)
+    set_up_torch()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        measured = measure(arguments, Path(folder))
+    report = before | {
+        "settings": {key: getattr(arguments, key) for key in ("model", "image_size", "batch", "precision")},
+        "results": measured | {"share_of_an_epoch": shares(arguments, measured)},
+    }
+    table = format_report(report)
+    print(table, end="")
+    if arguments.json is not None:
+        write(arguments.json, report, table)
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks.checkpoint_cost", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="resnet50", help="timm's name (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="images a step (default: %(default)s)")
+    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32")
+    parser.add_argument("--saves", type=int, default=7, help="checkpoints to write (default: %(default)s)")
+    parser.add_argument(
+        "--images-per-second", type=float, nargs="+", default=[2_500, 20_000, 32_000], help="speeds to assume"
+    )
+    parser.add_argument("--folder", type=Path, help="where checkpoints are written (default: the system's for such)")
+    parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
+    return parser.parse_args(argv)
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Seconds of a training step, and of saving, checking and loading a checkpoint: each the median of all."""
+    from recipe import checkpoint
+    from recipe.engine import join_process_group, set_loudness, start_engine
+    from recipe.loop import train_epoch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    set_loudness(verbose=False)
+    join_process_group(device, timedelta(minutes=10))
+    model = build_model(arguments.model, CLASSES, seed=0, statistics="local").to(device)
+    config: dict[str, Any] = {
+        "train_batch_size": arguments.batch,
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9, "nesterov": True}},
+    }
+    if arguments.precision != "fp32":
+        config[arguments.precision] = {"enabled": True}
+    rate = RateSchedule(0.01, 0.01, "none", 0, "linear", (), 0.1)
+    engine = start_engine(model, parameter_groups(model, 1e-4), config, rate)
+    loader = SyntheticLoader(
+        train_images=arguments.batch * (arguments.saves + 1),
+        validation_images=1,
+        classes=CLASSES,
+        image_size=arguments.image_size,
+        global_batch=arguments.batch,
+        micro_batch=arguments.batch,
+        rank=0,
+        world_size=1,
+        seed=0,
+        device=device,
+        dtype=next(engine.module.parameters()).dtype,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+    )
+    seconds: dict[str, list[float]] = {"step": [], "save": [], "check": [], "load": []}
+
+    def timed(name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        result = call(*args, **kwargs)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds[name].append(time.perf_counter() - started)
+        return result
+
+    steps = train_epoch(engine, loader.epoch(0))
+    next(steps)  # allocates
+    for _ in range(arguments.saves):
+        timed("step", next, steps)
+        timed("save", checkpoint.save, engine, folder, top1=None, client_state={}, plan="{}", training_sha256="")
+        newest = checkpoint.find(folder)[0]
+        if timed("check", checkpoint.damage, newest) is not None:
+            raise RuntimeError(f"{newest.path} is damaged")
+        timed("load", checkpoint.load_newest, engine, [newest])
+        checkpoint.prune(folder, keep_last=1, keep_best=False)
+    size = sum(size for size, _ in newest.files.values())
+    dist.destroy_process_group()
+    return {
+        "checkpoint_bytes": size,
+        "seconds": {name: {"median": median(times), "longest": max(times)} for name, times in seconds.items()},
+        "images_per_second": arguments.batch / median(seconds["step"]),
+    }
+
+
+def shares(arguments: argparse.Namespace, measured: dict[str, Any]) -> dict[str, float]:
+    """The part of an epoch that one checkpoint takes, for each speed in images a second."""
+    speeds = [measured["images_per_second"], *arguments.images_per_second]
+    save = measured["seconds"]["save"]["median"]
+    return {f"{speed:.0f}": save / (IMAGES_PER_EPOCH / speed + save) for speed in speeds}
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    settings, results = report["settings"], report["results"]
+    measured, *assumed = results["share_of_an_epoch"].items()
+    lines = [
+        *heading(
+            f"A checkpoint of {settings['model']}, {settings['precision']}: "
+            f"{results['checkpoint_bytes'] / 2**20:.0f} MiB",
+            report,
+        ),
+        "| | median, s | longest, s |",
+        "|---|---|---|",
+    ]
+    meanings = {
+        "save": "save, until it is on the disk under its name",
+        "check": "check all SHA-256 sums, as a resumed run does",
+        "load": "check and load",
+    }
+    for name, meaning in meanings.items():
+        times = results["seconds"][name]
+        lines.append(f"| {meaning} | {times['median']:.2f} | {times['longest']:.2f} |")
+    lines += [
+        "",
+        "| images a second | an epoch of ImageNet | a checkpoint's share of it |",
+        "|---|---|---|",
+        *(
+            f"| {float(speed):,.0f}, {origin} | {_duration(IMAGES_PER_EPOCH / float(speed))} | {share:.3%} |"
+            for (speed, share), origin in zip(
+                [measured, *assumed], ["measured here"] + ["assumed"] * len(assumed), strict=True
+            )
+        ),
+        "",
+        "The share is of one checkpoint an epoch. The assumed speeds are no measurement: one H100, eight of them, "
+        "and the 256 P100 of the paper's hour. At ZeRO stage 0 rank 0 writes, and the other ranks wait as long.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds / 3600:.1f} h"
+        if seconds >= 3600
+        else f"{seconds / 60:.1f} min"
+        if seconds >= 60
+        else f"{seconds:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
