@@ -15,7 +15,6 @@ import os
 import random
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,9 +26,9 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.killed_train import MOMENTS
+from benchmarks.launch import ROOT, deepspeed_command, environment
 from benchmarks.report import context, heading, write
 
-ROOT = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 600
 EPOCHS, STEPS_PER_EPOCH, SAVE_EVERY = 4, 5, 2
 LAST_STEP = EPOCHS * STEPS_PER_EPOCH
@@ -121,21 +120,14 @@ def launch(setting: Setting, output: Path, kill: Kill | None) -> int:
         RuntimeError: it failed without having been killed.
         subprocess.TimeoutExpired: it neither ended nor was ended.
     """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    command = [
-        *(str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(port)),
-        *("--num_gpus", str(setting.ranks), "benchmarks/killed_train.py", *setting.arguments, "--output", str(output)),
-    ]
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
-    environment |= {"OMP_NUM_THREADS": "1", "KILL_AT": "" if kill is None else " ".join(map(str, kill))}
+    command = deepspeed_command(
+        setting.ranks, "benchmarks/killed_train.py", *setting.arguments, "--output", str(output)
+    )
     # A session of its own: a group that is killed must not be ours.
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment,
+        env=environment(KILL_AT="" if kill is None else " ".join(map(str, kill))),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,14 +1,15 @@
 """Starts real training runs, by the ``deepspeed`` CLI or plain Python, and reads what they leave."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.launch import ROOT, deepspeed_command, environment
+
+__all__ = ["ROOT", "environment"]
+
 DIGITS = "ds_configs/digits_b512.json"
 SHORT = (
     "--set=recipe.schedule.epochs=3",
@@ -21,14 +22,7 @@ def command(*arguments: str, ranks: int | None) -> list[str]:
     """The command line of a run on ``ranks`` ranks by the launcher; None starts one rank without it."""
     if ranks is None:
         return [sys.executable, "recipe/train.py", *arguments]
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
-    return [*launcher, "--num_gpus", str(ranks), "recipe/train.py", *arguments]
-
-
-def environment(**variables: str) -> dict[str, str]:
-    """This process's environment without what an outer launch may have left, one thread a rank."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    return inherited | {"OMP_NUM_THREADS": "1"} | variables
+    return deepspeed_command(ranks, "recipe/train.py", *arguments)
 
 
 def train(*arguments: str, ranks: int | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -60,9 +54,3 @@ def events(output: Path, kind: str) -> list[dict[str, Any]]:
 def losses(output: Path) -> list[float]:
     """The training loss of every step."""
     return [event["loss"] for event in events(output, "step")]
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])

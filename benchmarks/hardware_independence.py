@@ -1,0 +1,324 @@
+"""One file, one training: what numbers of ranks, micro-batches and loader workers change, and what they do not.
+
+Real ``deepspeed`` launches train the digits at a global batch of 512 for 50 steps, split in every way into 1, 2 and 4
+ranks, micro-batches of 16 to 128 and 0 or 2 loader processes a rank. Shown are
+
+1. ``"statistics": 32`` in double precision: every loss of every split beside those of the reference, one rank with
+   micro-batches of 64. Training is chaotic and multiplies rounding, so that only double precision can tell the same
+   training from another one. One rank with micro-batches of 16 cannot hold 32 images: it has ``"statistics": 16``, and
+   some more with it;
+2. the same in fp32, and "global" and "local" statistics in double precision, where the split decides what is trained;
+3. fp32: one optimizer step from the same checkpoint, early and late in training, split in several ways: how far the
+   weights part, beside how far the step moves them;
+4. fp32: final accuracies over splits with one seed, and over seeds with one split.
+
+    python -m benchmarks.hardware_independence --json benchmarks/results/hardware_independence_cpu.json
+"""
+
+import argparse
+import itertools
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.launch import ROOT, deepspeed_command, environment
+from benchmarks.report import context, heading, write
+
+BATCH, STEPS_PER_EPOCH = 512, 2
+N = 32
+FP64 = {"recipe.precision": "fp64"}
+LOSS_TOLERANCE = 1e-9
+STEP_TOLERANCE = 1e-5
+EARLY_STEP, LATE_STEP = 2, 46  # of 50: at the end of warmup's first third, and at the lowest rate
+SEEDS = 5
+TIMEOUT_SECONDS = 1200
+
+
+class Split(NamedTuple):
+    """How a global batch is shared out."""
+
+    ranks: int
+    micro_batch: int
+    workers: int = 0
+
+    def __str__(self) -> str:
+        workers = f", {self.workers} workers" if self.workers else ""
+        return f"{self.ranks} × {BATCH // self.ranks // self.micro_batch} × {self.micro_batch}{workers}"
+
+
+REFERENCE = Split(1, 64)
+SPLITS = [Split(*split) for split in itertools.product((1, 2, 4), (16, 32, 64, 128), (0, 2))]
+# With each number of images the splits whose ranks can hold them.
+GRID = [(N, split) for split in SPLITS if split.ranks * split.micro_batch >= N]
+GRID += [(16, split) for split in (Split(1, 16), Split(1, 16, 2), Split(2, 128, 2), Split(4, 32))]
+OTHERS = [Split(1, 32), Split(1, 128), Split(2, 32), Split(2, 128), Split(4, 16), Split(4, 128)]
+# Batch norm over all ranks sees ranks × micro-batch images: 64 in the reference and in the first of these.
+DEPENDENT = [Split(2, 32), Split(1, 16), Split(1, 128), Split(4, 64)]
+
+
+class Runs:
+    """Launches runs below a folder."""
+
+    def __init__(self, folder: Path, epochs: int) -> None:
+        self.folder = folder
+        self.epochs = epochs
+
+    def train(self, split: Split, changes: dict[str, Any] | None = None) -> Path:
+        """Train to the end; return the output folder."""
+        output = Path(tempfile.mkdtemp(dir=self.folder), "run")
+        self._launch("recipe/train.py", split, output, changes or {}, exit_code=0)
+        return output
+
+    def train_one_step(self, split: Split, output: Path) -> None:
+        """Go on for a single step from the newest checkpoint in ``output``."""
+        self._launch("benchmarks/killed_train.py", split, output, {}, exit_code=143, KILL_AT="window 1 0 TERM")
+
+    def _launch(
+        self, script: str, split: Split, output: Path, changes: dict[str, Any], exit_code: int, **variables: str
+    ) -> None:
+        values = {
+            "train_batch_size": BATCH,
+            "recipe.batchnorm.statistics": N,
+            "recipe.max_micro_batch_size": split.micro_batch,
+            "recipe.data.workers": split.workers,
+            "recipe.schedule.epochs": self.epochs,
+            "recipe.schedule.decay_epochs": [round(0.6 * self.epochs, 1), round(0.8 * self.epochs, 1)],
+            "recipe.schedule.warmup_epochs": min(5, self.epochs),
+        } | changes
+        overrides = [f"--set={key}={json.dumps(value)}" for key, value in values.items()]
+        config = ("--deepspeed_config", "ds_configs/digits_b512.json")
+        done = subprocess.run(
+            deepspeed_command(split.ranks, script, *config, "--output", str(output), *overrides),
+            cwd=ROOT,
+            env=environment(**variables),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
+        if done.returncode != exit_code:
+            raise RuntimeError(f"{split} with {changes} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        print(f"  {split}{', one step' if variables else ''} {changes or ''}", flush=True)
+
+
+def events(output: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl`` of one kind."""
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == kind]
+
+
+def compare(ours: Path, theirs: Path) -> dict[str, Any]:
+    """The relative difference of every step's loss, and whether all validations counted the same."""
+    pairs = zip(events(ours, "step"), events(theirs, "step"), strict=True)
+    hits = [
+        [(line["top1"], line["top5"], line["count"]) for line in events(output, "validation")]
+        for output in (ours, theirs)
+    ]
+    return {
+        "differences": [abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in pairs],
+        "same_validations": hits[0] == hits[1],
+    }
+
+
+def weights(output: Path, step: int) -> torch.Tensor:
+    """All weights of a checkpoint in one vector, in double precision."""
+    file = output / f"checkpoints/step-{step:08}/mp_rank_00_model_states.pt"
+    state = torch.load(file, weights_only=True)["module"]
+    return torch.cat([state[name].double().flatten() for name in sorted(state) if "running" not in name])
+
+
+def one_step(runs: Runs, start: int, splits: Sequence[Split]) -> dict[str, Any]:
+    """How far one fp32 step from the same checkpoint leads to other weights on other splits, beside its length."""
+    base = runs.train(REFERENCE, {"recipe.checkpoint.every_steps": 1, "recipe.checkpoint.keep_last": LATE_STEP + 9})
+    before = weights(base, start)
+
+    def stepped(split: Split) -> torch.Tensor:
+        output = Path(tempfile.mkdtemp(dir=runs.folder), "run")
+        shutil.copytree(base, output)
+        (output / "summary.json").unlink()
+        for checkpoint in (output / "checkpoints").glob("step-*"):
+            if checkpoint.name != f"step-{start:08}":
+                shutil.rmtree(checkpoint)
+        runs.train_one_step(split, output)
+        return weights(output, start + 1)
+
+    reference = stepped(REFERENCE)
+    update = float((reference - before).norm())
+    return {
+        "from_step": start,
+        "rate": events(base, "step")[start]["lr"],
+        "update_norm": update,
+        "weights_norm": float(before.norm()),
+        "parts_by": {str(split): float((stepped(split) - reference).norm()) / update for split in splits},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all; return 1 if a split changed what must not change."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    before = context("benchmarks.hardware_independence", words)
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.hardware_independence", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--epochs", type=int, default=25, help="of two steps each (default: %(default)s)")
+    parser.add_argument("--splits", type=int, default=len(GRID), help="how many of the grid (default: all %(default)s)")
+    parser.add_argument("--only-fp64", action="store_true", help="no more than the first of the four parts")
+    parser.add_argument("--json", type=Path, help="file for the results; table and plots come beside it")
+    arguments = parser.parse_args(words)
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Runs(Path(folder), arguments.epochs)
+        results = same_training(runs, GRID[: arguments.splits])
+        if not arguments.only_fp64:
+            results |= other_trainings(runs) | {
+                "one_step": [one_step(runs, step, OTHERS) for step in (EARLY_STEP, LATE_STEP)]
+            }
+            results |= {"accuracies": accuracies(runs)}
+    settings = {"batch": BATCH, "n": N, "steps": arguments.epochs * STEPS_PER_EPOCH, "reference": str(REFERENCE)}
+    report = before | {"settings": settings, "results": results}
+    table = format_report(report)
+    print("\n" + table, end="")
+    if arguments.json is not None:
+        write(arguments.json, report, table)
+        if not arguments.only_fp64:
+            plot(report, arguments.json.with_suffix(""))
+    return 0 if holds(results) else 1
+
+
+def same_training(runs: Runs, grid: Sequence[tuple[int, Split]]) -> dict[str, Any]:
+    """Part 1: double precision, batch norm over n images."""
+    found = {}
+    for n, cases in itertools.groupby(grid, key=lambda case: case[0]):
+        print(f"fp64, batch norm over {n} images", flush=True)
+        changes = FP64 | {"recipe.batchnorm.statistics": n}
+        reference = runs.train(REFERENCE, changes)
+        for _, split in cases:
+            found[f"n = {n}: {split}"] = compare(runs.train(split, changes), reference)
+    return {"fp64": found}
+
+
+def other_trainings(runs: Runs) -> dict[str, Any]:
+    """Part 2: fp32, and statistics that depend on the split."""
+    print(f"fp32, batch norm over {N} images", flush=True)
+    reference = runs.train(REFERENCE)
+    results = {"fp32": {str(split): compare(runs.train(split), reference) for split in OTHERS}}
+    for kind in ("global", "local"):
+        print(f'fp64, "{kind}" batch norm', flush=True)
+        changes = FP64 | {"recipe.batchnorm.statistics": kind}
+        reference = runs.train(REFERENCE, changes)
+        results[kind] = {str(split): compare(runs.train(split, changes), reference) for split in DEPENDENT}
+    return results
+
+
+def accuracies(runs: Runs) -> dict[str, dict[str, float]]:
+    """Part 4: final top-1 in per cent, over splits with seed 0 and over seeds with the reference's split."""
+    print("fp32, final accuracies", flush=True)
+
+    def final_top1(split: Split, seed: int) -> float:
+        return float(events(runs.train(split, {"recipe.seed": seed}), "validation")[-1]["top1"])
+
+    return {
+        "splits": {str(split): final_top1(split, 0) for split in (REFERENCE, *OTHERS)},
+        "seeds": {str(seed): final_top1(REFERENCE, seed) for seed in range(SEEDS)},
+    }
+
+
+def holds(results: dict[str, Any]) -> bool:
+    """Whether what must not depend on the split does not."""
+    same = all(
+        max(found["differences"]) <= LOSS_TOLERANCE and found["same_validations"] for found in results["fp64"].values()
+    )
+    step = all(part <= STEP_TOLERANCE for found in results.get("one_step", []) for part in found["parts_by"].values())
+    spread = True
+    if "accuracies" in results:
+        splits, seeds = (list(results["accuracies"][kind].values()) for kind in ("splits", "seeds"))
+        spread = max(splits) - min(splits) <= max(seeds) - min(seeds)
+    return same and step and spread
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    settings, results = report["settings"], report["results"]
+    lines = [
+        *heading(f"One training on {len(results['fp64'])} splits of a batch of {settings['batch']}", report),
+        f"Ranks × accumulation × micro-batch, {settings['steps']} steps of the digits (test_resnet); each beside the "
+        f"reference, {settings['reference']}.",
+        "",
+        "| batch norm over n images, fp64 | largest relative difference of a loss | validations |",
+        "|---|---|---|",
+    ]
+    for split, found in results["fp64"].items():
+        same = "same top-1, top-5 and count" if found["same_validations"] else "**another**"
+        lines.append(f"| {split} | {max(found['differences']):.1e} | {same} |")
+    if "one_step" in results:
+        lines += ["", "| | relative difference of the loss at step 1 | 10 | last |", "|---|---|---|---|"]
+        names = {
+            "fp32": f"batch norm over {settings['n']} images, fp32",
+            "global": '"global", fp64',
+            "local": '"local", fp64',
+        }
+        for kind, name in names.items():
+            for split, found in results[kind].items():
+                at = [found["differences"][step] for step in (1, 10, -1)]
+                lines.append(f"| {name}: {split} | {' | '.join(f'{difference:.1e}' for difference in at)} |")
+        lines += ["", "| one fp32 step from the same checkpoint | weights part by, of the update's norm |", "|---|---|"]
+        for found in results["one_step"]:
+            worst = max(found["parts_by"], key=found["parts_by"].__getitem__)
+            lines.append(
+                f"| from step {found['from_step']}, rate {found['rate']:.4g}, ‖update‖ {found['update_norm']:.3g}, "
+                f"‖weights‖ {found['weights_norm']:.3g} | at most {found['parts_by'][worst]:.1e} ({worst}) |"
+            )
+        lines += ["", "| final top-1, fp32 | mean | standard deviation | lowest | highest |", "|---|---|---|---|---|"]
+        for kind, name in {"splits": "over splits, seed 0", "seeds": f"over seeds, {settings['reference']}"}.items():
+            top1 = list(results["accuracies"][kind].values())
+            lines.append(
+                f"| {len(top1)} {name} | {statistics.mean(top1):.2f} % | {statistics.stdev(top1):.2f} | "
+                f"{min(top1):.2f} % | {max(top1):.2f} % |"
+            )
+    lines += ["", f"What must not depend on the split {'does not' if holds(results) else '**does**'}."]
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: dict[str, Any], file: Path) -> None:
+    """Draw the differences step by step as PNG and SVG."""
+    import matplotlib.pyplot as plt
+
+    results, settings = report["results"], report["settings"]
+    n, count = settings["n"], len(results["fp64"])
+    curves = {  # of Okabe and Ito's colours, which the colour-blind can tell apart
+        "local": ('"local", fp64: each split another training', "#D55E00"),
+        "global": ('"global" (SyncBN), fp64: another training, except where ranks × micro-batch is 64', "#E69F00"),
+        "fp32": (f"n = {n} images, fp32: the same, until chaos has multiplied the rounding", "#56B4E9"),
+        "fp64": (f"n images, fp64: the same on all {count} splits", "#0072B2"),
+    }
+    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
+    for kind, (label, colour) in curves.items():
+        for number, found in enumerate(results[kind].values()):
+            shown = [max(difference, 1e-17) for difference in found["differences"]]
+            axes.plot(shown, color=colour, linewidth=1.2, label=label if number == 0 else None)
+    axes.axhline(LOSS_TOLERANCE, color="black", linestyle="--", linewidth=1)
+    axes.text(settings["steps"] - 1, LOSS_TOLERANCE * 1.6, "what the tests allow, 1e-9", ha="right")
+    axes.set(
+        yscale="log",
+        xlabel="optimizer step",
+        ylabel=f"relative difference of the loss from {settings['reference']}",
+        title="The same file on 1, 2 and 4 ranks, in micro-batches of 16 to 128 (ranks × accumulation × micro-batch)",
+        ylim=(5e-18, 30),
+        xlim=(0, settings["steps"] - 1),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    for suffix in (".png", ".svg"):
+        figure.savefig(file.with_suffix(suffix), dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
