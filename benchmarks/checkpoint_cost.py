@@ -68,7 +68,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds of a training step, and of saving, checking and loading a checkpoint: each the median of all."""
-    from recipe import checkpoint
+    from recipe import checkpoint, manifest
     from recipe.engine import join_process_group, set_loudness, start_engine
     from recipe.loop import train_epoch
 
@@ -117,11 +117,11 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for _ in range(arguments.saves):
         timed("step", next, steps)
         timed("save", checkpoint.save, engine, folder, top1=None, client_state={}, plan="{}", training_sha256="")
-        newest = checkpoint.find(folder)[0]
-        if timed("check", checkpoint.damage, newest) is not None:
+        newest = manifest.find(folder)[0]
+        if timed("check", manifest.damage, newest) is not None:
             raise RuntimeError(f"{newest.path} is damaged")
         timed("load", checkpoint.load_newest, engine, [newest])
-        checkpoint.prune(folder, keep_last=1, keep_best=False)
+        manifest.prune(folder, keep_last=1, keep_best=False)
     size = sum(size for size, _ in newest.files.values())
     dist.destroy_process_group()
     return {

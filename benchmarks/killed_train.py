@@ -62,7 +62,7 @@ def kill_at(moment: str, trigger: Trigger) -> None:
     import torch
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from recipe import checkpoint, run, telemetry
+    from recipe import manifest, run, telemetry
 
     def before(function: Callable[..., Any]) -> Callable[..., Any]:
         def killed(*args: Any, **kwargs: Any) -> Any:
@@ -98,7 +98,7 @@ def kill_at(moment: str, trigger: Trigger) -> None:
 
     def half_removed(path: Path) -> None:
         if trigger():
-            (path / checkpoint.MANIFEST).unlink()
+            (path / manifest.MANIFEST).unlink()
             trigger.kill()
         remove(path)
 
@@ -116,16 +116,16 @@ def kill_at(moment: str, trigger: Trigger) -> None:
             trigger.kill()
         return evaluate(engine, batches, device)
 
-    save, write, evaluate, remove = torch.save, telemetry.Writer._write, run.evaluate, checkpoint._remove
+    save, write, evaluate, remove = torch.save, telemetry.Writer._write, run.evaluate, manifest.remove
     places: dict[str, tuple[Any, str, Any]] = {
         "window": (DeepSpeedEngine, "step", before(DeepSpeedEngine.step)),
         "step": (DeepSpeedEngine, "step", after(DeepSpeedEngine.step)),
         "metrics": (telemetry.Writer, "_write", staticmethod(half_a_line)),
         "checkpoint": (torch, "save", half_a_file),
-        "files": (checkpoint, "_complete", before(checkpoint._complete)),
-        "publish": (checkpoint, "_publish", before(checkpoint._publish)),
-        "published": (checkpoint, "_publish", after(checkpoint._publish)),
-        "prune": (checkpoint, "_remove", half_removed),
+        "files": (manifest, "complete", before(manifest.complete)),
+        "publish": (manifest, "publish", before(manifest.publish)),
+        "published": (manifest, "publish", after(manifest.publish)),
+        "prune": (manifest, "remove", half_removed),
         "validation": (run, "evaluate", some_batches),
         "last": (run, "evaluate", after_the_last_step),
         "summary": (run, "summarise", before(run.summarise)),

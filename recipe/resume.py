@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from recipe.checkpoint import CHECKPOINTS, PLAN, Checkpoint, find
+from recipe.manifest import CHECKPOINTS, PLAN, Checkpoint, find
 from recipe.plan import Plan
 from recipe.plan_text import plan_json
 

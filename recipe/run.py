@@ -13,15 +13,16 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from recipe import checkpoint
+from recipe import checkpoint, manifest
 from recipe.agreement import Requests
 from recipe.batchnorm import join_neighbours
-from recipe.checkpoint import CHECKPOINTS, PLAN, CheckpointError
+from recipe.checkpoint import CheckpointError
 from recipe.data import BadImageError, SyntheticLoader, TrainLoader, ValidationLoader
 from recipe.data.seeds import derive_seed
 from recipe.engine import join_process_group, set_loudness, start_engine
 from recipe.interruption import Interrupted
 from recipe.loop import evaluate, train_epoch
+from recipe.manifest import CHECKPOINTS, PLAN
 from recipe.micro_batch import CPU_MICRO_BATCH, largest_on_cpu, largest_on_gpu
 from recipe.model import parameter_groups
 from recipe.plan import Plan, fitting_micro_batches, with_micro_batch
@@ -127,7 +128,7 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
             telemetry.close()
 
     history.seconds += time.monotonic() - started
-    best = checkpoint.best(checkpoint.find(output / CHECKPOINTS))
+    best = manifest.best(manifest.find(output / CHECKPOINTS))
     summary = summarise(
         plan,
         history,
@@ -220,7 +221,7 @@ def save(engine: DeepSpeedEngine, run: Run, history: History, seconds: float, to
     )
     restore_running_averages(engine.module, own)
     if dist.get_rank() == 0:
-        checkpoint.prune(folder, settings.keep_last, settings.keep_best)
+        manifest.prune(folder, settings.keep_last, settings.keep_best)
 
 
 def saves_within_epoch(plan: Plan, steps_done: int, due: bool) -> bool:

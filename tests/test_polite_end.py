@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kill_resume import Kill, Setting, difference, launch
-from recipe.checkpoint import find
+from recipe.manifest import find
 from tests.launch import DIGITS, SHORT, events, train_ok
 
 pytestmark = pytest.mark.slow

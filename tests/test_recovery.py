@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.checkpoint import damage, find
+from recipe.manifest import damage, find
 from tests.launch import DIGITS, SHORT, events, losses, train, train_ok
 
 pytestmark = pytest.mark.slow

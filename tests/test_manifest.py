@@ -1,4 +1,4 @@
-"""Finding, verifying and pruning checkpoints; saving and loading stands in test_train.py, with real runs."""
+"""Finding, verifying and pruning checkpoints; saving and loading stands in test_recovery.py, with real runs."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.checkpoint import MANIFEST, _publish, best, damage, find, prune
+from recipe.manifest import MANIFEST, best, damage, find, prune, publish
 
 
 def make(folder: Path, step: int, top1: float | None = None) -> Path:
@@ -56,10 +56,10 @@ def test_a_replaced_checkpoint_stands_in_until_the_new_one_has_its_name(tmp_path
     assert [(c.path.name, c.top1) for c in find(tmp_path)] == [("step-00000004.replaced", 50.0)]
     make(tmp_path, 2)
     whole = make(tmp_path / "elsewhere", 4, 60.0)
-    _publish(whole, tmp_path / "step-00000004")
+    publish(whole, tmp_path / "step-00000004")
     assert [(c.path.name, c.top1) for c in find(tmp_path)] == [("step-00000004", 60.0), ("step-00000002", None)]
     again = make(tmp_path / "elsewhere", 4, 70.0)
-    _publish(again, tmp_path / "step-00000004")
+    publish(again, tmp_path / "step-00000004")
     assert [c.top1 for c in find(tmp_path)] == [70.0, None]
     assert not list(tmp_path.glob("*.replaced"))
 
