@@ -3,7 +3,10 @@
 import importlib
 import sys
 
-COMMANDS = {"plan": "what a config will do, before anything runs"}
+COMMANDS = {
+    "plan": "what a config will do, before anything runs",
+    "export": "the best weights of a run for plain timm, with a model card",
+}
 
 
 def main() -> int:

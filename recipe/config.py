@@ -193,6 +193,15 @@ class Config(DeepSpeedConfig):
         """The file behind the view; not a field, so that a dump of the view is a config again."""
         return self._source
 
+    @property
+    def precision(self) -> str:
+        """The precision of forward and backward pass."""
+        if self.recipe.precision is not None:
+            return self.recipe.precision
+        if self.fp16.enabled:
+            return "fp16"
+        return "bf16" if self.bf16.enabled else "fp32"
+
 
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a JSON file; an override is ``--set``'s KEY=VALUE: a dotted key, and JSON or else a string."""

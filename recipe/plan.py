@@ -78,11 +78,7 @@ class Plan:
     @property
     def precision(self) -> str:
         """The precision of forward and backward pass."""
-        if self.config.recipe.precision is not None:
-            return self.config.recipe.precision
-        if self.config.fp16.enabled:
-            return "fp16"
-        return "bf16" if self.config.bf16.enabled else "fp32"
+        return self.config.precision
 
 
 def make_plan(config: Config, world_size: int, cores_per_rank: int | None = None) -> Plan:

@@ -3,6 +3,7 @@
 import json
 import textwrap
 
+from recipe.config import Config
 from recipe.plan import ASSUMED_MICRO_BATCH, PARAMETER_COUNTS, Plan
 from recipe.strict_json import printable
 
@@ -13,7 +14,12 @@ NO_BREAK = "\N{NO-BREAK SPACE}"
 
 def plan_json(plan: Plan) -> str:
     """The text of ``plan.json``: a DeepSpeed config that gives this run again on as many ranks."""
-    return json.dumps(plan.config.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False) + "\n"
+    return json_text(plan.config)
+
+
+def json_text(config: Config) -> str:
+    """A config as the text of a file, with its defaults."""
+    return json.dumps(config.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False) + "\n"
 
 
 def format_plan(plan: Plan) -> str:

@@ -1,0 +1,229 @@
+"""``python -m recipe export``: the best weights of a run as a file that plain timm loads, and a card that says what
+they are.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipe.config import Config, parse_config
+from recipe.manifest import CHECKPOINTS, PLAN, Checkpoint, damage, find
+from recipe.plan_text import json_text
+from recipe.strict_json import parse_json, printable, read_text
+
+WEIGHTS, CARD = "model.safetensors", "README.md"
+SAVED = "mp_rank_00_model_states.pt"  # DeepSpeed's name of what rank 0 writes
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is exported: a checkpoint with its resolved config, and what the run measured of it.
+
+    ``validation`` is the line of ``metrics.jsonl`` that belongs to the weights, None if there is none; ``best_top1``
+    is the best that the run had, in per cent; ``summary`` is that of a complete run.
+    """
+
+    checkpoint: Checkpoint
+    config: Config
+    validation: dict[str, Any] | None
+    best_top1: float | None
+    summary: dict[str, Any] | None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the weights and the card; return 0, or 2 where there is nothing to export."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipe export", description="Write the best weights of a run for plain timm, with a model card."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output folder of a run")
+    parser.add_argument("--output", type=Path, help="folder to write to (default: RUN_DIR/export)")
+    arguments = parser.parse_args(argv)
+    output = arguments.output or arguments.run / "export"
+    try:
+        export, messages = choose(arguments.run)
+        for message in messages:
+            print(f"recipe: {printable(message)}", file=sys.stderr)
+        write(export, output)
+    except OSError as error:
+        print(f"recipe: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        return 2
+    except ValueError as refusal:
+        print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
+        return 2
+    print(f"{output / WEIGHTS}: {accuracy(export)}")
+    print(f"{output / CARD}: what it is, and how to use it")
+    print(load_line(export, str(output / WEIGHTS)))
+    return 0
+
+
+def choose(run: Path) -> tuple[Export, list[str]]:
+    """The best validated checkpoint of ``run`` that is whole, or else the newest; and a message for each left aside.
+
+    Raises:
+        ValueError: there is none, or it is in shards.
+    """
+    if not run.is_dir():
+        raise ValueError(f"there is no folder {run}")
+    found = find(run / CHECKPOINTS)
+    validated = [checkpoint for checkpoint in found if checkpoint.top1 is not None]
+    validated.sort(key=lambda checkpoint: (checkpoint.top1, -checkpoint.step), reverse=True)
+    messages = []
+    for checkpoint in [*validated, *(checkpoint for checkpoint in found if checkpoint.top1 is None)]:
+        problem = damage(checkpoint)
+        if problem is None:
+            break
+        messages.append(f"checkpoint {checkpoint.path} is left aside: {problem}")
+    else:
+        raise ValueError("; ".join([*messages, f"{run / CHECKPOINTS} holds no whole checkpoint; check RUN_DIR"]))
+    if SAVED not in checkpoint.files:
+        raise ValueError(
+            f"{checkpoint.path} is in shards, as ZeRO stage 3 writes it; join them with "
+            "DeepSpeed's zero_to_fp32, or train at a lower stage"
+        )
+    validations = [line for line in _lines(run / "metrics.jsonl") if line.get("event") == "validation"]
+    plan, summary = checkpoint.path / PLAN, run / "summary.json"
+    return Export(
+        checkpoint,
+        parse_config(parse_json(read_text(plan, PLAN), str(plan)), str(plan)),
+        next((line for line in validations if line["step"] == checkpoint.step - 1), None),
+        max((line["top1"] for line in validations), default=None),
+        json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None,
+    ), messages
+
+
+def write(export: Export, output: Path) -> None:
+    """Write weights and card into ``output``; what is there before stays whole until the new is."""
+    import torch
+    from safetensors.torch import save_file
+
+    state = torch.load(export.checkpoint.path / SAVED, map_location="cpu", weights_only=True)["module"]
+    # Half parameters become fp32 exactly, so that timm's fp32 model is the one that was validated.
+    tensors = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    output.mkdir(parents=True, exist_ok=True)
+    unfinished = output / f".{WEIGHTS}.unfinished"
+    save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished, metadata={"format": "pt"})
+    os.replace(unfinished, output / WEIGHTS)
+    unfinished = output / f".{CARD}.unfinished"
+    unfinished.write_text(card(export), encoding="utf-8")
+    os.replace(unfinished, output / CARD)
+
+
+def load_line(export: Export, file: str) -> str:
+    """The Python that makes the model."""
+    model = export.config.recipe.model
+    return f"timm.create_model({model.name!r}, num_classes={model.num_classes}, checkpoint_path={file!r})"
+
+
+def accuracy(export: Export) -> str:
+    """What was measured of the weights, in words."""
+    if export.validation is None:
+        return "not validated"
+    measured = export.validation
+    text = (
+        f"top-1 {measured['top1']:.2f} %, top-5 {measured['top5']:.2f} % on {measured['count']:,} validation "
+        f"images, after epoch {measured['epoch'] + 1}"
+    )
+    if export.best_top1 is not None and export.best_top1 > measured["top1"]:
+        text += f"; the run had {export.best_top1:.2f} % at best, of which no whole checkpoint is kept"
+    return text
+
+
+def card(export: Export) -> str:
+    """The model card, as model hubs show it: Markdown behind a YAML head."""
+    config, recipe, summary = export.config, export.config.recipe, export.summary
+    data, schedule, optimizer, size = recipe.data, recipe.schedule, config.optimizer.params, recipe.data.image_size
+    statistics = {"global": "the micro-batches of all GPUs", "local": "each GPU's micro-batch"}
+    norm = statistics.get(str(recipe.batchnorm.statistics), f"{recipe.batchnorm.statistics} images")
+    view = f"resized to {size} × {size}"
+    if data.crop == "random_resized":
+        view = f"resized to a short side of {round(size * 256 / 224)} (bilinear), its centre of {size} × {size} cut out"
+    order = ", in the order of the folders' names" if data.source == "imagefolder" else ""
+    validated = f"; trained in {config.precision}, and validated with these very values"
+    decay = ", ".join(f"{epoch:g}" for epoch in schedule.decay_epochs)
+    lines = [
+        "---",
+        "library_name: timm",
+        "pipeline_tag: image-classification",
+        "tags:",
+        "- image-classification",
+        "- timm",
+        *_model_index(export),
+        "---",
+        "",
+        f"# {recipe.model.name}, trained on {data.source} at batch {config.train_batch_size:,}",
+        "",
+        f"- **Measured:** {accuracy(export)}.",
+        f"- **Input:** RGB, {size} × {size}: an image is {view}; pixels from 0 to 1, of them mean "
+        f"{_numbers(data.mean)} and standard deviation {_numbers(data.std)}.",
+        f"- **Output:** {recipe.model.num_classes} classes{order}.",
+        f"- **Trained:** {data.train_images:,} images, {schedule.epochs} epochs of SGD (momentum {optimizer.momentum:g}"
+        f"{', Nesterov' if optimizer.nesterov else ''}, weight decay {optimizer.weight_decay:g}) at a global batch of "
+        f"{config.train_batch_size:,}, peak rate {optimizer.lr:g}, × {schedule.decay_factor:g} at epochs {decay}; "
+        f"batch norm over {norm}; {config.precision}; seed {recipe.seed}.",
+        f"- **Weights:** after step {export.checkpoint.step:,}, in fp32"
+        f"{'' if config.precision == 'fp32' else validated}.",
+    ]
+    if summary is None:
+        lines.append("- **The run is not complete:** these are its best weights so far.")
+    else:
+        versions = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
+        ranks = f"{summary['world_size']} rank{'' if summary['world_size'] == 1 else 's'}"
+        lines.append(f"- **On:** {ranks} on {summary['device']}; {versions}.")
+    lines += [
+        "",
+        "```python",
+        "import timm",
+        "",
+        f"model = {load_line(export, WEIGHTS)}.eval()",
+        "```",
+        "",
+        "The config, with every value that was left to its rule filled in:",
+        "",
+        "```json",
+        json_text(config).rstrip(),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _model_index(export: Export) -> list[str]:
+    """The YAML by which a hub shows the measured accuracy. JSON strings are YAML strings."""
+    if export.validation is None:
+        return []
+    name, source = json.dumps(export.config.recipe.model.name), json.dumps(export.config.recipe.data.source)
+    return [
+        "model-index:",
+        f"- name: {name}",
+        "  results:",
+        "  - task:",
+        "      type: image-classification",
+        "    dataset:",
+        f"      name: {source}",
+        f"      type: {source}",
+        "      split: validation",
+        "    metrics:",
+        "    - type: accuracy",
+        "      name: top-1, in per cent",
+        f"      value: {export.validation['top1']:.2f}",
+    ]
+
+
+def _lines(metrics: Path) -> list[dict[str, Any]]:
+    """The events of ``metrics.jsonl``, but for a line that a kill left half-written."""
+    events = []
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []:
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return [event for event in events if isinstance(event, dict)]
+
+
+def _numbers(values: Sequence[float] | str) -> str:
+    assert not isinstance(values, str), "a plan leaves no auto"
+    return "(" + ", ".join(f"{value:g}" for value in values) + ")"

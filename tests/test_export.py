@@ -1,0 +1,125 @@
+"""What a run exports is loaded by plain timm, and is what the run validated."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from recipe.data import open_datasets
+from recipe.manifest import find
+from tests.launch import DIGITS, ROOT, SHORT, events, train_ok
+
+pytestmark = pytest.mark.slow
+
+# A process in which neither this package nor DeepSpeed can be imported.
+PLAIN_TIMM = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("recipe", "deepspeed"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Refuse())
+import timm, torch
+
+images, labels = torch.load("validation.pt")
+model = MODEL
+with torch.no_grad():
+    print(int((model(images).argmax(1) == labels).sum()))
+"""
+
+
+def export(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "recipe", "export", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def save_validation_images(folder: Path) -> int:
+    """All held-out digits as the card says: enlarged, from 0 to 1, less the mean, over the standard deviation."""
+    _, held_out = open_datasets("digits", None, 32, "padded", False, 0, "stop")
+    samples = [held_out[index] for index in range(len(held_out))]
+    images = torch.stack([sample.image for sample in samples]).float() / 255
+    labels = torch.tensor([sample.label for sample in samples])
+    torch.save(((images - 0.3054) / 0.3237, labels), folder / "validation.pt")
+    return len(samples)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("export") / "run"
+    train_ok("--deepspeed_config", DIGITS, "--output", str(output), *SHORT)
+    return output
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_plain_timm_loads_what_was_validated(run: Path, tmp_path: Path, precision: str) -> None:
+    if precision == "bf16":
+        run = tmp_path / "run"
+        train_ok("--deepspeed_config", DIGITS, "--output", str(run), *SHORT, "--set=bf16.enabled=true")
+    done = export(str(run), "--output", str(tmp_path / "export"))
+    assert done.returncode == 0, done.stderr
+    best = max(events(run, "validation"), key=lambda line: line["top1"])
+    assert f"top-1 {best['top1']:.2f} %, top-5 {best['top5']:.2f} % on 355 validation images" in done.stdout
+
+    card = (tmp_path / "export/README.md").read_text()
+    line = next(line for line in card.splitlines() if line.startswith("model = "))
+    count = save_validation_images(tmp_path / "export")
+    program = PLAIN_TIMM.replace("MODEL", line.removeprefix("model = "))
+    plain = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path / "export", capture_output=True, text=True, check=True
+    )
+    # fp32 of the very same weights; in bf16 the validation itself rounds, and one image may fall otherwise.
+    assert int(plain.stdout) == pytest.approx(best["top1"] / 100 * count, abs=0.01 if precision == "fp32" else 3)
+
+
+def test_the_card(run: Path, tmp_path: Path) -> None:
+    assert export(str(run)).returncode == 0
+    card = (run / "export/README.md").read_text()
+    best = max(events(run, "validation"), key=lambda line: line["top1"])
+    assert f"- **Measured:** top-1 {best['top1']:.2f} %" in card
+    assert "peak rate 0.2, × 0.1 at epochs 2; batch norm over the micro-batches of all GPUs; fp32; seed 0" in card
+    assert "an image is resized to 32 × 32; pixels from 0 to 1, of them mean (0.3054, 0.3054, 0.3054)" in card
+    assert "1 rank on " in card
+    head = yaml.safe_load(card.split("---")[1])
+    (result,) = head["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == round(best["top1"], 2)
+    written = card.partition("```json\n")[2].partition("\n```")[0]
+    assert json.loads(written) == json.loads((run / "plan.json").read_text())
+
+
+def test_a_damaged_best_gives_way_to_the_next(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(run), str(copy)], check=True)
+    (copy / "summary.json").unlink()
+    first, second = sorted(find(copy / "checkpoints"), key=lambda c: c.top1 or 0, reverse=True)[:2]
+    os.truncate(first.path / "mp_rank_00_model_states.pt", 10)
+    done = export(str(copy))
+    assert done.returncode == 0
+    assert f"recipe: checkpoint {first.path} is left aside" in done.stderr
+    assert f"top-1 {second.top1:.2f} %" in done.stdout
+    assert f"the run had {first.top1:.2f} % at best, of which no whole checkpoint is kept" in done.stdout
+    assert "**The run is not complete:**" in (copy / "export/README.md").read_text()
+
+
+def test_what_cannot_be_exported_is_refused_on_one_line(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    empty = tmp_path / "empty\x1b[2J"
+    empty.mkdir()
+    for arguments, message in (
+        ([str(tmp_path / "nowhere")], "there is no folder"),
+        ([str(empty)], "holds no whole checkpoint"),
+        ([str(run), "--output", str(tmp_path / "file/below")], "Not a directory"),
+    ):
+        done = export(*arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith("recipe: ")
+        assert "\x1b" not in done.stderr
