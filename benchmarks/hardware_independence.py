@@ -87,6 +87,7 @@ class Runs:
         values = {
             "train_batch_size": BATCH,
             "recipe.batchnorm.statistics": N,
+            "recipe.data.image_size": 16,  # the digits have 8 × 8 pixels, and there are many runs
             "recipe.max_micro_batch_size": split.micro_batch,
             "recipe.data.workers": split.workers,
             "recipe.schedule.epochs": self.epochs,
