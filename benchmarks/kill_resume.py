@@ -41,6 +41,7 @@ class Setting(NamedTuple):
     ranks: int
     precision: str
     workers: int = 0
+    statistics: str = "global"
 
     @property
     def micro_batch(self) -> int:
@@ -54,6 +55,7 @@ class Setting(NamedTuple):
             "train_batch_size": 256,
             "recipe.max_micro_batch_size": self.micro_batch,
             "recipe.data.workers": self.workers,
+            "recipe.batchnorm.statistics": self.statistics,
             "recipe.schedule.epochs": EPOCHS,
             "recipe.schedule.decay_epochs": [3],
             "recipe.checkpoint.every_steps": SAVE_EVERY,

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from recipe.batchnorm import BatchNorm, join_neighbours
-from recipe.running_averages import average_running_statistics, update_running_averages
+from recipe.running_averages import (
+    average_running_statistics,
+    gather_running_averages,
+    restore_running_averages,
+    update_running_averages,
+)
 from tests.ranks import run_ranks
 
 N, CHANNELS, BATCH, STEPS = 4, 3, 16, 2
@@ -138,3 +143,29 @@ def test_a_skipped_update_leaves_the_running_averages_alone() -> None:
 def test_a_micro_batch_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"batch norm over 4 samples cannot be had from 1 × 6"):
         BatchNorm(CHANNELS, statistics=N)(torch.randn(6, CHANNELS, 2, 2))
+
+
+def _kept_while_saved(rank: int, world_size: int) -> dict[str, Any]:
+    """Buffers of rank r are r + 1; what a checkpoint gets, what the ranks have again, and what one rank alone gets."""
+    norm = BatchNorm(2, statistics="local")
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.fill_(rank + 1.0)
+    norm.running_var.fill_(rank + 10.0)
+    own = gather_running_averages(norm)
+    average_running_statistics(norm)
+    saved = norm.running_mean.tolist() + norm.running_var.tolist()
+    restore_running_averages(norm, own)
+    again = norm.running_mean.tolist() + norm.running_var.tolist()
+    assert own is not None
+    restore_running_averages(norm, own[:1])  # of another number of ranks: not this rank's
+    assert norm.running_mean.tolist() + norm.running_var.tolist() == again
+    return {"saved": saved, "again": again, "global": gather_running_averages(BatchNorm(2, statistics="global"))}
+
+
+def test_a_checkpoint_gets_the_mean_and_each_rank_keeps_its_own() -> None:
+    first, second = run_ranks(2, _kept_while_saved)
+    assert first["saved"] == second["saved"] == [1.5, 1.5, 10.5, 10.5]
+    assert first["again"] == [1.0, 1.0, 10.0, 10.0]
+    assert second["again"] == [2.0, 2.0, 11.0, 11.0]
+    assert first["global"] is None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.hardware_independence import Runs, Split, one_step, run_with_all_checkpoints
 from tests.launch import DIGITS, events, losses, train_ok
 
 pytestmark = pytest.mark.slow
@@ -49,3 +50,13 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     run(resumed, 2, 16, 0, FP64, "--set=recipe.schedule.epochs=6")
     assert losses(resumed) == pytest.approx(losses(reference), rel=1e-9)
     assert [event["step"] for event in events(resumed, "step")] == list(range(30))
+
+
+def test_one_fp32_step_from_the_same_checkpoint_gives_the_same_weights(tmp_path: Path) -> None:
+    """Within 1e-5 of the update's norm, early in training and late; the checkpoints are of a real run."""
+    runs = Runs(tmp_path, epochs=5)
+    base = run_with_all_checkpoints(runs)
+    for start in (2, 8):
+        found = one_step(runs, base, start, [Split(2, 16), Split(4, 128)])
+        assert found["update_norm"] > 0
+        assert max(found["parts_by"].values()) <= 1e-5, found

@@ -47,6 +47,25 @@ def test_damaged_checkpoints_are_named_and_an_older_one_is_taken(tmp_path: Path,
     assert [damage(checkpoint) for checkpoint in find(checkpoints)] == [None] * 6
 
 
+def test_dropout_goes_on_as_it_would_have(tmp_path: Path) -> None:
+    """timm's ghostnet has dropout, whose masks come from torch's generator and from no checkpoint."""
+    arguments = ("--deepspeed_config", DIGITS, *SHORT, "--set=recipe.model.name=ghostnet_050")
+    train_ok(*arguments, "--output", str(tmp_path / "whole"))
+    ended = (
+        "--output",
+        str(tmp_path / "ended"),
+        "--set=recipe.checkpoint.every_steps=1",
+        "--set=recipe.checkpoint.keep_last=9",
+    )
+    train_ok(*arguments, *ended)
+    (tmp_path / "ended/summary.json").unlink()
+    for step in (4, 5, 6):
+        (tmp_path / f"ended/checkpoints/step-0000000{step}/manifest.json").unlink(missing_ok=True)
+    done = train_ok(*arguments, *ended)
+    assert "resumed from" in done.stdout
+    assert losses(tmp_path / "ended") == losses(tmp_path / "whole")
+
+
 def test_a_run_that_must_resume_does_not_begin_anew(tmp_path: Path) -> None:
     arguments = ("--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT)
     train_ok(*arguments)
