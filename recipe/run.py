@@ -121,6 +121,7 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
             save_now()
             done = f"{engine.global_steps:,} of {plan.total_steps:,} steps"
             telemetry.say(f"ended by {end}, saved after {done}; the same command goes on")
+            leave_process_group()
             raise
         finally:
             train_loader.close()
@@ -141,9 +142,14 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
         replace_text(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
     if plan.config.comms_logger.enabled:
         deepspeed.comm.log_summary()
+    leave_process_group()
+    return summary
+
+
+def leave_process_group() -> None:
+    """End together: a rank that leaves early makes gloo abort the others."""
     dist.barrier()
     dist.destroy_process_group()
-    return summary
 
 
 def settle_micro_batch(run: Run) -> Run:
