@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,17 +60,24 @@ SPLITS = [Split(*split) for split in itertools.product((1, 2, 4), (16, 32, 64, 1
 # With each number of images the splits whose ranks can hold them.
 GRID = [(N, split) for split in SPLITS if split.ranks * split.micro_batch >= N]
 GRID += [(16, split) for split in (Split(1, 16), Split(1, 16, 2), Split(2, 128, 2), Split(4, 32))]
-OTHERS = [Split(1, 32), Split(1, 128), Split(2, 32), Split(2, 128), Split(4, 16), Split(4, 128)]
+OTHERS = [Split(1, 32), Split(1, 128), Split(2, 16), Split(2, 128), Split(4, 16), Split(4, 128)]
 # Batch norm over all ranks sees ranks × micro-batch images: 64 in the reference and in the first of these.
-DEPENDENT = [Split(2, 32), Split(1, 16), Split(1, 128), Split(4, 64)]
+DEPENDENT = [Split(2, 32), Split(1, 128), Split(4, 64)]
 
 
 class Runs:
     """Launches runs below a folder."""
 
-    def __init__(self, folder: Path, epochs: int) -> None:
+    def __init__(self, folder: Path, epochs: int, jobs: int = 1) -> None:
+        """``jobs`` is the number of runs at a time."""
         self.folder = folder
         self.epochs = epochs
+        self.jobs = jobs
+
+    def train_all(self, splits: Sequence[Split], changes: dict[str, Any] | None = None) -> list[Path]:
+        """Train each split to the end; return the output folders."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            return list(pool.map(lambda split: self.train(split, changes), splits))
 
     def train(self, split: Split, changes: dict[str, Any] | None = None) -> Path:
         """Train to the end; return the output folder."""
@@ -156,14 +164,17 @@ def one_step(runs: Runs, base: Path, start: int, splits: Sequence[Split]) -> dic
         runs.train_one_step(split, output)
         return weights(output, start + 1)
 
-    reference = stepped(REFERENCE)
+    with ThreadPoolExecutor(runs.jobs) as pool:
+        reference, *others = pool.map(stepped, (REFERENCE, *splits))
     update = float((reference - before).norm())
     return {
         "from_step": start,
         "rate": events(base, "step")[start]["lr"],
         "update_norm": update,
         "weights_norm": float(before.norm()),
-        "parts_by": {str(split): float((stepped(split) - reference).norm()) / update for split in splits},
+        "parts_by": {
+            str(split): float((other - reference).norm()) / update for split, other in zip(splits, others, strict=True)
+        },
     }
 
 
@@ -177,16 +188,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=25, help="of two steps each (default: %(default)s)")
     parser.add_argument("--splits", type=int, default=len(GRID), help="how many of the grid (default: all %(default)s)")
     parser.add_argument("--only-fp64", action="store_true", help="no more than the first of the four parts")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for the results; table and plots come beside it")
     arguments = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(Path(folder), arguments.epochs)
+        runs = Runs(Path(folder), arguments.epochs, arguments.jobs)
         results = same_training(runs, GRID[: arguments.splits])
         if not arguments.only_fp64:
-            base = run_with_all_checkpoints(runs)
-            results |= other_trainings(runs)
-            results |= {"one_step": [one_step(runs, base, step, OTHERS) for step in (EARLY_STEP, LATE_STEP)]}
-            results |= {"accuracies": accuracies(runs)}
+            results |= fp32(runs) | other_trainings(runs)
     settings = {"batch": BATCH, "n": N, "steps": arguments.epochs * STEPS_PER_EPOCH, "reference": str(REFERENCE)}
     report = before | {"settings": settings, "results": results}
     table = format_report(report)
@@ -203,36 +212,41 @@ def same_training(runs: Runs, grid: Sequence[tuple[int, Split]]) -> dict[str, An
     found = {}
     for n, cases in itertools.groupby(grid, key=lambda case: case[0]):
         print(f"fp64, batch norm over {n} images", flush=True)
-        changes = FP64 | {"recipe.batchnorm.statistics": n}
-        reference = runs.train(REFERENCE, changes)
-        for _, split in cases:
-            found[f"n = {n}: {split}"] = compare(runs.train(split, changes), reference)
+        splits = [split for _, split in cases]
+        reference, *others = runs.train_all([REFERENCE, *splits], FP64 | {"recipe.batchnorm.statistics": n})
+        for split, other in zip(splits, others, strict=True):
+            found[f"n = {n}: {split}"] = compare(other, reference)
     return {"fp64": found}
 
 
 def other_trainings(runs: Runs) -> dict[str, Any]:
-    """Part 2: fp32, and statistics that depend on the split."""
-    print(f"fp32, batch norm over {N} images", flush=True)
-    reference = runs.train(REFERENCE)
-    results = {"fp32": {str(split): compare(runs.train(split), reference) for split in OTHERS}}
+    """Part 2, double precision: statistics that depend on the split."""
+    results = {}
     for kind in ("global", "local"):
         print(f'fp64, "{kind}" batch norm', flush=True)
         changes = FP64 | {"recipe.batchnorm.statistics": kind}
-        reference = runs.train(REFERENCE, changes)
-        results[kind] = {str(split): compare(runs.train(split, changes), reference) for split in DEPENDENT}
+        reference, *others = runs.train_all([REFERENCE, *DEPENDENT], changes)
+        results[kind] = {str(split): compare(other, reference) for split, other in zip(DEPENDENT, others, strict=True)}
     return results
 
 
-def accuracies(runs: Runs) -> dict[str, dict[str, float]]:
-    """Part 4: final top-1 in per cent, over splits with seed 0 and over seeds with the reference's split."""
-    print("fp32, final accuracies", flush=True)
+def fp32(runs: Runs) -> dict[str, Any]:
+    """Parts 2 to 4 in fp32: losses, single steps, and final top-1 in per cent over splits and over seeds."""
 
-    def final_top1(split: Split, seed: int) -> float:
-        return float(events(runs.train(split, {"recipe.seed": seed}), "validation")[-1]["top1"])
+    def final_top1(output: Path) -> float:
+        return float(events(output, "validation")[-1]["top1"])
 
+    print(f"fp32, batch norm over {N} images", flush=True)
+    reference = run_with_all_checkpoints(runs)
+    outputs = dict(zip(OTHERS, runs.train_all(OTHERS), strict=True))
+    seeds = {seed: runs.train(REFERENCE, {"recipe.seed": seed}) for seed in range(1, SEEDS)}
     return {
-        "splits": {str(split): final_top1(split, 0) for split in (REFERENCE, *OTHERS)},
-        "seeds": {str(seed): final_top1(REFERENCE, seed) for seed in range(SEEDS)},
+        "fp32": {str(split): compare(output, reference) for split, output in outputs.items()},
+        "one_step": [one_step(runs, reference, step, OTHERS) for step in (EARLY_STEP, LATE_STEP)],
+        "accuracies": {
+            "splits": {str(split): final_top1(output) for split, output in {REFERENCE: reference, **outputs}.items()},
+            "seeds": {str(seed): final_top1(output) for seed, output in {0: reference, **seeds}.items()},
+        },
     }
 
 

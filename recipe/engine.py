@@ -14,15 +14,23 @@ from deepspeed.ops import __compatible_ops__
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger
 from torch import Tensor, nn
+from torch.distributed import DistError
 
 from recipe.scaling import RateSchedule
 from recipe.schedule import PaperLR
+
+
+class MeetingError(RuntimeError):
+    """The ranks could not meet; the message says where, and what may be the cause."""
 
 
 def join_process_group(device: torch.device, timeout: timedelta) -> None:
     """Join the process group that the launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR …) describes.
 
     Without a launcher, as ``python recipe/train.py …``, it is a group of one.
+
+    Raises:
+        MeetingError: the port is taken, or the other ranks do not come.
     """
     if "RANK" not in os.environ:
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -31,12 +39,20 @@ def join_process_group(device: torch.device, timeout: timedelta) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # DeepSpeed would compile its shared-memory op at the first start, for two minutes; gloo serves as well.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        timeout=timeout,
-        verbose=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timeout,
+            verbose=False,
+        )
+    except DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        cause = str(error).splitlines()[0]
+        raise MeetingError(
+            f"the ranks could not meet at {address}: {cause}; a second run on a machine needs a port of its own: "
+            "deepspeed --master_port 29501 …"
+        ) from error
 
 
 def start_engine(

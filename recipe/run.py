@@ -19,7 +19,7 @@ from recipe.batchnorm import join_neighbours
 from recipe.checkpoint import CheckpointError
 from recipe.data import BadImageError, SyntheticLoader, TrainLoader, ValidationLoader
 from recipe.data.seeds import derive_seed
-from recipe.engine import join_process_group, set_loudness, start_engine
+from recipe.engine import MeetingError, join_process_group, set_loudness, start_engine
 from recipe.interruption import Interrupted
 from recipe.loop import evaluate, train_epoch
 from recipe.manifest import CHECKPOINTS, PLAN
@@ -38,8 +38,14 @@ from recipe.summary import History, summarise
 from recipe.telemetry import OutputError, Telemetry
 
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=10)
+
+
+class MicroBatchError(RuntimeError):
+    """A micro-batch does not fit the GPU."""
+
+
 # Their messages say all that a person needs.
-KNOWN_FAILURES = (BadImageError, CheckpointError, FloatingPointError, OutputError)
+KNOWN_FAILURES = (BadImageError, CheckpointError, FloatingPointError, MeetingError, MicroBatchError, OutputError)
 
 
 def train(run: Run, verbose: bool) -> dict[str, Any]:
@@ -49,6 +55,8 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
         FloatingPointError: the loss is not finite.
         BadImageError: an image cannot be read.
         CheckpointError: a checkpoint cannot be written, or none of those that are there can be loaded.
+        MeetingError: the ranks could not meet.
+        MicroBatchError: a micro-batch does not fit the GPU.
         OutputError: a file of the run cannot be written.
         Interrupted: a signal asked for the end, and the run is saved.
     """
@@ -123,6 +131,11 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
             telemetry.say(f"ended by {end}, saved after {done}; the same command goes on")
             leave_process_group()
             raise
+        except torch.OutOfMemoryError as error:
+            raise MicroBatchError(
+                f"micro-batches of {plan.micro_batch} images do not fit {device_name(run.device)}: {error}; lower "
+                'recipe.max_micro_batch_size, or write "auto"'
+            ) from error
         finally:
             train_loader.close()
             validation_loader.close()

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import socket
 import struct
 import subprocess
 import sys
@@ -259,6 +260,19 @@ def test_a_run_that_diverges_says_at_which_step(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert re.search(r"recipe: rank 0 on \S+ failed: FloatingPointError: the loss of step \d is nan", done.stderr)
+
+
+def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        done = train(
+            *("--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT),
+            **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        )
+    assert done.returncode == 1
+    assert f"MeetingError: the ranks could not meet at 127.0.0.1:{port}: " in done.stderr
+    assert "needs a port of its own: deepspeed --master_port" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_bar_on_a_terminal(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from recipe.micro_batch import largest_on_gpu, try_training
 from recipe.model import build_model
 from tests.gpu.test_training import on_gpu
+from tests.launch import train
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.gpu
@@ -35,3 +36,16 @@ def test_the_largest_fits_and_twice_as_many_do_not(tmp_path: Path) -> None:
     assert small[0] < large[0]
     for _, peak in (small, large):
         assert 0.4 < peak <= 1
+
+
+def test_a_micro_batch_that_does_not_fit_is_told(tmp_path: Path) -> None:
+    done = train(
+        *("--deepspeed_config", "ds_configs/resnet50_b8192.json", "--output", str(tmp_path)),
+        *("--set=train_batch_size=16384", "--set=recipe.max_micro_batch_size=16384", "--set=tensorboard.enabled=false"),
+        *("--set=recipe.data.source=synthetic", "--set=recipe.data.path=null", "--set=recipe.schedule.epochs=1"),
+        *("--set=recipe.schedule.warmup_epochs=0", "--set=recipe.data.train_images=16384"),
+    )
+    assert done.returncode == 1
+    assert "MicroBatchError: micro-batches of 16384 images do not fit" in done.stderr
+    assert 'or write "auto"' in done.stderr
+    assert "Traceback" not in done.stderr
