@@ -74,15 +74,15 @@ class Runs:
         self.epochs = epochs
         self.jobs = jobs
 
-    def train_all(self, splits: Sequence[Split], changes: dict[str, Any] | None = None) -> list[Path]:
-        """Train each split to the end; return the output folders."""
+    def train_all(self, cases: Sequence[tuple[Split, dict[str, Any]]]) -> list[Path]:
+        """Train each split with its changes to the end; return the output folders."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            return list(pool.map(lambda split: self.train(split, changes), splits))
+            return list(pool.map(lambda case: self.train(*case), cases))
 
-    def train(self, split: Split, changes: dict[str, Any] | None = None) -> Path:
+    def train(self, split: Split, changes: dict[str, Any]) -> Path:
         """Train to the end; return the output folder."""
         output = Path(tempfile.mkdtemp(dir=self.folder), "run")
-        self._launch("recipe/train.py", split, output, changes or {}, exit_code=0)
+        self._launch("recipe/train.py", split, output, changes, exit_code=0)
         return output
 
     def train_one_step(self, split: Split, output: Path) -> None:
@@ -213,7 +213,8 @@ def same_training(runs: Runs, grid: Sequence[tuple[int, Split]]) -> dict[str, An
     for n, cases in itertools.groupby(grid, key=lambda case: case[0]):
         print(f"fp64, batch norm over {n} images", flush=True)
         splits = [split for _, split in cases]
-        reference, *others = runs.train_all([REFERENCE, *splits], FP64 | {"recipe.batchnorm.statistics": n})
+        changes = FP64 | {"recipe.batchnorm.statistics": n}
+        reference, *others = runs.train_all([(split, changes) for split in (REFERENCE, *splits)])
         for split, other in zip(splits, others, strict=True):
             found[f"n = {n}: {split}"] = compare(other, reference)
     return {"fp64": found}
@@ -225,7 +226,7 @@ def other_trainings(runs: Runs) -> dict[str, Any]:
     for kind in ("global", "local"):
         print(f'fp64, "{kind}" batch norm', flush=True)
         changes = FP64 | {"recipe.batchnorm.statistics": kind}
-        reference, *others = runs.train_all([REFERENCE, *DEPENDENT], changes)
+        reference, *others = runs.train_all([(split, changes) for split in (REFERENCE, *DEPENDENT)])
         results[kind] = {str(split): compare(other, reference) for split, other in zip(DEPENDENT, others, strict=True)}
     return results
 
@@ -238,8 +239,8 @@ def fp32(runs: Runs) -> dict[str, Any]:
 
     print(f"fp32, batch norm over {N} images", flush=True)
     reference = run_with_all_checkpoints(runs)
-    outputs = dict(zip(OTHERS, runs.train_all(OTHERS), strict=True))
-    seeds = {seed: runs.train(REFERENCE, {"recipe.seed": seed}) for seed in range(1, SEEDS)}
+    outputs = dict(zip(OTHERS, runs.train_all([(split, {}) for split in OTHERS]), strict=True))
+    seeds = dict(enumerate(runs.train_all([(REFERENCE, {"recipe.seed": seed}) for seed in range(1, SEEDS)]), start=1))
     return {
         "fp32": {str(split): compare(output, reference) for split, output in outputs.items()},
         "one_step": [one_step(runs, reference, step, OTHERS) for step in (EARLY_STEP, LATE_STEP)],
