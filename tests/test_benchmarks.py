@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -9,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import engine_overhead
+from benchmarks import engine_overhead, hardware_independence
+from tests.launch import ROOT
 
 
 def test_engine_overhead_writes_a_table_and_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,3 +57,51 @@ def test_engine_overhead_compares_no_different_work() -> None:
         engine_overhead.compare_training({"recipe": loop(1.5), "plain": loop(1.0)}, start, "fp32")
     with pytest.raises(RuntimeError, match="differ by nan"):
         engine_overhead.compare_training({"recipe": loop(float("nan")), "plain": loop(1.0)}, start, "fp32")
+
+
+def test_checkpoint_cost_writes_shares_of_an_epoch(tmp_path: Path) -> None:
+    file = tmp_path / "cost.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.checkpoint_cost", "--model", "test_resnet", "--image-size", "32"),
+            *("--batch", "2", "--saves", "2", "--images-per-second", "1000", "--folder", str(tmp_path)),
+            *("--json", str(file)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text())["results"]
+    # Weights and momentum of 469,688 parameters (1000 classes) in fp32, and little else.
+    assert 1 < results["checkpoint_bytes"] / (2 * 4 * 469_688) < 1.1
+    save = results["seconds"]["save"]["median"]
+    assert results["share_of_an_epoch"]["1000"] == pytest.approx(save / (1281.167 + save))
+    assert "| 1,000, assumed | 21.4 min |" in file.with_suffix(".md").read_text()
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_hardware_independence_holds_only_where_losses_and_validations_agree(tmp_path: Path) -> None:
+    def run(name: str, losses: list[float], top1: float = 50.0) -> Path:
+        lines = [{"event": "step", "step": step, "loss": loss} for step, loss in enumerate(losses)]
+        lines.append({"event": "validation", "step": 1, "top1": top1, "top5": 90.0, "count": 355})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        return tmp_path / name
+
+    reference = run("reference", [2.0, 1.0])
+
+    def verdict(other: Path, **results: object) -> bool:
+        compared = hardware_independence.compare(other, reference)
+        return hardware_independence.holds({"fp64": {"split": compared}} | results)
+
+    assert verdict(run("rounded", [2.0, 1.0 + 5e-10]))
+    assert not verdict(run("parted", [2.0, 1.0 + 2e-9]))
+    assert not verdict(run("validated otherwise", [2.0, 1.0], top1=49.9))
+    same = run("same", [2.0, 1.0])
+    assert not verdict(same, one_step=[{"parts_by": {"a": 1e-6, "b": 2e-5}}])
+    assert verdict(same, one_step=[{"parts_by": {"a": 1e-6, "b": 9e-6}}])
+    seeds = {"0": 97.0, "1": 98.0}
+    assert verdict(same, accuracies={"splits": {"a": 97.0, "b": 97.9}, "seeds": seeds})
+    assert not verdict(same, accuracies={"splits": {"a": 96.0, "b": 97.9}, "seeds": seeds})
