@@ -23,6 +23,9 @@ UNFINISHED = ".unfinished"
 # What DeepSpeed pickles into the shards of ZeRO stages 1 to 3; plain tensors and containers suffice at stage 0.
 ZERO_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
+# torch's words for a full disk: that it is at an unexpected position, and the file in which it finds so.
+TORCH_CANNOT_WRITE = ("inline_container", "PytorchStreamWriter")
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message names it and says what is known of the cause."""
@@ -65,7 +68,8 @@ def save(
             # And with it the script that DeepSpeed adds for ZeRO shards: no code in checkpoints.
             shutil.rmtree(unfinished)
     except (OSError, RuntimeError) as error:
-        # torch says of a full disk only that it is at an unexpected position.
+        if not isinstance(error, OSError) and not any(word in str(error) for word in TORCH_CANNOT_WRITE):
+            raise
         free = shutil.disk_usage(folder).free
         if dist.get_rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,6 +1,8 @@
 """SIGTERM (Slurm's preemption, a scheduler) and SIGINT (Ctrl-C) as an exception that no handler of failures takes."""
 
+import os
 import signal
+import sys
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -20,9 +22,12 @@ class Interrupted(BaseException):
 
 
 def end_at_once() -> None:
-    """Have a signal raise ``Interrupted``: before training there is nothing to finish."""
+    """Have a signal raise ``Interrupted``: before training, and after it, there is nothing to finish."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            name = signal.Signals(signum).name
+            print(f"recipe: {name}: ended at once; the same command goes on", file=sys.stderr, flush=True)
         raise Interrupted(signum)
 
     for signum in SIGNALS:
