@@ -234,6 +234,7 @@ SCHEDULES = {
 def _rates_of_updates(rank: int, world_size: int, folder: str) -> dict[str, list[float]]:
     """The rates that stand in the optimizer when it updates, over nine steps; after five the run is resumed."""
     from recipe import checkpoint
+    from recipe.manifest import find
 
     found = {}
     for name, schedule in SCHEDULES.items():
@@ -241,8 +242,7 @@ def _rates_of_updates(rank: int, world_size: int, folder: str) -> dict[str, list
         for first, last in ((0, 5), (5, 9)):
             engine = new_engine(world_size, 8, 2, schedule)
             if first:
-                (saved,) = checkpoint.find(Path(folder, name))
-                checkpoint.load(engine, saved.path)
+                checkpoint.load_newest(engine, find(Path(folder, name)))
             engine.basic_optimizer.register_step_pre_hook(
                 lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])  # noqa: B023
             )
@@ -250,7 +250,8 @@ def _rates_of_updates(rank: int, world_size: int, folder: str) -> dict[str, list
                 train_step(engine, rank, world_size, step, 8)
             if not first:
                 Path(folder, name).mkdir()
-                checkpoint.save(engine, Path(folder, name), None, {})
+                state: dict[str, Any] = {"top1": None, "client_state": {}, "plan": "{}", "training_sha256": ""}
+                checkpoint.save(engine, Path(folder, name), **state)
         found[name] = rates
     return found
 
