@@ -61,7 +61,8 @@ SPLITS = [Split(*split) for split in itertools.product((1, 2, 4), (16, 32, 64, 1
 GRID = [(N, split) for split in SPLITS if split.ranks * split.micro_batch >= N]
 GRID += [(16, split) for split in (Split(1, 16), Split(1, 16, 2), Split(2, 128, 2), Split(4, 32))]
 OTHERS = [Split(1, 32), Split(1, 128), Split(2, 16), Split(2, 128), Split(4, 16), Split(4, 128)]
-# Batch norm over all ranks sees ranks × micro-batch images: 64 in the reference and in the first of these.
+# "global" batch norm sees ranks × micro-batch images, 64 in the reference and in the first of these; "local" sees a
+# micro-batch, 64 in the last.
 DEPENDENT = [Split(2, 32), Split(1, 128), Split(4, 64)]
 
 
@@ -314,7 +315,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
     results, settings = report["results"], report["settings"]
     n, count = settings["n"], len(results["fp64"])
     curves = {  # of Okabe and Ito's colours, which the colour-blind can tell apart
-        "local": ('"local", fp64: each split another training', "#D55E00"),
+        "local": ('"local", fp64: another training, except where the micro-batch is 64', "#D55E00"),
         "global": ('"global" (SyncBN), fp64: another training, except where ranks × micro-batch is 64', "#E69F00"),
         "fp32": (f"n = {n} images, fp32: the same, until chaos has multiplied the rounding", "#56B4E9"),
         "fp64": (f"n images, fp64: the same on all {count} splits", "#0072B2"),
