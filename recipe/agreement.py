@@ -48,7 +48,8 @@ class Requests:
         # pipe is written to at once, and a thread of its own reads it.
         listen_to, self._pipe = os.pipe()
         os.set_blocking(self._pipe, False)
-        threading.Thread(target=self._listen, args=(listen_to,), daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(listen_to,), daemon=True)
+        self._listener.start()
         signal.set_wakeup_fd(self._pipe)
         for signum in SIGNALS:
             self._handlers[signum] = signal.signal(signum, lambda signum, frame: None)
@@ -61,6 +62,9 @@ class Requests:
             signal.signal(signum, handler)
         signal.set_wakeup_fd(-1)
         os.close(self._pipe)
+        # It must not be the last to hold the process group: destroyed by a thread while Python ends, the group aborts
+        # the process.
+        self._listener.join()
 
     def agree(self) -> tuple[int, bool]:
         """The signal that any rank got (0: none), and whether rank 0's clock asks for a checkpoint; on all ranks.

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ TIMEOUT = timedelta(seconds=60)
 
 
 def _signalled(rank: int, world_size: int, signum: int) -> list[tuple[int, bool]]:
-    before = signal.getsignal(signum)
+    before, threads = signal.getsignal(signum), threading.enumerate()
     agreed = []
     with Requests(None, TIMEOUT) as requests:
         for step in range(4):
@@ -28,6 +29,7 @@ def _signalled(rank: int, world_size: int, signum: int) -> list[tuple[int, bool]
                 time.sleep(0.5)  # the signal is another thread's to take
             agreed.append(requests.agree())
     assert signal.getsignal(signum) is before
+    assert threading.enumerate() == threads
     return agreed
 
 

@@ -1,7 +1,9 @@
 """From keys to batches on the device: torch's DataLoader, where nothing but the keys decides what comes."""
 
 import multiprocessing
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,12 +15,10 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from recipe.data.batch import Batch, Normalise
 from recipe.data.datasets import BadImageError, ImageDataset, Sample
 from recipe.data.sampler import TrainSampler, ValidationSampler
+from recipe.interruption import SIGNALS
 
 _STUCK_AFTER_SECONDS = 600
 """A batch that has not come by then never will; a file system that hangs must end the run, not stop it."""
-
-_END_AFTER_SECONDS = 30
-"""What DeepSpeed's launcher gives a process between SIGTERM and SIGKILL."""
 
 
 class _HostBatch(NamedTuple):
@@ -63,7 +63,7 @@ class _Loader:
                 # parent is the server, and both outlive a killed rank for ever. With spawn every worker would
                 # import torch, and DeepSpeed with the main module.
                 "multiprocessing_context": multiprocessing.get_context("fork"),
-                "worker_init_fn": _outlive_signals,
+                "worker_init_fn": _obey_the_parent_alone,
                 "persistent_workers": True,
                 "timeout": _STUCK_AFTER_SECONDS,
             }
@@ -83,7 +83,12 @@ class _Loader:
             # Python 3.12 warns when a process with threads forks. A worker runs PIL and copies tensors on one
             # thread; it needs no lock that another thread of this process (gloo, CUDA, a writer) may hold.
             warnings.filterwarnings("ignore", r"This process .* is multi-threaded, use of fork", DeprecationWarning)
-            host_batches = iter(self._loader)
+            # The workers start with the signals blocked, so that none comes too early.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                host_batches = iter(self._loader)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
             for host in host_batches:
                 yield Batch(
@@ -198,9 +203,14 @@ def _collate(samples: list[Sample]) -> _HostBatch:
     )
 
 
-def _outlive_signals(worker: int) -> None:
+def _obey_the_parent_alone(worker: int) -> None:
     # Ctrl-C, and the launcher's SIGTERM, reach the workers too, but the step under way needs their images: the main
-    # process decides, and ends them. One that does not answer it goes by the alarm.
+    # process decides, and ends them, at the latest by the SIGTERM that multiprocessing sends when the process exits.
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(_END_AFTER_SECONDS))
+    threading.Thread(target=_end_when_the_parent_says, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_the_parent_says(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -167,6 +167,22 @@ def test_close_ends_the_workers():
     assert set(multiprocessing.active_children()) == before
 
 
+def test_signals_of_others_do_not_end_the_workers():
+    """Ctrl-C and the launcher send them to the whole group; the main process decides when its workers end."""
+    source = train_loader(workers=2)
+    batches = source.epoch(0)
+    seen = [next(batches)]
+    workers = multiprocessing.active_children()
+    for signum in ("INT", "TERM", "TERM"):
+        subprocess.run(["kill", f"-{signum}", *(str(worker.pid) for worker in workers)], check=True)
+    seen += batches
+    assert len(seen) == len(list(train_loader(workers=0).epoch(0)))
+    workers[0].terminate()
+    workers[0].join(timeout=30)
+    assert workers[0].exitcode == 0
+    source.close()
+
+
 PROGRAM = """
 import multiprocessing, sys, threading, time, warnings
 from tests.data.test_loader import Pictures, train_loader, validation_loader
