@@ -73,8 +73,8 @@ class Data(Section):
     path: str | None = Field(None, min_length=1)
     """the folder of an imagefolder, a string; null for the other sources"""
 
-    image_size: int = Field(ge=8)
-    """height and width of the images that the model sees, in pixels, a whole number >= 8"""
+    image_size: int = Field(ge=8, le=4096)
+    """height and width of the images that the model sees, in pixels, a whole number from 8 to 4096"""
 
     train_images: Count | Auto = "auto"
     """images to train on, a whole number >= 1, so that a plan needs no data; "auto" only for digits"""

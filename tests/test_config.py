@@ -438,6 +438,7 @@ def test_a_typo_explains_a_missing_key() -> None:
         ),
         ("recipe.data.path", "", '= "": empty; expected the folder of an imagefolder'),
         ("recipe.data.image_size", 7, "= 7: too small; expected height and width of the images"),
+        ("recipe.data.image_size", 10**6, "= 1000000: too large; expected height and width of the images"),
         ("recipe.data.mean", [0.5, 0.5], "= [0.5, 0.5]: too short; expected the mean of red, green and blue"),
         (
             "recipe.data.mean",
