@@ -86,6 +86,8 @@ def load_newest(
 ) -> tuple[Checkpoint | None, dict[str, Any], list[str]]:
     """Put ``engine`` into the state of the first of ``checkpoints`` that is whole and can be loaded, on every rank.
 
+    Those before it are set aside.
+
     Returns:
         The checkpoint (None if none is whole), its client state, and a message for each that was left aside.
 
@@ -108,11 +110,19 @@ def load_newest(
             dist.all_gather_object(problems, problem[0])
             problem = [next(filter(None, problems), None)]
         if problem == [None]:
+            _set_aside(checkpoints[: len(messages)])
             return checkpoint, client_state, messages
         messages.append(f"checkpoint {checkpoint.path} is left aside: {problem[0]}")
     if tried:  # and the engine holds parts of it
         raise CheckpointError(f"no checkpoint can be loaded: {'; '.join(messages)}")
+    _set_aside(checkpoints)
     return None, {}, messages
+
+
+def _set_aside(checkpoints: Sequence[Checkpoint]) -> None:
+    if dist.get_rank() == 0:
+        for checkpoint in checkpoints:
+            manifest.set_aside(checkpoint)
 
 
 def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:

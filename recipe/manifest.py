@@ -9,12 +9,14 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 CHECKPOINTS, PLAN, MANIFEST = "checkpoints", "plan.json", "manifest.json"
 REPLACED = ".replaced"  # behind the name of a checkpoint that gives way to another of the same step
+ASIDE = ".aside"  # behind the name of one that turned out to be damaged
 
 
 @dataclass(frozen=True)
@@ -57,32 +59,38 @@ def publish(whole: Path, name: Path) -> None:
 
 
 def find(folder: Path) -> list[Checkpoint]:
-    """The checkpoints below ``folder`` that have a manifest, the newest first; their files are not looked at."""
-    found = []
-    for path in folder.glob(f"step-*/{MANIFEST}"):
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            step, top1 = manifest["step"], manifest["top1"]
-            top1 = None if top1 is None else float(top1)
-            training_sha256, world_size = str(manifest["training_sha256"]), int(manifest["world_size"])
-            sums = {name: (int(file["bytes"]), str(file["sha256"])) for name, file in manifest["files"].items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue
-        if sums and path.parent.name.removesuffix(REPLACED) == f"step-{step:08}":
-            found.append(Checkpoint(path.parent, step, top1, training_sha256, world_size, sums))
+    """The checkpoints below ``folder`` whose manifests can be read, the newest first; their files are not looked at."""
+    found = [checkpoint for path in folder.glob(f"step-*/{MANIFEST}") if (checkpoint := _read(path)) is not None]
     return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.path.suffix != REPLACED), reverse=True)
+
+
+def unreadable(folder: Path) -> list[Path]:
+    """Those below ``folder`` with a manifest that cannot be read."""
+    manifests = folder.glob(f"step-*/{MANIFEST}")
+    return sorted(path.parent for path in manifests if path.parent.suffix != ASIDE and _read(path) is None)
+
+
+def set_aside(checkpoint: Checkpoint) -> None:
+    """Give a checkpoint that is of no use a name by which it is not found: it must not be counted as one to keep."""
+    aside = checkpoint.path.with_name(checkpoint.path.name + ASIDE)
+    with suppress(OSError):
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(checkpoint.path, aside)
 
 
 def damage(checkpoint: Checkpoint) -> str | None:
     """What is wrong with the files of ``checkpoint``, or None if each is as it was written."""
     for name, (size, sha256) in checkpoint.files.items():
         file = checkpoint.path / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != size:
-            return f"{file} has {file.stat().st_size} bytes, its manifest says {size}"
-        if _sha256(file) != sha256:
-            return f"{file} is not what was written: its SHA-256 differs from the manifest's"
+        try:
+            if not file.is_file():
+                return f"{file} is missing"
+            if file.stat().st_size != size:
+                return f"{file} has {file.stat().st_size} bytes, its manifest says {size}"
+            if _sha256(file) != sha256:
+                return f"{file} is not what was written: its SHA-256 differs from the manifest's"
+        except OSError as error:
+            return f"{file}: {error.strerror}"
     return None
 
 
@@ -99,16 +107,38 @@ def prune(folder: Path, keep_last: int, keep_best: bool) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; at no moment can its rest be taken for one."""
-    # Without its manifest it is no checkpoint any more, however far the removal gets.
-    (checkpoint / MANIFEST).unlink()
-    shutil.rmtree(checkpoint)
+    """Remove a checkpoint; at no moment can its rest be taken for one. What cannot be removed does not end a run."""
+    with suppress(OSError):
+        if checkpoint.is_symlink():
+            checkpoint.unlink()
+            return
+        # Without its manifest it is no checkpoint any more, however far the removal gets.
+        (checkpoint / MANIFEST).unlink()
+        shutil.rmtree(checkpoint)
 
 
 def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     """The validated checkpoint of the best top-1 accuracy, the earliest of equals."""
     validated = [checkpoint for checkpoint in checkpoints if checkpoint.top1 is not None]
     return max(validated, key=lambda checkpoint: (checkpoint.top1, -checkpoint.step), default=None)
+
+
+def _read(path: Path) -> Checkpoint | None:
+    """The checkpoint of a manifest; None if that is torn, of other types, or under a name that is not its own."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        step, top1, world_size = manifest["step"], manifest["top1"], manifest["world_size"]
+        training_sha256 = str(manifest["training_sha256"])
+        sums = {name: (file["bytes"], str(file["sha256"])) for name, file in manifest["files"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    whole_numbers = [step, world_size, *(size for size, _ in sums.values())]
+    is_accuracy = top1 is None or (isinstance(top1, int | float) and 0 <= top1 <= 100)
+    if not sums or not is_accuracy or any(type(number) is not int for number in whole_numbers):
+        return None
+    if path.parent.name.removesuffix(REPLACED) != f"step-{step:08}":
+        return None
+    return Checkpoint(path.parent, step, top1, training_sha256, world_size, sums)
 
 
 def _sha256(file: Path) -> str:

@@ -11,6 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from recipe.batchnorm import BatchNorm
 from recipe.config import ConfigError
 from recipe.data import ImageDataset, open_datasets
 from recipe.model import build_model
@@ -54,7 +55,7 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
     try:
         datasets = open_data(plan)
         model = build_model(recipe.model.name, recipe.model.num_classes, recipe.seed, recipe.batchnorm.statistics)
-        check_image_size(model, recipe.data.image_size)
+        check_image_size(model, recipe.data.image_size, samples_averaged(plan))
     except ConfigError:
         raise
     except ValueError as error:
@@ -84,14 +85,38 @@ def open_data(plan: Plan) -> tuple[ImageDataset, ImageDataset] | None:
     return datasets
 
 
+def samples_averaged(plan: Plan) -> int:
+    """The number of samples that batch norm averages over."""
+    statistics = plan.config.recipe.batchnorm.statistics
+    if isinstance(statistics, int):
+        return statistics
+    return plan.micro_batch * (plan.world_size if statistics == "global" else 1)
+
+
 @torch.no_grad()
-def check_image_size(model: nn.Module, image_size: int) -> None:
-    """Refuse images that the model does not take, as a vision transformer takes those of one size only."""
+def check_image_size(model: nn.Module, image_size: int, samples: int) -> None:
+    """Refuse images that the model does not take, as a vision transformer takes those of one size only.
+
+    And those of which so few samples leave batch norm a single value to average over.
+    """
+    values: list[int] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs: values.append(inputs[0].numel() // inputs[0].shape[1]))
+        for module in model.modules()
+        if isinstance(module, BatchNorm)
+    ]
     model.eval()
     try:
         model(torch.zeros(1, 3, image_size, image_size))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(f"recipe.data.image_size = {image_size}: the model takes no such images: {error}") from None
+    for hook in hooks:
+        hook.remove()
+    if values and min(values) * samples < 2:
+        raise ValueError(
+            f"recipe.data.image_size = {image_size}: batch norm over {samples} image averages over a single value; "
+            "take a larger micro-batch, or a larger image"
+        )
     model.train()
 
 
@@ -100,7 +125,10 @@ def lock(output: Path) -> IO[str]:
 
     A POSIX lock: it ends with the process, however that ends, and forked loader processes do not inherit it.
     """
-    file = (output / LOCK).open("a", encoding="utf-8")
+    try:
+        file = (output / LOCK).open("a", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--output {output}: {LOCK}: {error.strerror}; name a folder that can be written") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

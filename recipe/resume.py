@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from recipe.manifest import CHECKPOINTS, PLAN, Checkpoint, find
+from recipe.manifest import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, find, unreadable
 from recipe.plan import Plan
 from recipe.plan_text import plan_json
 
@@ -64,12 +64,13 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool)
     except OSError as error:
         raise ValueError(f"--output {output}: {error.strerror}; name a folder that can be written") from None
     found = find(folder)
+    messages = [f"checkpoint {path} is left aside: its {MANIFEST} cannot be read" for path in unreadable(folder)]
     if not found:
         if resume == "must":
             raise ValueError(f"--resume must: {folder} holds no checkpoint; check --output")
         if (output / SUMMARY).exists():
             raise ValueError(f"{output} holds a complete run without its checkpoints; name another --output")
-        return Start()
+        return Start(messages=tuple(messages))
     if resume == "never":
         raise ValueError(f"--resume never: {output} holds checkpoints; name another --output, or remove it")
 
@@ -80,7 +81,6 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool)
             f"{newest.path} was written by {newest.world_size} ranks, and ZeRO stage {stage} loads it on as many only; "
             f"start {newest.world_size} ranks instead of {plan.world_size}, or name another --output"
         )
-    messages: list[str] = []
     if newest.training_sha256 != training_sha256(now):
         differences = _differences_from(newest, now)
         counted = [text for text in differences if text.startswith(NEVER_TO_CHANGE)]

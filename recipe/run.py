@@ -34,8 +34,8 @@ from recipe.running_averages import (
     gather_running_averages,
     restore_running_averages,
 )
-from recipe.summary import History, summarise
-from recipe.telemetry import OutputError, Telemetry
+from recipe.summary import History, format_summary, summarise
+from recipe.telemetry import OutputError, Telemetry, cannot_write
 
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=10)
 
@@ -197,7 +197,8 @@ def summary_of_complete_run(run: Run) -> dict[str, Any] | None:
         return None
     try:
         summary: dict[str, Any] = json.loads((run.output / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        format_summary(summary, run.output)
+    except (OSError, ValueError, LookupError, TypeError):
         return None
     return summary
 
@@ -209,7 +210,7 @@ def resume(engine: DeepSpeedEngine, run: Run) -> tuple[History, list[str]]:
         CheckpointError: those that are whole cannot be loaded, or none is and the run must resume.
     """
     if not run.start.checkpoints:
-        return History(), []
+        return History(), list(run.start.messages)
     loaded, state, messages = checkpoint.load_newest(engine, run.start.checkpoints)
     messages = [*run.start.messages, *messages]
     if loaded is None:
@@ -316,7 +317,14 @@ def union_over_ranks(names: set[str]) -> set[str]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old one or the new one, never half of either."""
+    """Write a file so that a reader finds the old one or the new one, never half of either.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error

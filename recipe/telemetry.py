@@ -25,6 +25,11 @@ class OutputError(RuntimeError):
     """A file of the run cannot be written; the message names it and the cause."""
 
 
+def cannot_write(path: Path | str, error: OSError) -> OutputError:
+    """The failure to write a file of the run, for people."""
+    return OutputError(f"{path}: {error.strerror}; the checkpoints are whole: mend it, and the same command goes on")
+
+
 Monitor = Callable[[list[tuple[str, float, int]]], None]
 
 
@@ -183,9 +188,12 @@ class Writer:
     """Rank 0's files and its terminal: a bar where standard error is one, else now and then a line."""
 
     def __init__(self, output: Path, first_step: int, validated_steps: int, total_steps: int) -> None:
-        drop_later_events(output / METRICS, first_step, validated_steps)
-        self.metrics = (output / METRICS).open("a", encoding="utf-8")
-        self.log_file = (output / LOG).open("a", encoding="utf-8")
+        try:
+            drop_later_events(output / METRICS, first_step, validated_steps)
+            self.metrics = (output / METRICS).open("a", encoding="utf-8")
+            self.log_file = (output / LOG).open("a", encoding="utf-8")
+        except OSError as error:
+            raise cannot_write(error.filename or output, error) from error
         self.total_steps = total_steps
         self.line_printed_at = time.perf_counter()
         self.bar: tqdm[Any] | None = None
@@ -215,9 +223,7 @@ class Writer:
             file.write(line + "\n")
             file.flush()
         except OSError as error:
-            raise OutputError(
-                f"{file.name}: {error.strerror}; the checkpoints are whole: make room, and the same command goes on"
-            ) from error
+            raise cannot_write(file.name, error) from error
 
     def say(self, message: str) -> None:
         """Print a line above the bar, and log it."""
@@ -267,7 +273,7 @@ def _precedes(line: str, limits: dict[str, int]) -> bool:
     try:
         event = json.loads(line)
         return int(event["step"]) < limits[event["event"]]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False
 
 

@@ -18,17 +18,19 @@ SHORT = (
 )  # six steps of the digits config
 
 
-def command(*arguments: str, ranks: int | None) -> list[str]:
+def command(*arguments: str, ranks: int | None, script: str = "recipe/train.py") -> list[str]:
     """The command line of a run on ``ranks`` ranks by the launcher; None starts one rank without it."""
     if ranks is None:
-        return [sys.executable, "recipe/train.py", *arguments]
-    return deepspeed_command(ranks, "recipe/train.py", *arguments)
+        return [sys.executable, script, *arguments]
+    return deepspeed_command(ranks, script, *arguments)
 
 
-def train(*arguments: str, ranks: int | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+def train(
+    *arguments: str, ranks: int | None = None, script: str = "recipe/train.py", **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run to the end; give its exit code and output."""
     return subprocess.run(
-        command(*arguments, ranks=ranks),
+        command(*arguments, ranks=ranks, script=script),
         cwd=ROOT,
         env=environment(**variables),
         capture_output=True,

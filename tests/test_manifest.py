@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.manifest import MANIFEST, best, damage, find, prune, publish
+from recipe.manifest import MANIFEST, best, damage, find, prune, publish, set_aside, unreadable
 
 
 def make(folder: Path, step: int, top1: float | None = None) -> Path:
@@ -27,7 +27,7 @@ def steps(folder: Path) -> list[int]:
 def test_find_lists_what_has_a_manifest_the_newest_first(tmp_path: Path) -> None:
     for step in (2, 10, 4):
         make(tmp_path, step)
-    (tmp_path / "step-00000099").mkdir()  # no manifest: it was never completed
+    (tmp_path / "step-00000199").mkdir()  # no manifest: it was never completed
     head = {"top1": None, "training_sha256": "", "world_size": 1, "files": {"weights": {"bytes": 5, "sha256": ""}}}
     for number, manifest in enumerate(
         [
@@ -40,10 +40,18 @@ def test_find_lists_what_has_a_manifest_the_newest_first(tmp_path: Path) -> None
             json.dumps(head | {"step": 96, "files": {"weights": {}}}),
             "[]",
             json.dumps(head | {"step": 98, "world_size": None}),
+            # As breakers wrote them: what Python's format, int and sort do not take.
+            json.dumps(head | {"step": None}),
+            json.dumps(head | {"step": "00000100"}),
+            json.dumps(head | {"step": 101, "world_size": float("inf")}),
+            json.dumps(head | {"step": 102, "top1": float("nan")}),
+            json.dumps(head | {"step": True}),
+            "[" * 100_000,
         ],
         start=90,
     ):
         (make(tmp_path, number) / MANIFEST).write_text(manifest)
+    assert [path.name for path in unreadable(tmp_path)] == [f"step-{number:08}" for number in range(90, 105)]
     (tmp_path / ".unfinished" / "step-00000097").mkdir(parents=True)
     assert steps(tmp_path) == [10, 4, 2]
     assert find(tmp_path / "nowhere") == []
@@ -93,6 +101,35 @@ def test_prune_keeps_the_last_and_the_best(tmp_path: Path, keep_last: int, keep_
     prune(tmp_path, keep_last, keep_best)
     assert steps(tmp_path) == left
     assert len(list(tmp_path.iterdir())) == len(left)
+
+
+def test_what_is_set_aside_is_neither_found_nor_kept(tmp_path: Path) -> None:
+    """A damaged checkpoint of a later step must not push out the one that a run has just written."""
+    make(tmp_path, 28)
+    damaged = find(tmp_path)[0]
+    set_aside(damaged)
+    make(tmp_path, 11)
+    prune(tmp_path, keep_last=1, keep_best=False)
+    assert steps(tmp_path) == [11]
+    assert (tmp_path / "step-00000028.aside/weights").exists()
+    assert unreadable(tmp_path) == []
+    make(tmp_path, 28)
+    set_aside(find(tmp_path)[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000011", "step-00000028.aside"]
+
+
+def test_what_cannot_be_read_or_removed_does_not_end_a_run(tmp_path: Path) -> None:
+    path = make(tmp_path / "elsewhere", 3)
+    (tmp_path / "step-00000003").symlink_to(path)
+    (path / "weights").unlink()
+    (path / "weights").mkdir()
+    problem = damage(find(tmp_path)[0])
+    assert problem is not None
+    assert "weights" in problem
+    make(tmp_path, 4)
+    prune(tmp_path, keep_last=1, keep_best=False)
+    assert steps(tmp_path) == [4]
+    assert path.exists()
 
 
 def test_best_is_the_earliest_of_equals(tmp_path: Path) -> None:

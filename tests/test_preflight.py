@@ -57,12 +57,23 @@ def test_the_plans_parameter_counts_are_the_models(path: Path) -> None:
             ],
             "recipe.data.path: there is no folder nowhere",
         ),
+        # test_resnet halves an image five times.
+        (
+            ["recipe.data.image_size=16", "recipe.max_micro_batch_size=1"],
+            "recipe.data.image_size = 16: batch norm over 1 image averages over a single value",
+        ),
     ],
 )
 def test_what_model_and_data_refuse_names_the_file(tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match="digits_b512") as caught:
         prepare(plan(*overrides), tmp_path, "auto")
     assert f"): {message}" in str(caught.value)
+
+
+def test_a_lock_that_cannot_be_had_is_told(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(ValueError, match=r"--output .*: \.lock: Is a directory; name a folder that can be written"):
+        lock(tmp_path)
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:

@@ -36,15 +36,34 @@ def test_damaged_checkpoints_are_named_and_an_older_one_is_taken(tmp_path: Path,
     (lost / "plan.json").unlink()
     (checkpoints / ".unfinished/step-00000009").mkdir(parents=True)  # as a kill leaves it
     (checkpoints / "step-00000009").mkdir()
+    (checkpoints / "step-00000008").mkdir()
+    (checkpoints / "step-00000008/manifest.json").write_text('{"step": 8, "to')
     done = train_ok(*arguments, *every_step, "--resume", "must")
     said = done.stdout
     assert f"checkpoint {flipped} is left aside: {flipped / WEIGHTS} is not what was written" in said
     assert f"checkpoint {torn} is left aside: {torn / WEIGHTS} has 1000 bytes" in said
+    assert f"checkpoint {checkpoints / 'step-00000008'} is left aside: its manifest.json cannot be read" in said
     assert f"checkpoint {lost} is left aside: {lost / 'plan.json'} is missing" in said
     assert "step-00000003, 3 steps done" in said
     assert losses(tmp_path) == undisturbed
     assert [event["step"] for event in events(tmp_path, "step")] == [0, 1, 2, 3, 4, 5]
     assert [damage(checkpoint) for checkpoint in find(checkpoints)] == [None] * 6
+    assert (checkpoints / "step-00000006.aside").exists()
+
+
+def test_a_damaged_checkpoint_does_not_push_out_what_is_written_after_it(tmp_path: Path) -> None:
+    """Only it is there, and one is kept: the run begins anew, and what it then saves is what stays."""
+    arguments = ("--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT, "--set=recipe.checkpoint.keep_last=1")
+    train_ok(*arguments, "--set=recipe.checkpoint.keep_best=false")
+    (tmp_path / "summary.json").unlink()
+    os.truncate(tmp_path / "checkpoints/step-00000006" / WEIGHTS, 1000)
+    ended = train(
+        *(*arguments, "--set=recipe.checkpoint.keep_best=false"),
+        script="benchmarks/killed_train.py",
+        KILL_AT="step 3 0 TERM",
+    )
+    assert ended.returncode == 143
+    assert [(checkpoint.step, damage(checkpoint)) for checkpoint in find(tmp_path / "checkpoints")] == [(1, None)]
 
 
 def test_dropout_goes_on_as_it_would_have(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_resumed_run_drops_the_events_that_it_makes_again(tmp_path: Path) -> N
     metrics = tmp_path / METRICS
     kept = [{"event": "step", "step": 0}, {"event": "step", "step": 1}, {"event": "validation", "step": 1}]
     later = [{"event": "step", "step": 2}]
-    torn = b'{"event": "step", "st\xff'
+    torn = b'{"event": "step", "step": 1e999}\n[]\n' + b"[" * 100_000 + b'\n{"event": "step", "st\xff'
     metrics.write_bytes("".join(json.dumps(event) + "\n" for event in kept + later).encode() + torn)
     drop_later_events(metrics, first_step=2, validated_steps=2)
     assert lines(tmp_path) == kept

@@ -109,11 +109,15 @@ def test_a_complete_run_is_not_trained_again(
     short_run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     output, _ = short_run
-    before = (output / "metrics.jsonl").read_bytes()
+    metrics, summary = ((output / name).read_bytes() for name in ("metrics.jsonl", "summary.json"))
     done = train_ok("--deepspeed_config", DIGITS, "--output", str(output), *SHORT)
-    assert (output / "metrics.jsonl").read_bytes() == before
+    assert (output / "metrics.jsonl").read_bytes() == metrics
     assert "is complete already" in done.stdout
     assert "best weights" in done.stdout
+    (output / "summary.json").write_text("[1]")
+    train_ok("--deepspeed_config", DIGITS, "--output", str(output), *SHORT)
+    assert (output / "metrics.jsonl").read_bytes() == metrics
+    assert json.loads((output / "summary.json").read_bytes())["best_top1"] == json.loads(summary)["best_top1"]
 
 
 def test_two_ranks_write_one_run(tmp_path: Path) -> None:
