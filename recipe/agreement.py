@@ -21,6 +21,7 @@ from recipe.interruption import SIGNALS, Interrupted
 
 # Ctrl-C reaches a rank twice: from the terminal, and by the launcher, which passes it on at once.
 SAME_REQUEST_SECONDS = 2.0
+_NO_MORE = b"\0"  # no signal's number
 
 T = TypeVar("T")
 
@@ -61,6 +62,8 @@ class Requests:
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
         signal.set_wakeup_fd(-1)
+        # Closing alone would not end it: a loader process may hold a copy of the pipe.
+        os.write(self._pipe, _NO_MORE)
         os.close(self._pipe)
         # It must not be the last to hold the process group: destroyed by a thread while Python ends, the group aborts
         # the process.
@@ -93,9 +96,9 @@ class Requests:
         self._saved_at = time.monotonic()
 
     def _listen(self, listen_to: int) -> None:
-        while numbers := os.read(listen_to, 1):
-            if numbers[0] in SIGNALS:  # DataLoader has a handler for SIGCHLD
-                self._take(numbers[0])
+        while (number := os.read(listen_to, 1)) != _NO_MORE:
+            if number[0] in SIGNALS:  # DataLoader has a handler for SIGCHLD
+                self._take(number[0])
         os.close(listen_to)
 
     def _take(self, signum: int) -> None:
