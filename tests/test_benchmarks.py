@@ -102,8 +102,11 @@ def test_hardware_independence_holds_only_where_losses_and_validations_agree(tmp
     same = run("same", [2.0, 1.0])
     assert not verdict(same, one_step=[{"parts_by": {"a": 1e-6, "b": 2e-5}}])
     assert verdict(same, one_step=[{"parts_by": {"a": 1e-6, "b": 9e-6}}])
-    # Variances of 1 over three seeds and 4.3² or 4.4² over three splits: 5 % of F's values for (2, 2) degrees of
-    # freedom are above 19.00, as tables say.
-    seeds = {"0": 90.0, "1": 91.0, "2": 92.0}
-    assert verdict(same, accuracies={"splits": {"a": 90 - 4.3, "b": 90.0, "c": 90 + 4.3}, "seeds": seeds})
-    assert not verdict(same, accuracies={"splits": {"a": 90 - 4.4, "b": 90.0, "c": 90 + 4.4}, "seeds": seeds})
+
+    # A variance of 1 over three seeds, and within each pair one of d² / 2: 5 % of F's values for (3, 2) degrees of
+    # freedom are above 19.16, as tables say.
+    def pairs(d: float) -> list[dict[str, float]]:
+        return [{"reference": top1, "other": top1 + d} for top1 in (90.0, 91.0, 92.0)]
+
+    assert verdict(same, accuracies=pairs((2 * 19.0) ** 0.5))
+    assert not verdict(same, accuracies=pairs((2 * 19.4) ** 0.5))
