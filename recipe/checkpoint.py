@@ -86,7 +86,7 @@ def load_newest(
 ) -> tuple[Checkpoint | None, dict[str, Any], list[str]]:
     """Put ``engine`` into the state of the first of ``checkpoints`` that is whole and can be loaded, on every rank.
 
-    Those before it are set aside.
+    Those before it are set aside; if none is whole, none is.
 
     Returns:
         The checkpoint (None if none is whole), its client state, and a message for each that was left aside.
@@ -110,16 +110,16 @@ def load_newest(
             dist.all_gather_object(problems, problem[0])
             problem = [next(filter(None, problems), None)]
         if problem == [None]:
-            _set_aside(checkpoints[: len(messages)])
+            set_aside(checkpoints[: len(messages)])
             return checkpoint, client_state, messages
         messages.append(f"checkpoint {checkpoint.path} is left aside: {problem[0]}")
     if tried:  # and the engine holds parts of it
         raise CheckpointError(f"no checkpoint can be loaded: {'; '.join(messages)}")
-    _set_aside(checkpoints)
     return None, {}, messages
 
 
-def _set_aside(checkpoints: Sequence[Checkpoint]) -> None:
+def set_aside(checkpoints: Sequence[Checkpoint]) -> None:
+    """Give checkpoints that are of no use names by which they are not found; every rank calls it."""
     if dist.get_rank() == 0:
         for checkpoint in checkpoints:
             manifest.set_aside(checkpoint)

@@ -216,6 +216,7 @@ def resume(engine: DeepSpeedEngine, run: Run) -> tuple[History, list[str]]:
     if loaded is None:
         if run.start.must_resume:
             raise CheckpointError(f"--resume must: no checkpoint is whole: {'; '.join(messages)}")
+        checkpoint.set_aside(run.start.checkpoints)
         return History(), [*messages, "no whole checkpoint is left: training begins anew"]
     restore_running_averages(engine.module, state["running_averages"])
     history = History(state["validations"], set(state["bad_images"]), state["seconds"])
