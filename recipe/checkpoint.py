@@ -1,5 +1,6 @@
 """Save the engine's state as a checkpoint, and load the newest that is whole and can be loaded."""
 
+import errno
 import os
 import pickle
 import shutil
@@ -55,7 +56,7 @@ def save(
     tag = f"step-{engine.global_steps:08d}"
     unfinished = folder / UNFINISHED
     if dist.get_rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        manifest.clear(unfinished)
     dist.barrier()
     try:
         engine.save_checkpoint(str(unfinished), tag=tag, client_state=client_state, save_latest=False)
@@ -70,12 +71,13 @@ def save(
     except (OSError, RuntimeError) as error:
         if not isinstance(error, OSError) and not any(word in str(error) for word in TORCH_CANNOT_WRITE):
             raise
+        no_room = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
         free = shutil.disk_usage(folder).free
         if dist.get_rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            manifest.clear(unfinished)
         raise CheckpointError(
-            f"{folder / tag} could not be written, with {free / 2**20:,.0f} MiB free on its disk: {error}; the older "
-            "checkpoints are whole: make room, and the same command goes on from the newest"
+            f"{folder / tag} could not be written, with {free / 2**20:,.0f} MiB free on its disk: {error}; "
+            f"{'make room' if no_room else 'mend it'}, and the same command goes on from the newest that is whole"
         ) from error
     dist.barrier()
     return folder / tag

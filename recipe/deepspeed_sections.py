@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 Auto = Literal["auto"]
 # Upper bounds keep arithmetic with them finite.
 Count = Annotated[int, Field(ge=1, le=10**15)]
+# Its divisors are looked for one by one.
+BatchSize = Annotated[int, Field(ge=1, le=10**9)]
 Size = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e15)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e15)]
@@ -258,8 +260,8 @@ class CommsLogger(PassedOn):
 class DeepSpeedConfig(Section):
     """The top level without the recipe's section."""
 
-    train_batch_size: Count
-    """the global batch: images per optimizer step, over all GPUs, a whole number >= 1"""
+    train_batch_size: BatchSize
+    """the global batch: images per optimizer step, over all GPUs, a whole number from 1 to 1000000000"""
 
     train_micro_batch_size_per_gpu: Count | Auto = "auto"
     """images per GPU and forward pass, a whole number >= 1, or "auto": the largest that the plan can use"""

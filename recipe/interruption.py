@@ -25,6 +25,9 @@ def end_at_once() -> None:
     """Have a signal raise ``Interrupted``: before training, and after it, there is nothing to finish."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
+        for other in SIGNALS:
+            # The launcher passes on what the group has already got, and Python may be ending by then.
+            signal.signal(other, signal.SIG_IGN)
         if os.environ.get("RANK", "0") == "0":
             name = signal.Signals(signum).name
             print(f"recipe: {name}: ended at once; the same command goes on", file=sys.stderr, flush=True)

@@ -50,12 +50,21 @@ def complete(written: Path, head: dict[str, Any]) -> None:
 def publish(whole: Path, name: Path) -> None:
     """Give a whole checkpoint its name. At no moment is there neither it nor the one that it replaces."""
     replaced = name.with_name(name.name + REPLACED)
-    if name.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+    if os.path.lexists(name):
+        clear(replaced)
         os.rename(name, replaced)
     os.rename(whole, name)
     _fsync(name.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    clear(replaced)
+
+
+def clear(path: Path) -> None:
+    """Remove whatever has this name; of a link, the link."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def find(folder: Path) -> list[Checkpoint]:

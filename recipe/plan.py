@@ -215,10 +215,11 @@ def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, 
 def fitting_micro_batches(global_batch: int, world_size: int, statistics: str | int) -> list[int]:
     """All micro-batches that share out the global batch and hold batch norm's groups, the largest first."""
     share = global_batch // world_size
+    small = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
     return [
         size
-        for size in range(share, 0, -1)
-        if share % size == 0 and (not isinstance(statistics, int) or holds_groups(statistics, size, world_size))
+        for size in sorted({*small, *(share // size for size in small)}, reverse=True)
+        if not isinstance(statistics, int) or holds_groups(statistics, size, world_size)
     ]
 
 

@@ -4,7 +4,7 @@ import json
 import textwrap
 
 from recipe.config import Config
-from recipe.plan import ASSUMED_MICRO_BATCH, PARAMETER_COUNTS, Plan
+from recipe.plan import ASSUMED_MICRO_BATCH, PARAMETER_COUNTS, Plan, fitting_micro_batches
 from recipe.strict_json import printable
 
 WIDTH = 110
@@ -64,9 +64,8 @@ def notes(plan: Plan) -> list[str]:
             f'max_micro_batch_size is "auto": a run finds what fits the GPU (on a CPU it takes 32); this plan assumes '
             f"up to {ASSUMED_MICRO_BATCH}"
         )
-    if plan.micro_batch * 4 <= largest and not any(
-        share % size == 0 for size in range(plan.micro_batch + 1, largest + 1)
-    ):
+    sizes = fitting_micro_batches(plan.global_batch, plan.world_size, "global")
+    if plan.micro_batch * 4 <= largest and not any(plan.micro_batch < size <= largest for size in sizes):
         found.append(
             f"a micro-batch of {plan.micro_batch} is small: {share:,} images a rank have no larger divisor up to "
             f"{largest}; a train_batch_size with more divisors trains faster"

@@ -3,6 +3,7 @@
 import fcntl
 import importlib.util
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -43,27 +44,30 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
             the data, an output folder that holds another training.
     """
     recipe = plan.config.recipe
-    start = choose_start(plan, output, resume, accept_changes)
-    device = choose_device(plan)
-    for monitor, package in MONITOR_PACKAGES.items():
-        if getattr(plan.config, monitor).enabled and importlib.util.find_spec(package) is None:
-            raise plan.config.source.refusal(
-                f"{monitor}.enabled",
-                f"the package {package} is not installed",
-                f"pip install {package}, or write false",
-            )
-    try:
-        datasets = open_data(plan)
-        model = build_model(recipe.model.name, recipe.model.num_classes, recipe.seed, recipe.batchnorm.statistics)
-        check_image_size(model, recipe.data.image_size, samples_averaged(plan))
-    except ConfigError:
-        raise
-    except ValueError as error:
-        # Data and model know the key and the value, but not the file.
-        raise ValueError(f"{plan.config.source.file}: {error}") from error
-    if plan.precision == "fp64":
-        model = model.double()
-    lock_file = lock(output) if os.environ.get("RANK", "0") == "0" else None
+    with ExitStack() as undone_if_refused:
+        # First of all: another run that is about to end changes which checkpoints are there.
+        lock_file = undone_if_refused.enter_context(lock(output)) if os.environ.get("RANK", "0") == "0" else None
+        start = choose_start(plan, output, resume, accept_changes)
+        device = choose_device(plan)
+        for monitor, package in MONITOR_PACKAGES.items():
+            if getattr(plan.config, monitor).enabled and importlib.util.find_spec(package) is None:
+                raise plan.config.source.refusal(
+                    f"{monitor}.enabled",
+                    f"the package {package} is not installed",
+                    f"pip install {package}, or write false",
+                )
+        try:
+            datasets = open_data(plan)
+            model = build_model(recipe.model.name, recipe.model.num_classes, recipe.seed, recipe.batchnorm.statistics)
+            check_image_size(model, recipe.data.image_size, samples_averaged(plan))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            # Data and model know the key and the value, but not the file.
+            raise ValueError(f"{plan.config.source.file}: {error}") from error
+        if plan.precision == "fp64":
+            model = model.double()
+        undone_if_refused.pop_all()
     return Run(plan, output, device, model, datasets, start, lock_file)
 
 
@@ -126,6 +130,7 @@ def lock(output: Path) -> IO[str]:
     A POSIX lock: it ends with the process, however that ends, and forked loader processes do not inherit it.
     """
     try:
+        output.mkdir(parents=True, exist_ok=True)
         file = (output / LOCK).open("a", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"--output {output}: {LOCK}: {error.strerror}; name a folder that can be written") from None

@@ -9,8 +9,7 @@ from typing import Any, Literal
 from recipe.manifest import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, find, unreadable
 from recipe.plan import Plan
 from recipe.plan_text import plan_json
-
-SUMMARY = "summary.json"
+from recipe.summary import SUMMARY
 
 # A resumed run may differ in these keys: they say where and how it runs, not what is trained.
 FREE_TO_CHANGE = (
@@ -74,33 +73,40 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool)
     if resume == "never":
         raise ValueError(f"--resume never: {output} holds checkpoints; name another --output, or remove it")
 
-    now, newest = json.loads(plan_json(plan)), found[0]
+    now = json.loads(plan_json(plan))
+    reasons = [_why_not_from(checkpoint, now, accept_changes) for checkpoint in found]
+    candidates = [checkpoint for checkpoint, reason in zip(found, reasons, strict=True) if reason is None]
+    if reasons[0] is not None:
+        differences = _differences_from(found[0], now)
+        text = f"{output} holds another training: {', '.join(differences)}"
+        if _counted_otherwise(differences):
+            raise ValueError(
+                f"{text}; its steps are counted in it, so that it cannot be continued so: name another --output for "
+                "this one"
+            )
+        if not accept_changes:
+            raise ValueError(f"{text}; name another --output for this one, or insist with --accept-changes")
+        if not candidates:
+            raise ValueError(f"{text}; name another --output for this one")
+    messages += [
+        f"checkpoint {checkpoint.path} is left aside: {reason}"
+        for checkpoint, reason in zip(found, reasons, strict=True)
+        if reason is not None
+    ]
+    newest = candidates[0]
+    if newest.training_sha256 != training_sha256(now):
+        messages.append(f"goes on with changes: {', '.join(_differences_from(newest, now))}")
     stage = plan.config.zero_optimization.stage if plan.config.zero_optimization is not None else 0
     if stage and newest.world_size != plan.world_size:
         raise ValueError(
             f"{newest.path} was written by {newest.world_size} ranks, and ZeRO stage {stage} loads it on as many only; "
             f"start {newest.world_size} ranks instead of {plan.world_size}, or name another --output"
         )
-    if newest.training_sha256 != training_sha256(now):
-        differences = _differences_from(newest, now)
-        counted = [text for text in differences if text.startswith(NEVER_TO_CHANGE)]
-        if counted:
-            raise ValueError(
-                f"{output} holds another training: {', '.join(differences)}; its steps are counted in it, so that it "
-                "cannot be continued so: name another --output for this one"
-            )
-        if not accept_changes:
-            raise ValueError(
-                f"{output} holds another training: {', '.join(differences)}; name another --output for this one, or "
-                "insist with --accept-changes"
-            )
-        messages.append(f"goes on with changes: {', '.join(differences)}")
-    candidates = found if accept_changes else [c for c in found if c.training_sha256 == newest.training_sha256]
-    messages += [
-        f"checkpoint {checkpoint.path} is left aside: it is of another config, and --accept-changes was not given"
-        for checkpoint in found
-        if checkpoint not in candidates
-    ]
+    if newest.step > plan.total_steps:
+        raise ValueError(
+            f"{newest.path} has {newest.step:,} steps done, more than the {plan.total_steps:,} of this config; raise "
+            "recipe.schedule.epochs, or name another --output"
+        )
     try:
         earlier_plan = _plan_of(newest)
     except ValueError:
@@ -139,6 +145,24 @@ def statistics_change(plan: Plan, start: Start) -> list[str]:
         f'batch norm\'s statistics ("{statistics}") now come from {now} images, before from {before}: the training '
         "changes; with a number of images for recipe.batchnorm.statistics it would not"
     ]
+
+
+def _why_not_from(checkpoint: Checkpoint, now: dict[str, Any], accept_changes: bool) -> str | None:
+    """Why training may not go on from ``checkpoint``; None if it may."""
+    if checkpoint.training_sha256 == training_sha256(now):
+        return None
+    if not accept_changes:
+        return "it is of another config, and --accept-changes was not given"
+    try:
+        differences = differing_keys(_plan_of(checkpoint), now)
+    except ValueError as error:
+        return f"{checkpoint.path / PLAN} does not tell what it is of ({error})"
+    counted = _counted_otherwise(differences)
+    return f"its steps are counted in another {', '.join(counted)}" if counted else None
+
+
+def _counted_otherwise(differences: list[str]) -> list[str]:
+    return [text for text in differences if text.startswith(NEVER_TO_CHANGE)]
 
 
 def _differences_from(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:

@@ -28,13 +28,13 @@ from recipe.model import parameter_groups
 from recipe.plan import Plan, fitting_micro_batches, with_micro_batch
 from recipe.plan_text import format_plan, plan_json
 from recipe.preflight import Run
-from recipe.resume import SUMMARY, statistics_change, training_sha256
+from recipe.resume import statistics_change, training_sha256
 from recipe.running_averages import (
     average_running_statistics,
     gather_running_averages,
     restore_running_averages,
 )
-from recipe.summary import History, format_summary, summarise
+from recipe.summary import SUMMARY, History, read_summary, summarise
 from recipe.telemetry import OutputError, Telemetry, cannot_write
 
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=10)
@@ -66,7 +66,7 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
     run = settle_micro_batch(run)
     plan = run.plan
     if dist.get_rank() == 0:
-        (output / SUMMARY).unlink(missing_ok=True)  # it is written last: while it is there, the run is complete
+        remove_summary(output)
         replace_text(output / PLAN, plan_json(plan))
     join_neighbours(run.model, plan.micro_batch)
     engine = start_engine(
@@ -195,12 +195,7 @@ def summary_of_complete_run(run: Run) -> dict[str, Any] | None:
     """What an earlier launch wrote when it came to the end of this run; None if there is something left to do."""
     if not run.start.checkpoints or run.start.checkpoints[0].step < run.plan.total_steps:
         return None
-    try:
-        summary: dict[str, Any] = json.loads((run.output / SUMMARY).read_text(encoding="utf-8"))
-        format_summary(summary, run.output)
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return summary
+    return read_summary(run.output)
 
 
 def resume(engine: DeepSpeedEngine, run: Run) -> tuple[History, list[str]]:
@@ -315,6 +310,18 @@ def union_over_ranks(names: set[str]) -> set[str]:
     gathered: list[set[str]] = [set() for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, names)
     return set().union(*gathered)
+
+
+def remove_summary(output: Path) -> None:
+    """It is written last: while it is there, the run is complete.
+
+    Raises:
+        OutputError: it cannot be removed.
+    """
+    try:
+        (output / SUMMARY).unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(output / SUMMARY, error) from error
 
 
 def replace_text(path: Path, text: str) -> None:

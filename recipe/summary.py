@@ -1,6 +1,7 @@
 """What is left to say at the end of a run, for programs (``summary.json``) and for people."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 from recipe.plan import Plan
 
+SUMMARY = "summary.json"
 PACKAGES = ("deepspeed", "torch", "torchvision", "timm")
 LAST_EPOCHS = 5  # the paper reports the median error of the last five (§5.1)
 
@@ -76,6 +78,17 @@ def summarise(
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in PACKAGES},
     }
+
+
+def read_summary(output: Path) -> dict[str, Any] | None:
+    """``summary.json`` of a complete run in this folder; None if there is none that can be used."""
+    try:
+        summary: dict[str, Any] = json.loads((output / SUMMARY).read_text(encoding="utf-8"))
+        format_summary(summary, output)
+        dict(summary["versions"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return summary
 
 
 def format_summary(summary: dict[str, Any], output: Path) -> str:

@@ -215,7 +215,10 @@ class Writer:
 
     def sync(self) -> None:
         """Have ``metrics.jsonl`` on the disk: a checkpoint must not be there without the lines that precede it."""
-        os.fsync(self.metrics.fileno())
+        try:
+            os.fsync(self.metrics.fileno())
+        except OSError as error:
+            raise cannot_write(self.metrics.name, error) from error
 
     @staticmethod
     def _write(file: TextIO, line: str) -> None:

@@ -1,15 +1,19 @@
 """What a run exports is loaded by plain timm, and is what the run validated."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from recipe.commands.export import card, choose
+from recipe.config import parse_config
 from recipe.data import open_datasets
 from recipe.manifest import find
 from tests.launch import DIGITS, ROOT, SHORT, events, train_ok
@@ -108,14 +112,46 @@ def test_a_damaged_best_gives_way_to_the_next(run: Path, tmp_path: Path) -> None
     assert "**The run is not complete:**" in (copy / "export/README.md").read_text()
 
 
+def test_files_that_others_have_spoilt_count_as_absent(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(run), str(copy)], check=True)
+    for summary in ("{}", "[]", '{"final_top1', ""):
+        (copy / "summary.json").write_text(summary)
+        export_of, _ = choose(copy)
+        assert export_of.summary is None
+    known = export_of.validation
+    with (copy / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"event": "validation"}\n{"event": "validation", "step": 5, "top1": "x"}\n')
+    assert choose(copy)[0].validation == known
+
+
+def test_what_the_card_says_of_precision_and_decay(run: Path) -> None:
+    export_of, _ = choose(run)
+    raw = export_of.config.source.raw
+    raw["recipe"]["precision"] = "fp64"
+    raw["recipe"]["schedule"]["decay_epochs"] = []
+    text = card(replace(export_of, config=parse_config(raw, "plan.json")))
+    assert "in fp32; trained and validated in fp64, from which they are rounded." in text
+    assert "peak rate 0.2; batch norm" in text
+
+
 def test_what_cannot_be_exported_is_refused_on_one_line(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    foreign = tmp_path / "foreign"
+    subprocess.run(["cp", "-r", str(run), str(foreign)], check=True)
+    for checkpoint in find(foreign / "checkpoints"):
+        file = checkpoint.path / "mp_rank_00_model_states.pt"
+        file.write_bytes(b"garbage")
+        manifest = json.loads((checkpoint.path / "manifest.json").read_text())
+        manifest["files"][file.name] = {"bytes": 7, "sha256": hashlib.sha256(b"garbage").hexdigest()}
+        (checkpoint.path / "manifest.json").write_text(json.dumps(manifest))
     empty = tmp_path / "empty\x1b[2J"
     empty.mkdir()
     for arguments, message in (
         ([str(tmp_path / "nowhere")], "there is no folder"),
         ([str(empty)], "holds no whole checkpoint"),
         ([str(run), "--output", str(tmp_path / "file/below")], "Not a directory"),
+        ([str(foreign)], "mp_rank_00_model_states.pt is not what DeepSpeed saves: "),
     ):
         done = export(*arguments)
         assert done.returncode == 2

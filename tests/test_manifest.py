@@ -72,6 +72,18 @@ def test_a_replaced_checkpoint_stands_in_until_the_new_one_has_its_name(tmp_path
     assert not list(tmp_path.glob("*.replaced"))
 
 
+def test_what_is_no_checkpoint_gives_way_to_one_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "step-00000001").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "step-00000002").write_text("")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "step-00000003").symlink_to(tmp_path / "kept")
+    for step in (1, 2, 3):
+        publish(make(tmp_path / "elsewhere", step), tmp_path / f"step-{step:08}")
+    assert steps(tmp_path) == [3, 2, 1]
+    assert (tmp_path / "kept").is_dir()
+    assert not list(tmp_path.glob("*.replaced"))
+
+
 def test_a_whole_checkpoint_has_no_damage(tmp_path: Path) -> None:
     make(tmp_path, 1)
     assert damage(find(tmp_path)[0]) is None

@@ -246,6 +246,9 @@ def test_scaling_rule_none_means_what_the_file_says() -> None:
     [
         ({"train_batch_size": 1_300_000}, "train_batch_size", "at most 1281167"),
         ({"recipe__schedule__epochs": 4}, "recipe.schedule.warmup_epochs", "at most 4"),
+        # At once, though all of their divisors are looked at.
+        ({"train_batch_size": 10**9}, "train_batch_size", "at most 1281167"),
+        ({"train_batch_size": 10**10}, "train_batch_size", "from 1 to 1000000000"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(changes: dict, key: str, remedy: str) -> None:

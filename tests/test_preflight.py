@@ -76,6 +76,14 @@ def test_a_lock_that_cannot_be_had_is_told(tmp_path: Path) -> None:
         lock(tmp_path)
 
 
+def test_the_lock_comes_before_the_look_at_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run may save and remove checkpoints until it ends."""
+    monkeypatch.setattr("recipe.preflight.choose_start", lambda *_: pytest.fail("it was looked at before"))
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(ValueError, match=r"\.lock: Is a directory"):
+        prepare(plan(), tmp_path, "auto")
+
+
 def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
     """The lock ends with its process, however that ends; a forked loader process does not keep it."""
     holder = (

@@ -131,7 +131,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoints(small_disk: P
     assert full.returncode == 1
     assert f"CheckpointError: {output / 'checkpoints/step-00000003'} could not be written, with " in full.stderr
     assert "MiB free on its disk" in full.stderr
-    assert "make room, and the same command goes on from the newest" in full.stderr
+    assert "make room, and the same command goes on from the newest that is whole" in full.stderr
     assert "Traceback" not in full.stderr
     assert [(checkpoint.step, damage(checkpoint)) for checkpoint in find(output / "checkpoints")] == [
         (2, None),

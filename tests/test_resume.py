@@ -123,6 +123,32 @@ def test_a_checkpoint_whose_plan_is_torn_is_still_told_apart(tmp_path: Path) -> 
         choose_start(plan("recipe.seed=1"), tmp_path, "auto", accept_changes=False)
 
 
+def test_a_checkpoint_that_does_not_tell_what_it_is_of_lets_no_other_batch_in(tmp_path: Path) -> None:
+    leave_checkpoint(tmp_path, 4, plan())
+    (leave_checkpoint(tmp_path, 6, plan()) / "plan.json").unlink()
+    with pytest.raises(ValueError, match=r"holds another training: what, \S+000006/plan.json does not tell"):
+        choose_start(plan("train_batch_size=256"), tmp_path, "auto", accept_changes=True)
+    start = choose_start(plan("recipe.seed=1"), tmp_path, "auto", accept_changes=True)
+    assert steps(start) == [4]
+    assert "step-00000006/plan.json does not tell what it is of (No such file" in start.messages[0]
+    assert start.messages[1] == "goes on with changes: recipe.seed was 0, is 1"
+
+
+def test_an_older_checkpoint_of_another_batch_does_not_stand_in(tmp_path: Path) -> None:
+    leave_checkpoint(tmp_path, 4, plan("train_batch_size=256"))
+    leave_checkpoint(tmp_path, 6, plan())
+    start = choose_start(plan("recipe.seed=1"), tmp_path, "auto", accept_changes=True)
+    assert steps(start) == [6]
+    assert "step-00000004 is left aside: its steps are counted in another train_batch_size" in start.messages[0]
+
+
+def test_a_run_that_is_longer_than_the_config_is_refused(tmp_path: Path) -> None:
+    leave_checkpoint(tmp_path, 78, plan())
+    shorter = ("recipe.schedule.epochs=38", "recipe.schedule.decay_epochs=[]")
+    with pytest.raises(ValueError, match=r"000078 has 78 steps done, more than the 76 of this config; raise recipe\."):
+        choose_start(plan(*shorter), tmp_path, "auto", accept_changes=True)
+
+
 def test_zero_goes_on_with_as_many_ranks_only(tmp_path: Path) -> None:
     sharded = "zero_optimization.stage=1"
     leave_checkpoint(tmp_path, 4, plan(sharded, world_size=4))

@@ -1,14 +1,16 @@
 """What a run writes while it trains."""
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from recipe.loop import Step, Validation
-from recipe.telemetry import METRICS, Telemetry, drop_later_events
+from recipe.telemetry import METRICS, OutputError, Telemetry, Writer, drop_later_events
 from tests.ranks import run_ranks
 
 
@@ -112,6 +114,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_unless_it_is_an_overflow(tmp_pa
     assert outcomes["overflow"] == "goes on"
     for name in ("fp32", "at scale 1"):
         assert outcomes[name] == "the loss of step 1 is nan: training has diverged at rate 0.2"
+
+
+def test_metrics_that_do_not_reach_the_disk_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    writer = Writer(tmp_path, first_step=0, validated_steps=0, total_steps=4)
+    with pytest.raises(OutputError, match=r"metrics.jsonl: No space left on device; the checkpoints are whole"):
+        writer.sync()
+    writer.close()
 
 
 def test_a_resumed_run_drops_the_events_that_it_makes_again(tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from recipe.config import Config, parse_config
 from recipe.manifest import CHECKPOINTS, PLAN, Checkpoint, damage, find
 from recipe.plan_text import json_text
 from recipe.strict_json import parse_json, printable, read_text
+from recipe.summary import read_summary
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
 SAVED = "mp_rank_00_model_states.pt"  # DeepSpeed's name of what rank 0 writes
@@ -85,28 +87,37 @@ def choose(run: Path) -> tuple[Export, list[str]]:
             f"{checkpoint.path} is in shards, as ZeRO stage 3 writes it; join them with "
             "DeepSpeed's zero_to_fp32, or train at a lower stage"
         )
-    validations = [line for line in _lines(run / "metrics.jsonl") if line.get("event") == "validation"]
-    plan, summary = checkpoint.path / PLAN, run / "summary.json"
+    validations = [line for line in _lines(run / "metrics.jsonl") if _is_validation(line)]
+    plan = checkpoint.path / PLAN
     return Export(
         checkpoint,
         parse_config(parse_json(read_text(plan, PLAN), str(plan)), str(plan)),
         next((line for line in validations if line["step"] == checkpoint.step - 1), None),
         max((line["top1"] for line in validations), default=None),
-        json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None,
+        read_summary(run),
     ), messages
 
 
 def write(export: Export, output: Path) -> None:
     """Write weights and card into ``output``; what is there before stays whole until the new is."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    state = torch.load(export.checkpoint.path / SAVED, map_location="cpu", weights_only=True)["module"]
-    # Half parameters become fp32 exactly, so that timm's fp32 model is the one that was validated.
-    tensors = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    file = export.checkpoint.path / SAVED
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)["module"]
+        # Half parameters become fp32 exactly, so that timm's fp32 model is the one that was validated.
+        tensors = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    except (RuntimeError, UnpicklingError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not what DeepSpeed saves: {str(error).partition(chr(10))[0]}") from None
     output.mkdir(parents=True, exist_ok=True)
     unfinished = output / f".{WEIGHTS}.unfinished"
-    save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished, metadata={"format": "pt"})
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished, metadata={"format": "pt"})
+    except SafetensorError as error:
+        unfinished.unlink(missing_ok=True)
+        raise ValueError(f"{output / WEIGHTS} could not be written: {error}") from None
     os.replace(unfinished, output / WEIGHTS)
     unfinished = output / f".{CARD}.unfinished"
     unfinished.write_text(card(export), encoding="utf-8")
@@ -143,8 +154,12 @@ def card(export: Export) -> str:
     if data.crop == "random_resized":
         view = f"resized to a short side of {round(size * 256 / 224)} (bilinear), its centre of {size} × {size} cut out"
     order = ", in the order of the folders' names" if data.source == "imagefolder" else ""
-    validated = f"; trained in {config.precision}, and validated with these very values"
-    decay = ", ".join(f"{epoch:g}" for epoch in schedule.decay_epochs)
+    trained = {
+        "fp32": "",
+        "fp64": "; trained and validated in fp64, from which they are rounded",
+    }.get(config.precision, f"; trained in {config.precision}, and validated with these very values")
+    epochs = ", ".join(f"{epoch:g}" for epoch in schedule.decay_epochs)
+    decay = f", × {schedule.decay_factor:g} at epochs {epochs}" if epochs else ""
     lines = [
         "---",
         "library_name: timm",
@@ -163,10 +178,9 @@ def card(export: Export) -> str:
         f"- **Output:** {recipe.model.num_classes} classes{order}.",
         f"- **Trained:** {data.train_images:,} images, {schedule.epochs} epochs of SGD (momentum {optimizer.momentum:g}"
         f"{', Nesterov' if optimizer.nesterov else ''}, weight decay {optimizer.weight_decay:g}) at a global batch of "
-        f"{config.train_batch_size:,}, peak rate {optimizer.lr:g}, × {schedule.decay_factor:g} at epochs {decay}; "
+        f"{config.train_batch_size:,}, peak rate {optimizer.lr:g}{decay}; "
         f"batch norm over {norm}; {config.precision}; seed {recipe.seed}.",
-        f"- **Weights:** after step {export.checkpoint.step:,}, in fp32"
-        f"{'' if config.precision == 'fp32' else validated}.",
+        f"- **Weights:** after step {export.checkpoint.step:,}, in fp32{trained}.",
     ]
     if summary is None:
         lines.append("- **The run is not complete:** these are its best weights so far.")
@@ -222,6 +236,14 @@ def _lines(metrics: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return [event for event in events if isinstance(event, dict)]
+
+
+def _is_validation(line: dict[str, Any]) -> bool:
+    return (
+        line.get("event") == "validation"
+        and all(isinstance(line.get(key), int) for key in ("step", "epoch", "count"))
+        and all(isinstance(line.get(key), int | float) for key in ("top1", "top5"))
+    )
 
 
 def _numbers(values: Sequence[float] | str) -> str:
