@@ -7,6 +7,7 @@ the input's dtype and memory format.
 """
 
 import json
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -160,18 +161,19 @@ def convert_batchnorm(model: nn.Module, statistics: Statistics, process_group: G
     return model
 
 
-def join_neighbours(model: nn.Module, micro_batch: int) -> None:
+def join_neighbours(model: nn.Module, micro_batch: int, timeout: timedelta | None = None) -> None:
     """Where batch norm is over more samples than a micro-batch has, join ranks that hold neighbouring ones.
 
-    Every rank calls it, once the process group is there. Neighbouring ranks hold neighbouring samples of each round of
-    accumulation, so that a group is the same samples however many ranks there are.
+    Every rank calls it, once the process group is there; ``timeout`` is that of their collectives. Neighbouring ranks
+    hold neighbouring samples of each round of accumulation, so that a group is the same samples however many ranks
+    there are.
     """
     modules = [module for module in model.modules() if isinstance(module, BatchNorm)]
     joined = [module for module in modules if isinstance(module.statistics, int) and module.statistics > micro_batch]
     for n in sorted({int(module.statistics) for module in joined}):
         ranks = n // micro_batch
         for first in range(0, world_size_of(None), ranks):
-            group = dist.new_group(list(range(first, first + ranks)))
+            group = dist.new_group(list(range(first, first + ranks)), timeout=timeout)
             if isinstance(group, dist.ProcessGroup) and first <= dist.get_rank() < first + ranks:
                 for module in joined:
                     if module.statistics == n:

@@ -148,6 +148,12 @@ class Checkpoint(Section):
     """true or false: whether the checkpoint with the best top-1 accuracy stays, too"""
 
 
+class Distributed(Section):
+    timeout_seconds: Annotated[float, Field(ge=5, le=86_400)] = 120
+    """how long a rank waits for the others, in seconds, a number from 5 to 86400; 120, because it is the time that a
+    cluster stands still when a host is cut off"""
+
+
 class Recipe(Section):
     """What DeepSpeed has no word for."""
 
@@ -172,6 +178,9 @@ class Recipe(Section):
 
     checkpoint: Checkpoint = Checkpoint()
     """an object with every_steps, every_minutes, keep_last and keep_best"""
+
+    distributed: Distributed = Distributed()
+    """an object with timeout_seconds"""
 
     seed: int = Field(0, ge=0, lt=2**63)
     """the root of all randomness, a whole number >= 0 and < 2^63"""

@@ -1,58 +1,42 @@
 """The only place that calls ``deepspeed.initialize``, and the mends of what DeepSpeed does wrong for this recipe."""
 
 import logging
-import os
-import socket
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import logger
+from deepspeed.utils import groups, logger
 from torch import Tensor, nn
-from torch.distributed import DistError
+from torch.distributed import PrefixStore, distributed_c10d
 
+from recipe.meeting import Meeting, use_an_own_address
 from recipe.scaling import RateSchedule
 from recipe.schedule import PaperLR
 
 
-class MeetingError(RuntimeError):
-    """The ranks could not meet; the message says where, and what may be the cause."""
+def join_process_group(device: torch.device, timeout: timedelta, meeting: Meeting | None = None) -> None:
+    """Join the process group of the ranks that have met, or else of the launcher's environment (RANK, WORLD_SIZE …).
 
-
-def join_process_group(device: torch.device, timeout: timedelta) -> None:
-    """Join the process group that the launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR …) describes.
-
-    Without a launcher, as ``python recipe/train.py …``, it is a group of one.
-
-    Raises:
-        MeetingError: the port is taken, or the other ranks do not come.
+    ``timeout`` is that of its collectives, and of those that DeepSpeed makes.
     """
-    if "RANK" not in os.environ:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # DeepSpeed would compile its shared-memory op at the first start, for two minutes; gloo serves as well.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            timeout=timeout,
-            verbose=False,
-        )
-    except DistError as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        cause = str(error).splitlines()[0]
-        raise MeetingError(
-            f"the ranks could not meet at {address}: {cause}; a second run on a machine needs a port of its own: "
-            "deepspeed --master_port 29501 …"
-        ) from error
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if meeting is None:
+        use_an_own_address()
+    else:
+        store = PrefixStore("group", meeting.store)
+        dist.init_process_group(backend, store=store, rank=meeting.rank, world_size=meeting.world_size, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    # DeepSpeed reduces over a clone of the group, which would wait for half an hour.
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # torch < 2.15
+    set_timeout(timeout, groups._get_data_parallel_group())
 
 
 def start_engine(
@@ -62,19 +46,19 @@ def start_engine(
     schedule: RateSchedule,
 ) -> DeepSpeedEngine:
     """DeepSpeed's engine around ``model``, with the optimizer of the config and the rate of ``schedule``."""
-    groups = [group for group in parameter_groups if group["params"]]
+    filled = [group for group in parameter_groups if group["params"]]
     dtype = next(model.parameters()).dtype
     if dtype == torch.float64:
         # DeepSpeed reduces gradients of the accelerator's own types only, and in fp32 unless told otherwise.
         accelerator = get_accelerator()
         dtypes = [*accelerator.supported_dtypes(), dtype]
         accelerator.supported_dtypes = lambda: dtypes
-    initial = [[parameter.detach().float().clone() for parameter in group["params"]] for group in groups]
+    initial = [[parameter.detach().float().clone() for parameter in group["params"]] for group in filled]
     # fp16, bf16 and ZeRO create the momentum by a real optimizer step on zero gradients, which would decay the weights
     # once and leave λ·w in the momentum. Without weight decay that step changes nothing.
     engine, _, _, _ = deepspeed.initialize(
         model=model,
-        model_parameters=[group | {"weight_decay": 0.0} for group in groups],
+        model_parameters=[group | {"weight_decay": 0.0} for group in filled],
         config=dict(deepspeed_config),
         lr_scheduler=lambda optimizer: PaperLR(optimizer, schedule),
         dist_init_required=False,
@@ -85,7 +69,7 @@ def start_engine(
         # DeepSpeed would copy all gradients into one buffer and back, for their mean over a single rank: a fifth of a
         # step of resnet18 on a CPU.
         engine.enable_backward_allreduce = False
-    for optimizer_group, group in zip(engine.basic_optimizer.param_groups, groups, strict=True):
+    for optimizer_group, group in zip(engine.basic_optimizer.param_groups, filled, strict=True):
         optimizer_group["weight_decay"] = group["weight_decay"]
     if hasattr(engine.optimizer, "fp32_groups"):  # fp16 and bf16 at stage 0
         # DeepSpeed takes the master weights from the halved ones; the rounding of the start need not be kept.

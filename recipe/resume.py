@@ -30,6 +30,7 @@ FREE_TO_CHANGE = (
     "recipe.data.workers",
     "recipe.data.on_bad_image",
     "recipe.checkpoint",
+    "recipe.distributed",
 )
 # Steps are counted in these: with another value the same number of steps is another place in the data.
 NEVER_TO_CHANGE = ("train_batch_size", "recipe.data.train_images")

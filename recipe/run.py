@@ -19,10 +19,11 @@ from recipe.batchnorm import join_neighbours
 from recipe.checkpoint import CheckpointError
 from recipe.data import BadImageError, SyntheticLoader, TrainLoader, ValidationLoader
 from recipe.data.seeds import derive_seed
-from recipe.engine import MeetingError, join_process_group, set_loudness, start_engine
+from recipe.engine import join_process_group, set_loudness, start_engine
 from recipe.interruption import Interrupted
 from recipe.loop import evaluate, train_epoch
 from recipe.manifest import CHECKPOINTS, PLAN
+from recipe.meeting import Meeting
 from recipe.micro_batch import CPU_MICRO_BATCH, largest_on_cpu, largest_on_gpu
 from recipe.model import parameter_groups
 from recipe.plan import Plan, fitting_micro_batches, with_micro_batch
@@ -36,8 +37,7 @@ from recipe.running_averages import (
 )
 from recipe.summary import SUMMARY, History, read_summary, summarise
 from recipe.telemetry import OutputError, Telemetry, cannot_write
-
-PROCESS_GROUP_TIMEOUT = timedelta(minutes=10)
+from recipe.watch import Watch
 
 
 class MicroBatchError(RuntimeError):
@@ -45,30 +45,32 @@ class MicroBatchError(RuntimeError):
 
 
 # Their messages say all that a person needs.
-KNOWN_FAILURES = (BadImageError, CheckpointError, FloatingPointError, MeetingError, MicroBatchError, OutputError)
+KNOWN_FAILURES = (BadImageError, CheckpointError, FloatingPointError, MicroBatchError, OutputError)
 
 
-def train(run: Run, verbose: bool) -> dict[str, Any]:
+def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, Any]:
     """Train from the newest checkpoint, or from the start, to the end; return the content of ``summary.json``.
+
+    ``watch`` gets to know the steps, waits for the data with the loop, and is closed when training is over.
 
     Raises:
         FloatingPointError: the loss is not finite.
         BadImageError: an image cannot be read.
         CheckpointError: a checkpoint cannot be written, or none of those that are there can be loaded.
-        MeetingError: the ranks could not meet.
         MicroBatchError: a micro-batch does not fit the GPU.
         OutputError: a file of the run cannot be written.
         Interrupted: a signal asked for the end, and the run is saved.
     """
     output, started = run.output, time.monotonic()
     set_loudness(verbose or asks_for_details(run.plan))
-    join_process_group(run.device, PROCESS_GROUP_TIMEOUT)
+    timeout = timedelta(seconds=run.plan.config.recipe.distributed.timeout_seconds)
+    join_process_group(run.device, timeout, meeting)
     run = settle_micro_batch(run)
     plan = run.plan
     if dist.get_rank() == 0:
         remove_summary(output)
         replace_text(output / PLAN, plan_json(plan))
-    join_neighbours(run.model, plan.micro_batch)
+    join_neighbours(run.model, plan.micro_batch, timeout)
     engine = start_engine(
         run.model,
         parameter_groups(run.model, plan.weight_decay),
@@ -94,7 +96,7 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
 
     every_minutes = plan.config.recipe.checkpoint.every_minutes
     save_every = None if every_minutes is None else timedelta(minutes=every_minutes)
-    with Requests(save_every, PROCESS_GROUP_TIMEOUT) as requests:
+    with Requests(save_every, timeout) as requests:
 
         def save_now(top1: float | None = None) -> None:
             telemetry.report()
@@ -108,7 +110,8 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
                 epoch, first_step = divmod(engine.global_steps, plan.steps_per_epoch)
                 if first_step == 0 and engine.global_steps > history.validated_steps:
                     average_running_statistics(engine.module)
-                    result = evaluate(engine, requests.watched(validation_loader.batches()), run.device)
+                    batches = requests.watched(watch.awaited(validation_loader.batches()))
+                    result = evaluate(engine, batches, run.device)
                     history.validations.append(telemetry.validation(result, engine.global_steps - 1))
                     history.bad_images |= set(result.bad_images)
                     save_now(result.top1)
@@ -116,7 +119,8 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
                     break
                 telemetry.start_clock()
                 seed_layers(plan, engine.global_steps)
-                for step in train_epoch(engine, train_loader.epoch(epoch, first_step)):
+                watch.step = engine.global_steps
+                for step in train_epoch(engine, watch.awaited(train_loader.epoch(epoch, first_step))):
                     seed_layers(plan, engine.global_steps)
                     telemetry.step(step)
                     history.bad_images |= set(step.bad_images)
@@ -125,11 +129,12 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
                         raise Interrupted(signum)
                     if saves_within_epoch(plan, engine.global_steps, save_due):
                         save_now()
+                    watch.step = engine.global_steps
         except Interrupted as end:
             save_now()
             done = f"{engine.global_steps:,} of {plan.total_steps:,} steps"
             telemetry.say(f"ended by {end}, saved after {done}; the same command goes on")
-            leave_process_group()
+            leave_process_group(watch)
             raise
         except torch.OutOfMemoryError as error:
             raise MicroBatchError(
@@ -155,12 +160,13 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
         replace_text(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
     if plan.config.comms_logger.enabled:
         deepspeed.comm.log_summary()
-    leave_process_group()
+    leave_process_group(watch)
     return summary
 
 
-def leave_process_group() -> None:
+def leave_process_group(watch: Watch) -> None:
     """End together: a rank that leaves early makes gloo abort the others."""
+    watch.close()
     dist.barrier()
     dist.destroy_process_group()
 

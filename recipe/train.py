@@ -8,13 +8,14 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 if __name__ == "__main__":
     # Started as a file, Python puts this folder first on its path, where our modules would shadow others' names.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from recipe.config import read_config
+from recipe.config import Distributed, read_config
 from recipe.interruption import Interrupted, end_at_once
 from recipe.plan import make_plan
 from recipe.plan_text import format_plan
@@ -22,6 +23,7 @@ from recipe.summary import format_summary
 
 COMPLETE, FAILED, REFUSED = 0, 1, 2
 OTHER_RANKS_WAIT_SECONDS = 15.0
+AFTER_RANK_0_SECONDS = 2.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     output = arguments.output or Path("runs", arguments.deepspeed_config.stem)
+    launch, checked, refusal = None, None, None
     try:
         config = read_config(arguments.deepspeed_config, overrides(arguments))
         plan = make_plan(config, world_size, cores_per_rank())
@@ -52,24 +55,41 @@ def run(arguments: argparse.Namespace) -> int:
             print(format_plan(plan), flush=True)
         # torch and DeepSpeed take seconds to import; a mistake in the config need not wait for them.
         set_up_torch()
+        from recipe.launcher import check_ranks, find_launch
         from recipe.preflight import prepare
-        from recipe.run import KNOWN_FAILURES, summary_of_complete_run, train
 
+        launch = find_launch() if rank == 0 else None
+        if launch is not None:
+            check_ranks(launch, world_size)
         checked = prepare(plan, output, arguments.resume, arguments.accept_changes)
-    except ValueError as refusal:
-        return refuse(refusal, rank, arguments.verbose)
+    except ValueError as error:
+        if ranks_here() == world_size:
+            return refuse(error, rank, arguments.verbose)
+        # On other hosts a rank may see nothing wrong, and must not wait for this one.
+        refusal = error
+
+    set_up_torch()
+    from recipe.meeting import DisagreementError, MeetingError, meet, own_facts
+    from recipe.run import KNOWN_FAILURES, summary_of_complete_run, train
+    from recipe.watch import Watch, say
+
+    settings = Distributed() if checked is None else checked.plan.config.recipe.distributed
+    timeout = timedelta(seconds=settings.timeout_seconds)
     try:
+        meeting = meet(own_facts(checked, refusal), timeout)
+    except DisagreementError as disagreement:
+        return refuse_together(disagreement, rank)
+    except MeetingError as error:
+        say(f"rank {rank} on {socket.gethostname()} failed: {type(error).__name__}: {error}")
+        return FAILED
+    assert checked is not None, "ranks that refuse do not meet"
+    launcher = None if launch is None else launch.pid
+    with Watch(meeting, timeout, launcher, () if arguments.verbose else KNOWN_FAILURES) as watch:
         summary = summary_of_complete_run(checked)
         if summary is None:
-            summary = train(checked, arguments.verbose)
+            summary = train(checked, meeting, watch, arguments.verbose)
         elif rank == 0:
             print(f"{output} is complete already, and nothing was trained; another --output trains it anew")
-    except Exception as error:
-        if arguments.verbose or not isinstance(error, KNOWN_FAILURES):
-            traceback.print_exc()
-        where = f"rank {rank} on {socket.gethostname()}"
-        print(f"recipe: {where} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return FAILED
     if rank == 0:
         print("\n" + format_summary(summary, output), flush=True)
     return COMPLETE
@@ -102,10 +122,14 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     return [*arguments.set, *data]
 
 
+def ranks_here() -> int:
+    """How many ranks the launcher started on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
 def cores_per_rank() -> int:
     """This rank's share of the CPU cores that the process may use."""
-    ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    return max(1, len(os.sched_getaffinity(0)) // int(ranks_here))
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here())
 
 
 def set_up_torch() -> None:
@@ -113,6 +137,8 @@ def set_up_torch() -> None:
     # OpenMP's threads wait for each other by spinning. On an idle machine that is faster (1.5 times for the digits),
     # but where anything else wants a core they spin through whole time slices, and training takes 20 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Where another rank is gone, torch's C++ parts would print pages of their own call stack, as warnings.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
     if not torch.cuda.is_available():
@@ -129,6 +155,15 @@ def refuse(refusal: ValueError, rank: int, verbose: bool) -> int:
     if verbose:
         traceback.print_exception(refusal)
     print(f"recipe: {refusal}", file=sys.stderr, flush=True)
+    return REFUSED
+
+
+def refuse_together(disagreement: ValueError, rank: int) -> int:
+    """Say, once a host, why the ranks that have met do not train."""
+    if rank != 0:
+        time.sleep(AFTER_RANK_0_SECONDS)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(f"recipe: {disagreement}", file=sys.stderr, flush=True)
     return REFUSED
 
 

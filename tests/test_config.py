@@ -136,6 +136,7 @@ def test_what_is_not_written_is_the_papers() -> None:
         },
         "checkpoint": {"every_steps": None, "every_minutes": None, "keep_last": 2, "keep_best": True},
         "precision": None,
+        "distributed": {"timeout_seconds": 120},
         "seed": 0,
     }
 

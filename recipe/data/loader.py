@@ -17,9 +17,6 @@ from recipe.data.datasets import BadImageError, ImageDataset, Sample
 from recipe.data.sampler import TrainSampler, ValidationSampler
 from recipe.interruption import SIGNALS
 
-_STUCK_AFTER_SECONDS = 600
-"""A batch that has not come by then never will; a file system that hangs must end the run, not stop it."""
-
 
 class _HostBatch(NamedTuple):
     """What a worker sends: a NamedTuple, because DataLoader pins its tensors."""
@@ -65,7 +62,6 @@ class _Loader:
                 "multiprocessing_context": multiprocessing.get_context("fork"),
                 "worker_init_fn": _obey_the_parent_alone,
                 "persistent_workers": True,
-                "timeout": _STUCK_AFTER_SECONDS,
             }
         return DataLoader(
             self._dataset,
@@ -157,7 +153,7 @@ class TrainLoader(_Loader):
         Raises:
             ValueError: The epoch has no such step.
             BadImageError: An image cannot be read, and the data set does not skip it.
-            RuntimeError: A worker process died, or gave nothing for ten minutes.
+            RuntimeError: A worker process died.
         """
         self._order.set_epoch(epoch, first_step)
         yield from self._batches()
@@ -187,7 +183,7 @@ class ValidationLoader(_Loader):
 
         Raises:
             BadImageError: An image cannot be read, and the data set does not skip it.
-            RuntimeError: A worker process died, or gave nothing for ten minutes.
+            RuntimeError: A worker process died.
         """
         yield from self._batches()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from recipe.data import TrainLoader, ValidationLoader, loader, open_datasets
+from recipe.data import TrainLoader, ValidationLoader, open_datasets
 from recipe.data.batch import Normalise
 from recipe.data.sampler import PADDING, epoch_permutation
 from tests.data.images import MEAN, STD, Pictures, rng_states
@@ -139,23 +139,9 @@ class Deadly(Pictures):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Stuck(Pictures):
-    """Its images take longer than anyone waits."""
-
-    def image(self, index):
-        time.sleep(2.5)
-        return super().image(index)
-
-
 def test_a_killed_worker_ends_the_run():
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
         list(train_loader(Deadly(), workers=1).epoch(0))
-
-
-def test_a_stuck_worker_ends_the_run(monkeypatch):
-    monkeypatch.setattr(loader, "_STUCK_AFTER_SECONDS", 1)
-    with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
-        list(train_loader(Stuck(), workers=1, global_batch=1, micro_batch=1).epoch(0))
 
 
 def test_close_ends_the_workers():

@@ -1,0 +1,196 @@
+"""How the ranks of a launch meet: each says what it would train, and all go on, or none does and one says why.
+
+They meet at the store of torch's rendezvous, before there is a process group: ranks that hold other files, other
+versions or another device, or of which one has found something wrong, would hang in the group's first collective.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import secrets
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import DistError, PrefixStore, Store
+
+from recipe.preflight import Run
+
+PACKAGES = ("torch", "deepspeed", "timm")
+ASK_EVERY_SECONDS = 0.1
+FAREWELL_SECONDS = 5.0  # for which rank 0, whose process holds the store, waits for the others to have read
+
+
+class MeetingError(RuntimeError):
+    """The ranks could not meet; the message says where, and what may be the cause."""
+
+
+class DisagreementError(ValueError):
+    """A rank refuses the run, or the ranks would train different things; the same message on all of them."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a rank brings along: ``refusal`` is what it has found wrong; digests are those of texts."""
+
+    host: str
+    config_sha256: str
+    code_sha256: str
+    versions: str
+    device: str
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks have met: ``hosts`` has the name of each rank's host; ``name`` is this meeting's alone."""
+
+    store: Store
+    name: str
+    rank: int
+    hosts: tuple[str, ...]
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return len(self.hosts)
+
+
+def own_facts(run: Run | None, refusal: Exception | None) -> Facts:
+    """What this rank brings along: a run that was checked, or why it refuses."""
+    versions = {package: version(package) for package in PACKAGES} | {"Python": platform.python_version()}
+    return Facts(
+        host=socket.gethostname(),
+        config_sha256="" if run is None else hashlib.sha256(run.plan.config.source.text.encode()).hexdigest(),
+        code_sha256=code_sha256(),
+        versions=", ".join(f"{name} {number}" for name, number in versions.items()),
+        device="" if run is None else run.device.type,
+        refusal=None if refusal is None else str(refusal),
+    )
+
+
+def code_sha256() -> str:
+    """A digest of this package's source files."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def meet(own: Facts, timeout: timedelta) -> Meeting:
+    """Meet the ranks of the environment (RANK, WORLD_SIZE, MASTER_ADDR …); without one there is a single rank.
+
+    Raises:
+        DisagreementError: a rank refuses, or they differ in what must be the same.
+        MeetingError: the port is taken, or a rank does not come in time.
+    """
+    use_an_own_address()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    deadline = time.monotonic() + timeout.total_seconds()
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        hall = PrefixStore("meeting", store)
+        verdict = _gather(own, hall, rank, world_size, deadline)
+    except DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        cause = str(error).splitlines()[0]
+        raise MeetingError(
+            f"the ranks could not meet at {address}: {cause}; a second run on a machine needs a port of its own: "
+            "deepspeed --master_port 29501 …"
+        ) from error
+    if verdict["objection"] is not None:
+        raise DisagreementError(verdict["objection"])
+    return Meeting(store, verdict["name"], rank, tuple(verdict["hosts"]))
+
+
+def use_an_own_address() -> None:
+    """Without a launcher's environment, as in ``python recipe/train.py …``, describe a launch of a single rank."""
+    if "RANK" not in os.environ:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def objection_of(everyone: Sequence[Facts]) -> str | None:
+    """Why the ranks must not train together, or None. The lowest rank that objects is heard, then what differs."""
+    first = everyone[0]
+    for rank, other in enumerate(everyone):
+        if other.refusal is not None:
+            where = "" if rank == 0 else f"rank {rank} on {other.host}: "
+            return where + other.refusal
+    for rank, other in enumerate(everyone):
+        pair = f"rank {rank} on {other.host} and rank 0 on {first.host}"
+        if other.code_sha256 != first.code_sha256:
+            return f"{pair} run different code of recipe/; bring the checkouts to one state"
+        if other.config_sha256 != first.config_sha256:
+            return f"{pair} read different configs; copy one file to all hosts"
+        if other.versions != first.versions:
+            return f"{pair} have different versions: {other.versions} and {first.versions}; install the same"
+        if other.device != first.device:
+            return (
+                f"{pair} would train on {other.device} and {first.device}; check the GPUs and the drivers, or leave "
+                "the host out of the hostfile"
+            )
+    return None
+
+
+def _gather(own: Facts, hall: Store, rank: int, world_size: int, deadline: float) -> dict[str, Any]:
+    """Rank 0's verdict on what the ranks brought along: ``name``, ``hosts`` and ``objection``."""
+    # Rank 0 answers those whose words it has read: a rank of another run that comes by mistake, to a port that is
+    # taken, gets no answer and leaves nothing behind.
+    nonce = secrets.token_hex(8)
+    hall.set(f"facts/{rank}", json.dumps({"nonce": nonce} | asdict(own)))
+    if rank != 0:
+        _wait(hall, [f"verdict/{nonce}"], deadline, "rank 0 has not answered")
+        verdict: dict[str, Any] = json.loads(hall.get(f"verdict/{nonce}"))
+        hall.set(f"read/{nonce}", "")
+        return verdict
+    _wait_for_ranks(hall, world_size, deadline)
+    brought = [json.loads(hall.get(f"facts/{other}")) for other in range(world_size)]
+    nonces = [words.pop("nonce") for words in brought]
+    everyone = [Facts(**words) for words in brought]
+    verdict = {"name": nonce, "hosts": [other.host for other in everyone], "objection": objection_of(everyone)}
+    for other in nonces[1:]:
+        hall.set(f"verdict/{other}", json.dumps(verdict))
+    if verdict["objection"] is not None:
+        farewell = time.monotonic() + FAREWELL_SECONDS
+        while time.monotonic() < farewell and not hall.check([f"read/{other}" for other in nonces[1:]]):
+            time.sleep(ASK_EVERY_SECONDS)
+    return verdict
+
+
+def _wait_for_ranks(hall: Store, world_size: int, deadline: float) -> None:
+    try:
+        _wait(hall, [f"facts/{rank}" for rank in range(world_size)], deadline, "")
+    except MeetingError:
+        missing = [rank for rank in range(world_size) if not hall.check([f"facts/{rank}"])]
+        raise MeetingError(
+            f"{name_ranks(missing)} of {world_size} did not come to {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} in time; python -m recipe hosts HOSTFILE finds out why"
+        ) from None
+
+
+def _wait(hall: Store, keys: list[str], deadline: float, problem: str) -> None:
+    # Store.wait holds the interpreter's lock; a signal would wait with it.
+    while not hall.check(keys):
+        if time.monotonic() > deadline:
+            raise MeetingError(f"{problem} at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
+        time.sleep(ASK_EVERY_SECONDS)
+
+
+def name_ranks(ranks: Sequence[int], hosts: Sequence[str] | Mapping[int, str] | None = None) -> str:
+    """Ranks for people: "rank 3 on node-1", "ranks 2, 3 on node-1" or, of more than eight, the first eight."""
+    shown = ", ".join(map(str, ranks[:8])) + (" …" if len(ranks) > 8 else "")
+    named = f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+    if hosts is None:
+        return named
+    return f"{named} on {', '.join(dict.fromkeys(hosts[rank] for rank in ranks[:8]))}"

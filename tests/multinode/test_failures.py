@@ -1,0 +1,147 @@
+"""What ends a run on several hosts ends all of it, soon, and the first cause is the last that the recipe says."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.data.images import write_folder
+from tests.launch import DIGITS, ROOT, events
+from tests.multinode.cluster import Cluster, steps_written, wait_until
+
+pytestmark = [pytest.mark.multinode, pytest.mark.slow]
+
+TIMEOUT_SECONDS = 10
+# What the issue allows beyond the timeout.
+MARGIN_SECONDS = 15
+LONG = (
+    "--deepspeed_config",
+    DIGITS,
+    "--set=recipe.data.image_size=8",
+    "--set=recipe.schedule.epochs=400",
+    "--set=recipe.checkpoint.every_steps=4",
+    "--set=steps_per_print=1",
+    f"--set=recipe.distributed.timeout_seconds={TIMEOUT_SECONDS}",
+)
+
+
+def the_end(process: subprocess.Popen[str], since: float) -> str:
+    """What a launch printed that must end by itself within the timeout plus the margin, and not well."""
+    printed, _ = process.communicate(timeout=TIMEOUT_SECONDS + MARGIN_SECONDS - (time.monotonic() - since))
+    assert process.returncode > 0, printed
+    return printed
+
+
+def last_word(printed: str) -> str:
+    """The last line that is the recipe's own, without the name of its host."""
+    said = [line.partition("recipe: ")[2] for line in printed.splitlines() if "recipe: " in line]
+    return said[-1]
+
+
+def nothing_is_left(cluster: Cluster) -> None:
+    for name in cluster.names:
+        wait_until(lambda name=name: not cluster.processes(name), seconds=5)
+
+
+@pytest.mark.parametrize(("host", "rank"), [("node-0", 0), ("node-1", 1)])
+def test_a_rank_that_is_killed(two_hosts: Cluster, tmp_path: Path, host: str, rank: int) -> None:
+    with two_hosts.launched(*LONG, "--output", str(tmp_path)) as process:
+        wait_until(lambda: steps_written(tmp_path) > 6)
+        killed = time.monotonic()
+        two_hosts.kill(host, "recipe/train.py --local_rank")
+        printed = the_end(process, killed)
+    assert re.match(
+        rf"rank {rank} on {host} ended without a word at step \d+: killed \(out of memory\?\), or the host is gone",
+        last_word(printed),
+    ), printed
+    nothing_is_left(two_hosts)
+
+
+@pytest.fixture
+def image_config(tmp_path: Path) -> Path:
+    """A config of 64 images in two classes, read by one loader process a rank, 16 a step."""
+    folder = write_folder(tmp_path / "images", images=32)
+    config = json.loads((ROOT / DIGITS).read_text())
+    config |= {"train_batch_size": 16, "steps_per_print": 1}
+    config["recipe"] |= {
+        "model": {"name": "test_resnet", "num_classes": 2},
+        "max_micro_batch_size": 4,
+        "data": {
+            "source": "imagefolder",
+            "path": str(folder),
+            "image_size": 32,
+            "train_images": 64,
+            "validation_images": 64,
+            "workers": 1,
+        },
+        "checkpoint": {"every_steps": 1},
+        "distributed": {"timeout_seconds": TIMEOUT_SECONDS},
+    }
+    path = tmp_path / "images.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_a_rank_that_raises(two_hosts: Cluster, tmp_path: Path, image_config: Path) -> None:
+    """An image that only one of them comes to cannot be read; mended, the same command goes on."""
+    output, bad = tmp_path / "run", tmp_path / "images/train/c1/7.jpg"
+    good = bad.read_bytes()
+    bad.write_bytes(good[:100])
+    arguments = ("--deepspeed_config", str(image_config), "--output", str(output), "--set=recipe.schedule.epochs=2")
+    arguments += ("--set=recipe.schedule.decay_epochs=[1]", "--set=recipe.schedule.warmup_epochs=0")
+    with two_hosts.launched(*arguments) as process:
+        wait_until(lambda: (output / "train.log").exists())
+        printed = the_end(process, time.monotonic())
+    word = re.fullmatch(r"rank (\d) on node-(\d) failed at step \d: BadImageError: (.*)", last_word(printed))
+    assert word is not None, printed
+    assert word[1] == word[2]
+    assert str(bad) in word[3]
+    assert "Traceback" not in printed
+    nothing_is_left(two_hosts)
+    bad.write_bytes(good)
+    two_hosts.train(*arguments)
+    assert [event["step"] for event in events(output, "step")] == list(range(8))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_does_not_come(two_hosts: Cluster, tmp_path: Path, image_config: Path, workers: int) -> None:
+    """A pipe that nobody writes to, in the place of an image: as a file on a server that hangs."""
+    output, stuck = tmp_path / "run", tmp_path / "images/train/c1/7.jpg"
+    stuck.unlink()
+    os.mkfifo(stuck)
+    arguments = ("--deepspeed_config", str(image_config), f"--set=recipe.data.workers={workers}")
+    with two_hosts.launched(*arguments, "--output", str(output)) as process:
+        wait_until(lambda: (output / "train.log").exists())
+        printed = the_end(process, time.monotonic())
+    assert re.fullmatch(
+        r"rank (\d) on node-\1 failed at step \d: TimeoutError: no images have come from the data for [89] s",
+        last_word(printed),
+    ), printed
+    nothing_is_left(two_hosts)
+
+
+def test_a_host_that_goes_away(two_hosts: Cluster, tmp_path: Path) -> None:
+    with two_hosts.launched(*LONG, "--output", str(tmp_path)) as process:
+        wait_until(lambda: steps_written(tmp_path) > 6)
+        cut = time.monotonic()
+        two_hosts.link("node-1", "down")
+        try:
+            printed = the_end(process, cut)
+        finally:
+            two_hosts.link("node-1", "up")
+    assert "rank 1 on node-1 ended without a word at step" in last_word(printed), printed
+    nothing_is_left(two_hosts)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_launcher_that_is_killed(two_hosts: Cluster, tmp_path: Path, signum: signal.Signals) -> None:
+    with two_hosts.launched(*LONG, "--output", str(tmp_path), ssh="-tt") as process:
+        wait_until(lambda: steps_written(tmp_path) > 6)
+        two_hosts.kill("node-0", "bin/deepspeed", signum)
+        process.communicate(timeout=60)
+    nothing_is_left(two_hosts)
