@@ -50,12 +50,13 @@ def check_ranks(launch: Launch, world_size: int) -> None:
     hosts = read_hostfile(hostfile)
     slots = sum(hosts.values())
     if world_size != slots:
+        ranks = f"{world_size} rank{'' if world_size == 1 else 's'}"
         cause = f", by {' '.join(launch.filters)}" if launch.filters else ""
         raise ConfigError(
             launch.hostfile,
             "",
             ABSENT,
-            f"{slots} slots on {len(hosts)} hosts, but DeepSpeed started {world_size} ranks{cause}",
+            f"{slots} slots on {len(hosts)} hosts, but DeepSpeed started {ranks}{cause}",
             "write into the hostfile what you mean, and launch without --num_gpus, --num_nodes, --include, --exclude",
         )
     (first, *others) = hosts

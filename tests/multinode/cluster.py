@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from benchmarks.launch import ROOT, environment
 from tests.multinode.hosts import Hosts
@@ -34,11 +35,12 @@ class Cluster(Hosts):
         hosts: Sequence[str] = (),
         slots: int = 1,
         options: Sequence[str] = (),
+        script: str = "recipe/train.py",
         ssh: str = KEEPALIVE,
     ) -> Iterator[subprocess.Popen[str]]:
         """A run that has been started on some of the hosts, or on all; ended, if need be, when ``with`` ends."""
         hostfile = self.hostfile(self.home / "hostfile", hosts, slots)
-        command = [DEEPSPEED, "--hostfile", str(hostfile), *options, "recipe/train.py", *arguments]
+        command = [DEEPSPEED, "--hostfile", str(hostfile), *options, script, *arguments]
         with self.started(command, on=(hosts or self.names)[0], PDSH_SSH_ARGS_APPEND=ssh) as process:
             yield process
 
@@ -64,9 +66,9 @@ class Cluster(Hosts):
             assert process.stdout is not None
             process.stdout.close()
 
-    def train(self, *arguments: str, hosts: Sequence[str] = (), slots: int = 1) -> str:
-        """Train to the end; return what was printed."""
-        with self.launched(*arguments, hosts=hosts, slots=slots) as process:
+    def train(self, *arguments: str, **launch: Any) -> str:
+        """Train to the end, launched as ``launched`` says; return what was printed."""
+        with self.launched(*arguments, **launch) as process:
             printed, _ = process.communicate(timeout=300)
         assert process.returncode == 0, printed
         return printed
