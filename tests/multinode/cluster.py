@@ -14,6 +14,7 @@ from benchmarks.launch import ROOT, environment
 from tests.multinode.hosts import Hosts
 
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
+TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 KEEPALIVE = "-o ServerAliveInterval=2 -o ServerAliveCountMax=3"
 
 

@@ -4,6 +4,7 @@ A host is a set of Linux namespaces. Their bridge lies in a namespace of its own
 stays on this machine. They share the file system, as hosts with NFS do.
 """
 
+import itertools
 import os
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from typing import Self
 
 NEEDED = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh", "nsenter": "util-linux"}
 START_SECONDS = 10
+_numbers = itertools.count()
 
 # The first process of a host. sshd insists on its folder; a host's shared memory is its own.
 INIT = """
@@ -65,7 +67,7 @@ class Hosts:
     def __init__(self, folder: Path, count: int) -> None:
         self.folder = folder
         self.names = [f"node-{number}" for number in range(count)]
-        self._tag = f"rcp{os.getpid()}"
+        self._tag = f"recipe-{os.getpid()}-{next(_numbers)}"
         self._bridge = f"{self._tag}-bridge"
         self._first_processes: dict[str, int] = {}
         self._unshared: list[subprocess.Popen[bytes]] = []

@@ -1,0 +1,60 @@
+"""Restarts are torchrun's: the same script goes on with the hosts that are left, by itself."""
+
+import re
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.launch import events, losses, train_ok
+from tests.multinode.cluster import TORCHRUN, Cluster, steps_written, wait_until
+from tests.multinode.test_training import RUN
+
+pytestmark = [pytest.mark.multinode, pytest.mark.slow]
+
+# Three ranks share it, and two.
+BATCH = (*RUN, "--set=train_batch_size=384", "--set=recipe.checkpoint.every_steps=1")
+
+
+def elastic(*arguments: str, timeout_seconds: int = 10) -> list[str]:
+    """torchrun's command line, the same on every host."""
+    rendezvous = ("--rdzv-backend=c10d", "--rdzv-endpoint=node-0:29400", "--rdzv-id=run")
+    launcher = [TORCHRUN, "--nnodes=2:3", "--nproc-per-node=1", "--max-restarts=3", *rendezvous]
+    waits = f"--set=recipe.distributed.timeout_seconds={timeout_seconds}"
+    return [*launcher, "--rdzv-conf=last_call_timeout=5", "recipe/train.py", *arguments, waits]
+
+
+def test_a_host_of_three_is_taken_away(four_hosts: Cluster, tmp_path: Path) -> None:
+    output, reference = tmp_path / "run", tmp_path / "one_process"
+    train_ok(*BATCH, "--output", str(reference))
+    hosts = four_hosts.names[:3]
+    with ExitStack() as stack:
+        agents = [
+            stack.enter_context(four_hosts.started(elastic(*BATCH, "--output", str(output)), on=host)) for host in hosts
+        ]
+        wait_until(lambda: steps_written(output) >= 4, seconds=150)
+        four_hosts.link("node-2", "down")
+        try:
+            printed = [agent.communicate(timeout=240)[0] for agent in agents[:2]]
+        finally:
+            four_hosts.link("node-2", "up")
+    assert [agent.returncode for agent in agents[:2]] == [0, 0], printed
+    assert (output / "summary.json").exists()
+    said = "".join(printed)
+    assert "384 = 3 ranks × " in said
+    assert "384 = 2 ranks × " in said
+    assert re.search(r"recipe: rank \d on node-2 ended without a word", said)
+    assert [event["step"] for event in events(output, "step")] == list(range(15))
+    assert losses(output) == pytest.approx(losses(reference), rel=1e-9)
+
+
+def test_hosts_that_cannot_share_the_batch_stop_with_a_message(two_hosts: Cluster, tmp_path: Path) -> None:
+    output, odd = tmp_path / "run", "--set=train_batch_size=385"
+    with ExitStack() as stack:
+        command = elastic(*RUN, odd, "--output", str(output))
+        command[command.index("--max-restarts=3")] = "--max-restarts=0"
+        agents = [stack.enter_context(two_hosts.started(command, on=host)) for host in two_hosts.names]
+        printed = [agent.communicate(timeout=120)[0] for agent in agents]
+    assert all(agent.returncode != 0 for agent in agents)
+    assert "it cannot be shared out as 2 (ranks); the nearest that can: 384 or 386" in "".join(printed)
+    assert not output.exists()
