@@ -96,19 +96,29 @@ def meet(own: Facts, timeout: timedelta) -> Meeting:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     deadline = time.monotonic() + timeout.total_seconds()
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-        hall = PrefixStore("meeting", store)
-        verdict = _gather(own, hall, rank, world_size, deadline)
+        store = open_store(timeout, holds_it=rank == 0)
+        verdict = _gather(own, PrefixStore("meeting", store), rank, world_size, deadline)
     except DistError as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         cause = str(error).splitlines()[0]
         raise MeetingError(
-            f"the ranks could not meet at {address}: {cause}; a second run on a machine needs a port of its own: "
+            f"the ranks could not meet at {_address()}: {cause}; a second run on a machine needs a port of its own: "
             "deepspeed --master_port 29501 …"
         ) from error
     if verdict["objection"] is not None:
         raise DisagreementError(verdict["objection"])
     return Meeting(store, verdict["name"], rank, tuple(verdict["hosts"]))
+
+
+def open_store(timeout: timedelta, holds_it: bool) -> Store:
+    """A connection to the store at MASTER_ADDR and MASTER_PORT; ``holds_it`` makes it, unless torchrun's agent has."""
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=holds_it and not agents,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
 
 
 def use_an_own_address() -> None:
@@ -145,46 +155,46 @@ def objection_of(everyone: Sequence[Facts]) -> str | None:
 
 def _gather(own: Facts, hall: Store, rank: int, world_size: int, deadline: float) -> dict[str, Any]:
     """Rank 0's verdict on what the ranks brought along: ``name``, ``hosts`` and ``objection``."""
-    # Rank 0 answers those whose words it has read: a rank of another run that comes by mistake, to a port that is
-    # taken, gets no answer and leaves nothing behind.
+    # Rank 0 calls, and answers those who have heard it. A store may hold what an earlier launch left (torchrun's
+    # outlives its ranks), and a rank of another run may come, to a port that is taken: neither gets in.
     nonce = secrets.token_hex(8)
-    hall.set(f"facts/{rank}", json.dumps({"nonce": nonce} | asdict(own)))
     if rank != 0:
-        _wait(hall, [f"verdict/{nonce}"], deadline, "rank 0 has not answered")
+        call = ""
+        while not hall.check([f"verdict/{nonce}"]):
+            _rest_until(deadline, "rank 0 has not answered")
+            if hall.check(["call"]) and (latest := hall.get("call").decode()) != call:
+                call = latest
+                hall.set(f"{call}/facts/{rank}", json.dumps({"nonce": nonce} | asdict(own)))
         verdict: dict[str, Any] = json.loads(hall.get(f"verdict/{nonce}"))
         hall.set(f"read/{nonce}", "")
         return verdict
-    _wait_for_ranks(hall, world_size, deadline)
-    brought = [json.loads(hall.get(f"facts/{other}")) for other in range(world_size)]
+    hall.set("call", nonce)
+    hall.set(f"{nonce}/facts/0", json.dumps({"nonce": nonce} | asdict(own)))
+    keys = [f"{nonce}/facts/{other}" for other in range(world_size)]
+    while not hall.check(keys):
+        missing = [other for other, key in enumerate(keys) if not hall.check([key])]
+        _rest_until(deadline, f"{name_ranks(missing)} of {world_size} did not come")
+    brought = [json.loads(hall.get(key)) for key in keys]
     nonces = [words.pop("nonce") for words in brought]
     everyone = [Facts(**words) for words in brought]
     verdict = {"name": nonce, "hosts": [other.host for other in everyone], "objection": objection_of(everyone)}
     for other in nonces[1:]:
         hall.set(f"verdict/{other}", json.dumps(verdict))
-    if verdict["objection"] is not None:
-        farewell = time.monotonic() + FAREWELL_SECONDS
-        while time.monotonic() < farewell and not hall.check([f"read/{other}" for other in nonces[1:]]):
-            time.sleep(ASK_EVERY_SECONDS)
+    farewell = time.monotonic() + FAREWELL_SECONDS
+    while time.monotonic() < farewell and not hall.check([f"read/{other}" for other in nonces[1:]]):
+        time.sleep(ASK_EVERY_SECONDS)
     return verdict
 
 
-def _wait_for_ranks(hall: Store, world_size: int, deadline: float) -> None:
-    try:
-        _wait(hall, [f"facts/{rank}" for rank in range(world_size)], deadline, "")
-    except MeetingError:
-        missing = [rank for rank in range(world_size) if not hall.check([f"facts/{rank}"])]
-        raise MeetingError(
-            f"{name_ranks(missing)} of {world_size} did not come to {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} in time; python -m recipe hosts HOSTFILE finds out why"
-        ) from None
+def _rest_until(deadline: float, problem: str) -> None:
+    # Store.wait would not let a signal through.
+    if time.monotonic() > deadline:
+        raise MeetingError(f"{problem} at {_address()} in time; python -m recipe hosts HOSTFILE finds out why")
+    time.sleep(ASK_EVERY_SECONDS)
 
 
-def _wait(hall: Store, keys: list[str], deadline: float, problem: str) -> None:
-    # Store.wait holds the interpreter's lock; a signal would wait with it.
-    while not hall.check(keys):
-        if time.monotonic() > deadline:
-            raise MeetingError(f"{problem} at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
-        time.sleep(ASK_EVERY_SECONDS)
+def _address() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
 def name_ranks(ranks: Sequence[int], hosts: Sequence[str] | Mapping[int, str] | None = None) -> str:

@@ -83,13 +83,13 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"rank {rank} on {socket.gethostname()} failed: {type(error).__name__}: {error}")
         return FAILED
     assert checked is not None, "ranks that refuse do not meet"
-    launcher = None if launch is None else launch.pid
-    with Watch(meeting, timeout, launcher, () if arguments.verbose else KNOWN_FAILURES) as watch:
-        summary = summary_of_complete_run(checked)
-        if summary is None:
+    summary = summary_of_complete_run(checked)
+    if summary is None:
+        launcher = None if launch is None else launch.pid
+        with Watch(meeting, timeout, launcher, () if arguments.verbose else KNOWN_FAILURES) as watch:
             summary = train(checked, meeting, watch, arguments.verbose)
-        elif rank == 0:
-            print(f"{output} is complete already, and nothing was trained; another --output trains it anew")
+    elif rank == 0:
+        print(f"{output} is complete already, and nothing was trained; another --output trains it anew")
     if rank == 0:
         print("\n" + format_summary(summary, output), flush=True)
     return COMPLETE

@@ -26,7 +26,7 @@ from typing import NoReturn, Self, TypeVar
 import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore, Store
 
-from recipe.meeting import Meeting, name_ranks
+from recipe.meeting import Meeting, name_ranks, open_store
 
 FAILED = 1
 LOOK_EVERY_SECONDS = 1.0
@@ -162,11 +162,7 @@ class Watch:
 
     def _meet_again(self) -> Store:
         # A connection of the thread's own: on the main thread's a call may wait for another rank.
-        timeout = timedelta(seconds=GRACE_SECONDS)
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
-        )
-        # A launcher whose store outlives the ranks, as torchrun's does, starts them anew at the same one.
+        store = open_store(timedelta(seconds=GRACE_SECONDS), holds_it=False)
         return PrefixStore(f"watch/{self._meeting.name}", store)
 
     def _settle(self, store: Store | None) -> tuple[str, bool]:
