@@ -59,8 +59,10 @@ class Requests:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
+        # A run that has failed says why, and ends; a signal shall not come before that.
+        if kind is None or not issubclass(kind, Exception):
+            for signum, handler in self._handlers.items():
+                signal.signal(signum, handler)
         signal.set_wakeup_fd(-1)
         # Closing alone would not end it: a loader process may hold a copy of the pipe.
         os.write(self._pipe, _NO_MORE)

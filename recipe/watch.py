@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import NoReturn, Self, TypeVar
 import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore, Store
 
+from recipe.interruption import SIGNALS
 from recipe.meeting import Meeting, name_ranks, open_store
 
 FAILED = 1
@@ -33,7 +35,7 @@ LOOK_EVERY_SECONDS = 1.0
 GRACE_SECONDS = 3.0  # in which a rank that lives answers
 # Of the timeout after which the other ranks give up: a rank without data shall be the first to speak.
 PATIENCE = 0.75
-_FAILED, _CAUSE = "failed", "cause"  # keys at the store
+_FAILED, _CAUSE, _SAID = "failed", "cause", "said"  # keys at the store
 _TALK_BETWEEN_RANKS = str(Path(dist.__file__ or "").parent)
 
 T = TypeVar("T")
@@ -89,6 +91,9 @@ class Watch:
         if not isinstance(error, Exception):
             self.close()
             return
+        # The launcher ends the ranks of a host once one of them has ended; this one ends soon, and shall speak first.
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
         own = self._failure(f"{type(error).__name__}: {error}")
         if is_cause(error):
             self._is_cause = True
@@ -96,7 +101,7 @@ class Watch:
         self._own = own
         self._wake.set()
         # The thread may have ended with training, or hang in a call to a host that is gone.
-        if not self._thread.is_alive() or not self._settled.wait(2 * GRACE_SECONDS + LOOK_EVERY_SECONDS):
+        if not self._thread.is_alive() or not self._settled.wait(3 * GRACE_SECONDS):
             say(str(own))
         end_process()
 
@@ -121,6 +126,7 @@ class Watch:
 
     def _look(self) -> None:
         """The thread; all calls to the store are its own."""
+        store = None
         try:
             store = self._meet_again() if self._meeting.world_size > 1 else None
             while True:
@@ -140,8 +146,17 @@ class Watch:
             speaks = os.environ.get("LOCAL_RANK", "0") == "0"
         if speaks and not (self._is_cause and first == str(self._own)):
             say(first)
+        with suppress(DistError, RuntimeError):  # it may be gone with rank 0
+            self._leave(store)
         self._settled.set()
         end_process()
+
+    def _leave(self, store: Store | None) -> None:
+        """Let rank 0 have the last word: the launcher ends it when another rank of its host has ended."""
+        if store is not None and self._meeting.rank == 0:
+            store.set(_SAID, "")
+        elif store is not None:
+            _wait(lambda: store.check([_SAID]))
 
     def _look_at_data(self) -> None:
         since = self._waits_since

@@ -48,12 +48,12 @@ def nothing_is_left(cluster: Cluster) -> None:
         wait_until(lambda name=name: not cluster.processes(name), seconds=5)
 
 
-@pytest.mark.parametrize(("host", "rank"), [("node-0", 0), ("node-1", 1)])
-def test_a_rank_that_is_killed(two_hosts: Cluster, tmp_path: Path, host: str, rank: int) -> None:
-    with two_hosts.launched(*LONG, "--output", str(tmp_path)) as process:
+@pytest.mark.parametrize(("slots", "host", "rank"), [(1, "node-0", 0), (1, "node-1", 1), (2, "node-1", 3)])
+def test_a_rank_that_is_killed(two_hosts: Cluster, tmp_path: Path, slots: int, host: str, rank: int) -> None:
+    with two_hosts.launched(*LONG, "--output", str(tmp_path), slots=slots) as process:
         wait_until(lambda: steps_written(tmp_path) > 6)
         killed = time.monotonic()
-        two_hosts.kill(host, "recipe/train.py --local_rank")
+        two_hosts.kill(host, f"recipe/train.py --local_rank={rank % slots} ")
         printed = the_end(process, killed)
     assert re.match(
         rf"rank {rank} on {host} ended without a word at step \d+: killed \(out of memory\?\), or the host is gone",
