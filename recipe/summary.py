@@ -48,6 +48,7 @@ def summarise(
     history: History,
     *,
     device: str,
+    hosts: int,
     skipped_steps: int,
     images_per_second: float | None,
     best_checkpoint: Path | None,
@@ -61,6 +62,7 @@ def summarise(
         "data": plan.config.recipe.data.source,
         "precision": plan.precision,
         "world_size": plan.world_size,
+        "hosts": hosts,
         "global_batch": plan.global_batch,
         "epochs": plan.epochs,
         "steps": plan.total_steps,
@@ -93,7 +95,7 @@ def read_summary(output: Path) -> dict[str, Any] | None:
 
 def format_summary(summary: dict[str, Any], output: Path) -> str:
     """The summary as a block of lines for people, with what they may want to type next."""
-    ranks = _count(summary["world_size"], "rank")
+    ranks = _count(summary["world_size"], "rank") + (f" of {summary['hosts']} hosts" if summary["hosts"] > 1 else "")
     speed = "" if summary["images_per_second"] is None else f"{summary['images_per_second']:,.0f} images/s, "
     skipped = f", {summary['skipped_steps']} skipped by overflow" if summary["skipped_steps"] else ""
     last = min(LAST_EPOCHS, summary["epochs"])
@@ -117,6 +119,8 @@ def format_summary(summary: dict[str, Any], output: Path) -> str:
     if summary["bad_images"]:
         fields.append(("bad images", f"{len(summary['bad_images'])} could not be read, listed in summary.json"))
     ranks_option = "" if summary["world_size"] == 1 else f"--num_gpus {summary['world_size']} "
+    if summary["hosts"] > 1:
+        ranks_option = "--hostfile … "
     fields.append(
         (
             "again",
