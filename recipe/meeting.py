@@ -7,23 +7,20 @@ versions or another device, or of which one has found something wrong, would han
 import hashlib
 import json
 import os
-import platform
 import secrets
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore, Store
 
+from recipe.code_state import code_sha256, versions
 from recipe.preflight import Run
 
-PACKAGES = ("torch", "deepspeed", "timm")
 ASK_EVERY_SECONDS = 0.1
 FAREWELL_SECONDS = 5.0  # for which rank 0, whose process holds the store, waits for the others to have read
 
@@ -65,24 +62,14 @@ class Meeting:
 
 def own_facts(run: Run | None, refusal: Exception | None) -> Facts:
     """What this rank brings along: a run that was checked, or why it refuses."""
-    versions = {package: version(package) for package in PACKAGES} | {"Python": platform.python_version()}
     return Facts(
         host=socket.gethostname(),
         config_sha256="" if run is None else hashlib.sha256(run.plan.config.source.text.encode()).hexdigest(),
         code_sha256=code_sha256(),
-        versions=", ".join(f"{name} {number}" for name, number in versions.items()),
+        versions=", ".join(f"{name} {number}" for name, number in versions().items()),
         device="" if run is None else run.device.type,
         refusal=None if refusal is None else str(refusal),
     )
-
-
-def code_sha256() -> str:
-    """A digest of this package's source files."""
-    digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for file in sorted(package.rglob("*.py")):
-        digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def meet(own: Facts, timeout: timedelta) -> Meeting:
