@@ -7,10 +7,12 @@ begins with ``MARK``, whatever else a login or a library prints there. The probe
 import hashlib
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -146,8 +148,6 @@ def exchange(address: str, port: int, rank: int, world_size: int) -> dict[str, A
     """Meet the other hosts as ranks do, and send messages to each: ``missing`` hosts, or how fast the worst pair is."""
     import torch.distributed as dist
 
-    # Python's handler would wait for the calls below, which may wait for a host that is gone.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     timeout = timedelta(seconds=GROUP_SECONDS)
     try:
         store = dist.TCPStore(address, port, None, rank == 0, timeout, wait_for_workers=False)
@@ -230,6 +230,17 @@ def say(answer: Any) -> None:
     print(MARK + json.dumps(answer), flush=True)
 
 
+def answer(questions: "queue.SimpleQueue[str]") -> None:
+    """Answer one question after the other."""
+    while True:
+        question = json.loads(questions.get())
+        os.environ.update(question.pop("environment"))
+        try:
+            say({"answer": QUESTIONS[question.pop("ask")](**question)})
+        except Exception as error:
+            say({"error": str(error) or type(error).__name__})
+
+
 def expire(signum: int, frame: FrameType | None) -> None:
     """End, through ``finally``."""
     sys.exit("the host that asked is gone")
@@ -239,17 +250,17 @@ def main() -> None:
     """Answer until nobody asks any more."""
     signal.signal(signal.SIGALRM, expire)
     signal.alarm(LIFETIME_SECONDS)
+    questions: queue.SimpleQueue[str] = queue.SimpleQueue()
+    # An answer may wait for a disk or a host that hangs; the end must not.
+    threading.Thread(target=answer, args=(questions,), daemon=True).start()
     say("ready")
     try:
         for line in sys.stdin:
-            question = json.loads(line)
-            os.environ.update(question.pop("environment", {}))
-            try:
-                say({"answer": QUESTIONS[question.pop("ask")](**question)})
-            except Exception as error:
-                say({"error": str(error) or type(error).__name__})
+            questions.put(line)
     finally:
         Token.remove()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ def compare(hosts: Sequence[Host], expected_data: Mapping[str, int | None], prec
     asked = [host for host in hosts if host.facts]
     for host in asked:
         host.problems += _of_slots(host, precision) + _of_network(host, len(hosts)) + _of_data(host, expected_data)
-        host.problems += [problem for other in asked[:1] if other is not host for problem in _apart(host, other)]
+        if host is not asked[0]:
+            host.problems += _apart(host, asked[0])
     machines: dict[str, Host] = {}
     for host in asked:
         first = machines.setdefault(host.facts.get("network", {}).get("machine", host.name), host)
