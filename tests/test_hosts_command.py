@@ -12,7 +12,7 @@ import pytest
 
 from recipe.commands import hosts as command
 from recipe.commands.host_report import Host, compare, format_problems, format_table
-from recipe.commands.host_visit import explain, remote_command, ssh
+from recipe.commands.host_visit import NO_FOLDER, NO_INTERPRETER, explain, remote_command, ssh
 from tests.launch import DIGITS, ROOT
 
 FACTS: dict[str, Any] = {
@@ -269,6 +269,18 @@ def test_folders_and_variables_are_quoted(tmp_path: Path, monkeypatch: pytest.Mo
     assert done.stdout == f"{folder} $(touch marker) ' \"\n", done.stderr
     assert not list(tmp_path.rglob("marker"))
     assert not Path("/marker").exists()
+
+
+def test_a_folder_or_an_interpreter_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    here = remote_command()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    elsewhere = remote_command()
+    assert subprocess.run(["sh", "-c", elsewhere], cwd="/", check=False).returncode == NO_INTERPRETER
+    folder.rmdir()
+    assert subprocess.run(["sh", "-c", here], cwd="/", stderr=subprocess.DEVNULL, check=False).returncode == NO_FOLDER
 
 
 def test_refuses_what_a_launch_would_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

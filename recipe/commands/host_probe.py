@@ -24,7 +24,7 @@ from recipe.code_state import code_sha256, versions
 
 MARK = "recipe-hosts: "
 # Whatever happens to the host that asks, nothing is left on this one after this time.
-LIFETIME_SECONDS = 240
+LIFETIME_SECONDS = 300
 
 GROUP_SECONDS = 10  # for which the hosts wait for each other
 LATENCY_BYTES, LATENCY_ROUNDS = 8, 9
@@ -93,7 +93,10 @@ def _gloo_address() -> str:
 def take_port(port: int) -> None:
     """Raise OSError if rank 0 could not listen at the port."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+    except OSError as error:
+        raise OSError(os.strerror(error.errno or 0)) from None
 
 
 class Token:

@@ -14,7 +14,7 @@ from recipe.launcher import is_this_machine
 ANSWER_SECONDS = 15
 IMPORT_SECONDS = 60  # torch and DeepSpeed from a cold or distant disk
 DATA_SECONDS = 60
-EXCHANGE_SECONDS = 45
+EXCHANGE_SECONDS = 90  # 32 hosts at 100 Mbit/s need half of it
 KEEPALIVE_LIMIT_SECONDS = 60
 KEEPALIVE = 'export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=5 -o ServerAliveCountMax=3"'
 

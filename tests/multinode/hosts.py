@@ -18,7 +18,7 @@ from typing import Self
 
 NEEDED = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh", "nsenter": "util-linux"}
 START_SECONDS = 10
-_numbers = itertools.count()
+_NUMBERS = itertools.count()  # a process may have several groups of hosts at a time
 
 # The first process of a host. sshd insists on its folder; a host's shared memory is its own.
 INIT = """
@@ -67,7 +67,7 @@ class Hosts:
     def __init__(self, folder: Path, count: int) -> None:
         self.folder = folder
         self.names = [f"node-{number}" for number in range(count)]
-        self._tag = f"recipe-{os.getpid()}-{next(_numbers)}"
+        self._tag = f"rcp{os.getpid()}-{next(_NUMBERS)}"
         self._bridge = f"{self._tag}-bridge"
         self._first_processes: dict[str, int] = {}
         self._unshared: list[subprocess.Popen[bytes]] = []
@@ -107,6 +107,10 @@ class Hosts:
         """Limit what a host sends, such as to "100mbit"."""
         shaping = f"tc qdisc replace dev eth0 root tbf rate {rate} burst 128kb latency 200ms"
         _run("ip", "netns", "exec", self._namespace(name), *shaping.split())
+
+    def unlimit(self, name: str) -> None:
+        """Let a host send as fast as it can again."""
+        _run("ip", "netns", "exec", self._namespace(name), "tc", "qdisc", "del", "dev", "eth0", "root")
 
     def processes(self, name: str) -> list[str]:
         """The Python processes that are alive on a host, "<pid> <command line>" each."""
