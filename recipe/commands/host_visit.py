@@ -34,7 +34,7 @@ def ssh_options() -> list[str]:
 
 def ssh(host: str, *remote: str) -> list[str]:
     """A command line that ends soon where a question would be asked; "--" keeps a host from being an option."""
-    # -T after pdsh's options: a terminal would echo the questions.
+    # -T after pdsh's options, where -tt may stand: a terminal echoes, and cuts lines at 4 KiB.
     polite = ("-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
     return ["ssh", *ssh_options(), *polite, "--", host, *remote]
 
