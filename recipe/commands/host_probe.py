@@ -9,29 +9,21 @@ import json
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from recipe.code_state import code_sha256, versions
+from recipe.commands.host_network import exchange, network, take_port, unreached
 
 MARK = "recipe-hosts: "
 # Whatever happens to the host that asks, nothing is left on this one after this time.
 LIFETIME_SECONDS = 300
-
-GROUP_SECONDS = 10  # for which the hosts wait for each other
-LATENCY_BYTES, LATENCY_ROUNDS = 8, 9
-BANDWIDTH_BYTES, BANDWIDTH_ROUNDS = 4 * 2**20, 2
-
-# The first host's serves the others until the probe ends.
-meeting_places: list[Any] = []
 
 
 def clock() -> float:
@@ -57,46 +49,6 @@ def _git(*arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def network() -> dict[str, str]:
-    """Which machine this is, and the address at which gloo would have the other hosts look for it."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return {"machine": f"{boot} {os.stat('/proc/self/ns/net').st_ino}", "address": _gloo_address()}
-
-
-def _gloo_address() -> str:
-    """As torch's ProcessGroupGloo chooses it: of the interface that is named, or what the own name resolves to."""
-    interfaces = os.environ.get("GLOO_SOCKET_IFNAME")
-    if interfaces:
-        there = {name for _, name in socket.if_nameindex()}
-        absent = [name for name in interfaces.split(",") if name not in there]
-        if absent:
-            raise ValueError(
-                f"GLOO_SOCKET_IFNAME names {', '.join(absent)}, but the interfaces are {', '.join(sorted(there))}"
-            )
-        return interfaces
-    try:
-        resolved = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
-    except OSError:
-        resolved = []
-    for family, _, _, _, address in resolved:
-        with socket.socket(family, socket.SOCK_STREAM) as bound:
-            try:
-                bound.bind(address)
-            except OSError:
-                continue
-        return str(address[0])
-    return "127.0.0.1"  # where gloo goes if nothing else can be bound
-
-
-def take_port(port: int) -> None:
-    """Raise OSError if rank 0 could not listen at the port."""
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    try:
-        socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
-    except OSError as error:
-        raise OSError(os.strerror(error.errno or 0)) from None
 
 
 class Token:
@@ -147,78 +99,12 @@ def data(folder: str) -> dict[str, int]:
     return {"classes": train.classes, "train_images": len(train), "validation_images": len(validation)}
 
 
-def exchange(address: str, port: int, rank: int, world_size: int) -> dict[str, Any]:
-    """Meet the other hosts as ranks do, and send messages to each: ``missing`` hosts, or how fast the worst pair is."""
-    import torch.distributed as dist
-
-    timeout = timedelta(seconds=GROUP_SECONDS)
-    try:
-        store = dist.TCPStore(address, port, None, rank == 0, timeout, wait_for_workers=False)
-    except dist.DistError as error:
-        raise ConnectionError(f"does not reach {address}:{port} on the first host") from error
-    meeting_places.append(store)
-    store.set(f"here/{rank}", "")
-    if rank == 0:
-        deadline = time.monotonic() + GROUP_SECONDS
-        everyone = [f"here/{other}" for other in range(world_size)]
-        while not store.check(everyone) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        store.set("missing", json.dumps([other for other, key in enumerate(everyone) if not store.check([key])]))
-    store.wait(["missing"], timeout + timedelta(seconds=5))
-    missing = json.loads(store.get("missing"))
-    if missing:
-        return {"missing": missing}
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-    pairs = [
-        (_round_trips(rank, distance, world_size), (rank + distance) % world_size) for distance in range(1, world_size)
-    ]
-    dist.barrier()
-    (latency, slow), (bandwidth, narrow) = (
-        max((times[0], other) for times, other in pairs),
-        min((BANDWIDTH_BYTES / times[1], other) for times, other in pairs),
-    )
-    return {
-        "missing": [],
-        "latency_seconds": latency,
-        "latency_with": slow,
-        "bytes_per_second": bandwidth,
-        "bandwidth_with": narrow,
-    }
-
-
-def _round_trips(rank: int, distance: int, world_size: int) -> tuple[float, float]:
-    """Seconds of a small message to the host so far ahead and back, and of a large one there, while all do the same."""
-    import torch
-    import torch.distributed as dist
-
-    ahead, behind = (rank + distance) % world_size, (rank - distance) % world_size
-
-    def shift(buffer: torch.Tensor, to: int, source: int) -> torch.Tensor:
-        received = torch.empty_like(buffer)
-        sent = dist.isend(buffer, to)
-        dist.recv(received, source)
-        assert sent is not None
-        sent.wait()
-        return received
-
-    def timed(size: int, rounds: int) -> float:
-        seconds = []
-        message = torch.zeros(size, dtype=torch.uint8)
-        for _ in range(rounds):
-            dist.barrier()
-            start = time.perf_counter()
-            shift(shift(message, ahead, behind), behind, ahead)
-            seconds.append(time.perf_counter() - start)
-        return sorted(seconds)[len(seconds) // 2]
-
-    return timed(LATENCY_BYTES, LATENCY_ROUNDS), timed(BANDWIDTH_BYTES, BANDWIDTH_ROUNDS) / 2
-
-
 QUESTIONS: dict[str, Callable[..., Any]] = {
     "clock": clock,
     "checkout": checkout,
     "network": network,
     "take_port": take_port,
+    "unreached": unreached,
     "write_token": Token.write,
     "unseen": Token.unseen,
     "remove_token": Token.remove,

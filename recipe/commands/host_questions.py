@@ -16,6 +16,7 @@ IMPORT_SECONDS = 60  # torch and DeepSpeed from a cold or distant disk
 DATA_SECONDS = 60
 EXCHANGE_SECONDS = 90  # 32 hosts at 100 Mbit/s need half of it
 KEEPALIVE_LIMIT_SECONDS = 60
+REACH_REMEDY = "open all ports between the hosts, or launch with --master_addr or GLOO_SOCKET_IFNAME"
 KEEPALIVE = 'export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=5 -o ServerAliveCountMax=3"'
 
 
@@ -136,21 +137,28 @@ async def _ask(
     address = next(iter((await asked)[1].split()), None)
     if len(hosts) == 1:
         return []
-    if (
-        first not in members
-        or len(members) < 2
-        or address is None
-        or "take_port" not in first.facts
-        or any(is_loopback(host.facts.get("network", {}).get("address", "lo")) for host in members)
-    ):
-        return ["the round trip between the hosts was not tried; it comes when the problems above are solved"]
+    networks = {host.name: host.facts["network"] for host in members if "network" in host.facts}
+    doors = {name: (network["address"], network["port"]) for name, network in networks.items()}
+    not_tried = ["the round trip between the hosts was not tried; it comes when the problems above are solved"]
+    if len(doors) < len(members) or any(is_loopback(address) for address, _ in doors.values()):
+        return not_tried
+
+    async def reach(host: Host) -> None:
+        if host in members:
+            others = {name: door for name, door in doors.items() if name != host.name}
+            await learn(host, "unreached", ANSWER_SECONDS, "the other hosts", REACH_REMEDY, doors=others)
+
+    await together(reach)
+    members = [host for host in members if not host.is_gone]
+    is_open = all(host.facts.get("unreached") == [] for host in members)
+    if first not in members or len(members) < 2 or address is None or "take_port" not in first.facts or not is_open:
+        return not_tried
 
     async def meet(host: Host) -> None:
         if host in members:
-            remedy = "open all ports between the hosts, or launch with --master_addr or GLOO_SOCKET_IFNAME"
             rank, world_size = members.index(host), len(members)
             parameters = {"address": address, "port": launch.port, "rank": rank, "world_size": world_size}
-            await learn(host, "exchange", EXCHANGE_SECONDS, "the round trip", remedy, **parameters)
+            await learn(host, "exchange", EXCHANGE_SECONDS, "the round trip", REACH_REMEDY, **parameters)
 
     await together(meet)
     for host in members:

@@ -53,21 +53,24 @@ def _of_slots(host: Host, precision: str) -> list[str]:
 
 
 def _of_network(host: Host, hosts: int) -> list[str]:
+    problems = []
     address = host.facts.get("network", {}).get("address")
-    if hosts == 1 or address is None or not is_loopback(address):
-        return []
-    return [
-        f"its own name leads to {address}, where no other host reaches it; write its address beside its name in its "
-        "/etc/hosts, or GLOO_SOCKET_IFNAME=<interface> into .deepspeed_env"
-    ]
+    if hosts > 1 and address is not None and is_loopback(address):
+        problems.append(
+            f"its own name leads to {address}, where no other host reaches it; write its address beside its name in "
+            "its /etc/hosts, or GLOO_SOCKET_IFNAME=<interface> into .deepspeed_env"
+        )
+    if unreached := host.facts.get("unreached"):
+        problems.append(
+            f"it does not reach {_names(unreached)}; open all ports between the hosts, or name the interface that "
+            "they share: GLOO_SOCKET_IFNAME=<interface> in .deepspeed_env"
+        )
+    return problems
 
 
 def is_loopback(address: str) -> bool:
-    """Whether gloo would be reachable from its own host only; ``address`` may be an interface's name."""
-    try:
-        return ip_address(address.partition("%")[0]).is_loopback
-    except ValueError:
-        return address == "lo"
+    """Whether an address leads nowhere from another host."""
+    return ip_address(address.partition("%")[0]).is_loopback
 
 
 def _of_data(host: Host, expected: Mapping[str, int | None]) -> list[str]:

@@ -204,6 +204,21 @@ def test_a_port_that_others_do_not_reach(two_hosts: Cluster) -> None:
     )
 
 
+def test_two_hosts_that_do_not_reach_each_other(four_hosts: Cluster) -> None:
+    route = ["ip", "route", "add", "blackhole", four_hosts.address("node-1")]
+    subprocess.run(four_hosts.inside("node-2", route), check=True)
+    try:
+        found = problems(four_hosts)
+    finally:
+        route[2] = "del"
+        subprocess.run(four_hosts.inside("node-2", route), check=True)
+    remedy = "open all ports between the hosts, or name the interface that they share: GLOO_SOCKET_IFNAME=<interface>"
+    assert found == [
+        f"node-1: it does not reach node-2; {remedy} in .deepspeed_env",
+        f"node-2: it does not reach node-1; {remedy} in .deepspeed_env",
+    ]
+
+
 def test_debians_127_0_1_1_and_its_remedy(two_hosts: Cluster, tmp_path: Path) -> None:
     names = tmp_path / "hosts"
     names.write_text("127.0.0.1 localhost\n127.0.1.1 node-1\n10.77.0.10 node-0\n")
