@@ -8,7 +8,8 @@ from datetime import timedelta
 
 import pytest
 
-from recipe.meeting import DisagreementError, Facts, MeetingError, code_sha256, meet, name_ranks, objection_of
+from recipe.code_state import code_sha256
+from recipe.meeting import DisagreementError, Facts, MeetingError, meet, name_ranks, objection_of
 from tests.ranks import run_ranks
 
 FACTS = Facts("node-0", config_sha256="1", code_sha256="2", versions="torch 2.15.0", device="cpu")
@@ -131,9 +132,9 @@ def test_a_rank_of_another_run_gets_no_answer() -> None:
 
 def test_the_codes_digest_follows_the_code(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
-    for name in ("meeting.py", "data/loader.py"):
+    for name in ("code_state.py", "data/loader.py"):
         (tmp_path / name).write_text("a = 1\n")
-    monkeypatch.setattr("recipe.meeting.__file__", str(tmp_path / "meeting.py"))
+    monkeypatch.setattr("recipe.code_state.__file__", str(tmp_path / "code_state.py"))
     before = code_sha256()
     (tmp_path / "notes.txt").write_text("no code")
     assert code_sha256() == before
