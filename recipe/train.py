@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 from recipe.config import Distributed, read_config
 from recipe.interruption import Interrupted, end_at_once
+from recipe.placement import Placement, find_placement
 from recipe.plan import make_plan
 from recipe.plan_text import format_plan
 from recipe.summary import format_summary
@@ -45,16 +46,22 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         Interrupted: a signal asked for the end.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    placement = Placement()
+    try:
+        placement = find_placement(os.environ)
+        os.environ |= placement.variables(os.environ)
+    except ValueError as error:
+        return refuse(error, placement.rank, arguments.verbose)
+    rank, world_size, cores = placement.rank, placement.world_size, cores_per_rank(placement)
     output = arguments.output or Path("runs", arguments.deepspeed_config.stem)
     launch, checked, refusal = None, None, None
     try:
         config = read_config(arguments.deepspeed_config, overrides(arguments))
-        plan = make_plan(config, world_size, cores_per_rank())
+        plan = make_plan(config, world_size, cores)
         if rank == 0 and not plan.assumes_micro_batch:
             print(format_plan(plan), flush=True)
         # torch and DeepSpeed take seconds to import; a mistake in the config need not wait for them.
-        set_up_torch()
+        set_up_torch(cores)
         from recipe.launcher import check_ranks, find_launch
         from recipe.preflight import prepare
 
@@ -63,12 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
             check_ranks(launch, world_size)
         checked = prepare(plan, output, arguments.resume, arguments.accept_changes)
     except ValueError as error:
-        if ranks_here() == world_size:
+        if placement.ranks_here == world_size:
             return refuse(error, rank, arguments.verbose)
         # On other hosts a rank may see nothing wrong, and must not wait for this one.
         refusal = error
 
-    set_up_torch()
+    set_up_torch(cores)
     from recipe.meeting import DisagreementError, MeetingError, meet, own_facts
     from recipe.run import KNOWN_FAILURES, summary_of_complete_run, train
     from recipe.watch import Watch, say
@@ -122,18 +129,18 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     return [*arguments.set, *data]
 
 
-def ranks_here() -> int:
-    """How many ranks the launcher started on this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-
-
-def cores_per_rank() -> int:
+def cores_per_rank(placement: Placement) -> int:
     """This rank's share of the CPU cores that the process may use."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks_here())
+    allowed = len(os.sched_getaffinity(0))
+    # Slurm may have bound each rank to its own share, which is not to be shared again.
+    return min(allowed, placement.cores) if placement.cores else max(1, allowed // placement.ranks_here)
 
 
-def set_up_torch() -> None:
-    """Say to torch and DeepSpeed what they read once, when they are imported: threads and accelerator."""
+def set_up_torch(cores: int | None = None) -> None:
+    """Say to torch and DeepSpeed what they read once, when they are imported: threads and accelerator.
+
+    ``cores`` is this rank's share, by the environment unless told.
+    """
     # OpenMP's threads wait for each other by spinning. On an idle machine that is faster (1.5 times for the digits),
     # but where anything else wants a core they spin through whole time slices, and training takes 20 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -144,7 +151,7 @@ def set_up_torch() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found no other
         if not os.environ.get("OMP_NUM_THREADS"):
-            torch.set_num_threads(cores_per_rank())
+            torch.set_num_threads(cores or cores_per_rank(find_placement(os.environ)))
 
 
 def refuse(refusal: ValueError, rank: int, verbose: bool) -> int:

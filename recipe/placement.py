@@ -1,0 +1,96 @@
+"""Which rank this process is, of how many, and which on its host: as whatever started it says in the environment.
+
+torchrun and DeepSpeed's own launcher speak torch's language, RANK and so on. ``mpirun`` and ``srun``, which DeepSpeed's
+``--launcher openmpi`` and ``slurm`` call, have their own: a script that knows only the first believes to be alone, on
+every host.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# The same four of others. mpirun may itself be started by srun, once a host, and is asked first.
+OTHERS = {
+    "OpenMPI": tuple(f"OMPI_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    # A batch script, too, has SLURM_PROCID and SLURM_NTASKS, but is no rank: only a step has SLURM_STEP_NUM_TASKS.
+    # SLURM_GTIDS lists the ranks on this host.
+    "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_GTIDS"),
+}
+ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One rank's place. ``launcher`` is None where there is none; ``cores`` what it has set apart for each rank."""
+
+    launcher: str | None = None
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    ranks_here: int = 1
+    cores: int | None = None
+
+    def variables(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """What is to be added to the environment, in which torch and DeepSpeed look for RANK and so on.
+
+        Raises:
+            ValueError: nothing says where the ranks meet.
+        """
+        if self.launcher is None:
+            return {}
+        absent = [name for name in ADDRESS if not environ.get(name)]
+        if absent:
+            raise ValueError(
+                f"{self.launcher} started rank {self.rank} of {self.world_size}, but without {' and '.join(absent)}; "
+                "export the address of rank 0's host as MASTER_ADDR and a free port there as MASTER_PORT (with "
+                "deepspeed --launcher write them into .deepspeed_env)"
+            )
+        own = (self.rank, self.world_size, self.local_rank, self.ranks_here)
+        return dict(zip(TORCH, map(str, own), strict=True))
+
+
+def find_placement(environ: Mapping[str, str]) -> Placement:
+    """The place of a process with this environment; torch's own variables, where they are set, win.
+
+    Raises:
+        ValueError: RANK without WORLD_SIZE, or the other way round; a number that is none, or out of bounds.
+    """
+    given = [name for name in TORCH[:2] if environ.get(name)]
+    if len(given) == 1:
+        (other,) = set(TORCH[:2]) - set(given)
+        raise ValueError(
+            f"{given[0]}={environ[given[0]]} is set, but {other} is not; unset it, or set both, as launchers do"
+        )
+    if given:
+        # DeepSpeed's launcher calls the last one LOCAL_SIZE.
+        return _placement("the launcher", TORCH, {"LOCAL_WORLD_SIZE": environ.get("LOCAL_SIZE", ""), **environ})
+    for launcher, names in OTHERS.items():
+        if all(environ.get(name) for name in names):
+            place = _placement(launcher, names, environ)
+            # A single task, as of an interactive srun, is a run of its own and meets nobody.
+            return place if place.world_size > 1 else Placement(cores=place.cores)
+    return Placement()
+
+
+def _placement(launcher: str, names: tuple[str, ...], environ: Mapping[str, str]) -> Placement:
+    rank, world_size = _number(names[0], environ), _number(names[1], environ)
+    # Who sets no more than these two starts one rank a host.
+    local_rank, ranks_here = _number(names[2], environ, 0), _number(names[3], environ, 1)
+    if rank >= world_size:
+        raise ValueError(
+            f"{names[0]}={rank} with {names[1]}={world_size}: ranks count from 0 and end below their number"
+        )
+    cores = environ.get("SLURM_CPUS_PER_TASK", "") if launcher == "Slurm" else ""
+    return Placement(launcher, rank, world_size, local_rank, ranks_here, int(cores) if cores else None)
+
+
+def _number(name: str, environ: Mapping[str, str], default: int | None = None) -> int:
+    text = environ.get(name, "")
+    if name == "SLURM_GTIDS":
+        return len(text.split(","))
+    if not text and default is not None:
+        return default
+    if not text.isdecimal():
+        raise ValueError(f"{name}={text} is not the number of a rank or of ranks")
+    return int(text)
