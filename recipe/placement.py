@@ -31,23 +31,26 @@ class Placement:
     ranks_here: int = 1
     cores: int | None = None
 
-    def variables(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """What is to be added to the environment, in which torch and DeepSpeed look for RANK and so on.
-
-        Raises:
-            ValueError: nothing says where the ranks meet.
-        """
+    def variables(self) -> dict[str, str]:
+        """What is to be added to the environment, in which torch and DeepSpeed look for RANK and so on."""
         if self.launcher is None:
             return {}
+        own = (self.rank, self.world_size, self.local_rank, self.ranks_here)
+        return dict(zip(TORCH, map(str, own), strict=True))
+
+    def check_address(self, environ: Mapping[str, str]) -> None:
+        """Refuse ranks that are not told where to meet.
+
+        Raises:
+            ValueError: MASTER_ADDR or MASTER_PORT is missing.
+        """
         absent = [name for name in ADDRESS if not environ.get(name)]
-        if absent:
+        if self.launcher is not None and absent:
             raise ValueError(
                 f"{self.launcher} started rank {self.rank} of {self.world_size}, but without {' and '.join(absent)}; "
                 "export the address of rank 0's host as MASTER_ADDR and a free port there as MASTER_PORT (with "
                 "deepspeed --launcher write them into .deepspeed_env)"
             )
-        own = (self.rank, self.world_size, self.local_rank, self.ranks_here)
-        return dict(zip(TORCH, map(str, own), strict=True))
 
 
 def find_placement(environ: Mapping[str, str]) -> Placement:

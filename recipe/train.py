@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     placement = Placement()
     try:
         placement = find_placement(os.environ)
-        os.environ |= placement.variables(os.environ)
+        os.environ |= placement.variables()
+        placement.check_address(os.environ)
     except ValueError as error:
         return refuse(error, placement.rank, arguments.verbose)
     rank, world_size, cores = placement.rank, placement.world_size, cores_per_rank(placement)

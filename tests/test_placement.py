@@ -38,7 +38,8 @@ SRUN_ONCE_A_HOST = SRUN | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SL
 def test_one_rank_in_all_languages(environ: dict[str, str]) -> None:
     place = find_placement(environ)
     assert (place.rank, place.world_size, place.local_rank, place.ranks_here) == (3, 4, 1, 2)
-    assert place.variables(environ | ADDRESS) == TORCHRUN
+    assert place.variables() == TORCHRUN
+    place.check_address(environ | ADDRESS)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,8 @@ def test_one_rank_in_all_languages(environ: dict[str, str]) -> None:
 def test_a_process_that_is_alone(environ: dict[str, str]) -> None:
     place = find_placement(environ)
     assert (place.rank, place.world_size, place.ranks_here) == (0, 1, 1)
-    assert place.variables(environ) == {}
+    assert place.variables() == {}
+    place.check_address(environ)
 
 
 def test_one_rank_a_host_needs_no_local_rank() -> None:
@@ -75,7 +77,7 @@ def test_what_is_half_said_is_refused(environ: dict[str, str], message: str) -> 
 @pytest.mark.parametrize("environ", [OPENMPI, SRUN, TORCHRUN | {"MASTER_PORT": "29500"}])
 def test_ranks_that_know_no_meeting_place_are_refused(environ: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"started rank 3 of 4, but without MASTER_ADDR.*export"):
-        find_placement(environ).variables(environ)
+        find_placement(environ).check_address(environ)
 
 
 def test_cores_that_slurm_has_set_apart_are_not_shared_again(monkeypatch: pytest.MonkeyPatch) -> None:
