@@ -36,9 +36,12 @@ SchedulerParameters=bf_interval=1,sched_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=30
+GresTypes=gpu
 {nodes}
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+# The hosts pretend to have the cores and GPUs that the example asks for; nothing is bound to them.
+NODE = "NodeName={name} NodeAddr={address} CPUs=64 Gres=gpu:8 State=UNKNOWN"
 
 
 def missing() -> str | None:
@@ -61,9 +64,15 @@ class Slurm:
         (folder / "state").mkdir()
         (folder / "munge.key").write_bytes(b"a key for the tests' own hosts, no secret" * 4)
         (folder / "munge.key").chmod(0o600)
-        nodes = (f"NodeName={name} NodeAddr={cluster.address(name)} CPUs=2 State=UNKNOWN" for name in cluster.names)
+        nodes = (
+            f"NodeName={name} NodeAddr={cluster.address(name)} CPUs=64 Gres=gpu:8 State=UNKNOWN"
+            for name in cluster.names
+        )
         config = CONFIG.format(folder=folder, controller=cluster.address("node-0"), nodes="\n".join(nodes))
         (folder / "slurm.conf").write_text(config)
+        for number in range(8):
+            (folder / f"gpu{number}").touch()
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
         # slurmd insists on a kind of cgroups, though nothing here uses them and the hosts have none.
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         try:
