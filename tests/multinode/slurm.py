@@ -100,7 +100,7 @@ class Slurm:
     def call(self, *command: str, **variables: str) -> str:
         """What a command of Slurm's prints on the first host; it must succeed."""
         with self.cluster.started(command, on="node-0", SLURM_CONF=f"{self.folder}/slurm.conf", **variables) as process:
-            printed, _ = process.communicate(timeout=60)
+            printed, _ = process.communicate(timeout=120)
         assert process.returncode == 0, printed
         return printed
 

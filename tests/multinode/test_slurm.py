@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import DIGITS, losses
-from tests.multinode.cluster import Cluster, steps_written, wait_until
+from tests.launch import DIGITS, SHORT, losses
+from tests.multinode.cluster import DEEPSPEED, Cluster, steps_written, wait_until
 from tests.multinode.slurm import Slurm, missing
 
 pytestmark = [
@@ -84,6 +84,18 @@ def test_a_job_that_a_person_cancels_is_saved_and_stays_away(slurm: Slurm, tmp_p
     assert (known["JobState"], known["Restarts"]) == ("CANCELLED", "0"), log.read_text()
     assert "ended by SIGTERM, saved after" in log.read_text()
     assert not (output / "summary.json").exists()
+
+
+def test_the_slurm_launcher_of_deepspeed(slurm: Slurm, tmp_path: Path) -> None:
+    """It needs a hostfile to count ranks, and in .deepspeed_env where they meet; Slurm chooses the hosts."""
+    variables = tmp_path / "deepspeed_env"
+    variables.write_text(f"MASTER_ADDR={slurm.cluster.address('node-0')}\nMASTER_PORT=29512\n")
+    hostfile = slurm.cluster.hostfile(tmp_path / "hostfile")
+    launch = (DEEPSPEED, "--hostfile", str(hostfile), "--launcher", "slurm", "--launcher_args=--nodes=2")
+    arguments = ("--deepspeed_config", DIGITS, *SHORT, "--output", str(tmp_path / "run"))
+    printed = slurm.call(*launch, "recipe/train.py", *arguments, DS_ENV_FILE=str(variables))
+    assert "2 ranks on CPU" in printed
+    assert (tmp_path / "run/summary.json").exists()
 
 
 def test_slurm_takes_the_example_as_it_stands(slurm: Slurm) -> None:
