@@ -1,5 +1,6 @@
 """The README says what is there."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,17 @@ def test_every_key_stands_in_the_table(key: str) -> None:
     assert any(f"`{key}`" in row or (f"`{name}`" in row and f"`{section}." in row) for row in rows)
 
 
-@pytest.mark.parametrize("path", [*(ROOT / "ds_configs").iterdir(), *(ROOT / "hostfiles").iterdir()], ids=str)
-def test_every_config_and_hostfile_is_named(path: Path) -> None:
-    assert f"`{path.name}`" in README or f"{path.parent.name}/{path.name} " in README
+@pytest.mark.parametrize(
+    "path", [path for folder in ("ds_configs", "hostfiles", "examples") for path in (ROOT / folder).iterdir()], ids=str
+)
+def test_every_config_hostfile_and_example_is_named(path: Path) -> None:
+    folder, name = path.parent.name, path.name
+    assert any(word in README for word in (f"`{name}`", f"`{folder}/{name}`", f"{folder}/{name} "))
+
+
+@pytest.mark.parametrize("name", re.findall(r"`((?:tests/|examples/)[\w./-]+)`", README))
+def test_the_files_that_it_names_are_there(name: str) -> None:
+    assert (ROOT / name).is_file()
 
 
 def test_the_plan_is_as_it_prints(monkeypatch: pytest.MonkeyPatch) -> None:
