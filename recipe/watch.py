@@ -101,7 +101,7 @@ class Watch:
         self._own = own
         self._wake.set()
         # The thread may have ended with training, or hang in a call to a host that is gone.
-        if not self._thread.is_alive() or not self._settled.wait(3 * GRACE_SECONDS):
+        if not self._thread.is_alive() or not self._settled.wait(2 * GRACE_SECONDS + LOOK_EVERY_SECONDS):
             say(str(own))
         end_process()
 
