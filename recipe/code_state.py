@@ -5,7 +5,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torch", "deepspeed", "timm")
+PACKAGES = ("deepspeed", "torch", "torchvision", "timm")
 MISSING = "missing"
 
 
@@ -20,7 +20,7 @@ def code_sha256() -> str:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of what decides a training; ``MISSING`` for what is not installed."""
-    found = {"Python": platform.python_version()}
+    found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)

@@ -31,11 +31,18 @@ def join_process_group(device: torch.device, timeout: timedelta, meeting: Meetin
     if meeting is None:
         use_an_own_address()
     else:
-        store = PrefixStore("group", meeting.store)
-        dist.init_process_group(backend, store=store, rank=meeting.rank, world_size=meeting.world_size, timeout=timeout)
+        dist.init_process_group(
+            backend,
+            # Under the meeting's name: torchrun's store holds the addresses of ranks that it has ended.
+            store=PrefixStore(f"group/{meeting.name}", meeting.store),
+            rank=meeting.rank,
+            world_size=meeting.world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" and meeting.world_size > 1 else None,
+        )
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     # DeepSpeed reduces over a clone of the group, which would wait for half an hour.
-    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # torch < 2.15
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # older torch
     set_timeout(timeout, groups._get_data_parallel_group())
 
 

@@ -47,6 +47,6 @@ def read_hostfile(path: Path | str) -> Mapping[str, int]:
     return hosts
 
 
-def world_size(hosts: Mapping[str, int]) -> int:
-    """The number of ranks that the launcher starts on the hosts."""
+def count_slots(hosts: Mapping[str, int]) -> int:
+    """The number of slots, and so of ranks that the launcher starts."""
     return sum(hosts.values())

@@ -10,10 +10,13 @@ nothing is known, and nothing is checked.
 import ipaddress
 import socket
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
+from itertools import dropwhile
 from pathlib import Path
 
-from recipe.hostfile import read_hostfile
+from recipe.hostfile import count_slots, read_hostfile
 from recipe.strict_json import ABSENT, ConfigError, read_text
 
 PROCESSES = Path("/proc")
@@ -48,7 +51,7 @@ def check_ranks(launch: Launch, world_size: int) -> None:
             problem = f"{error.problem}; DeepSpeed passes that over and trains on this machine alone"
             raise ConfigError(launch.hostfile, "", ABSENT, problem, error.remedy) from None
     hosts = read_hostfile(hostfile)
-    slots = sum(hosts.values())
+    slots = count_slots(hosts)
     if world_size != slots:
         ranks = f"{world_size} rank{'' if world_size == 1 else 's'}"
         cause = f", by {' '.join(launch.filters)}" if launch.filters else ""
@@ -128,17 +131,19 @@ def _arguments(pid: str) -> list[str]:
 
 def _read_command(pid: str, arguments: list[str]) -> Launch | None:
     """What a process's arguments say, if it is the ``deepspeed`` command."""
-    # The interpreter, perhaps with options, comes before it; what the script gets comes after.
-    for number, word in enumerate(arguments[:6]):
-        if Path(word).name in ("deepspeed", "ds") or word == "deepspeed.launcher.runner":
-            from deepspeed.launcher.runner import DLTS_HOSTFILE, parse_args
+    words = arguments
+    if words and Path(words[0]).name.startswith("python"):
+        words = list(dropwhile(lambda word: word.startswith("-"), words[1:]))
+    if not words or (Path(words[0]).name not in ("deepspeed", "ds") and words[0] != "deepspeed.launcher.runner"):
+        return None
+    from deepspeed.launcher.runner import DLTS_HOSTFILE, parse_args
 
-            try:
-                asked = parse_args(arguments[number + 1 :])
-                folder = (PROCESSES / pid / "cwd").readlink()
-            except (OSError, SystemExit):
-                return None
-            given = {name: getattr(asked, name) for name in FILTERS}
-            filters = tuple(f"--{name} {value}" for name, value in given.items() if value not in ("", -1))
-            return Launch(int(pid), folder, asked.hostfile, asked.hostfile == DLTS_HOSTFILE, filters, asked.force_multi)
-    return None
+    try:
+        with redirect_stderr(StringIO()):  # where it is something else of that name
+            asked = parse_args(words[1:])
+        folder = (PROCESSES / pid / "cwd").readlink()
+    except (OSError, SystemExit):
+        return None
+    given = {name: getattr(asked, name) for name in FILTERS}
+    filters = tuple(f"--{name} {value}" for name, value in given.items() if value not in ("", -1))
+    return Launch(int(pid), folder, asked.hostfile, asked.hostfile == DLTS_HOSTFILE, filters, asked.force_multi)

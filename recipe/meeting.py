@@ -35,13 +35,18 @@ class DisagreementError(ValueError):
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rank brings along: ``refusal`` is what it has found wrong; digests are those of texts."""
+    """What a rank brings along.
+
+    ``refusal`` is what it has found wrong, ``checkpoint`` the newest in the output folder or "none"; digests are those
+    of texts.
+    """
 
     host: str
     config_sha256: str
     code_sha256: str
     versions: str
     device: str
+    checkpoint: str
     refusal: str | None = None
 
 
@@ -68,6 +73,7 @@ def own_facts(run: Run | None, refusal: Exception | None) -> Facts:
         code_sha256=code_sha256(),
         versions=", ".join(f"{name} {number}" for name, number in versions().items()),
         device="" if run is None else run.device.type,
+        checkpoint=run.start.checkpoints[0].path.name if run is not None and run.start.checkpoints else "none",
         refusal=None if refusal is None else str(refusal),
     )
 
@@ -77,7 +83,7 @@ def meet(own: Facts, timeout: timedelta) -> Meeting:
 
     Raises:
         DisagreementError: a rank refuses, or they differ in what must be the same.
-        MeetingError: the port is taken, or a rank does not come in time.
+        MeetingError: the port is taken, or a rank does not come in time; all that have come say which.
     """
     use_an_own_address()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -91,6 +97,8 @@ def meet(own: Facts, timeout: timedelta) -> Meeting:
             f"the ranks could not meet at {_address()}: {cause}; a second run on a machine needs a port of its own: "
             "deepspeed --master_port 29501 …"
         ) from error
+    if verdict["absent"] is not None:
+        raise MeetingError(verdict["absent"])
     if verdict["objection"] is not None:
         raise DisagreementError(verdict["objection"])
     return Meeting(store, verdict["name"], rank, tuple(verdict["hosts"]))
@@ -110,7 +118,7 @@ def open_store(timeout: timedelta, holds_it: bool) -> Store:
 
 def use_an_own_address() -> None:
     """Without a launcher's environment, as in ``python recipe/train.py …``, describe a launch of a single rank."""
-    if "RANK" not in os.environ:
+    if not os.environ.get("RANK"):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -137,18 +145,24 @@ def objection_of(everyone: Sequence[Facts]) -> str | None:
                 f"{pair} would train on {other.device} and {first.device}; check the GPUs and the drivers, or leave "
                 "the host out of the hostfile"
             )
+        if other.checkpoint != first.checkpoint:
+            return (
+                f"{pair} see different checkpoints in the output folder: {other.checkpoint} and {first.checkpoint}; "
+                "name an --output that all hosts share"
+            )
     return None
 
 
 def _gather(own: Facts, hall: Store, rank: int, world_size: int, deadline: float) -> dict[str, Any]:
-    """Rank 0's verdict on what the ranks brought along: ``name``, ``hosts`` and ``objection``."""
+    """Rank 0's verdict on what the ranks brought along: ``name``, ``hosts``, ``objection`` and who is ``absent``."""
     # Rank 0 calls, and answers those who have heard it. A store may hold what an earlier launch left (torchrun's
-    # outlives its ranks), and a rank of another run may come, to a port that is taken: neither gets in.
+    # outlives its ranks), and a rank of another run may come late, to a port that is taken: neither gets in.
     nonce = secrets.token_hex(8)
     if rank != 0:
         call = ""
         while not hall.check([f"verdict/{nonce}"]):
-            _rest_until(deadline, "rank 0 has not answered")
+            # Rank 0, whose time is over first, says who has not come.
+            _rest_until(deadline + FAREWELL_SECONDS, "rank 0 has not answered")
             if hall.check(["call"]) and (latest := hall.get("call").decode()) != call:
                 call = latest
                 hall.set(f"{call}/facts/{rank}", json.dumps({"nonce": nonce} | asdict(own)))
@@ -158,13 +172,18 @@ def _gather(own: Facts, hall: Store, rank: int, world_size: int, deadline: float
     hall.set("call", nonce)
     hall.set(f"{nonce}/facts/0", json.dumps({"nonce": nonce} | asdict(own)))
     keys = [f"{nonce}/facts/{other}" for other in range(world_size)]
-    while not hall.check(keys):
-        missing = [other for other, key in enumerate(keys) if not hall.check([key])]
-        _rest_until(deadline, f"{name_ranks(missing)} of {world_size} did not come")
-    brought = [json.loads(hall.get(key)) for key in keys]
+    absent = None
+    while not hall.check(keys) and absent is None:
+        try:
+            missing = [other for other, key in enumerate(keys) if not hall.check([key])]
+            _rest_until(deadline, f"{name_ranks(missing)} of {world_size} did not come")
+        except MeetingError as error:
+            absent = str(error)
+    brought = [json.loads(hall.get(key)) for key in keys if hall.check([key])]
     nonces = [words.pop("nonce") for words in brought]
     everyone = [Facts(**words) for words in brought]
-    verdict = {"name": nonce, "hosts": [other.host for other in everyone], "objection": objection_of(everyone)}
+    verdict = {"name": nonce, "hosts": [other.host for other in everyone], "absent": absent}
+    verdict["objection"] = objection_of(everyone)
     for other in nonces[1:]:
         hall.set(f"verdict/{other}", json.dumps(verdict))
     farewell = time.monotonic() + FAREWELL_SECONDS
@@ -176,7 +195,10 @@ def _gather(own: Facts, hall: Store, rank: int, world_size: int, deadline: float
 def _rest_until(deadline: float, problem: str) -> None:
     # Store.wait would not let a signal through.
     if time.monotonic() > deadline:
-        raise MeetingError(f"{problem} at {_address()} in time; python -m recipe hosts HOSTFILE finds out why")
+        raise MeetingError(
+            f"{problem} at {_address()} in time; python -m recipe hosts HOSTFILE finds out why, or raise "
+            "recipe.distributed.timeout_seconds where hosts start slowly"
+        )
     time.sleep(ASK_EVERY_SECONDS)
 
 

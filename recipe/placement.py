@@ -12,6 +12,7 @@ TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 # The same four of others. mpirun may itself be started by srun, once a host, and is asked first.
 OTHERS = {
     "OpenMPI": tuple(f"OMPI_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    "MVAPICH2": tuple(f"MV2_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     # A batch script, too, has SLURM_PROCID and SLURM_NTASKS, but is no rank: only a step has SLURM_STEP_NUM_TASKS.
     # SLURM_GTIDS lists the ranks on this host.
@@ -36,7 +37,8 @@ class Placement:
         if self.launcher is None:
             return {}
         own = (self.rank, self.world_size, self.local_rank, self.ranks_here)
-        return dict(zip(TORCH, map(str, own), strict=True))
+        # LOCAL_SIZE is DeepSpeed's word; without it, it asks numactl for the cores, again and again.
+        return dict(zip((*TORCH, "LOCAL_SIZE"), map(str, (*own, self.ranks_here)), strict=True))
 
     def check_address(self, environ: Mapping[str, str]) -> None:
         """Refuse ranks that are not told where to meet.
@@ -57,7 +59,7 @@ def find_placement(environ: Mapping[str, str]) -> Placement:
     """The place of a process with this environment; torch's own variables, where they are set, win.
 
     Raises:
-        ValueError: RANK without WORLD_SIZE, or the other way round; a number that is none, or out of bounds.
+        ValueError: a launcher's variables that are half set; a number that is none, or out of bounds.
     """
     given = [name for name in TORCH[:2] if environ.get(name)]
     if len(given) == 1:
@@ -73,6 +75,13 @@ def find_placement(environ: Mapping[str, str]) -> Placement:
             place = _placement(launcher, names, environ)
             # A single task, as of an interactive srun, is a run of its own and meets nobody.
             return place if place.world_size > 1 else Placement(cores=place.cores)
+    for launcher, names in OTHERS.items():
+        if environ.get(names[1], "1") != "1":
+            absent = [name for name in names if not environ.get(name)]
+            raise ValueError(
+                f"{names[1]}={environ[names[1]]} is set, as {launcher} does, but not {', '.join(absent)}; unset it, or "
+                "set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE"
+            )
     return Placement()
 
 

@@ -44,7 +44,7 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
             the data, an output folder that holds another training.
     """
     recipe = plan.config.recipe
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = (os.environ.get("RANK") or "0") == "0"
     with ExitStack() as undone_if_refused:
         # First of all: another run that is about to end changes which checkpoints are there.
         lock_file = undone_if_refused.enter_context(lock(output)) if is_first else None

@@ -167,6 +167,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
 
 def leave_process_group(watch: Watch) -> None:
     """End together: a rank that leaves early makes gloo abort the others."""
+    dist.barrier()  # until the last has come here, a failure is one to be told
     watch.close()
     dist.barrier()
     dist.destroy_process_group()

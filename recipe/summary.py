@@ -1,9 +1,7 @@
 """What is left to say at the end of a run, for programs (``summary.json``) and for people."""
 
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -11,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recipe.code_state import versions
 from recipe.plan import Plan
 
 SUMMARY = "summary.json"
-PACKAGES = ("deepspeed", "torch", "torchvision", "timm")
 LAST_EPOCHS = 5  # the paper reports the median error of the last five (§5.1)
 
 
@@ -77,8 +75,7 @@ def summarise(
         "wall_seconds": round(history.seconds, 1),
         "bad_images": sorted(history.bad_images),
         "device": device,
-        "versions": {"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": versions(),
     }
 
 

@@ -22,7 +22,7 @@ from recipe.plan import make_plan
 from recipe.plan_text import format_plan
 from recipe.summary import format_summary
 
-COMPLETE, FAILED, REFUSED = 0, 1, 2
+COMPLETE, REFUSED = 0, 2
 OTHER_RANKS_WAIT_SECONDS = 15.0
 AFTER_RANK_0_SECONDS = 2.0
 
@@ -55,46 +55,50 @@ def run(arguments: argparse.Namespace) -> int:
         return refuse(error, placement.rank, arguments.verbose)
     rank, world_size, cores = placement.rank, placement.world_size, cores_per_rank(placement)
     output = arguments.output or Path("runs", arguments.deepspeed_config.stem)
-    launch, checked, refusal = None, None, None
+    plan, launch, checked, refusal = None, None, None, None
     try:
-        config = read_config(arguments.deepspeed_config, overrides(arguments))
-        plan = make_plan(config, world_size, cores)
+        plan = make_plan(read_config(arguments.deepspeed_config, overrides(arguments)), world_size, cores)
         if rank == 0 and not plan.assumes_micro_batch:
             print(format_plan(plan), flush=True)
-        # torch and DeepSpeed take seconds to import; a mistake in the config need not wait for them.
-        set_up_torch(cores)
-        from recipe.launcher import check_ranks, find_launch
-        from recipe.preflight import prepare
+    except ValueError as error:
+        if placement.ranks_here == world_size:  # they all read the same file
+            return refuse(error, rank, arguments.verbose)
+        refusal = error
+    # torch and DeepSpeed take seconds to import; a mistake in the config need not wait for them.
+    set_up_torch(cores)
+    from recipe.launcher import check_ranks, find_launch
+    from recipe.meeting import DisagreementError, MeetingError, meet, own_facts
+    from recipe.preflight import prepare
+    from recipe.run import KNOWN_FAILURES, summary_of_complete_run, train
+    from recipe.watch import FAILED, Watch, say
 
+    try:
         launch = find_launch() if rank == 0 else None
         if launch is not None:
             check_ranks(launch, world_size)
-        checked = prepare(plan, output, arguments.resume, arguments.accept_changes)
+        if plan is not None:
+            checked = prepare(plan, output, arguments.resume, arguments.accept_changes)
     except ValueError as error:
-        if placement.ranks_here == world_size:
+        if world_size == 1:
             return refuse(error, rank, arguments.verbose)
-        # On other hosts a rank may see nothing wrong, and must not wait for this one.
+        # The other ranks may see nothing wrong, and must not wait for this one.
         refusal = error
-
-    set_up_torch(cores)
-    from recipe.meeting import DisagreementError, MeetingError, meet, own_facts
-    from recipe.run import KNOWN_FAILURES, summary_of_complete_run, train
-    from recipe.watch import Watch, say
-
-    settings = Distributed() if checked is None else checked.plan.config.recipe.distributed
+    settings = Distributed() if plan is None else plan.config.recipe.distributed
     timeout = timedelta(seconds=settings.timeout_seconds)
     try:
         meeting = meet(own_facts(checked, refusal), timeout)
     except DisagreementError as disagreement:
         return refuse_together(disagreement, rank)
     except MeetingError as error:
-        say(f"rank {rank} on {socket.gethostname()} failed: {type(error).__name__}: {error}")
+        cause = f"{refusal}; and {error}" if refusal is not None else f"{type(error).__name__}: {error}"
+        say(f"rank {rank} on {socket.gethostname()} failed: {cause}")
         return FAILED
     assert checked is not None, "ranks that refuse do not meet"
     summary = summary_of_complete_run(checked)
     if summary is None:
-        launcher = None if launch is None else launch.pid
-        with Watch(meeting, timeout, launcher, () if arguments.verbose else KNOWN_FAILURES) as watch:
+        launchers = [] if placement.launcher is None else [os.getppid()]
+        launchers += [] if launch is None else [launch.pid]
+        with Watch(meeting, timeout, launchers, () if arguments.verbose else KNOWN_FAILURES) as watch:
             summary = train(checked, meeting, watch, arguments.verbose)
     elif rank == 0:
         print(f"{output} is complete already, and nothing was trained; another --output trains it anew")

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -63,18 +63,18 @@ class Watch:
     Args:
         meeting: Where the ranks have met.
         timeout: Of the process groups.
-        launcher: The process id of the ``deepspeed`` command, if it is on this machine.
+        launchers: Process ids of what started the ranks, as far as it is on this machine.
         known: Exceptions whose message says all that a person needs; others are shown with their traceback.
     """
 
     def __init__(
-        self, meeting: Meeting, timeout: timedelta, launcher: int | None, known: tuple[type[Exception], ...]
+        self, meeting: Meeting, timeout: timedelta, launchers: Sequence[int], known: tuple[type[Exception], ...]
     ) -> None:
         self.step: int | None = None
         self._meeting = meeting
         self._patience_seconds = PATIENCE * timeout.total_seconds()
         self._known = known
-        self._launchers = [pidfd for pid in (os.getppid(), launcher) if (pidfd := _open_process(pid)) is not None]
+        self._launchers = [pidfd for pid in launchers if (pidfd := _open_process(pid)) is not None]
         self._waits_since: float | None = None
         self._own: Failure | None = None
         self._is_cause = False
@@ -100,16 +100,18 @@ class Watch:
             tell(error, own, self._known)
         self._own = own
         self._wake.set()
-        # The thread may have ended with training, or hang in a call to a host that is gone.
-        if not self._thread.is_alive() or not self._settled.wait(2 * GRACE_SECONDS + LOOK_EVERY_SECONDS):
+        if not self._thread.is_alive():  # training is over, and with it the watch
             say(str(own))
+        elif not self._settled.wait(2 * GRACE_SECONDS + LOOK_EVERY_SECONDS) and not self._is_cause:
+            # It hangs in a call to the store: the host that holds it is gone, or this one is.
+            say(self._silent([0], error))
         end_process()
 
     def close(self) -> None:
         """Watch no longer: from here on other ranks may leave."""
         self._over.set()
         self._wake.set()
-        self._thread.join()
+        self._thread.join(GRACE_SECONDS)  # it may hang in a call to a host that is gone
 
     def awaited(self, items: Iterable[T]) -> Iterator[T]:
         """Pass ``items`` on; one that does not come ends the process before the other ranks' timeout does."""
@@ -138,7 +140,7 @@ class Watch:
                 if self._own is not None or (store is not None and store.check([_FAILED])):
                     break
             first, speaks = self._settle(store)
-        except (DistError, RuntimeError) as error:
+        except RuntimeError as error:
             if self._over.is_set():
                 return
             first = self._silent([0], error)
@@ -146,7 +148,7 @@ class Watch:
             speaks = os.environ.get("LOCAL_RANK", "0") == "0"
         if speaks and not (self._is_cause and first == str(self._own)):
             say(first)
-        with suppress(DistError, RuntimeError):  # it may be gone with rank 0
+        with suppress(RuntimeError):  # it may be gone with rank 0
             self._leave(store)
         self._settled.set()
         end_process()
@@ -206,7 +208,7 @@ class Watch:
         return first, speaks
 
     def _silent(self, ranks: list[int], error: Exception | None) -> str:
-        seen = self._own.text if self._own is not None else "" if error is None else f"{type(error).__name__}: {error}"
+        seen = self._own.text if self._own is not None else f"{type(error).__name__}: {error}" if error else ""
         return (
             f"{name_ranks(ranks, self._meeting.hosts)} ended without a word{_at(self.step)}: killed (out of memory?), "
             f"or the host is gone or cut off{seen and f'; rank {self._meeting.rank} saw {_essence(seen)}'}"
@@ -219,7 +221,9 @@ class Watch:
 def is_cause(error: BaseException) -> bool:
     """Whether an exception says what happened, and not merely that other ranks are gone."""
     frames = traceback.extract_tb(error.__traceback__)
-    return not isinstance(error, DistError) and not (frames and frames[-1].filename.startswith(_TALK_BETWEEN_RANKS))
+    is_talk = bool(frames) and frames[-1].filename.startswith(_TALK_BETWEEN_RANKS)
+    # Where something is waited for that was begun before, as under ZeRO, the place tells nothing, but the words do.
+    return not isinstance(error, DistError) and not is_talk and "/gloo/transport/" not in str(error)
 
 
 def tell(error: Exception, failure: Failure, known: tuple[type[Exception], ...]) -> None:
@@ -238,10 +242,10 @@ def end_process() -> NoReturn:
     os._exit(FAILED)
 
 
-def _open_process(pid: int | None) -> int | None:
+def _open_process(pid: int) -> int | None:
     """A descriptor that becomes readable when the process ends, even while nobody has taken note of its end."""
     try:
-        return None if pid is None or pid <= 1 else os.pidfd_open(pid)
+        return os.pidfd_open(pid)
     except OSError:  # it is gone already, or Linux is older than 5.3
         return None
 

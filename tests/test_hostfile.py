@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.hostfile import read_hostfile, world_size
+from recipe.hostfile import count_slots, read_hostfile
 from recipe.strict_json import ConfigError
 
 HostfileOf = Callable[[str | bytes], Path]
@@ -36,7 +36,7 @@ GOOD = [
 def test_reads_hosts_in_order(hostfile: HostfileOf, text: str, hosts: dict[str, int], ranks: int) -> None:
     found = read_hostfile(hostfile(text))
     assert list(found.items()) == list(hosts.items())
-    assert world_size(found) == ranks
+    assert count_slots(found) == ranks
 
 
 def test_agrees_with_deepspeed_on_what_is_right(hostfile: HostfileOf) -> None:

@@ -18,7 +18,7 @@ from tests.launch import DIGITS, ROOT
 FACTS: dict[str, Any] = {
     "clock": 0.1,
     "checkout": {
-        "versions": {"Python": "3.11.7", "torch": "2.15.0", "deepspeed": "0.19.8", "timm": "1.0.31"},
+        "versions": {"python": "3.11.7", "torch": "2.15.0", "deepspeed": "0.19.8", "timm": "1.0.31"},
         "code_sha256": "c0de",
         "commit": "8f7e6184",
         "is_changed": False,

@@ -38,7 +38,7 @@ SRUN_ONCE_A_HOST = SRUN | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SL
 def test_one_rank_in_all_languages(environ: dict[str, str]) -> None:
     place = find_placement(environ)
     assert (place.rank, place.world_size, place.local_rank, place.ranks_here) == (3, 4, 1, 2)
-    assert place.variables() == TORCHRUN
+    assert place.variables() == TORCHRUN | {"LOCAL_SIZE": "2"}
     place.check_address(environ | ADDRESS)
 
 
@@ -98,3 +98,25 @@ def test_a_script_that_knows_half_does_not_start(variables: dict[str, str]) -> N
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("recipe: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_a_lone_rank_is_told_by_an_empty_environment() -> None:
+    assert find_placement({"RANK": "", "WORLD_SIZE": ""}) == Placement()
+
+
+@pytest.mark.parametrize(
+    ("environ", "absent"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_LOCAL_RANK, OMPI_COMM_WORLD_LOCAL_SIZE"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, "SLURM_LOCALID, SLURM_GTIDS"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "MPI_LOCALRANKID, MPI_LOCALNRANKS"),
+    ],
+)
+def test_a_launcher_that_says_half_is_not_taken_for_none(environ: dict[str, str], absent: str) -> None:
+    with pytest.raises(ValueError, match=f"is set, as .* does, but not {absent}; unset it, or set RANK"):
+        find_placement(environ)
+
+
+def test_slurms_pmi2_is_slurms() -> None:
+    slurm = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURM_GTIDS": "1"}
+    assert find_placement(slurm | {"PMI_RANK": "1", "PMI_SIZE": "2"}).launcher == "Slurm"

@@ -24,7 +24,7 @@ from recipe.watch import Watch
 
 rank, what, who = int(os.environ["RANK"]), sys.argv[1], int(sys.argv[2])
 timeout = timedelta(seconds=8)
-meeting = meet(Facts(f"host-{rank}", "", "", "", ""), timedelta(seconds=60))
+meeting = meet(Facts(f"host-{rank}", "", "", "", "", "none"), timedelta(seconds=60))
 join_process_group(torch.device("cpu"), timeout, meeting)
 dist.barrier()
 
@@ -32,7 +32,7 @@ def images():
     yield 1
     time.sleep(100)
 
-with Watch(meeting, timeout, None, (ValueError,)) as watch:
+with Watch(meeting, timeout, [os.getppid()], (ValueError,)) as watch:
     watch.step = 3
     print("ready", flush=True)
     time.sleep(2)

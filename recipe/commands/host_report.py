@@ -150,7 +150,7 @@ _COLUMNS: dict[str, Callable[[Host], str]] = {
     "slots": lambda host: str(host.slots),
     "device": _device,
     "address": lambda host: host.facts["network"]["address"],
-    "Python": lambda host: host.facts["checkout"]["versions"]["Python"],
+    "Python": lambda host: host.facts["checkout"]["versions"]["python"],
     "torch": lambda host: host.facts["checkout"]["versions"]["torch"],
     "DeepSpeed": lambda host: host.facts["checkout"]["versions"]["deepspeed"],
     "timm": lambda host: host.facts["checkout"]["versions"]["timm"],

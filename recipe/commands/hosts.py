@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import json
 import re
 import shutil
 import sys
@@ -14,9 +13,10 @@ from recipe.commands.host_questions import Launch, examine
 from recipe.commands.host_report import Host, compare, format_problems, format_table
 from recipe.config import Config, read_config
 from recipe.deepspeed_env import deepspeed_env_files, read_deepspeed_env
-from recipe.hostfile import read_hostfile
+from recipe.hostfile import count_slots, read_hostfile
 from recipe.plan import make_plan
 from recipe.strict_json import printable
+from recipe.train import overrides
 
 WORKS, FAILS, REFUSED = 0, 1, 2
 DEFAULT_PORT = 29500  # DeepSpeed's
@@ -30,9 +30,9 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     try:
         slots = read_hostfile(arguments.hostfile)
-        config = read_config(arguments.config, _overrides(arguments)) if arguments.config else None
+        config = read_config(arguments.config, overrides(arguments)) if arguments.config else None
         variables, refusals = read_deepspeed_env(deepspeed_env_files() if len(slots) > 1 else [])
-        launch = _launch(arguments, config, sum(slots.values()), variables)
+        launch = _launch(arguments, config, count_slots(slots), variables)
     except ValueError as refusal:
         print(f"recipe: {refusal}", file=sys.stderr)
         return REFUSED
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     for line in notes:
         print(f"note: {printable(line)}")
     seconds = f"checked in {time.monotonic() - started:.0f} s"
-    ranks = f"{_count(sum(slots.values()), 'rank')} on {_count(len(hosts), 'host')}"
+    ranks = f"{_count(count_slots(slots), 'rank')} on {_count(len(hosts), 'host')}"
     if problems:
         print(f"A launch would fail or go wrong: {_count(len(problems), 'problem')} ({ranks}; {seconds}).")
         return FAILS
@@ -85,11 +85,6 @@ def _port(text: str) -> int:
     if not 1 <= number <= 65535:
         raise argparse.ArgumentTypeError("expected a whole number from 1 to 65535")
     return number
-
-
-def _overrides(arguments: argparse.Namespace) -> list[str]:
-    data = [] if arguments.data is None else [f"recipe.data.path={json.dumps(arguments.data)}"]
-    return [*arguments.set, *data]
 
 
 def _launch(

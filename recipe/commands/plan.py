@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from recipe.config import read_config
-from recipe.hostfile import read_hostfile
+from recipe.hostfile import count_slots, read_hostfile
 from recipe.plan import make_plan
 from recipe.plan_text import format_plan
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         world_size = arguments.world_size
         if arguments.hostfile:
-            world_size = sum(read_hostfile(arguments.hostfile).values())
+            world_size = count_slots(read_hostfile(arguments.hostfile))
         plan = make_plan(read_config(arguments.config, arguments.set), world_size)
     except ValueError as refusal:
         print(f"recipe: {refusal}", file=sys.stderr)

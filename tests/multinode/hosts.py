@@ -115,7 +115,7 @@ class Hosts:
     def processes(self, name: str) -> list[str]:
         """The Python processes that are alive on a host, "<pid> <command line>" each."""
         listed = subprocess.run(
-            self.inside(name, ["ps", "-eo", "pid,args", "--no-headers"]), capture_output=True, text=True
+            self.inside(name, ["ps", "-eo", "pid,args", "--no-headers"]), capture_output=True, text=True, check=True
         )
         lines = map(str.strip, listed.stdout.splitlines())
         return [line for line in lines if "python" in line.partition(" ")[2].partition(" ")[0]]

@@ -41,7 +41,6 @@ GresTypes=gpu
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 # The hosts pretend to have the cores and GPUs that the example asks for; nothing is bound to them.
-NODE = "NodeName={name} NodeAddr={address} CPUs=64 Gres=gpu:8 State=UNKNOWN"
 
 
 def missing() -> str | None:

@@ -1,0 +1,202 @@
+"""What more ranks cost: step time, the share of communication and of waiting for data, beside the model on paper.
+
+resnet18 trains on the digits by the recipe's own loop under the ``deepspeed`` launcher, with as many images a rank on
+any number of ranks; every second step leaves the all-reduce of the gradients out. The model
+(``recipe/communication.py``) gets the link as it is measured around the ring of ranks, and predicts the all-reduce;
+both stand in the table. With ``--hosts`` the ranks are also put on hosts made of namespaces, one each, whose links are
+limited to given rates (needs root, and what ``tests/multinode`` needs). The same model then says what large clusters
+would do, under assumptions that are written beside it.
+
+    python -m benchmarks.scaling --hosts 1gbit 200mbit --json benchmarks/results/scaling_cpu.json
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.launch import ROOT, deepspeed_command, environment
+from benchmarks.report import context, heading, write
+from benchmarks.scaling_rank import FOUND, MODEL
+from recipe.communication import Link, all_reduce_bytes, all_reduce_seconds, efficiency, exposed_seconds
+
+SCRIPT = "benchmarks/scaling_rank.py"
+TIMEOUT_SECONDS = 600
+
+# Clusters on paper: ResNet-50 in fp16, an all-reduce of half gradients.
+RESNET50_GRADIENT_BYTES = 2 * 25_557_032
+GPUS = (8, 64, 256, 3584)
+IMAGES_PER_SECOND = 2500.0
+BACKWARD_SHARE = 2 / 3  # of a step's computation: twice the multiplications of the forward pass
+CLUSTERS = {
+    "400 Gbit/s and 5 µs a GPU": Link(50e9, 5e-6),
+    "50 Gbit/s for a node of 8 (the paper's network) and 20 µs": Link(50e9 / 8 / 8, 20e-6),
+}
+
+
+def measure(ranks: int, micro_batch: int, steps: int, rate: str | None) -> dict[str, Any]:
+    """Run on ranks of this machine or, with a ``rate`` such as "1gbit", on as many hosts whose links have it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "run")
+        folder.mkdir()
+        words = ("--micro-batch", str(micro_batch), "--steps", str(steps), "--folder", str(folder))
+        if rate is None:
+            done = subprocess.run(
+                deepspeed_command(ranks, SCRIPT, *words),
+                cwd=ROOT,
+                env=environment(),
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_SECONDS,
+                check=False,
+            )
+            code, printed = done.returncode, done.stdout + done.stderr
+        else:
+            from tests.multinode.cluster import Cluster
+
+            with Cluster(Path(name, "cluster"), ranks) as cluster:
+                for host in cluster.names:
+                    cluster.limit(host, rate)
+                with cluster.launched(*words, script=SCRIPT) as process:
+                    printed, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+                    code = process.returncode
+        if code != 0:
+            raise RuntimeError(f"{ranks} ranks ended with {code}:\n{printed}")
+        return summarise(json.loads((folder / FOUND).read_text()), ranks, rate)
+
+
+def summarise(everyone: list[dict[str, Any]], ranks: int, rate: str | None) -> dict[str, Any]:
+    """One row: medians over steps, of the slowest rank; and what the model makes of the link."""
+    slowest = {kind: max(found["steps"][kind] for found in everyone) for kind in ("with", "without", "data_wait")}
+    row: dict[str, Any] = {"ranks": ranks, "rate": rate, "seconds": slowest, "link": None}
+    # A rank that waits for a slower one waits in the all-reduce; the least of them is that of the all-reduce alone.
+    row["all_reduce_seconds"] = min(found["steps"]["all_reduce"] for found in everyone)
+    row["predicted_all_reduce_seconds"] = 0.0
+    if ranks > 1:
+        link = Link(**{key: median(found["link"][key] for found in everyone) for key in everyone[0]["link"]})
+        row["link"] = {"bytes_per_second": link.bytes_per_second, "latency_seconds": link.latency_seconds}
+        row["predicted_all_reduce_seconds"] = all_reduce_seconds(everyone[0]["steps"]["gradient_bytes"], ranks, link)
+    return row
+
+
+def on_paper() -> list[dict[str, Any]]:
+    """What the model says of large clusters."""
+    rows = []
+    for name, link in CLUSTERS.items():
+        for micro_batch in (32, 256):
+            compute = micro_batch / IMAGES_PER_SECOND
+            for gpus in GPUS:
+                best = min(
+                    all_reduce_seconds(RESNET50_GRADIENT_BYTES, gpus, link, "ring"),
+                    all_reduce_seconds(RESNET50_GRADIENT_BYTES, gpus, link, "tree"),
+                )
+                shares = {
+                    overlaps: efficiency(compute, exposed_seconds(best, BACKWARD_SHARE * compute, overlaps))
+                    for overlaps in (False, True)
+                }
+                rows.append(
+                    {
+                        "network": name,
+                        "micro_batch": micro_batch,
+                        "gpus": gpus,
+                        "all_reduce_seconds": best,
+                        "efficiency": shares[False],
+                        "efficiency_with_overlap": shares[True],
+                        "images_per_second": gpus * IMAGES_PER_SECOND * shares[False],
+                    }
+                )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure all cases and print the tables."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    before = context("benchmarks.scaling", words)
+    parser = argparse.ArgumentParser(prog="benchmarks.scaling", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="on this machine (default: 1 2 4)")
+    parser.add_argument("--hosts", nargs="*", default=[], metavar="RATE", help="rates of the links of 2 and 4 hosts")
+    parser.add_argument("--micro-batch", type=int, default=16, help="images a rank and step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=15, help="of each kind (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
+    arguments = parser.parse_args(words)
+    cases: list[tuple[int, str | None]] = [(ranks, None) for ranks in arguments.ranks]
+    cases += [(ranks, rate) for rate in arguments.hosts for ranks in (2, 4)]
+    results = []
+    for ranks, rate in cases:
+        print(f"{ranks} ranks{f', hosts with links of {rate}' if rate else ''}", file=sys.stderr, flush=True)
+        results.append(measure(ranks, arguments.micro_batch, arguments.steps, rate))
+    report = before | {
+        "settings": {"model": MODEL, "micro_batch": arguments.micro_batch, "steps": arguments.steps},
+        "results": results,
+        "on_paper": on_paper(),
+    }
+    table = format_report(report)
+    print(table, end="")
+    if arguments.json is not None:
+        write(arguments.json, report, table)
+    return 0
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    settings = report["settings"]
+    lines = [
+        *heading("What more ranks cost", report),
+        f"{settings['model']} in fp32, {settings['micro_batch']} images a rank and step, one thread a rank; medians of "
+        f"{settings['steps']} steps with the all-reduce and as many without it, in turn. The ranks share the cores: "
+        "what a step takes without the all-reduce grows with them here, as it would not on GPUs.",
+        "",
+        "| ranks | where | link, measured | step without all-reduce | step | waiting for data | all-reduce | "
+        "predicted | predicted ÷ measured |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["results"]:
+        seconds, link = row["seconds"], row["link"]
+        where = f"hosts, {row['rate']}" if row["rate"] else "one machine"
+        measured, predicted = row["all_reduce_seconds"], row["predicted_all_reduce_seconds"]
+        lines.append(
+            f"| {row['ranks']} | {where} | {_link(link)} | {_ms(seconds['without'])} | {_ms(seconds['with'])} | "
+            f"{seconds['data_wait'] / seconds['with']:.1%} | "
+            + (f"{_ms(measured)} | {_ms(predicted)} | {predicted / measured:.2f} |" if link else "– | – | – |")
+        )
+    lines += [
+        "",
+        "The model: an all-reduce takes 2 (P − 1) / P · M bytes over the measured bandwidth and 2 (P − 1) latencies. "
+        "Adding up, which costs a CPU time, is not in it.",
+        "",
+        "## On paper",
+        "",
+        f"ResNet-50, fp16 gradients ({RESNET50_GRADIENT_BYTES / 1e6:.0f} MB). Assumed: {IMAGES_PER_SECOND:,.0f} images "
+        "a second and GPU, at either micro-batch; the network as named, without contention, for the better of ring and "
+        "tree; batch norm within the micro-batch; data that never waits. **Nothing of this was measured.**",
+        "",
+        "| network | micro-batch | GPUs | global batch | all-reduce | efficiency | if backward hid it | images/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["on_paper"]:
+        lines.append(
+            f"| {row['network']} | {row['micro_batch']} | {row['gpus']:,} | {row['gpus'] * row['micro_batch']:,} | "
+            f"{_ms(row['all_reduce_seconds'])} | {row['efficiency']:.0%} | {row['efficiency_with_overlap']:.0%} | "
+            f"{row['images_per_second']:,.0f} |"
+        )
+    sent = all_reduce_bytes(RESNET50_GRADIENT_BYTES, 256) / 1e6
+    return "\n".join([*lines, "", f"Each of 256 GPUs sends {sent:.0f} MB a step.", ""])
+
+
+def _link(link: dict[str, float] | None) -> str:
+    if link is None:
+        return "–"
+    return f"{link['bytes_per_second'] * 8 / 1e9:.2f} Gbit/s, {link['latency_seconds'] * 1e6:.0f} µs"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:,.1f} ms"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
