@@ -23,7 +23,7 @@ needs_openmpi = pytest.mark.skipif(shutil.which("ompi_info") is None, reason="ne
 def expected(two_hosts: Cluster, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     output = tmp_path_factory.mktemp("pdsh")
     printed = two_hosts.train(*TRAINING, "--output", str(output))
-    assert "2 ranks on CPU" in printed
+    assert "2 ranks of 2 hosts on CPU" in printed
     return losses(output)
 
 
@@ -45,7 +45,7 @@ def test_openmpi(two_hosts: Cluster, tmp_path: Path, expected: list[float]) -> N
     command = (DEEPSPEED, "--hostfile", str(hostfile), *OPENMPI, "recipe/train.py", *TRAINING, "--output", str(output))
     code, printed = run(two_hosts, *command, DS_ENV_FILE=str(variables))
     assert code == 0, printed
-    assert "2 ranks on CPU" in printed
+    assert "2 ranks of 2 hosts on CPU" in printed
     assert losses(output) == expected
 
 
@@ -82,5 +82,5 @@ def test_the_command_of_the_kubernetes_example(two_hosts: Cluster, tmp_path: Pat
         printed = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
     # Which host has rank 0 is torchrun's choice.
-    assert sum("2 ranks on CPU" in text for text in printed) == 1
+    assert sum("2 ranks of 2 hosts on CPU" in text for text in printed) == 1
     assert losses(tmp_path) == expected

@@ -94,7 +94,7 @@ def test_the_slurm_launcher_of_deepspeed(slurm: Slurm, tmp_path: Path) -> None:
     launch = (DEEPSPEED, "--hostfile", str(hostfile), "--launcher", "slurm", "--launcher_args=--nodes=2")
     arguments = ("--deepspeed_config", DIGITS, *SHORT, "--output", str(tmp_path / "run"))
     printed = slurm.call(*launch, "recipe/train.py", *arguments, DS_ENV_FILE=str(variables))
-    assert "2 ranks on CPU" in printed
+    assert "2 ranks of 2 hosts on CPU" in printed
     assert (tmp_path / "run/summary.json").exists()
 
 
