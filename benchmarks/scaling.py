@@ -35,7 +35,8 @@ IMAGES_PER_SECOND = 2500.0
 BACKWARD_SHARE = 2 / 3  # of a step's computation: twice the multiplications of the forward pass
 CLUSTERS = {
     "400 Gbit/s and 5 µs a GPU": Link(50e9, 5e-6),
-    "50 Gbit/s for a node of 8 (the paper's network) and 20 µs": Link(50e9 / 8 / 8, 20e-6),
+    # One of a node's ranks sends to the next node, one receives: the ring crosses each node's network once.
+    "50 Gbit/s a node (the paper's network) and 20 µs": Link(50e9 / 8, 20e-6),
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import engine_overhead, hardware_independence
+from benchmarks import engine_overhead, hardware_independence, scaling
 from tests.launch import ROOT
 
 
@@ -110,3 +110,24 @@ def test_hardware_independence_holds_only_where_losses_and_validations_agree(tmp
 
     assert verdict(same, accuracies=pairs((2 * 19.0) ** 0.5))
     assert not verdict(same, accuracies=pairs((2 * 19.4) ** 0.5))
+
+
+def test_scaling_sets_the_measured_link_beside_the_measured_all_reduce() -> None:
+    def rank(step: float, all_reduce: float, latency: float) -> dict[str, object]:
+        seconds = {"with": step, "without": step - all_reduce, "all_reduce": all_reduce, "data_wait": 0.01}
+        link = {"latency_seconds": latency, "bytes_per_second": 100.0}
+        return {"link": link, "steps": seconds | {"gradient_bytes": 50}}
+
+    row = scaling.summarise([rank(2.0, 0.9, 0.1), rank(2.1, 0.7, 0.3)], 2, "1gbit")
+    assert row["seconds"] == pytest.approx({"with": 2.1, "without": 1.4, "data_wait": 0.01})
+    assert row["all_reduce_seconds"] == 0.7  # the other one waited, too
+    assert row["predicted_all_reduce_seconds"] == pytest.approx(50 / 100 + 2 * 0.2)
+
+
+def test_scaling_on_paper() -> None:
+    rows = {(row["network"], row["micro_batch"], row["gpus"]): row for row in scaling.on_paper()}
+    row = rows["50 Gbit/s a node (the paper's network) and 20 µs", 32, 256]
+    seconds = 2 * 255 / 256 * 51_114_064 / 6.25e9 + 16 * 20e-6  # a tree of eight levels, up and down
+    assert row["all_reduce_seconds"] == pytest.approx(seconds)
+    assert row["efficiency"] == pytest.approx(0.0128 / (0.0128 + seconds))
+    assert row["efficiency_with_overlap"] == pytest.approx(0.0128 / (0.0128 + seconds - 0.0128 * 2 / 3))
