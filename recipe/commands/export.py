@@ -127,7 +127,7 @@ def write(export: Export, output: Path) -> None:
 def load_line(export: Export, file: str) -> str:
     """The Python that makes the model."""
     model = export.config.recipe.model
-    return f"timm.create_model({model.name!r}, num_classes={model.num_classes}, checkpoint_path={file!r})"
+    return f"timm.create_model({model.name!r}, num_classes={model.num_classes}, checkpoint_path={file!r}).eval()"
 
 
 def accuracy(export: Export) -> str:
@@ -193,7 +193,7 @@ def card(export: Export) -> str:
         "```python",
         "import timm",
         "",
-        f"model = {load_line(export, WEIGHTS)}.eval()",
+        f"model = {load_line(export, WEIGHTS)}",
         "```",
         "",
         "The config, with every value that was left to its rule filled in:",
