@@ -22,16 +22,22 @@ class Interrupted(BaseException):
 
 
 def end_at_once() -> None:
-    """Have a signal raise ``Interrupted``: before training, and after it, there is nothing to finish."""
+    """Have a signal end the process: before training, and after it, there is nothing to finish.
+
+    No exception: raised within the import of a library, it may be taken for a failure of that, and pass.
+    """
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        for other in SIGNALS:
-            # The launcher passes on what the group has already got, and Python may be ending by then.
-            signal.signal(other, signal.SIG_IGN)
         if os.environ.get("RANK", "0") == "0":
             name = signal.Signals(signum).name
             print(f"recipe: {name}: ended at once; the same command goes on", file=sys.stderr, flush=True)
-        raise Interrupted(signum)
+        os._exit(128 + signum)
 
     for signum in SIGNALS:
         signal.signal(signum, interrupt)
+
+
+def ignore_signals() -> None:
+    """What comes while the process ends anyway shall not change how: the launcher passes on what a group has got."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)

@@ -77,8 +77,10 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool)
     now = json.loads(plan_json(plan))
     reasons = [_why_not_from(checkpoint, now, accept_changes) for checkpoint in found]
     candidates = [checkpoint for checkpoint, reason in zip(found, reasons, strict=True) if reason is None]
-    if reasons[0] is not None:
-        differences = _differences_from(found[0], now)
+    differences = [] if reasons[0] is None else _differences_from(found[0], now)
+    if not differences and not candidates:
+        raise ValueError(f"{output} holds no checkpoint to go on from: {reasons[0]}; name another --output")
+    if differences:
         text = f"{output} holds another training: {', '.join(differences)}"
         if _counted_otherwise(differences):
             raise ValueError(
@@ -152,12 +154,14 @@ def _why_not_from(checkpoint: Checkpoint, now: dict[str, Any], accept_changes: b
     """Why training may not go on from ``checkpoint``; None if it may."""
     if checkpoint.training_sha256 == training_sha256(now):
         return None
-    if not accept_changes:
-        return "it is of another config, and --accept-changes was not given"
     try:
         differences = differing_keys(_plan_of(checkpoint), now)
     except ValueError as error:
         return f"{checkpoint.path / PLAN} does not tell what it is of ({error})"
+    if not differences:
+        return f"its {MANIFEST} and its {PLAN} contradict each other"
+    if not accept_changes:
+        return "it is of another config, and --accept-changes was not given"
     counted = _counted_otherwise(differences)
     return f"its steps are counted in another {', '.join(counted)}" if counted else None
 
@@ -183,6 +187,8 @@ def _plan_of(checkpoint: Checkpoint) -> dict[str, Any]:
         plan: dict[str, Any] = json.loads((checkpoint.path / PLAN).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(error.strerror) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(plan, dict):
         raise ValueError("no JSON object")
     return plan

@@ -84,8 +84,8 @@ def read_summary(output: Path) -> dict[str, Any] | None:
     try:
         summary: dict[str, Any] = json.loads((output / SUMMARY).read_text(encoding="utf-8"))
         format_summary(summary, output)
-        dict(summary["versions"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        summary["versions"].items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     return summary
 

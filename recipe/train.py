@@ -16,7 +16,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipe.config import Distributed, read_config
-from recipe.interruption import Interrupted, end_at_once
+from recipe.interruption import Interrupted, end_at_once, ignore_signals
 from recipe.placement import Placement, find_placement
 from recipe.plan import make_plan
 from recipe.plan_text import format_plan
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         end_at_once()
         return run(parse_arguments(argv))
     except Interrupted as end:
+        ignore_signals()
         return end.exit_code
 
 

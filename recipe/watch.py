@@ -27,7 +27,7 @@ from typing import NoReturn, Self, TypeVar
 import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore, Store
 
-from recipe.interruption import SIGNALS
+from recipe.interruption import ignore_signals
 from recipe.meeting import Meeting, name_ranks, open_store
 
 FAILED = 1
@@ -92,8 +92,7 @@ class Watch:
             self.close()
             return
         # The launcher ends the ranks of a host once one of them has ended; this one ends soon, and shall speak first.
-        for signum in SIGNALS:
-            signal.signal(signum, signal.SIG_IGN)
+        ignore_signals()
         own = self._failure(f"{type(error).__name__}: {error}")
         if is_cause(error):
             self._is_cause = True
@@ -144,8 +143,10 @@ class Watch:
             if self._over.is_set():
                 return
             first = self._silent([0], error)
-            # Rank 0 held the store: nobody is left to speak for all.
-            speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+            # Rank 0 held the store: nobody is left to speak for all, but one on each host.
+            hosts = self._meeting.hosts
+            here = [rank for rank, host in enumerate(hosts) if host == hosts[self._meeting.rank]]
+            speaks = self._meeting.rank == min(rank for rank in here if rank != 0)
         if speaks and not (self._is_cause and first == str(self._own)):
             say(first)
         with suppress(RuntimeError):  # it may be gone with rank 0

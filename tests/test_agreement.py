@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from recipe.agreement import SAME_REQUEST_SECONDS, Requests
-from recipe.interruption import Interrupted, end_at_once
+from recipe.interruption import Interrupted
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -113,14 +113,7 @@ def test_a_second_signal_ends_the_process_at_once_wherever_it_is() -> None:
     assert "rank 0: a second signal, SIGTERM: ended at once" in stderr
 
 
-def test_before_training_a_signal_ends_at_once() -> None:
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    end_at_once()
-    try:
-        with pytest.raises(Interrupted) as caught:
-            os.kill(os.getpid(), signal.SIGTERM)
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-    assert caught.value.exit_code == 143
-    assert not isinstance(caught.value, Exception)
+@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_end_by_a_signal_is_no_failure(signum: signal.Signals, exit_code: int) -> None:
+    assert Interrupted(signum).exit_code == exit_code
+    assert not isinstance(Interrupted(signum), Exception)

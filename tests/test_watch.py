@@ -24,7 +24,7 @@ from recipe.watch import Watch
 
 rank, what, who = int(os.environ["RANK"]), sys.argv[1], int(sys.argv[2])
 timeout = timedelta(seconds=8)
-meeting = meet(Facts(f"host-{rank}", "", "", "", "", "none"), timedelta(seconds=60))
+meeting = meet(Facts(os.environ.get("HOST", f"host-{rank}"), "", "", "", "", "none"), timedelta(seconds=60))
 join_process_group(torch.device("cpu"), timeout, meeting)
 dist.barrier()
 
@@ -59,7 +59,7 @@ with Watch(meeting, timeout, [os.getppid()], (ValueError,)) as watch:
 WAIT = "import subprocess, sys; subprocess.run(sys.argv[1:])"
 
 
-def start(what: str, who: int, ranks: int = 2) -> list[subprocess.Popen[str]]:
+def start(what: str, who: int, ranks: int = 2, **variables: str) -> list[subprocess.Popen[str]]:
     port = str(free_port())
     return [
         subprocess.Popen(
@@ -68,7 +68,8 @@ def start(what: str, who: int, ranks: int = 2) -> list[subprocess.Popen[str]]:
             env=environment()
             | {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0"}
             | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCH_CPP_LOG_LEVEL": "ERROR"}
-            | {"DS_ACCELERATOR": "cpu"},
+            | {"DS_ACCELERATOR": "cpu"}
+            | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -116,6 +117,13 @@ def test_a_rank_that_is_killed_is_named_by_the_others(who: int) -> None:
         f"gone or cut off; rank {1 - who} saw "
     )
     assert said.count("\n") == 1
+
+
+def test_rank_0_is_named_by_one_of_those_that_are_left_on_its_host() -> None:
+    *_, (code, said), (other_code, silent) = ends(start("killed", 0, ranks=3, HOST="one"))
+    assert code == other_code == FAILED
+    assert said.startswith("recipe: rank 0 on one ended without a word at step 3: ")
+    assert silent == ""
 
 
 def test_a_rank_that_hangs_is_named_once_the_timeout_has_passed() -> None:

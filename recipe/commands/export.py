@@ -233,7 +233,7 @@ def _lines(metrics: Path) -> list[dict[str, Any]]:
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []:
         try:
             events.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return [event for event in events if isinstance(event, dict)]
 
