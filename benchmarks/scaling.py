@@ -1,9 +1,10 @@
 """What more ranks cost: step time, the share of communication and of waiting for data, beside the model on paper.
 
 resnet18 trains on the digits by the recipe's own loop under the ``deepspeed`` launcher, with as many images a rank on
-any number of ranks; every second step leaves the all-reduce of the gradients out. The model
-(``recipe/communication.py``) gets the link as it is measured around the ring of ranks, and predicts the all-reduce;
-both stand in the table. With ``--hosts`` the ranks are also put on hosts made of namespaces, one each, whose links are
+any number of ranks. Steps take turns: the recipe's, which reduces the gradients within the backward pass; DeepSpeed's,
+which reduces after it; and one that leaves the reduction out. The model (``recipe/communication.py``) gets the link as
+it is measured around the ring of ranks, and predicts the all-reduce; beside it stands what one takes that all ranks
+begin together. With ``--hosts`` the ranks are also put on hosts made of namespaces, one each, whose links are
 limited to given rates (needs root, and what ``tests/multinode`` needs). The same model then says what large clusters
 would do, under assumptions that are written beside it.
 
@@ -73,15 +74,15 @@ def measure(ranks: int, micro_batch: int, steps: int, rate: str | None) -> dict[
 
 def summarise(everyone: list[dict[str, Any]], ranks: int, rate: str | None) -> dict[str, Any]:
     """One row: medians over steps, of the slowest rank; and what the model makes of the link."""
-    slowest = {kind: max(found["steps"][kind] for found in everyone) for kind in ("with", "without", "data_wait")}
-    row: dict[str, Any] = {"ranks": ranks, "rate": rate, "seconds": slowest, "link": None}
-    # A rank that waits for a slower one waits in the all-reduce; the least of them is that of the all-reduce alone.
-    row["all_reduce_seconds"] = min(found["steps"]["all_reduce"] for found in everyone)
+    found = [one["steps"] for one in everyone]
+    row: dict[str, Any] = {"ranks": ranks, "rate": rate, "link": None}
+    row["step_seconds"] = {way: max(one["step"][way] for one in found) for way in found[0]["step"]}
+    row["all_reduce_seconds"] = max(one["all_reduce_alone"] for one in found)
     row["predicted_all_reduce_seconds"] = 0.0
     if ranks > 1:
-        link = Link(**{key: median(found["link"][key] for found in everyone) for key in everyone[0]["link"]})
+        link = Link(**{key: median(one["link"][key] for one in everyone) for key in everyone[0]["link"]})
         row["link"] = {"bytes_per_second": link.bytes_per_second, "latency_seconds": link.latency_seconds}
-        row["predicted_all_reduce_seconds"] = all_reduce_seconds(everyone[0]["steps"]["gradient_bytes"], ranks, link)
+        row["predicted_all_reduce_seconds"] = all_reduce_seconds(found[0]["gradient_bytes"], ranks, link)
     return row
 
 
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="on this machine (default: 1 2 4)")
     parser.add_argument("--hosts", nargs="*", default=[], metavar="RATE", help="rates of the links of 2 and 4 hosts")
     parser.add_argument("--micro-batch", type=int, default=16, help="images a rank and step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=15, help="of each kind (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=15, help="of each way to reduce (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
     arguments = parser.parse_args(words)
     cases: list[tuple[int, str | None]] = [(ranks, None) for ranks in arguments.ranks]
@@ -149,26 +150,45 @@ def format_report(report: dict[str, Any]) -> str:
     lines = [
         *heading("What more ranks cost", report),
         f"{settings['model']} in fp32, {settings['micro_batch']} images a rank and step, one thread a rank; medians of "
-        f"{settings['steps']} steps with the all-reduce and as many without it, in turn. The ranks share the cores: "
-        "what a step takes without the all-reduce grows with them here, as it would not on GPUs.",
+        f"{settings['steps']} steps of each kind, in turn. Overlapped is the recipe's own, blocking DeepSpeed's at "
+        "ZeRO stage 0. The ranks share the cores of one machine: what a step takes without reduction grows with them, "
+        "as it would not on GPUs, and adding up and copying take cores from the training.",
         "",
-        "| ranks | where | link, measured | step without all-reduce | step | waiting for data | all-reduce | "
-        "predicted | predicted ÷ measured |",
+        "| ranks | where | step without reduction | blocking | overlapped | blocking ÷ overlapped | "
+        "share of communication: blocking | overlapped | waiting for data |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["results"]:
-        seconds, link = row["seconds"], row["link"]
+        step, none = row["step_seconds"], row["step_seconds"]["none"]
         where = f"hosts, {row['rate']}" if row["rate"] else "one machine"
-        measured, predicted = row["all_reduce_seconds"], row["predicted_all_reduce_seconds"]
-        lines.append(
-            f"| {row['ranks']} | {where} | {_link(link)} | {_ms(seconds['without'])} | {_ms(seconds['with'])} | "
-            f"{seconds['data_wait'] / seconds['with']:.1%} | "
-            + (f"{_ms(measured)} | {_ms(predicted)} | {predicted / measured:.2f} |" if link else "– | – | – |")
-        )
+        if "blocking" in step:
+            blocking, overlapped = step["blocking"], step["overlapped"]
+            cells = f"{_ms(blocking)} | {_ms(overlapped)} | {blocking / overlapped:.2f} | "
+            cells += " | ".join(f"{max(0.0, 1 - none / way):.0%}" for way in (blocking, overlapped))
+        else:
+            cells = "– | – | – | – | –"
+        waiting = step["data_wait"] / step.get("overlapped", none)
+        lines.append(f"| {row['ranks']} | {where} | {_ms(none)} | {cells} | {waiting:.1%} |")
     lines += [
         "",
-        "The model: an all-reduce takes 2 (P − 1) / P · M bytes over the measured bandwidth and 2 (P − 1) latencies. "
-        "Adding up, which costs a CPU time, is not in it.",
+        "## The model beside it",
+        "",
+        "An all-reduce takes 2 (P − 1) / P · M bytes over the bandwidth and 2 (P − 1) latencies; both are measured "
+        "around the ring of ranks. Adding up is not in it. Measured: an all-reduce as large as the gradients, which "
+        "all ranks begin together.",
+        "",
+        "| ranks | where | link | all-reduce, predicted | measured | predicted ÷ measured |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["results"]:
+        if row["link"] is not None:
+            where = f"hosts, {row['rate']}" if row["rate"] else "one machine"
+            measured, predicted = row["all_reduce_seconds"], row["predicted_all_reduce_seconds"]
+            lines.append(
+                f"| {row['ranks']} | {where} | {_link(row['link'])} | {_ms(predicted)} | {_ms(measured)} | "
+                f"{predicted / measured:.2f} |"
+            )
+    lines += [
         "",
         "## On paper",
         "",
@@ -189,9 +209,7 @@ def format_report(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Each of 256 GPUs sends {sent:.0f} MB a step.", ""])
 
 
-def _link(link: dict[str, float] | None) -> str:
-    if link is None:
-        return "–"
+def _link(link: dict[str, float]) -> str:
     return f"{link['bytes_per_second'] * 8 / 1e9:.2f} Gbit/s, {link['latency_seconds'] * 1e6:.0f} µs"
 
 

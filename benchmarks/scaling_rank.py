@@ -1,4 +1,4 @@
-"""What ``benchmarks/scaling.py`` starts on each rank: measure the link, then steps with and without the all-reduce."""
+"""What ``benchmarks/scaling.py`` starts on each rank: measure the link, then steps that reduce in different ways."""
 
 import argparse
 import json
@@ -21,7 +21,8 @@ CONFIG = "ds_configs/digits_b512.json"
 MODEL = "resnet18"
 FOUND = "found.json"
 WARM_UP_STEPS = 2
-MESSAGES, LARGE_BYTES = 10, 2**23
+MESSAGES, LARGE_BYTES = 5, 2**25
+WAYS = ("overlapped", "blocking", "none")
 
 
 def main() -> None:
@@ -63,7 +64,8 @@ def measure_link() -> dict[str, float]:
         for _ in range(MESSAGES):
             dist.barrier()
             started = time.perf_counter()
-            work = [dist.isend(message, (rank + 1) % ranks), dist.irecv(received, (rank - 1) % ranks)]
+            # First what says that this rank is ready: it would queue behind the message on the way to the same rank.
+            work = [dist.irecv(received, (rank - 1) % ranks), dist.isend(message, (rank + 1) % ranks)]
             for request in work:
                 if request is not None:
                     request.wait()
@@ -77,7 +79,7 @@ def measure_link() -> dict[str, float]:
 
 
 def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of steps of the real loop on the real data, each with its twin that leaves the all-reduce out."""
+    """Seconds of steps of the real loop on the real data: reduced in the backward pass, after it, and not at all."""
     import torch
     import torch.distributed as dist
 
@@ -101,27 +103,56 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
         run.model, parameter_groups(run.model, plan.weight_decay), deepspeed_config(plan, run.output), plan.schedule
     )
     loader, _ = open_loaders(run, torch.float32)
-    reduces = engine.enable_backward_allreduce
-    inside = timed(engine, "allreduce_gradients")
-    seconds: dict[str, list[float]] = {"with": [], "without": [], "all_reduce": [], "data_wait": []}
+    gradient_bytes = sum(4 * parameter.numel() for parameter in engine.module.parameters())
+    alone = all_reduce_alone(gradient_bytes) if ranks > 1 else 0.0
+    reduces, step_of_engine = engine.enable_backward_allreduce, engine.step
+    ways = WAYS if ranks > 1 else ("none",)
+    seconds: dict[str, list[float]] = {name: [] for name in (*ways, "data_wait")}
     trained = train_epochs(lambda epoch: train_epoch(engine, loader.epoch(epoch)))
     for _ in range(WARM_UP_STEPS):
         next(trained)
-    for number in range(2 * arguments.steps):
-        kind = ("with", "without")[number % 2]
-        engine.enable_backward_allreduce = reduces and kind == "with"
-        inside.clear()
+    for number in range(len(ways) * arguments.steps):
+        way = ways[number % len(ways)]
+        engine.enable_backward_allreduce = reduces and way == "overlapped"
+        engine.step = reduces_first(engine, step_of_engine) if way == "blocking" else step_of_engine
         dist.barrier()
         started = time.perf_counter()
         step = next(trained)
-        seconds[kind].append(time.perf_counter() - started)
-        if kind == "with":
-            seconds["all_reduce"].append(sum(inside))
+        seconds[way].append(time.perf_counter() - started)
+        if way == ways[0]:
             seconds["data_wait"].append(step.data_wait_seconds)
     loader.close()
-    return {name: median(values) for name, values in seconds.items()} | {
-        "gradient_bytes": sum(4 * parameter.numel() for parameter in engine.module.parameters())
+    return {
+        "step": {name: median(values) for name, values in seconds.items()},
+        "all_reduce_alone": alone,
+        "gradient_bytes": gradient_bytes,
     }
+
+
+def all_reduce_alone(message_bytes: int) -> float:
+    """Seconds of an all-reduce that all ranks begin together, with nothing else to do."""
+    import torch
+    import torch.distributed as dist
+
+    message = torch.zeros(message_bytes // 4)
+    seconds = []
+    for _ in range(MESSAGES):
+        dist.barrier()
+        started = time.perf_counter()
+        dist.all_reduce(message)
+        seconds.append(time.perf_counter() - started)
+    return median(seconds)
+
+
+def reduces_first(engine: Any, step_of_engine: Callable[[], None]) -> Callable[[], None]:
+    """The engine's step after DeepSpeed's own reduction, which the recipe has replaced."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    def step() -> None:
+        DeepSpeedEngine.allreduce_gradients(engine)
+        step_of_engine()
+
+    return step
 
 
 def train_epochs(epoch: Callable[[int], Any]) -> Any:
@@ -130,21 +161,6 @@ def train_epochs(epoch: Callable[[int], Any]) -> Any:
     while True:
         yield from epoch(number)
         number += 1
-
-
-def timed(engine: Any, name: str) -> list[float]:
-    """Seconds of each call of a method from now on."""
-    seconds: list[float] = []
-    method = getattr(engine, name)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        result = method(*args, **kwargs)
-        seconds.append(time.perf_counter() - started)
-        return result
-
-    setattr(engine, name, call)
-    return seconds
 
 
 if __name__ == "__main__":

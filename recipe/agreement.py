@@ -6,7 +6,6 @@ and the ranks' clocks differ, so that they agree after each step.
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 
-from recipe.interruption import SIGNALS, Interrupted
+from recipe.interruption import SIGNALS, Interrupted, heeded, let_go_of_the_terminal, say
 
 # Ctrl-C reaches a rank twice: from the terminal, and by the launcher, which passes it on at once.
 SAME_REQUEST_SECONDS = 2.0
@@ -52,7 +51,7 @@ class Requests:
         self._listener = threading.Thread(target=self._listen, args=(listen_to,), daemon=True)
         self._listener.start()
         signal.set_wakeup_fd(self._pipe)
-        for signum in SIGNALS:
+        for signum in heeded():
             self._handlers[signum] = signal.signal(signum, lambda signum, frame: None)
         return self
 
@@ -105,14 +104,13 @@ class Requests:
 
     def _take(self, signum: int) -> None:
         name, now = signal.Signals(signum).name, time.monotonic()
-        if not self._signum:
+        if signum == signal.SIGHUP:
+            let_go_of_the_terminal()
+        # Who loses the terminal loses the launcher with it, and may be told of both: a hangup is no second request.
+        if self._signum in (0, signal.SIGHUP):
             self._signum, self._signalled_at = signum, now
             if dist.get_rank() == 0:
-                _say(f"{name}: this step is finished and saved; a second signal ends the run at once")
-        elif now - self._signalled_at > SAME_REQUEST_SECONDS:
-            _say(f"rank {dist.get_rank()}: a second signal, {name}: ended at once")
+                say(f"{name}: this step is finished and saved; a second signal ends the run at once")
+        elif signum != signal.SIGHUP and now - self._signalled_at > SAME_REQUEST_SECONDS:
+            say(f"rank {dist.get_rank()}: a second signal, {name}: ended at once")
             os._exit(128 + signum)
-
-
-def _say(message: str) -> None:
-    print(f"recipe: {message}", file=sys.stderr, flush=True)

@@ -163,6 +163,8 @@ class ZeroOptimization(PassedOn):
     """elements gathered at a time, a whole number >= 0, without exponent or fraction"""
 
     overlap_comm: bool | None = None
+    """true, false or null: whether gradients travel during the backward pass; at stage 0 they do unless it is false"""
+
     compute_grad_norm: bool = True
     load_from_fp32_weights: bool = True
     sub_group_size: Size = 1_000_000_000

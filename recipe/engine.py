@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, distributed_c10d
 
 from recipe.meeting import Meeting, use_an_own_address
+from recipe.overlap import OverlappedReduction
 from recipe.scaling import RateSchedule
 from recipe.schedule import PaperLR
 
@@ -72,10 +73,13 @@ def start_engine(
     )
     if dtype == torch.float64:
         engine.communication_data_type = dtype
-    if engine.zero_optimization_stage() == 0 and engine.dp_world_size == 1:
-        # DeepSpeed would copy all gradients into one buffer and back, for their mean over a single rank: a fifth of a
-        # step of resnet18 on a CPU.
-        engine.enable_backward_allreduce = False
+    if engine.zero_optimization_stage() == 0:
+        if engine.dp_world_size == 1:
+            # DeepSpeed would copy all gradients into one buffer and back, for their mean over a single rank: a fifth of
+            # a step of resnet18 on a CPU.
+            engine.enable_backward_allreduce = False
+        elif deepspeed_config.get("zero_optimization", {}).get("overlap_comm") is not False:
+            overlap_reduction(engine)
     for optimizer_group, group in zip(engine.basic_optimizer.param_groups, filled, strict=True):
         optimizer_group["weight_decay"] = group["weight_decay"]
     if hasattr(engine.optimizer, "fp32_groups"):  # fp16 and bf16 at stage 0
@@ -84,6 +88,22 @@ def start_engine(
             for master, value in zip(masters, values, strict=True):
                 master.data.copy_(value)
     return engine
+
+
+def overlap_reduction(engine: DeepSpeedEngine) -> None:
+    """Have the backward pass start the reduction that DeepSpeed's would make after it; the same sums and factors."""
+    ranks = engine.dp_world_size
+    predivide = engine.gradient_predivide_factor()
+    before, after = (1 / predivide, predivide / ranks) if engine.postscale_gradients() else (1 / ranks, 1.0)
+    reduction = OverlappedReduction(
+        (parameter for parameter in engine.module.parameters() if parameter.requires_grad),
+        groups._get_data_parallel_group(),
+        due=lambda: engine.enable_backward_allreduce and engine.is_gradient_accumulation_boundary(),
+        dtype=engine.communication_data_type,
+        before=before,
+        after=after,
+    )
+    engine.allreduce_gradients = reduction.finish  # what the engine calls at the end of a backward pass
 
 
 def backward(engine: DeepSpeedEngine, loss: Tensor) -> None:

@@ -1,11 +1,13 @@
-"""SIGTERM (Slurm's preemption, a scheduler) and SIGINT (Ctrl-C) as an exception that no handler of failures takes."""
+"""SIGTERM (a scheduler), SIGINT (Ctrl-C) and SIGHUP (the terminal is gone) as an exception that no handler takes."""
 
 import os
 import signal
+import stat
 import sys
+from contextlib import suppress
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
@@ -17,7 +19,7 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """The shell's convention: 130 for SIGINT, 143 for SIGTERM."""
+        """The shell's convention: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + self.signum
 
 
@@ -29,12 +31,31 @@ def end_at_once() -> None:
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         if os.environ.get("RANK", "0") == "0":
-            name = signal.Signals(signum).name
-            print(f"recipe: {name}: ended at once; the same command goes on", file=sys.stderr, flush=True)
+            say(f"{signal.Signals(signum).name}: ended at once; the same command goes on")
         os._exit(128 + signum)
 
-    for signum in SIGNALS:
+    for signum in heeded():
         signal.signal(signum, interrupt)
+
+
+def heeded() -> list[signal.Signals]:
+    """The signals that ask for the end: nohup has had SIGHUP ignored before the process began."""
+    return [s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+
+
+def say(message: str) -> None:
+    """Tell a person at the terminal, if it is still there."""
+    with suppress(OSError):
+        print(f"recipe: {message}", file=sys.stderr, flush=True)
+
+
+def let_go_of_the_terminal() -> None:
+    """Have what is printed from here on go nowhere, unless to a file: after a hangup, printing would raise."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        if not stat.S_ISREG(os.fstat(output).st_mode):
+            os.dup2(nowhere, output)
+    os.close(nowhere)
 
 
 def ignore_signals() -> None:

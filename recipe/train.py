@@ -16,7 +16,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipe.config import Distributed, read_config
-from recipe.interruption import Interrupted, end_at_once, ignore_signals
+from recipe.interruption import Interrupted, end_at_once, ignore_signals, say
 from recipe.placement import Placement, find_placement
 from recipe.plan import make_plan
 from recipe.plan_text import format_plan
@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plan, check, train.
 
     Returns:
-        0 if the run is complete, 2 if the input was refused, 130 or 143 if SIGINT or SIGTERM ended it, else 1.
+        0 if the run is complete, 2 if the input was refused, 130, 143 or 129 if SIGINT, SIGTERM or SIGHUP ended it,
+        else 1.
     """
     try:
         end_at_once()
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     from recipe.meeting import DisagreementError, MeetingError, meet, own_facts
     from recipe.preflight import prepare
     from recipe.run import KNOWN_FAILURES, summary_of_complete_run, train
-    from recipe.watch import FAILED, Watch, say
+    from recipe.watch import FAILED, Watch
 
     try:
         launch = find_launch() if rank == 0 else None

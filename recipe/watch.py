@@ -27,7 +27,7 @@ from typing import NoReturn, Self, TypeVar
 import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore, Store
 
-from recipe.interruption import ignore_signals
+from recipe.interruption import ignore_signals, say
 from recipe.meeting import Meeting, name_ranks, open_store
 
 FAILED = 1
@@ -264,8 +264,3 @@ def _at(step: int | None) -> str:
 def _essence(text: str) -> str:
     """gloo's messages without the place in its source and without consolation."""
     return re.sub(r"\[/\S+\] ", "", text).partition("\n")[0].partition(". ")[0]
-
-
-def say(message: str) -> None:
-    """Tell a person how the run ended."""
-    print(f"recipe: {message}", file=sys.stderr, flush=True)

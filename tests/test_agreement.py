@@ -1,6 +1,7 @@
 """Signals and clocks, on real ranks: what one of them gets, all know after the step; a second signal ends at once."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def _signalled(rank: int, world_size: int, signum: int) -> list[tuple[int, bool]
     return agreed
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_all_ranks_learn_of_a_signal_to_one_after_the_same_step(signum: int) -> None:
     assert run_ranks(2, _signalled, signum) == [[(0, False), (0, False), (signum, False), (signum, False)]] * 2
 
@@ -113,7 +114,77 @@ def test_a_second_signal_ends_the_process_at_once_wherever_it_is() -> None:
     assert "rank 0: a second signal, SIGTERM: ended at once" in stderr
 
 
-@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_the_end_by_a_signal_is_no_failure(signum: signal.Signals, exit_code: int) -> None:
     assert Interrupted(signum).exit_code == exit_code
     assert not isinstance(Interrupted(signum), Exception)
+
+
+AT_A_TERMINAL = """
+import os, sys, time
+import torch
+from datetime import timedelta
+from pathlib import Path
+from recipe.agreement import Requests
+from recipe.engine import join_process_group
+join_process_group(torch.device("cpu"), timedelta(seconds=60))
+with Requests(None, timedelta(seconds=60)) as requests:
+    print("ready", flush=True)
+    for _ in range(100):
+        signum, _ = requests.agree()
+        if signum:
+            break
+        time.sleep(0.1)
+    print("what a step prints, and a bar", flush=True)
+    print("what the watch says", file=sys.stderr, flush=True)
+    Path(sys.argv[1]).write_text(str(signum))
+"""
+
+
+def ended_with_the_terminal(answer: Path) -> str:
+    """What the program answers when its terminal goes away."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-c", AT_A_TERMINAL, str(answer)])
+    with os.fdopen(terminal, "rb", buffering=0) as screen:
+        shown = b""
+        while b"ready" not in shown:
+            shown += screen.read(1000)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, shown.decode()
+    return answer.read_text()
+
+
+def test_a_hangup_asks_for_the_end_and_takes_the_screen_along(tmp_path: Path) -> None:
+    assert ended_with_the_terminal(tmp_path / "answer") == str(int(signal.SIGHUP))
+
+
+def test_who_is_told_of_a_hangup_and_then_to_end_has_been_told_once() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert any(line == "ready\n" for line in process.stdout)
+        for signum in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            process.send_signal(signum)
+            time.sleep(SAME_REQUEST_SECONDS + 0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 143
+
+
+NOHUP = """
+import os, signal
+from recipe.interruption import end_at_once, heeded
+end_at_once()
+os.kill(os.getpid(), signal.SIGHUP)
+print(*(s.name for s in heeded()))
+"""
+
+
+def test_under_nohup_a_hangup_asks_for_nothing() -> None:
+    done = subprocess.run(
+        ["nohup", sys.executable, "-c", NOHUP], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "SIGINT SIGTERM\n"

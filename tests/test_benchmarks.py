@@ -114,13 +114,13 @@ def test_hardware_independence_holds_only_where_losses_and_validations_agree(tmp
 
 def test_scaling_sets_the_measured_link_beside_the_measured_all_reduce() -> None:
     def rank(step: float, all_reduce: float, latency: float) -> dict[str, object]:
-        seconds = {"with": step, "without": step - all_reduce, "all_reduce": all_reduce, "data_wait": 0.01}
+        seconds = {"overlapped": step - 0.1, "blocking": step, "none": step - 0.5, "data_wait": 0.01}
         link = {"latency_seconds": latency, "bytes_per_second": 100.0}
-        return {"link": link, "steps": seconds | {"gradient_bytes": 50}}
+        return {"link": link, "steps": {"step": seconds, "all_reduce_alone": all_reduce, "gradient_bytes": 50}}
 
     row = scaling.summarise([rank(2.0, 0.9, 0.1), rank(2.1, 0.7, 0.3)], 2, "1gbit")
-    assert row["seconds"] == pytest.approx({"with": 2.1, "without": 1.4, "data_wait": 0.01})
-    assert row["all_reduce_seconds"] == 0.7  # the other one waited, too
+    assert row["step_seconds"] == pytest.approx({"overlapped": 2.0, "blocking": 2.1, "none": 1.6, "data_wait": 0.01})
+    assert row["all_reduce_seconds"] == 0.9
     assert row["predicted_all_reduce_seconds"] == pytest.approx(50 / 100 + 2 * 0.2)
 
 

@@ -419,7 +419,7 @@ def test_a_typo_explains_a_missing_key() -> None:
         ("zero_optimization.stage", 4, "= 4: too large; expected what is partitioned, a whole number from 0"),
         ("zero_optimization.stage", True, "= true: not a whole number;"),
         ("zero_optimization.reduce_bucket_size", 5e8, "= 500000000.0: not a whole number; expected elements"),
-        ("zero_optimization.overlap_comm", "auto", '= "auto": not true or false; expected true or false'),
+        ("zero_optimization.overlap_comm", "auto", '= "auto": not true or false; expected true, false or null'),
         ("comms_logger.prof_ops", ["all_reduce", 1], "prof_ops[1] = 1: not a string; expected a string"),
         ("comet.mode", "new", '= "new": not "get", "create" or "get_or_create";'),
         ("recipe.model.name", "", '= "": empty; expected timm\'s name of a model'),

@@ -21,7 +21,7 @@ except BaseException:  # as in the import of a library, which takes it for a fai
 """
 
 
-@pytest.mark.parametrize(("name", "exit_code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_a_signal_before_training_ends_the_process_whoever_catches_exceptions(name: str, exit_code: int) -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM, name], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert done.returncode == exit_code
