@@ -109,7 +109,7 @@ def on_paper() -> list[dict[str, Any]]:
                         "all_reduce_seconds": best,
                         "efficiency": shares[False],
                         "efficiency_with_overlap": shares[True],
-                        "images_per_second": gpus * IMAGES_PER_SECOND * shares[False],
+                        "images_per_second": gpus * IMAGES_PER_SECOND * shares[True],
                     }
                 )
     return rows
@@ -196,7 +196,7 @@ def format_report(report: dict[str, Any]) -> str:
         "a second and GPU, at either micro-batch; the network as named, without contention, for the better of ring and "
         "tree; batch norm within the micro-batch; data that never waits. **Nothing of this was measured.**",
         "",
-        "| network | micro-batch | GPUs | global batch | all-reduce | efficiency | if backward hid it | images/s |",
+        "| network | micro-batch | GPUs | global batch | all-reduce | efficiency: blocking | overlapped | images/s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in report["on_paper"]:

@@ -23,14 +23,6 @@ PIXEL_MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "synthetic": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
 
-# (decayed, undecayed) parameters of the shipped configs' models: (name, classes) → convolution and linear weights,
-# batch norm and biases. Any other model is counted when it is built.
-PARAMETER_COUNTS = {
-    ("resnet50", 1000): (25_502_912, 54_120),
-    ("resnet18", 10): (11_172_032, 9_610),
-    ("test_resnet", 10): (371_568, 2_090),
-}
-
 PAPER_WEIGHT_DECAY = 1e-4
 ASSUMED_MICRO_BATCH = 256  # the largest that a plan assumes where "auto" asks the run to measure; the headline's
 RATE_TOLERANCE = 1e-6  # a rate written with seven digits agrees with the rule

@@ -333,16 +333,35 @@ def plan_notes(world_size: int = 1, **changes: Any) -> str:
 
 
 def test_notes() -> None:
-    assert plan_notes() == ""
+    n32 = {"recipe__batchnorm__statistics": 32}
+    assert plan_notes(**n32) == ""
     assert "a micro-batch of 1 is small" in plan_notes(train_batch_size=8191)
     assert plan_notes(train_batch_size=256, recipe__max_micro_batch_size=32) == ""
     assert "come from only 4 images" in plan_notes(train_batch_size=256, recipe__max_micro_batch_size=4)
+    assert "come from 8,192 images; the paper used 32" in plan_notes(world_size=32)
     assert "24.79 % at 16k" in plan_notes(train_batch_size=16384)
     assert '"auto" that on the GPU' in plan_notes(recipe__max_micro_batch_size="auto")
-    fixed_n = {"recipe__max_micro_batch_size": "auto", "recipe__batchnorm__statistics": 32}
-    assert "depend on the micro-batch" not in plan_notes(**fixed_n)
+    assert "depend on the micro-batch" not in plan_notes(recipe__max_micro_batch_size="auto", **n32)
     assert "bf16" in plan_notes(bf16={"enabled": True}, recipe__max_micro_batch_size=64)
     assert "before the warmup has ended" in plan_notes(recipe__schedule__decay_epochs=[2, 60])
+    # 1,281,167 images hold 2 batches of 600,000, and 81,167 are left.
+    assert "6% of the images are left over" in plan_notes(train_batch_size=600_000, **n32)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "note"),
+    [
+        ({"warmup": "none"}, "no warmup: in the paper, 24.84 % error at 8k instead of 23.74 % (Table 1)"),
+        ({"warmup": "constant"}, "a constant warmup: in the paper, 25.88 % error"),
+        ({"warmup_epochs": 1}, "a warmup of 1 epoch is shorter than the paper's 5 (section 2.2)"),
+        ({"scaling_rule": "sqrt"}, "the rate is scaled by the square root: in the paper, 26.22 % error"),
+        ({"scaling_rule": "none"}, "the rate is not scaled: in the paper, 41.67 % error at 8k instead of 23.74 %"),
+    ],
+)
+def test_notes_on_what_the_paper_found_worse(schedule: dict, note: str) -> None:
+    rules = {f"recipe__schedule__{key}": value for key, value in schedule.items()}
+    assert note in plan_notes(recipe__batchnorm__statistics=32, **rules)
+    assert plan_notes(train_batch_size=256, recipe__batchnorm__statistics=32, **rules) == ""
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:

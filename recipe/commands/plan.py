@@ -1,40 +1,179 @@
 """``python -m recipe plan``: what a config will do on a number of ranks, without a GPU and without importing torch."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from recipe.commands.plan_screen import (
+    Assumptions,
+    as_json,
+    draw_rates,
+    json_text,
+    plan_screen,
+    side_by_side,
+)
+from recipe.communication import Link
 from recipe.config import read_config
 from recipe.hostfile import count_slots, read_hostfile
-from recipe.plan import make_plan
-from recipe.plan_text import format_plan
+from recipe.model_facts import SHIPPED, ModelFacts
+from recipe.plan import Plan, make_plan
+from recipe.plan_text import format_fields, notes
+from recipe.strict_json import ConfigError, printable
+from recipe.summary import read_summary
+
+# Nobody has measured them here: what PyTorch is said to reach with ResNet-50 on one H100, and a usual network.
+ASSUMED_SPEED = {"resnet50": 2500.0}
+ASSUMED_GBIT_PER_SECOND = 100.0
+LATENCY_SECONDS = 20e-6
+GPU_MEMORY_GIB = 80.0
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the plan; return 0, or 2 where the run would be refused."""
-    parser = argparse.ArgumentParser(prog="python -m recipe plan", description="Print what a config will do.")
-    parser.add_argument("config", help="a JSON of ds_configs/")
+    arguments = parse_arguments(argv)
+    try:
+        world_size = arguments.world_size or 1
+        if arguments.hostfile:
+            world_size = count_slots(read_hostfile(arguments.hostfile))
+        plans = [make_plan(read_config(config, arguments.set), world_size) for config in arguments.config]
+        known = [facts_of(plan, arguments.inspect) for plan in plans]
+        assumed = [assumptions(plan, arguments) for plan in plans]
+        pictures = draw_rates(plans, arguments.plot) if arguments.plot else []
+    except (ValueError, OSError) as refusal:
+        print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
+        return 2
+    everything = list(zip(plans, known, assumed, strict=True))
+    if arguments.json:
+        print(json_text([as_json(*one) for one in everything]), end="")
+    elif len(plans) == 2:
+        print(side_by_side(plans, [plan_screen(*one) for one in everything]), end="")
+    else:
+        print(
+            format_fields(plans[0], [*plan_screen(*everything[0]), *(("note", note) for note in notes(plans[0]))]),
+            end="",
+        )
+    for picture in pictures:
+        print(f"recipe: wrote {picture}", file=sys.stderr)
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; what makes no sense ends the program."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipe plan", description="Print what a config will do, or two of them side by side."
+    )
+    parser.add_argument("config", nargs="+", help="a JSON of ds_configs/, or two")
     ranks = parser.add_mutually_exclusive_group()
     ranks.add_argument("--hostfile", help="plan for all slots of this DeepSpeed hostfile")
-    ranks.add_argument("--world-size", type=_ranks, default=1, metavar="N", help="plan for N ranks (default: 1)")
+    ranks.add_argument("--world-size", type=_ranks, metavar="N", help="plan for N ranks (default: 1)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one value of the config"
     )
+    parser.add_argument(
+        "--images-per-second",
+        metavar="N|RUN",
+        help="speed of one GPU, or the folder of a complete run whose speed a rank to take "
+        f"(default: {ASSUMED_SPEED['resnet50']:,.0f} for resnet50, as said of an H100)",
+    )
+    parser.add_argument(
+        "--bandwidth",
+        type=_positive,
+        metavar="GBIT",
+        help=f"Gbit/s that each GPU can send while it receives as much (default: {ASSUMED_GBIT_PER_SECOND:g})",
+    )
+    parser.add_argument(
+        "--gpu-memory", type=_positive, default=GPU_MEMORY_GIB, metavar="GIB", help="of one GPU (default: %(default)g)"
+    )
+    parser.add_argument("--inspect", action="store_true", help="count in the model itself: imports torch, takes longer")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rate over epochs, as PNG and SVG")
+    parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args(argv)
+    if len(arguments.config) > 2:
+        parser.error(f"expected one config or two, got {len(arguments.config)}")
+    return arguments
+
+
+def facts_of(plan: Plan, inspects: bool) -> ModelFacts | None:
+    """What is known of the plan's model, without or with a look at the model itself.
+
+    Raises:
+        ConfigError: timm has no such model, or it takes no images of this size.
+    """
+    model = plan.config.recipe.model
+    if not inspects:
+        return SHIPPED.get((model.name, model.num_classes))
+    from recipe.commands.inspect_model import inspect_model
+
     try:
-        world_size = arguments.world_size
-        if arguments.hostfile:
-            world_size = count_slots(read_hostfile(arguments.hostfile))
-        plan = make_plan(read_config(arguments.config, arguments.set), world_size)
-    except ValueError as refusal:
-        print(f"recipe: {refusal}", file=sys.stderr)
-        return 2
-    print(format_plan(plan), end="")
-    return 0
+        return inspect_model(model.name, model.num_classes, plan.config.recipe.data.image_size)
+    except ValueError as error:
+        message = str(error)
+        if isinstance(error, ConfigError) or message.startswith("recipe."):
+            raise
+        raise plan.config.source.refusal("recipe.model.name", message, "choose another model or image size") from error
+
+
+def assumptions(plan: Plan, arguments: argparse.Namespace) -> Assumptions:
+    """What the command line says of speed and network, or else what is assumed.
+
+    Raises:
+        ValueError: it names neither a speed nor a complete run.
+    """
+    model, given = plan.config.recipe.model.name, arguments.images_per_second
+    speed: float | None = None
+    source = ""
+    if given is not None:
+        speed, source = _speed(given)
+    elif model in ASSUMED_SPEED and plan.config.recipe.data.image_size == 224:
+        speed = ASSUMED_SPEED[model]
+        source = f"{speed:,.0f} images/s a GPU (assumed: {model} on an H100)"
+    bandwidth = arguments.bandwidth or ASSUMED_GBIT_PER_SECOND
+    kind = "given" if arguments.bandwidth else "assumed"
+    return Assumptions(
+        images_per_second=speed,
+        speed_source=source,
+        link=Link(bandwidth * 1e9 / 8, LATENCY_SECONDS),
+        link_source=f"{bandwidth:g} Gbit/s a GPU ({kind}), {LATENCY_SECONDS * 1e6:g} µs a message (assumed)",
+        gpu_bytes=arguments.gpu_memory * 2**30,
+    )
+
+
+def _speed(given: str) -> tuple[float, str]:
+    try:
+        number = float(given)
+    except ValueError:
+        number = math.nan
+    if number > 0 and math.isfinite(number):
+        return number, f"{number:,.6g} images/s a GPU (given)"
+    summary = read_summary(Path(given))
+    if summary is None or not summary["images_per_second"]:
+        raise ValueError(
+            f"--images-per-second {given}: neither a number > 0 nor the folder of a complete run that has trained; "
+            "write images a second of one GPU"
+        )
+    ranks = summary["world_size"]
+    speed = summary["images_per_second"] / ranks
+    return speed, f"{speed:,.6g} images/s a rank (measured by {given} on {_count(ranks)}: {summary['device']})"
+
+
+def _count(ranks: int) -> str:
+    return f"{ranks:,} rank{'' if ranks == 1 else 's'}"
 
 
 def _ranks(text: str) -> int:
     number = int(text) if text.isdecimal() and len(text) < 9 else 0
     if not 1 <= number <= 1_000_000:
         raise argparse.ArgumentTypeError("expected a whole number from 1 to 1000000")
+    return number
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not (number > 0 and math.isfinite(number)):
+        raise argparse.ArgumentTypeError("expected a number > 0")
     return number

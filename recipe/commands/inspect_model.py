@@ -1,0 +1,65 @@
+"""Counts what a plan needs to know of a model that does not come with the recipe, without memory for it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recipe.batchnorm import BatchNorm
+from recipe.model import build_model, parameter_counts
+from recipe.model_facts import ModelFacts
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def inspect_model(name: str, num_classes: int, image_size: int) -> ModelFacts:
+    """Build timm's model on the meta device and let images of ``image_size`` pixels pass.
+
+    Raises:
+        ValueError: timm has no such model, or it takes no such images.
+    """
+    with torch.device("meta"):
+        model = build_model(name, num_classes, seed=0, statistics="local")
+    decayed, undecayed = parameter_counts(model)
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    saved = {}
+    for precision, dtype in DTYPES.items():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)  # as DeepSpeed does, which leaves the buffers in fp32
+        try:
+            saved[precision] = saved_bytes_an_image(model, image_size, dtype, torch.device("meta"))
+        except (RuntimeError, AssertionError) as error:
+            first = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{name} cannot be inspected with images of {image_size} px: {first}") from error
+    return ModelFacts(
+        decayed_parameters=decayed,
+        undecayed_parameters=undecayed,
+        largest_parameter=max(parameter.numel() for parameter in model.parameters()),
+        batchnorm_layers=len(norms),
+        batchnorm_channels=sum(norm.num_features for norm in norms),
+        image_size=image_size,
+        saved_bytes=saved,
+    )
+
+
+def saved_bytes_an_image(model: nn.Module, image_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes that one image more in a micro-batch adds to what a forward pass keeps for the backward pass."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+    def saved_bytes(images: int) -> int:
+        seen: dict[int, torch.UntypedStorage] = {}  # kept, so that no other storage gets the address of a dead one
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                seen[storage._cdata] = storage
+            return tensor
+
+        pixels = torch.zeros(images, 3, image_size, image_size, dtype=dtype, device=device)
+        labels = torch.zeros(images, dtype=torch.long, device=device)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(pixels)
+            # The graph lives until here, and with it what it has saved.
+            F.cross_entropy(logits.to(torch.promote_types(dtype, torch.float32)), labels)
+        return sum(storage.nbytes() for storage in seen.values())
+
+    return (saved_bytes(4) - saved_bytes(2)) // 2

@@ -1,0 +1,269 @@
+"""The plan command's answers: one screen, two configs side by side, JSON, a picture of the rate."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from recipe.commands.figure import COLOURS, new_figure, save_figure
+from recipe.commands.plan_cost import (
+    CONTEXT_BYTES,
+    activation_bytes,
+    batchnorm_traffic,
+    gradient_bytes,
+    hidden_bandwidth,
+    largest_micro_batch,
+    memory,
+    overlaps_reduction,
+    speed,
+)
+from recipe.communication import Link, all_reduce_bytes
+from recipe.model_facts import ModelFacts
+from recipe.plan import Plan
+from recipe.plan_text import LABEL_WIDTH, NO_BREAK, notes, plan_fields, wrap
+from recipe.strict_json import printable
+
+SIDE_BY_SIDE_WIDTH = 150
+PICTURE_POINTS = 4000
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a plan takes for granted, each with words for where it comes from."""
+
+    images_per_second: float | None
+    """of one GPU that computes alone; None where nobody knows"""
+
+    speed_source: str
+    link: Link
+    link_source: str
+    gpu_bytes: float
+
+
+def cost_fields(plan: Plan, facts: ModelFacts | None, assumed: Assumptions) -> list[tuple[str, str]]:
+    """What the run will cost, label and text."""
+    if facts is None:
+        return [("cost", "not known for this model; --inspect builds it, without memory for it, and counts")]
+    return [
+        ("batch norm", _batchnorm(plan, facts)),
+        ("memory a GPU", _memory(plan, facts, assumed.gpu_bytes)),
+        ("all-reduce", _all_reduce(plan, facts, assumed)),
+        *_speed(plan, facts, assumed),
+    ]
+
+
+def _batchnorm(plan: Plan, facts: ModelFacts) -> str:
+    traffic = batchnorm_traffic(plan, facts)
+    if not facts.batchnorm_layers:
+        return "none in this model"
+    over = f"{_count(facts.batchnorm_layers, 'layer')} over {traffic.images:,} images "
+    if traffic.ranks == 1:
+        return over + "of a rank's own micro-batch, nothing is sent"
+    if traffic.ranks == plan.world_size:
+        whose = f"of all {plan.world_size:,} ranks"
+    else:
+        whose = f"of {traffic.ranks} neighbouring ranks, such as 0 to {traffic.ranks - 1}"
+    return f"{over}{whose}: {_count(traffic.collectives, 'collective')} and {_size(traffic.bytes)} sent a rank and step"
+
+
+def _memory(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> str:
+    parts = memory(plan, facts)
+    words = [("weights", parts.weights), ("fp32 weights", parts.master_weights), ("gradients", parts.gradients)]
+    words += [("momentum", parts.momentum), ("messages", parts.reduction)]
+    words.append((f"activations ({plan.micro_batch} × {_size(activation_bytes(plan, facts))})", parts.activations))
+    words.append(("workspace", parts.workspace))
+    text = f"{_size(parts.total)} = " + " + ".join(f"{_size(size)} {name}" for name, size in words if size)
+    text += f", {_size(CONTEXT_BYTES)} of it assumed"
+    largest = largest_micro_batch(plan, facts, gpu_bytes)
+    where = f"of the micro-batches that share out the batch, up to {largest:,} would fit {_size(gpu_bytes)}"
+    if largest is None:
+        where = f"no micro-batch would fit {_size(gpu_bytes)}"
+    elif parts.total > gpu_bytes:
+        where = f"which is more than {_size(gpu_bytes)}: up to {largest:,} images would fit"
+    return f"{text}; {where}"
+
+
+def _all_reduce(plan: Plan, facts: ModelFacts, assumed: Assumptions) -> str:
+    if plan.world_size == 1:
+        return "none, for one rank"
+    message = gradient_bytes(plan, facts)
+    sent = all_reduce_bytes(message, plan.world_size)
+    travels = plan.config.communication_data_type or plan.precision
+    text = f"{_size(message)} of {travels} gradients, {_size(sent)} sent a rank and step"
+    if assumed.images_per_second is not None and overlaps_reduction(plan):
+        needed = hidden_bandwidth(plan, facts, assumed.images_per_second)
+        text += f"; at {_gbit(needed)} a rank the last backward pass hides it"
+    return text
+
+
+def _speed(plan: Plan, facts: ModelFacts, assumed: Assumptions) -> list[tuple[str, str]]:
+    if assumed.images_per_second is None:
+        return [("speed", "not known for this model: --images-per-second of one GPU, or the folder of a run, tells it")]
+    found = speed(plan, facts, assumed.images_per_second, assumed.link)
+    network = f" and {assumed.link_source}" if plan.world_size > 1 else ""
+    step = f"a step {_seconds(found.step_seconds)} = {_seconds(found.compute_seconds)} to compute"
+    if plan.world_size > 1:
+        hidden = found.all_reduce_seconds - found.exposed_seconds
+        step += f" + {_seconds(found.exposed_seconds)} all-reduce ({_seconds(hidden)} of it hidden)"
+    if batchnorm_traffic(plan, facts).ranks > 1:
+        step += f" + {_seconds(found.batchnorm_seconds)} batch norm"
+    return [
+        (
+            "speed",
+            f"{step}: {found.images_per_second:,.0f} images/s, efficiency {found.efficiency:.0%}; for "
+            f"{assumed.speed_source}{network}, data that never waits",
+        ),
+        (
+            "time to train",
+            f"{_duration(found.training_seconds)} and {_duration(found.validation_seconds)} of validation (a forward "
+            "pass alone, taken for a third of a step)",
+        ),
+    ]
+
+
+def side_by_side(plans: Sequence[Plan], columns: Sequence[Sequence[tuple[str, str]]]) -> str:
+    """Two plans in two columns; ≠ marks the rows that differ."""
+    names = [printable(plan.config.source.file) for plan in plans]
+    width = (SIDE_BY_SIDE_WIDTH - LABEL_WIDTH - 6) // 2
+    rows = [("", names)]
+    for label in dict.fromkeys(label for column in columns for label, _ in column):
+        rows.append((label, [dict(column).get(label, "–") for column in columns]))
+    lines = []
+    for label, texts in rows:
+        mark = "≠" if label and texts[0] != texts[1] else " "
+        left, right = (wrap(text, width) for text in texts)
+        for row, (a, b) in enumerate(zip_longest(left, right, fillvalue="")):
+            head = f"{mark} {label:<{LABEL_WIDTH}}" if row == 0 else " " * (LABEL_WIDTH + 2)
+            lines.append(f"{head}{a:<{width}}  {b}".rstrip())
+        if not label:
+            lines.append("")
+    for name, plan in zip(names, plans, strict=True):
+        for note in notes(plan):
+            first = f"  {'note':<{LABEL_WIDTH}}"
+            lines += wrap(f"{name}: {note}", SIDE_BY_SIDE_WIDTH, first, " " * (LABEL_WIDTH + 2))
+    return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
+
+
+def plan_screen(plan: Plan, facts: ModelFacts | None, assumed: Assumptions) -> list[tuple[str, str]]:
+    """All that the screen says of a plan, but for the notes."""
+    return [*plan_fields(plan), *cost_fields(plan, facts, assumed)]
+
+
+def as_json(plan: Plan, facts: ModelFacts | None, assumed: Assumptions) -> dict[str, Any]:
+    """The same for programs; bytes and seconds, rates as pairs of step and rate."""
+    schedule = plan.schedule
+    turns = {0, 1, plan.total_steps - 1}
+    for turn in (schedule.warmup_steps, *schedule.milestones):
+        turns |= {turn - 1, turn}
+    answer: dict[str, Any] = {
+        "file": plan.config.source.file,
+        "world_size": plan.world_size,
+        "global_batch": plan.global_batch,
+        "micro_batch": plan.micro_batch,
+        "accumulation": plan.accumulation,
+        "train_images": plan.train_images,
+        "validation_images": plan.validation_images,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "left_over_images": plan.left_over_images,
+        "total_steps": plan.total_steps,
+        "peak_rate": schedule.peak_rate,
+        "warmup_steps": schedule.warmup_steps,
+        "rates": [[step, schedule.rate(step)] for step in sorted(turns) if 0 <= step < plan.total_steps],
+        "weight_decay": plan.weight_decay,
+        "notes": notes(plan),
+        "config": plan.config.model_dump(mode="json", exclude_none=True),
+    }
+    if facts is None:
+        return answer
+    largest = largest_micro_batch(plan, facts, assumed.gpu_bytes)
+    parts = memory(plan, facts)
+    answer |= {
+        "parameters": {"decayed": facts.decayed_parameters, "undecayed": facts.undecayed_parameters},
+        "batchnorm": asdict(batchnorm_traffic(plan, facts)),
+        "memory_bytes": asdict(parts) | {"total": parts.total},
+        "largest_micro_batch": {"gpu_bytes": assumed.gpu_bytes, "images": largest},
+        "gradient_bytes": gradient_bytes(plan, facts),
+        "all_reduce_bytes_sent": all_reduce_bytes(gradient_bytes(plan, facts), plan.world_size),
+    }
+    if assumed.images_per_second is not None:
+        found = speed(plan, facts, assumed.images_per_second, assumed.link)
+        answer["speed"] = asdict(found) | {
+            "step_seconds": found.step_seconds,
+            "assumed": {"speed": assumed.speed_source, "link": assumed.link_source},
+        }
+    return answer
+
+
+def json_text(answers: Sequence[dict[str, Any]]) -> str:
+    """One plan as an object, two as a list."""
+    return json.dumps(answers[0] if len(answers) == 1 else list(answers), indent=2, ensure_ascii=False) + "\n"
+
+
+def draw_rates(plans: Sequence[Plan], path: Path) -> list[Path]:
+    """The rate over epochs, the warmup once more enlarged; return the files.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+        OSError: the files cannot be written.
+    """
+    warm = max(plan.schedule.warmup_steps / plan.steps_per_epoch for plan in plans)
+    figure, axes = new_figure(1, 2 if warm else 1, (11 if warm else 7, 4.5))
+    whole, *enlarged = axes if warm else [axes]
+    for plan, colour in zip(plans, COLOURS, strict=False):
+        # A $ would begin a formula.
+        name = f"{Path(printable(plan.config.source.file)).name}: batch {plan.global_batch:,}".replace("$", r"\$")
+        shown = [(whole, plan.total_steps)]
+        shown += [(one, min(plan.total_steps, math.ceil(1.6 * warm * plan.steps_per_epoch))) for one in enlarged]
+        for one, end in shown:
+            steps = sorted({*range(0, end, max(1, end // PICTURE_POINTS)), end - 1, *_turns(plan, end)})
+            epochs = [step / plan.steps_per_epoch for step in steps]
+            rates = [plan.schedule.rate(step) for step in steps]
+            one.plot(epochs, rates, color=colour, label=name, drawstyle="steps-post", linewidth=1.6)
+    for one in (whole, *enlarged):
+        one.set(xlabel="epoch", ylabel="learning rate", xlim=(0, None), ylim=(0, None))
+    peaks = [plan.schedule.peak_rate for plan in plans]
+    if max(peaks) > 5 * min(peaks):  # else one curve would lie on the axis
+        whole.set(yscale="log")
+        whole.autoscale(axis="y")
+    whole.set(title="The whole run")
+    for one in enlarged:
+        one.set(title="The warmup, enlarged")
+    figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return save_figure(figure, path)
+
+
+def _turns(plan: Plan, end: int) -> list[int]:
+    around = (plan.schedule.warmup_steps, *plan.schedule.milestones)
+    return [step for turn in around for step in (turn - 1, turn) if 0 <= step < end]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _size(size: float) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.3g}{NO_BREAK}{name}"
+    return f"{size:.0f}{NO_BREAK}B"
+
+
+def _gbit(bytes_per_second: float) -> str:
+    return f"{bytes_per_second * 8 / 1e9:.3g}{NO_BREAK}Gbit/s"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g}{NO_BREAK}s" if seconds >= 1 else f"{seconds * 1000:.3g}{NO_BREAK}ms"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return _seconds(seconds)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = ((days, "d"), (hours, "h"), (minutes, "min"))
+    return " ".join(f"{number}{NO_BREAK}{unit}" for number, unit in parts if number)
