@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from recipe.config import Config, read_config
+from recipe.commands.plan import main
+from recipe.config import Config
 from recipe.deepspeed_sections import PassedOn, Section
-from recipe.hostfile import read_hostfile
-from recipe.plan import make_plan
-from recipe.plan_text import format_plan
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,7 +45,7 @@ def test_the_files_that_it_names_are_there(name: str) -> None:
     assert (ROOT / name).is_file()
 
 
-def test_the_plan_is_as_it_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_is_as_it_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
-    ranks = sum(read_hostfile("hostfiles/four_nodes_8gpu").values())
-    assert format_plan(make_plan(read_config("ds_configs/resnet50_b8192.json"), ranks)) in README
+    assert main(["ds_configs/resnet50_b8192.json", "--hostfile", "hostfiles/four_nodes_8gpu"]) == 0
+    assert capsys.readouterr().out in README

@@ -50,10 +50,10 @@ def main(argv: Sequence[str]) -> int:
     elif len(plans) == 2:
         print(side_by_side(plans, [plan_screen(*one) for one in everything]), end="")
     else:
-        print(
-            format_fields(plans[0], [*plan_screen(*everything[0]), *(("note", note) for note in notes(plans[0]))]),
-            end="",
-        )
+        said = notes(plans[0])
+        if not arguments.hostfile and arguments.world_size is None:
+            said = ["for one rank; --hostfile or --world-size plan for more", *said]
+        print(format_fields(plans[0], [*plan_screen(*everything[0]), *(("note", note) for note in said)]), end="")
     for picture in pictures:
         print(f"recipe: wrote {picture}", file=sys.stderr)
     return 0

@@ -78,11 +78,12 @@ def _memory(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> str:
     text = f"{_size(parts.total)} = " + " + ".join(f"{_size(size)} {name}" for name, size in words if size)
     text += f", {_size(CONTEXT_BYTES)} of it assumed"
     largest = largest_micro_batch(plan, facts, gpu_bytes)
-    where = f"of the micro-batches that share out the batch, up to {largest:,} would fit {_size(gpu_bytes)}"
     if largest is None:
         where = f"no micro-batch would fit {_size(gpu_bytes)}"
     elif parts.total > gpu_bytes:
         where = f"which is more than {_size(gpu_bytes)}: up to {largest:,} images would fit"
+    else:
+        where = f"of the micro-batches that share out the batch, up to {largest:,} would fit {_size(gpu_bytes)}"
     return f"{text}; {where}"
 
 
