@@ -1,12 +1,12 @@
-"""From a PIL image to the square uint8 tensor that is trained or evaluated on: pure functions."""
+"""From pixels to the square that is trained or evaluated on: pure functions of uint8 tensors (height, width, 3)."""
 
 import math
 import random
 from typing import Literal
 
-from PIL import Image
+import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import functional
 
 from recipe.data.seeds import derive_seed
 
@@ -49,35 +49,58 @@ def random_resized_box(rng: random.Random, height: int, width: int) -> tuple[int
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def training_view(image: Image.Image, rng: random.Random, *, image_size: int, crop: Crop, flip: bool) -> Tensor:
-    """Return the augmented RGB image as uint8 (3, image_size, image_size); ``flip`` mirrors half of them."""
-    size = [image_size, image_size]
+def training_view(pixels: Tensor, rng: random.Random, *, image_size: int, crop: Crop, flip: bool) -> Tensor:
+    """Return the augmented image, uint8 (image_size, image_size, 3); ``flip`` mirrors half of them."""
     if crop == "random_resized":
-        image = functional.resized_crop(image, *random_resized_box(rng, image.height, image.width), size)
+        top, left, height, width = random_resized_box(rng, *pixels.shape[:2])
+        view = resize(pixels[top : top + height, left : left + width], image_size, image_size)
     else:
-        image = functional.resize(image, size)
+        view = resize(pixels, image_size, image_size)
         if crop == "padded":
             margin = image_size // 8
-            top, left = (_below(rng, 2 * margin + 1) - margin for _ in range(2))
-            # PIL fills what lies beyond the border with zeros.
-            image = functional.crop(image, top, left, image_size, image_size)
+            view = _shifted(view, *(_below(rng, 2 * margin + 1) - margin for _ in range(2)))
     if flip and rng.random() < 0.5:
-        image = functional.hflip(image)
-    return functional.pil_to_tensor(image)
+        view = view.flip(1)
+    return view
 
 
-def evaluation_view(image: Image.Image, *, image_size: int, crop: Crop) -> Tensor:
-    """Return the RGB image as uint8 (3, image_size, image_size), nothing drawn.
+def evaluation_view(pixels: Tensor, *, image_size: int, crop: Crop) -> Tensor:
+    """Return the image, uint8 (image_size, image_size, 3), nothing drawn.
 
     After ``random_resized`` training it is the centre of the image resized to a short side of 256/224 of
     ``image_size`` (the paper's 224 of 256); else the whole image.
     """
-    if crop == "random_resized":
-        image = functional.resize(image, round(image_size * 256 / 224))
-        image = functional.center_crop(image, [image_size, image_size])
-    else:
-        image = functional.resize(image, [image_size, image_size])
-    return functional.pil_to_tensor(image)
+    if crop != "random_resized":
+        return resize(pixels, image_size, image_size)
+    height, width = pixels.shape[:2]
+    short_side = round(image_size * 256 / 224)
+    # As torchvision's Resize and CenterCrop count: the long side is cut off, the margin rounded.
+    height, width = (
+        int(short_side * side / min(height, width)) if side > min(height, width) else short_side
+        for side in (height, width)
+    )
+    view = resize(pixels, height, width)
+    top, left = (round((side - image_size) / 2) for side in (height, width))
+    return view[top : top + image_size, left : left + image_size]
+
+
+def resize(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Resize uint8 (h, w, 3) as PIL does, bilinear with antialiasing; now and then a value differs by one."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    planes = pixels.unsqueeze(0).permute(0, 3, 1, 2)  # in memory as it was: channels_last, which torch's kernel likes
+    resized = F.interpolate(planes, (height, width), mode="bilinear", antialias=True)
+    return resized.permute(0, 2, 3, 1).squeeze(0)
+
+
+def _shifted(pixels: Tensor, top: int, left: int) -> Tensor:
+    """What a window as large as ``pixels`` sees from (top, left): black beyond the border."""
+    height, width = pixels.shape[:2]
+    view = torch.zeros_like(pixels)
+    view[max(0, -top) : height - max(0, top), max(0, -left) : width - max(0, left)] = pixels[
+        max(0, top) : height + min(0, top), max(0, left) : width + min(0, left)
+    ]
+    return view
 
 
 def _below(rng: random.Random, bound: int) -> int:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -25,7 +24,7 @@ class Sample(NamedTuple):
     """One image of a batch."""
 
     image: Tensor
-    """uint8 (3, S, S)."""
+    """uint8 (S, S, 3)."""
     label: int
     weight: float
     """1.0, or 0.0 for a blank that must not count."""
@@ -75,8 +74,8 @@ class ImageDataset(Dataset[Sample], ABC):
         self._on_bad_image = on_bad_image
 
     @abstractmethod
-    def image(self, index: int) -> Image.Image:
-        """Return image ``index`` in RGB.
+    def image(self, index: int) -> Tensor:
+        """Return the RGB pixels of image ``index``, uint8 (height, width, 3), which nobody changes.
 
         Raises:
             BadImageError: It cannot be read.
@@ -118,7 +117,7 @@ class ImageDataset(Dataset[Sample], ABC):
         view = evaluation_view(image, image_size=self._image_size, crop=self._crop)
         return Sample(view, int(self._labels[index]), 1.0, "")
 
-    def _readable_from(self, index: int) -> tuple[Image.Image, int]:
+    def _readable_from(self, index: int) -> tuple[Tensor, int]:
         for offset in range(min(_HOPELESS, len(self))):
             source = (index + offset) % len(self)
             try:
@@ -129,5 +128,5 @@ class ImageDataset(Dataset[Sample], ABC):
         raise BadImageError(f"{self.name(index)}: cannot be read, nor can any of the images that follow it")
 
     def _blank(self, bad_image: str = "") -> Sample:
-        image = torch.zeros(self._image_size, self._image_size, 3, dtype=torch.uint8).permute(2, 0, 1)
+        image = torch.zeros(self._image_size, self._image_size, 3, dtype=torch.uint8)
         return Sample(image, 0, 0.0, bad_image)

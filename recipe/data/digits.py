@@ -1,7 +1,9 @@
 """scikit-learn's 1,797 handwritten digits: real, at hand, learnt by a small network in seconds."""
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from recipe.data.augment import Crop
 from recipe.data.datasets import ImageDataset
@@ -18,9 +20,10 @@ class Digits(ImageDataset):
         """``greys`` is uint8 (n, 8, 8), ``labels`` integers (n,)."""
         super().__init__(labels.tolist(), _CLASSES, image_size=image_size, crop=crop, flip=flip, seed=seed)
         size = (image_size, image_size)
-        self._images = [Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR).convert("RGB") for grey in greys]
+        enlarged = [np.array(Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR)) for grey in greys]
+        self._images = torch.from_numpy(np.stack(enlarged)).unsqueeze(-1).expand(-1, -1, -1, 3).contiguous()
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Tensor:
         return self._images[index]
 
     def name(self, index: int) -> str:

@@ -1,19 +1,15 @@
 """A folder of images, a folder a class: torchvision's ImageFolder, with errors that a user can act on."""
 
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from torch import Tensor
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import pil_loader
 
 from recipe.data.augment import Crop
 from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage
-
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What PIL raises for damaged files: its UnidentifiedImageError is an OSError, a broken PNG a SyntaxError."""
+from recipe.data.decode import UNREADABLE, decode
 
 
 class ImageFiles(ImageDataset):
@@ -44,15 +40,12 @@ class ImageFiles(ImageDataset):
         prefix = os.path.join(self._root, "")
         self._paths = np.array([os.fsencode(path.removeprefix(prefix)) for path, _ in folder.samples])
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Tensor:
         path = self.name(index)
         try:
-            with warnings.catch_warnings():
-                # PIL speaks of metadata and palettes here; the pixels are those that torchvision's users get.
-                warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-                warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-                return pil_loader(path)
-        except _UNREADABLE as error:
+            with open(path, "rb") as file:
+                return decode(file.read())
+        except UNREADABLE as error:
             raise BadImageError(
                 f'{path}: not a readable image ({error}); mend it, or set recipe.data.on_bad_image to "skip"'
             ) from error

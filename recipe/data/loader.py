@@ -189,8 +189,8 @@ class ValidationLoader(_Loader):
 
 
 def _collate(samples: list[Sample]) -> _HostBatch:
-    # PIL's pixels are interleaved, as in torch's channels_last: stacked so, they are copied in one go.
-    images = default_collate([sample.image.movedim(0, -1) for sample in samples]).movedim(-1, 1)
+    # Interleaved pixels become torch's channels_last without a copy.
+    images = default_collate([sample.image for sample in samples]).movedim(-1, 1)
     return _HostBatch(
         images,
         torch.tensor([sample.label for sample in samples]),

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from recipe.data.datasets import ImageDataset
 
@@ -18,6 +19,11 @@ def picture(seed: int = 0, width: int = 40, height: int = 30, mode: str = "RGB")
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
 
+def pixels(image: Image.Image) -> Tensor:
+    """As the data sets hand an image on: uint8 (height, width, 3)."""
+    return torch.from_numpy(np.array(image.convert("RGB")))
+
+
 class Pictures(ImageDataset):
     """Pictures of three classes and several sizes, in memory."""
 
@@ -25,8 +31,8 @@ class Pictures(ImageDataset):
         labels = [index % 3 for index in range(length)]
         super().__init__(labels, 3, image_size=image_size, crop=crop, flip=True, seed=5)
 
-    def image(self, index: int) -> Image.Image:
-        return picture(index, width=20 + index)
+    def image(self, index: int) -> Tensor:
+        return pixels(picture(index, width=20 + index))
 
     def name(self, index: int) -> str:
         return f"picture {index}"

@@ -27,7 +27,7 @@ def test_every_fifth_image_of_each_class_is_held_out():
         for index, (image, label) in enumerate(expected[name]):
             sample = dataset[index]
             assert sample.label == label
-            assert np.abs(sample.image.numpy().reshape(3, 64) - image * 255 / 16).max() <= 0.5
+            assert np.abs(sample.image.numpy().reshape(64, 3).T - image * 255 / 16).max() <= 0.5
 
     counts = torch.bincount(torch.tensor([validation[index].label for index in range(len(validation))]))
     assert all(abs(int(count) / total - 0.2) < 0.005 for count, total in zip(counts, seen.values(), strict=True))
@@ -36,9 +36,9 @@ def test_every_fifth_image_of_each_class_is_held_out():
 def test_digits_are_enlarged_greys_over_the_whole_range():
     train, validation = digits("padded", image_size=32)
     images = torch.stack([train[index].image for index in range(200)])
-    assert images.shape == (200, 3, 32, 32)
-    assert torch.equal(images[:, 0], images[:, 1])
-    assert torch.equal(images[:, 0], images[:, 2])
+    assert images.shape == (200, 32, 32, 3)
+    assert torch.equal(images[..., 0], images[..., 1])
+    assert torch.equal(images[..., 0], images[..., 2])
     assert (int(images.min()), int(images.max())) == (0, 255)
     assert validation[0].weight == 1.0
 
@@ -46,7 +46,7 @@ def test_digits_are_enlarged_greys_over_the_whole_range():
 @pytest.mark.parametrize("crop", ["random_resized", "padded", "none"])
 def test_any_crop_works(crop):
     train, validation = digits(crop, image_size=24)
-    assert train[3, 5].image.shape == validation[5].image.shape == (3, 24, 24)
+    assert train[3, 5].image.shape == validation[5].image.shape == (24, 24, 3)
     assert train[3, 5].label == train[5].label
     moved = not torch.equal(train[3, 5].image, train[4, 5].image)
     assert moved == (crop != "none")

@@ -6,10 +6,9 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import datasets
-from torchvision.transforms import PILToTensor
 
 from recipe.data import BadImageError, TrainLoader, ValidationLoader, open_datasets
-from tests.data.images import MEAN, STD, picture, write_folder
+from tests.data.images import MEAN, STD, picture, pixels, write_folder
 
 
 def open_folder(path, on_bad_image="stop", crop="none"):
@@ -61,12 +60,12 @@ def test_images_of_any_kind_are_read_as_torchvision_reads_them(tmp_path):
     train, validation = open_folder(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = [(PILToTensor()(image), label) for image, label in datasets.ImageFolder(tmp_path / "train")]
+        theirs = [(pixels(image), label) for image, label in datasets.ImageFolder(tmp_path / "train")]
     assert len(train) == len(theirs) == 13
     for index, (expected, label) in enumerate(theirs):
-        assert torch.equal(PILToTensor()(train.image(index)), expected), train.name(index)
+        assert torch.equal(train.image(index), expected), train.name(index)
         assert train[0, index].label == validation[index].label == label
-    assert train.image(train_index(train, "rotated.jpg")).size == (40, 30)
+    assert train.image(train_index(train, "rotated.jpg")).shape == (30, 40, 3)
 
 
 def train_index(dataset, name):
@@ -77,7 +76,7 @@ def train_index(dataset, name):
 def test_a_huge_image_is_read_and_a_bomb_is_refused(tmp_path, monkeypatch):
     train, _ = open_folder(write_folder(tmp_path))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 1,200 pixels: more than the limit, less than twice
-    assert train.image(0).size == (40, 30)
+    assert train.image(0).shape == (30, 40, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     with pytest.raises(BadImageError, match=r"0\.jpg: not a readable image \(Image size"):
         train.image(0)

@@ -60,7 +60,7 @@ def test_a_batch_holds_what_the_keys_ask_for():
     assert len(batches) == 4
     for number, batch in enumerate(batches):
         samples = [dataset[3, index] for index in order[4 * number : 4 * number + 4]]
-        pixels = torch.stack([sample.image for sample in samples])
+        pixels = torch.stack([sample.image for sample in samples]).movedim(-1, 1)
         assert torch.equal(batch.images, Normalise(MEAN, STD, device=CPU, dtype=torch.float32)(pixels))
         assert batch.labels.tolist() == [sample.label for sample in samples]
         assert batch.labels.dtype == torch.int64
@@ -108,7 +108,7 @@ def test_validation_counts_every_image_once(length, world_size, micro_batch, wor
     assert len(counted) == length
     ours = sorted(image.flatten().tolist() for image in counted)
     theirs = Normalise(MEAN, STD, device=CPU, dtype=torch.float32)(
-        torch.stack([dataset[index].image for index in range(length)])
+        torch.stack([dataset[index].image for index in range(length)]).movedim(-1, 1)
     )
     assert ours == sorted(image.flatten().tolist() for image in theirs)
 
@@ -116,7 +116,7 @@ def test_validation_counts_every_image_once(length, world_size, micro_batch, wor
 def test_padding_is_a_blank_that_does_not_count():
     blank = Pictures()[PADDING]
     assert (blank.label, blank.weight, blank.bad_image) == (0, 0.0, "")
-    assert blank.image.shape == (3, 16, 16)
+    assert blank.image.shape == (16, 16, 3)
     assert blank.image.dtype == torch.uint8
 
 
