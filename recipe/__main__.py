@@ -6,6 +6,7 @@ import sys
 COMMANDS = {
     "plan": "what a config will do, before anything runs",
     "hosts": "whether a launch on a hostfile's hosts would work",
+    "plot": "loss, error, rate and speed of runs, as a picture",
     "export": "the best weights of a run for plain timm, with a model card",
 }
 

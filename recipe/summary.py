@@ -12,7 +12,7 @@ from typing import Any
 from recipe.code_state import versions
 from recipe.plan import Plan
 
-SUMMARY = "summary.json"
+SUMMARY, METRICS = "summary.json", "metrics.jsonl"
 LAST_EPOCHS = 5  # the paper reports the median error of the last five (§5.1)
 
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from recipe.loop import Step, Validation
+from recipe.summary import METRICS
 
-METRICS = "metrics.jsonl"
 LOG = "train.log"
 LINE_EVERY_SECONDS = 30.0
 

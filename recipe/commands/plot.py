@@ -1,0 +1,235 @@
+"""``python -m recipe plot``: loss, error, rate and speed of runs over the epochs, as a picture."""
+
+import argparse
+import itertools
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recipe.commands.figure import COLOURS, new_figure, save_figure
+from recipe.commands.run_files import Column, RunFiles, distinct_names, read_run
+from recipe.strict_json import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_POINTS = 1000  # of a curve: more than the picture has pixels for
+SMOOTHED_SHARE = 0.01  # of the epochs that are shown, on each side of a point
+FEW_POINTS = 60  # that can each have a dot
+LEGEND_CHARACTERS = 130  # in a line across the picture
+DASHES = ("-", "--", ":", "-.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draw the runs; return 0, or 2 where there is nothing to draw."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipe plot",
+        description="Draw loss, top-1 error, rate, images per second and the share of the time spent waiting for data "
+        "of one or several runs over the epochs, as PNG and SVG. A run may be in progress; no display is needed.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="output folder of a run")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="where to write PATH.png and PATH.svg, or a folder for plot.png and plot.svg (default: RUN_DIR of a "
+        "single run, the current folder for several)",
+    )
+    arguments = parser.parse_args(argv)
+    output = arguments.output or (arguments.runs[0] if len(arguments.runs) == 1 else Path())
+    try:
+        runs = [read_run(folder) for folder in {os.path.abspath(folder): folder for folder in arguments.runs}.values()]
+        for run in runs:
+            if not run.steps_done:
+                print(f"recipe: {printable(str(run.folder))} has no step written down yet", file=sys.stderr)
+        runs = [run for run in runs if run.steps_done]
+        if not runs:
+            raise ValueError("there is nothing to draw yet; wait for the first steps")
+        figure = draw(runs)
+        output = output / "plot" if output.is_dir() else output
+        output.parent.mkdir(parents=True, exist_ok=True)
+        written = save_figure(figure, output)
+    except OSError as error:
+        print(f"recipe: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        return 2
+    except ValueError as refusal:
+        print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
+        return 2
+    for file in written:
+        print(printable(str(file)))
+    return 0
+
+
+def draw(runs: Sequence[RunFiles]) -> "Figure":
+    """A panel for each quantity, a colour for each run; every run has at least one step."""
+    labels = [
+        _label(run, name)
+        for run, name in zip(runs, distinct_names([Path(os.path.abspath(run.folder)) for run in runs]), strict=True)
+    ]
+    legend_inches = 0.2 * sum(label.count("\n") + 1 for label in labels)
+    figure, grid = new_figure(3, 2, size=(12, 9 + legend_inches))
+    loss, error, rate, speed, waiting, noise = grid.flat
+    last_epoch = max(float(run.epochs("step")[-1]) for run in runs)
+    _draw_losses(loss, runs, last_epoch)
+    for place, (run, style) in enumerate(zip(runs, _styles(), strict=False)):
+        steps, epochs = run.events["step"], run.epochs("step")
+        # Runs often share their rates: the first curves are wider, so that they show beneath the last.
+        wide = {"linewidth": 1.5 * min(4, len(runs) - place), "drawstyle": "steps-pre"}
+        _draw_curve(rate, epochs, steps["lr"], style | wide)
+        _draw_curve(speed, epochs, steps["images_per_second"], style)
+        _draw_curve(waiting, epochs, 100 * steps["data_wait"], style)
+        _draw_curve(error, run.epochs("validation"), 100 - run.events["validation"]["top1"], style)
+        _draw_curve(noise, run.epochs("noise_scale"), run.events["noise_scale"]["noise_scale"], style)
+    for axes, title in (
+        (loss, "training loss"),
+        (error, "top-1 validation error [%]"),
+        (rate, "learning rate"),
+        (speed, "images per second"),
+        (waiting, "time spent waiting for data [%]"),
+        (noise, "gradient noise scale [images]"),
+    ):
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("epochs done")
+        axes.set_xlim(0, 1.01 * last_epoch)
+    if not any(run.events["validation"]["step"].size for run in runs):
+        error.text(0.5, 0.5, "no validation yet", ha="center", va="center", transform=error.transAxes)
+    for axes in (loss, error, rate, noise):
+        _set_scale(axes)
+    for axes in (speed, waiting):
+        axes.set_ylim(bottom=0)
+    if not any(run.events["noise_scale"]["step"].size for run in runs):
+        noise.remove()
+    _add_legend(figure, labels)
+    return figure
+
+
+def smooth(values: Column, half_width: int) -> tuple[NDArray[np.intp], Column]:
+    """Means over ``half_width`` values before and after each of up to ``MOST_POINTS`` evenly spaced ones.
+
+    At both ends there are fewer to average over. NaN does not count; it is the mean only where there is nothing else.
+    Returns the indices of the points, and the means there.
+    """
+    points = _spread(values.size)
+    means = np.full(points.size, np.nan)
+    for place, index in enumerate(points):
+        window = values[max(0, index - half_width) : index + half_width + 1]
+        finite = window[~np.isnan(window)]
+        if finite.size:
+            means[place] = finite.mean()
+    return points, means
+
+
+def thin_out(values: Column) -> NDArray[np.intp]:
+    """Indices of few values that draw the same curve: of equal parts of it the lowest and the highest, and the ends."""
+    if values.size <= 2 * MOST_POINTS:
+        return np.arange(values.size)
+    low, high = np.nan_to_num(values, nan=np.inf), np.nan_to_num(values, nan=-np.inf)
+    kept = [0, values.size - 1]
+    edges = np.linspace(0, values.size, MOST_POINTS + 1).astype(int)
+    for start, end in itertools.pairwise(edges):
+        kept += [start + int(low[start:end].argmin()), start + int(high[start:end].argmax())]
+    return np.unique(kept)
+
+
+def _spread(size: int) -> NDArray[np.intp]:
+    """Up to ``MOST_POINTS`` evenly spaced indices of ``size`` values, with the first and the last."""
+    return np.unique(np.linspace(0, size - 1, min(size, MOST_POINTS)).round().astype(np.intp))
+
+
+def _draw_losses(axes: "Axes", runs: Sequence[RunFiles], last_epoch: float) -> None:
+    """The loss of each step, faint, and smoothed; marks where an update was skipped or the loss was not finite."""
+    from matplotlib.lines import Line2D
+
+    half_width = SMOOTHED_SHARE * last_epoch
+    legend: dict[str, dict[str, Any]] = {}
+    for row, (run, style) in enumerate(zip(runs, _styles(), strict=False)):
+        epochs, loss = run.epochs("step"), run.events["step"]["loss"]
+        half_width_steps = round(half_width * run.steps_per_epoch)
+        if half_width_steps:
+            drawn = thin_out(loss)
+            axes.plot(epochs[drawn], loss[drawn], **style, alpha=0.25, linewidth=0.8)
+            points, means = smooth(loss, half_width_steps)
+            axes.plot(epochs[points], means, **style)
+            legend["each step"] = {"alpha": 0.4, "linewidth": 0.8}
+            legend[f"mean over ± {half_width:.2g} epochs"] = {}
+        else:
+            _draw_curve(axes, epochs, loss, style)
+            legend["each step"] = {"alpha": 0.4, "linewidth": 0.8} if "each step" in legend else {}
+        height = 0.02 + 0.02 * (row % len(COLOURS))
+        for label, marked, mark in (
+            ("update skipped", run.events["step"]["skipped"] == 1, {"marker": "|", "linestyle": ""}),
+            ("loss not finite", np.isnan(loss), {"marker": "^", "linestyle": ""}),
+        ):
+            places = epochs[marked]
+            if places.size:
+                places = places[_spread(places.size)]
+                heights = np.full(places.size, height if mark["marker"] == "|" else 1 - height)
+                axes.plot(places, heights, color=style["color"], **mark, transform=axes.get_xaxis_transform())
+                legend[label] = mark
+    axes.legend([Line2D([], [], color="0.3", **look) for look in legend.values()], list(legend), fontsize="small")
+
+
+def _draw_curve(axes: "Axes", epochs: Column, values: Column, style: dict[str, Any]) -> None:
+    drawn = thin_out(values)
+    axes.plot(epochs[drawn], values[drawn], **style, marker="." if values.size <= FEW_POINTS else None)
+
+
+def _set_scale(axes: "Axes") -> None:
+    """A logarithmic scale where all values are positive and span more than a factor of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    curves = [line for line in axes.lines if line.get_transform() == axes.transData]
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in curves] or [np.empty(0)])
+    values = values[~np.isnan(values)]
+    if values.size and values.min() > 0 and values.max() > 10 * values.min():
+        axes.set_yscale("log")
+        decades = np.log10(values.max() / values.min())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _styles() -> list[dict[str, Any]]:
+    """Looks of curves that can be told apart."""
+    return [{"color": colour, "linestyle": dash} for dash in DASHES for colour in COLOURS]
+
+
+def _label(run: RunFiles, name: str) -> str:
+    """A run's name in the legend, in lines that the picture has room for."""
+    label = _drawable(name)
+    if run.summary is None:
+        label += f" ({run.steps_done / run.steps_per_epoch:.4g} of {run.total_steps // run.steps_per_epoch} epochs)"
+    return textwrap.fill(label, LEGEND_CHARACTERS)
+
+
+def _drawable(text: str) -> str:
+    """Characters that the font lacks, as escapes: boxes would all look alike."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return "".join(c if ord(c) in known else f"\\u{ord(c):04x}" for c in printable(text))
+
+
+def _add_legend(figure: "Figure", labels: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], **style) for _, style in zip(labels, _styles(), strict=False)]
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    legend = figure.legend(
+        handles,
+        [str(number) for number in range(len(labels))],
+        loc="outside upper left",
+        ncols=max(1, min(len(labels), LEGEND_CHARACTERS // (longest + 8))),
+        frameon=False,
+    )
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        # Not given to legend(), which hides labels that begin with an underscore; a $ in a name is no formula.
+        text.set_parse_math(False)
+        text.set_text(label)

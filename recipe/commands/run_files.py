@@ -1,0 +1,193 @@
+"""Reads what a run has written, complete or in progress, for the commands that look at runs."""
+
+import math
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from json import JSONDecoder
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recipe.manifest import PLAN
+from recipe.strict_json import parse_json, read_text
+from recipe.summary import METRICS, read_summary
+
+Column = NDArray[np.float64]
+
+# What is read of each event of metrics.jsonl; all else is passed over.
+FIELDS = {
+    "step": ("step", "lr", "loss", "images_per_second", "data_wait", "skipped"),
+    "validation": ("step", "top1", "top5", "loss"),
+    "noise_scale": ("step", "noise_scale"),
+}
+NULLABLE = ("loss", "noise_scale")  # JSON has no word for an infinite number
+MOST_STEPS = 2**53  # as whole numbers, a float holds no more
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run as its files tell it.
+
+    ``events`` has a column for each of ``FIELDS``, in the order of the steps: null is NaN, ``skipped`` 0 or 1.
+    ``summary`` is None while the run is not complete.
+    """
+
+    folder: Path
+    plan: dict[str, Any]
+    summary: dict[str, Any] | None
+    events: dict[str, dict[str, Column]]
+
+    @property
+    def global_batch(self) -> int:
+        """Images in an optimizer step."""
+        return int(self.plan["train_batch_size"])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch; the last, partial batch is dropped."""
+        return int(self.plan["recipe"]["data"]["train_images"]) // self.global_batch
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, done or not."""
+        return int(self.plan["recipe"]["schedule"]["epochs"]) * self.steps_per_epoch
+
+    @property
+    def micro_batch(self) -> int:
+        """Images in a forward pass of one rank."""
+        return int(self.plan["train_micro_batch_size_per_gpu"])
+
+    @property
+    def world_size(self) -> int:
+        """The ranks of the plan, which says it by ranks × accumulation × micro-batch = global batch."""
+        return self.global_batch // (self.micro_batch * int(self.plan["gradient_accumulation_steps"]))
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps that are written down."""
+        steps = self.events["step"]["step"]
+        return int(steps[-1]) + 1 if steps.size else 0
+
+    def epochs(self, event: str) -> Column:
+        """Where in the training each line of an event lies: the epochs that were done after its step."""
+        return (self.events[event]["step"] + 1) / self.steps_per_epoch
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Read a run's folder.
+
+    Raises:
+        ValueError: it is not the folder of a run, or a file in it is not what a run writes; says which line, and what
+            to do. A last line that is still being written is no error.
+    """
+    plan = _read_plan(folder)
+    return RunFiles(folder, plan, read_summary(folder), _read_events(folder / METRICS))
+
+
+def _read_plan(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        found = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
+        raise ValueError(f"{found}; name the --output folder of a run")
+    file = folder / PLAN
+    if not file.exists():
+        within = sorted(str(plan.parent) for plan in folder.glob(f"*/{PLAN}"))
+        remedy = f"did you mean {', '.join(within[:5])}?" if within else "name the --output folder of a run"
+        raise ValueError(f"{folder} holds no {PLAN}, so that it is not the folder of a run; {remedy}")
+    plan = parse_json(read_text(file, PLAN), str(file))
+    for key in (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "recipe.data.train_images",
+        "recipe.schedule.epochs",
+    ):
+        value: Any = plan
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if type(value) is not int or not 0 < value < MOST_STEPS:
+            raise ValueError(
+                f"{file} is not the plan of a run: {key} is not a whole number >= 1; name the --output folder of a run"
+            )
+    if plan["train_batch_size"] > plan["recipe"]["data"]["train_images"]:
+        raise ValueError(f"{file} is not the plan of a run: its train_batch_size is larger than its train_images")
+    return plan
+
+
+def _read_events(file: Path) -> dict[str, dict[str, Column]]:
+    columns = {event: {field: array("d") for field in fields} for event, fields in FIELDS.items()}
+    latest = dict.fromkeys(FIELDS, -1)
+    for number, line in _lines(file):
+        event = line.get("event")
+        if not isinstance(event, str):
+            _refuse(file, number, "it names no event")
+        if event not in FIELDS:
+            continue
+        step = line.get("step")
+        if type(step) is not int or not 0 <= step < MOST_STEPS:
+            _refuse(file, number, f"its step is not a whole number but {step!r:.40}")
+        if step <= latest[event]:
+            _refuse(file, number, f"step {step} comes after step {latest[event]}")
+        latest[event] = step
+        for field, column in columns[event].items():
+            value = line.get(field, "missing")
+            try:
+                if value is None and field in NULLABLE:
+                    column.append(math.nan)
+                elif type(value) in (int, float, bool) and math.isfinite(value):
+                    column.append(value)
+                else:
+                    _refuse(file, number, f"its {field} is not a number but {value!r:.40}")
+            except OverflowError:
+                _refuse(file, number, f"its {field} is too large a number")
+    return {
+        event: {field: np.frombuffer(column) if column else np.empty(0) for field, column in fields.items()}
+        for event, fields in columns.items()
+    }
+
+
+def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of a file, numbered from 1, but for a last one that has no end yet."""
+    decoder = JSONDecoder(parse_constant=_no_constant)
+    try:
+        opened = file.open("rb")
+    except FileNotFoundError:
+        return  # the run has only begun
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}; mend that, or name another folder") from None
+    with opened:
+        for number, text in enumerate(opened, start=1):
+            try:
+                line = decoder.decode(text.decode())
+            except (ValueError, RecursionError):
+                if not text.endswith(b"\n"):
+                    return
+                line = None
+            if not isinstance(line, dict):
+                _refuse(file, number, "it is not a JSON object")
+            yield number, line
+
+
+def _refuse(file: Path, number: int, problem: str) -> NoReturn:
+    raise ValueError(f"{file}: line {number} is not what a run writes: {problem}; remove the line, or mend it")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """A name for each folder: its last part, or as many as it takes to tell it from the others.
+
+    The folders are absolute, and none occurs twice.
+    """
+    depths = [1] * len(folders)
+    while True:
+        names = [str(Path(*folder.parts[-depth:])) for folder, depth in zip(folders, depths, strict=True)]
+        repeated = [index for index, name in enumerate(names) if names.count(name) > 1]
+        if not repeated:
+            return names
+        for index in repeated:
+            depths[index] += 1
