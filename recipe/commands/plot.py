@@ -163,16 +163,17 @@ def _draw_losses(axes: "Axes", runs: Sequence[RunFiles], last_epoch: float) -> N
             _draw_curve(axes, epochs, loss, style)
             legend["each step"] = {"alpha": 0.4, "linewidth": 0.8} if "each step" in legend else {}
         height = 0.02 + 0.02 * (row % len(COLOURS))
-        for label, marked, mark in (
-            ("update skipped", run.events["step"]["skipped"] == 1, {"marker": "|", "linestyle": ""}),
-            ("loss not finite", np.isnan(loss), {"marker": "^", "linestyle": ""}),
+        for label, marked, marker, at in (
+            ("update skipped", run.events["step"]["skipped"] == 1, "|", height),
+            ("loss not finite", np.isnan(loss), "^", 1 - height),
         ):
             places = epochs[marked]
             if places.size:
                 places = places[_spread(places.size)]
-                heights = np.full(places.size, height if mark["marker"] == "|" else 1 - height)
-                axes.plot(places, heights, color=style["color"], **mark, transform=axes.get_xaxis_transform())
-                legend[label] = mark
+                look: dict[str, Any] = {"marker": marker, "linestyle": ""}
+                transform = axes.get_xaxis_transform()
+                axes.plot(places, np.full(places.size, at), color=style["color"], transform=transform, **look)
+                legend[label] = look
     axes.legend([Line2D([], [], color="0.3", **look) for look in legend.values()], list(legend), fontsize="small")
 
 
