@@ -5,7 +5,7 @@ import itertools
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,11 @@ SMOOTHED_SHARE = 0.01  # of the epochs that are shown, on each side of a point
 FEW_POINTS = 60  # that can each have a dot
 LEGEND_CHARACTERS = 130  # in a line across the picture
 DASHES = ("-", "--", ":", "-.")
+
+CONVERSIONS: dict[str, Callable[[Column], Column]] = {
+    "top1": lambda accuracy: 100 - accuracy,
+    "data_wait": lambda share: 100 * share,
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,40 +78,39 @@ def draw(runs: Sequence[RunFiles]) -> "Figure":
         _label(run, name)
         for run, name in zip(runs, distinct_names([Path(os.path.abspath(run.folder)) for run in runs]), strict=True)
     ]
-    legend_inches = 0.2 * sum(label.count("\n") + 1 for label in labels)
-    figure, grid = new_figure(3, 2, size=(12, 9 + legend_inches))
+    figure, grid = new_figure(3, 2, size=(12, 9 + 0.2 * sum(label.count("\n") + 1 for label in labels)))
     loss, error, rate, speed, waiting, noise = grid.flat
     last_epoch = max(float(run.epochs("step")[-1]) for run in runs)
-    _draw_losses(loss, runs, last_epoch)
-    for place, (run, style) in enumerate(zip(runs, _styles(), strict=False)):
-        steps, epochs = run.events["step"], run.epochs("step")
-        # Runs often share their rates: the first curves are wider, so that they show beneath the last.
-        wide = {"linewidth": 1.5 * min(4, len(runs) - place), "drawstyle": "steps-pre"}
-        _draw_curve(rate, epochs, steps["lr"], style | wide)
-        _draw_curve(speed, epochs, steps["images_per_second"], style)
-        _draw_curve(waiting, epochs, 100 * steps["data_wait"], style)
-        _draw_curve(error, run.epochs("validation"), 100 - run.events["validation"]["top1"], style)
-        _draw_curve(noise, run.epochs("noise_scale"), run.events["noise_scale"]["noise_scale"], style)
-    for axes, title in (
-        (loss, "training loss"),
-        (error, "top-1 validation error [%]"),
-        (rate, "learning rate"),
-        (speed, "images per second"),
-        (waiting, "time spent waiting for data [%]"),
-        (noise, "gradient noise scale [images]"),
+    half_width = SMOOTHED_SHARE * last_epoch
+    for axes, title, event, field, is_smoothed in (
+        (loss, "training loss", "step", "loss", True),
+        (error, "top-1 validation error [%]", "validation", "top1", False),
+        (rate, "learning rate", "step", "lr", False),
+        (speed, "images per second", "step", "images_per_second", True),
+        (waiting, "time spent waiting for data [%]", "step", "data_wait", True),
+        (noise, "gradient noise scale [images]", "noise_scale", "noise_scale", False),
     ):
         axes.set_title(title, loc="left")
         axes.set_xlabel("epochs done")
         axes.set_xlim(0, 1.01 * last_epoch)
-    if not any(run.events["validation"]["step"].size for run in runs):
-        error.text(0.5, 0.5, "no validation yet", ha="center", va="center", transform=error.transAxes)
+        convert = CONVERSIONS.get(field, lambda values: values)
+        curves = [(run.epochs(event), convert(run.events[event][field])) for run in runs]
+        if field == "lr":
+            _draw_rates(axes, curves)
+        else:
+            half_widths = [round(half_width * run.steps_per_epoch) if is_smoothed else 0 for run in runs]
+            _draw_curves(axes, curves, half_widths)
+    _mark_steps(loss, runs)
     for axes in (loss, error, rate, noise):
         _set_scale(axes)
     for axes in (speed, waiting):
         axes.set_ylim(bottom=0)
+    if not any(run.events["validation"]["step"].size for run in runs):
+        error.text(0.5, 0.5, "no validation yet", ha="center", va="center", transform=error.transAxes)
     if not any(run.events["noise_scale"]["step"].size for run in runs):
         noise.remove()
-    _add_legend(figure, labels)
+    is_smoothed = any(round(half_width * run.steps_per_epoch) for run in runs)
+    _add_legend(figure, labels, f"mean over ± {half_width:.2g} epochs (faint: each step)" if is_smoothed else None)
     return figure
 
 
@@ -143,43 +147,61 @@ def _spread(size: int) -> NDArray[np.intp]:
     return np.unique(np.linspace(0, size - 1, min(size, MOST_POINTS)).round().astype(np.intp))
 
 
-def _draw_losses(axes: "Axes", runs: Sequence[RunFiles], last_epoch: float) -> None:
-    """The loss of each step, faint, and smoothed; marks where an update was skipped or the loss was not finite."""
+def _draw_curves(axes: "Axes", curves: Sequence[tuple[Column, Column]], half_widths: Sequence[int]) -> None:
+    """Draw (epochs, values) of each run: as they are, or, with a half width in steps, faint beneath their means."""
+    dots = max(values.size for _, values in curves) <= FEW_POINTS
+    for (epochs, values), half_width, style in zip(curves, half_widths, _styles(), strict=False):
+        drawn = thin_out(values)
+        if half_width:
+            axes.plot(epochs[drawn], values[drawn], **style, alpha=0.25, linewidth=0.8)
+            points, means = smooth(values, half_width)
+            axes.plot(epochs[points], means, **style)
+        else:
+            axes.plot(epochs[drawn], values[drawn], **style, marker="." if dots or values.size == 1 else None)
+
+
+def _draw_rates(axes: "Axes", curves: Sequence[tuple[Column, Column]]) -> None:
+    """Draw rates, each of which holds for the whole step."""
+    for place, ((epochs, rates), style) in enumerate(zip(curves, _styles(), strict=False)):
+        drawn = thin_out(rates)
+        # Runs often share their rates: the first curves are wider, so that they show beneath the last.
+        width = 1.5 + min(3, len(curves) - 1 - place)
+        axes.plot(
+            epochs[drawn],
+            rates[drawn],
+            **style,
+            linewidth=width,
+            drawstyle="steps-pre",
+            marker="." if rates.size == 1 else None,
+        )
+
+
+def _mark_steps(axes: "Axes", runs: Sequence[RunFiles]) -> None:
+    """Mark, a row a run, where updates were skipped (at the bottom) and where the loss was not finite (at the top)."""
     from matplotlib.lines import Line2D
 
-    half_width = SMOOTHED_SHARE * last_epoch
-    legend: dict[str, dict[str, Any]] = {}
+    marks: dict[str, str] = {}
     for row, (run, style) in enumerate(zip(runs, _styles(), strict=False)):
-        epochs, loss = run.epochs("step"), run.events["step"]["loss"]
-        half_width_steps = round(half_width * run.steps_per_epoch)
-        if half_width_steps:
-            drawn = thin_out(loss)
-            axes.plot(epochs[drawn], loss[drawn], **style, alpha=0.25, linewidth=0.8)
-            points, means = smooth(loss, half_width_steps)
-            axes.plot(epochs[points], means, **style)
-            legend["each step"] = {"alpha": 0.4, "linewidth": 0.8}
-            legend[f"mean over ± {half_width:.2g} epochs"] = {}
-        else:
-            _draw_curve(axes, epochs, loss, style)
-            legend["each step"] = {"alpha": 0.4, "linewidth": 0.8} if "each step" in legend else {}
-        height = 0.02 + 0.02 * (row % len(COLOURS))
-        for label, marked, marker, at in (
-            ("update skipped", run.events["step"]["skipped"] == 1, "|", height),
-            ("loss not finite", np.isnan(loss), "^", 1 - height),
+        from_edge = 0.02 + 0.02 * (row % len(COLOURS))
+        for label, marked, marker, height in (
+            ("update skipped", run.events["step"]["skipped"] == 1, "|", from_edge),
+            ("loss not finite", np.isnan(run.events["step"]["loss"]), "^", 1 - from_edge),
         ):
-            places = epochs[marked]
-            if places.size:
-                places = places[_spread(places.size)]
-                look: dict[str, Any] = {"marker": marker, "linestyle": ""}
-                transform = axes.get_xaxis_transform()
-                axes.plot(places, np.full(places.size, at), color=style["color"], transform=transform, **look)
-                legend[label] = look
-    axes.legend([Line2D([], [], color="0.3", **look) for look in legend.values()], list(legend), fontsize="small")
-
-
-def _draw_curve(axes: "Axes", epochs: Column, values: Column, style: dict[str, Any]) -> None:
-    drawn = thin_out(values)
-    axes.plot(epochs[drawn], values[drawn], **style, marker="." if values.size <= FEW_POINTS else None)
+            epochs = run.epochs("step")[marked]
+            if epochs.size:
+                epochs = epochs[_spread(epochs.size)]
+                axes.plot(
+                    epochs,
+                    np.full(epochs.size, height),
+                    color=style["color"],
+                    linestyle="",
+                    marker=marker,
+                    transform=axes.get_xaxis_transform(),
+                )
+                marks[label] = marker
+    if marks:
+        handles = [Line2D([], [], color="0.3", linestyle="", marker=marker) for marker in marks.values()]
+        axes.legend(handles, list(marks), loc="upper right", fontsize="small")
 
 
 def _set_scale(axes: "Axes") -> None:
@@ -218,10 +240,14 @@ def _drawable(text: str) -> str:
     return "".join(c if ord(c) in known else f"\\u{ord(c):04x}" for c in printable(text))
 
 
-def _add_legend(figure: "Figure", labels: Sequence[str]) -> None:
+def _add_legend(figure: "Figure", labels: Sequence[str], smoothing: str | None) -> None:
+    """Name the runs, and say how their curves are smoothed, if they are."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], **style) for _, style in zip(labels, _styles(), strict=False)]
+    if smoothing is not None:
+        handles.append(Line2D([], [], color="0.3"))
+        labels = [*labels, smoothing]
     longest = max(len(line) for label in labels for line in label.split("\n"))
     legend = figure.legend(
         handles,

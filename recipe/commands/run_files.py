@@ -132,15 +132,14 @@ def _read_events(file: Path) -> dict[str, dict[str, Column]]:
             _refuse(file, number, f"step {step} comes after step {latest[event]}")
         latest[event] = step
         for field, column in columns[event].items():
-            value = line.get(field, "missing")
+            value: Any = line.get(field)
             try:
-                if value is None and field in NULLABLE:
-                    column.append(math.nan)
-                elif type(value) in (int, float, bool) and math.isfinite(value):
-                    column.append(value)
-                else:
-                    _refuse(file, number, f"its {field} is not a number but {value!r:.40}")
-            except OverflowError:
+                column.append(value)
+            except (TypeError, OverflowError):
+                if value is not None or field not in NULLABLE or field not in line:
+                    _refuse(file, number, f"its {field} is not a number")
+                column.append(math.nan)
+            if column[-1] in (math.inf, -math.inf):
                 _refuse(file, number, f"its {field} is too large a number")
     return {
         event: {field: np.frombuffer(column) if column else np.empty(0) for field, column in fields.items()}
@@ -150,7 +149,7 @@ def _read_events(file: Path) -> dict[str, dict[str, Column]]:
 
 def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The lines of a file, numbered from 1, but for a last one that has no end yet."""
-    decoder = JSONDecoder(parse_constant=_no_constant)
+    read_value = JSONDecoder(parse_constant=_no_constant).raw_decode
     try:
         opened = file.open("rb")
     except FileNotFoundError:
@@ -158,14 +157,17 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}; mend that, or name another folder") from None
     with opened:
-        for number, text in enumerate(opened, start=1):
+        for number, raw in enumerate(opened, start=1):
+            line = None
             try:
-                line = decoder.decode(text.decode())
+                text = raw.decode()
+                line, end = read_value(text)
+                whole = not text[end:].strip()
             except (ValueError, RecursionError):
-                if not text.endswith(b"\n"):
-                    return
-                line = None
-            if not isinstance(line, dict):
+                whole = False
+            if not whole and not raw.endswith(b"\n"):
+                return
+            if not whole or not isinstance(line, dict):
                 _refuse(file, number, "it is not a JSON object")
             yield number, line
 
