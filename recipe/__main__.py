@@ -7,6 +7,7 @@ COMMANDS = {
     "plan": "what a config will do, before anything runs",
     "hosts": "whether a launch on a hostfile's hosts would work",
     "plot": "loss, error, rate and speed of runs, as a picture",
+    "compare": "what differs between two runs, and from which step on",
     "export": "the best weights of a run for plain timm, with a model card",
 }
 

@@ -119,18 +119,34 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool)
 
 def training_sha256(plan: dict[str, Any]) -> str:
     """A digest of all that a plan says of what is trained, and of nothing that says where or how."""
-    leaves = sorted((key, value) for key, value in _leaves(plan) if not _is_free(key))
-    return hashlib.sha256(json.dumps(leaves).encode()).hexdigest()
+    trained = sorted((key, value) for key, value in leaves(plan) if not is_free_to_change(key))
+    return hashlib.sha256(json.dumps(trained).encode()).hexdigest()
 
 
 def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """``key was a, is b`` for each key of two plans that says another training."""
-    old, new = dict(_leaves(before)), dict(_leaves(now))
+    old, new = dict(leaves(before)), dict(leaves(now))
     return [
         f"{key} was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"
         for key in {**old, **new}
-        if old.get(key) != new.get(key) and not _is_free(key)
+        if old.get(key) != new.get(key) and not is_free_to_change(key)
     ]
+
+
+def is_free_to_change(key: str) -> bool:
+    """Whether a dotted key of a plan says only where or how a run runs."""
+    return f"{key}.".startswith(tuple(f"{free}." for free in FREE_TO_CHANGE))
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """The dotted keys of a plan with their values."""
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((prefix + key, value))
+    return found
 
 
 def statistics_change(plan: Plan, start: Start) -> list[str]:
@@ -192,17 +208,3 @@ def _plan_of(checkpoint: Checkpoint) -> dict[str, Any]:
     if not isinstance(plan, dict):
         raise ValueError("no JSON object")
     return plan
-
-
-def _is_free(key: str) -> bool:
-    return f"{key}.".startswith(tuple(f"{free}." for free in FREE_TO_CHANGE))
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found += _leaves(value, f"{prefix}{key}.")
-        else:
-            found.append((prefix + key, value))
-    return found

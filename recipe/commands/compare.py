@@ -1,0 +1,237 @@
+"""``python -m recipe compare``: what differs between two runs, and from which step on."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from recipe.commands.run_files import Column, RunFiles, read_run
+from recipe.resume import NEVER_TO_CHANGE, is_free_to_change, leaves
+from recipe.strict_json import printable
+
+SAME, DIFFERENT, REFUSED = 0, 1, 2
+TOLERANCES = (1e-9, 1e-3)  # relative: rounding in double precision, and what no rounding explains at first
+ENVIRONMENT = ("device", "hosts", "versions")  # of summary.json
+MISSING = "–"
+
+
+class Difference(NamedTuple):
+    """A key whose values differ, as JSON or ``MISSING``."""
+
+    key: str
+    a: str
+    b: str
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print what differs; return 0 if it is the same training, 1 if not, 2 where a folder cannot be read."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipe compare",
+        description="Print what differs between the plans of two runs, and from which step on their losses part. Runs "
+        "whose steps hold other images are compared by epoch. A run may be in progress.",
+        epilog="Exit code: 0 if as far as both have come it is the same training, with the same losses and accuracies "
+        "to the last bit, wherever and however it ran; 1 if not; 2 if a folder cannot be read.",
+    )
+    parser.add_argument("a", type=Path, metavar="RUN_A", help="output folder of a run")
+    parser.add_argument("b", type=Path, metavar="RUN_B", help="output folder of another")
+    arguments = parser.parse_args(argv)
+    try:
+        lines, is_same = compare(read_run(arguments.a), read_run(arguments.b))
+    except ValueError as refusal:
+        print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
+        return REFUSED
+    print("\n".join(lines))
+    return SAME if is_same else DIFFERENT
+
+
+def compare(a: RunFiles, b: RunFiles) -> tuple[list[str], bool]:
+    """The lines to print, and whether it is the same training."""
+    changed, free = plan_differences(a, b)
+    lines = _table("", [("A", _folder(a), _progress(a)), ("B", _folder(b), _progress(b))])
+    lines += _differences("changes the training", changed) or ["", "The plans say the same training."]
+    lines += _differences("only where or how it runs", free)
+    lines += _differences("what it ran on", environment_differences(a, b))
+    if any(difference.key in NEVER_TO_CHANGE for difference in changed):
+        losses, is_same = _compare_by_epoch(a, b), False
+    else:
+        losses, is_same = _compare_by_step(a, b)
+    validations, have_equal_validations = _compare_validations(a, b)
+    lines += [*losses, *validations, ""]
+    if is_same and have_equal_validations and not changed:
+        return [*lines, "The same training, as far as both have come."], True
+    return [*lines, "Not the same training."], False
+
+
+def plan_differences(a: RunFiles, b: RunFiles) -> tuple[list[Difference], list[Difference]]:
+    """What of two plans changes the training, and what says only where or how it runs."""
+    keys_a, keys_b = (dict(leaves(run.plan)) for run in (a, b))
+    found = _differing(keys_a, keys_b)
+    changed = [difference for difference in found if not is_free_to_change(difference.key)]
+    images_a, images_b = _batchnorm_images(a), _batchnorm_images(b)
+    statistics = "recipe.batchnorm.statistics"
+    if images_a != images_b and keys_a.get(statistics) == keys_b.get(statistics):
+        # Then it is ranks and micro-batch that decide what is trained.
+        changed.append(Difference(f"images in {statistics}", str(images_a), str(images_b)))
+    free = [difference for difference in found if is_free_to_change(difference.key)]
+    if a.world_size != b.world_size:
+        free.insert(0, Difference("ranks", str(a.world_size), str(b.world_size)))
+    return changed, free
+
+
+def environment_differences(a: RunFiles, b: RunFiles) -> list[Difference]:
+    """Hardware and versions, as far as both runs are complete and say them."""
+    if a.summary is None or b.summary is None:
+        return []
+    found = [{key: run.summary[key] for key in ENVIRONMENT if key in run.summary} for run in (a, b) if run.summary]
+    return [
+        difference for difference in _differing(*(dict(leaves(part)) for part in found)) if MISSING not in difference
+    ]
+
+
+def relative_differences(a: Column, b: Column) -> Column:
+    """|a - b| / max(|a|, |b|): 0 where both are the same number or not finite, infinite where only one is."""
+    a, b = np.nan_to_num(a, nan=np.inf), np.nan_to_num(b, nan=np.inf)
+    with np.errstate(invalid="ignore"):
+        relative = np.abs(a - b) / np.maximum(np.abs(a), np.abs(b))
+    relative[np.isinf(a) != np.isinf(b)] = np.inf
+    relative[a == b] = 0
+    return relative
+
+
+def epoch_means(run: RunFiles) -> tuple[Column, Column]:
+    """The epochs, from 0, of which every step is there, and the mean of their losses that are finite."""
+    steps, losses = run.events["step"]["step"], run.events["step"]["loss"]
+    epochs, starts, counts = np.unique(steps // run.steps_per_epoch, return_index=True, return_counts=True)
+    whole = counts == run.steps_per_epoch
+    is_finite = ~np.isnan(losses)
+    if not starts.size:
+        return epochs, epochs
+    sums = np.add.reduceat(np.where(is_finite, losses, 0), starts)[whole]
+    finite = np.add.reduceat(is_finite, starts, dtype=float)[whole]
+    return epochs[whole], np.divide(sums, finite, out=np.full(sums.size, np.nan), where=finite > 0)
+
+
+def _compare_by_step(a: RunFiles, b: RunFiles) -> tuple[list[str], bool]:
+    events_a, events_b = a.events["step"], b.events["step"]
+    steps, at_a, at_b = np.intersect1d(events_a["step"], events_b["step"], assume_unique=True, return_indices=True)
+    if not steps.size:
+        return ["", "There is no step yet that both have done."], False
+
+    def where(place: int) -> str:
+        return f"step {int(steps[place])} (epoch {int(steps[place]) // a.steps_per_epoch + 1})"
+
+    rows, is_same = _partings(events_a["loss"][at_a], events_b["loss"][at_b], where, TOLERANCES)
+    return ["", *_table(f"training loss, {_count(steps.size, 'step')} in common", rows)], is_same
+
+
+def _compare_by_epoch(a: RunFiles, b: RunFiles) -> list[str]:
+    (epochs_a, means_a), (epochs_b, means_b) = epoch_means(a), epoch_means(b)
+    epochs, at_a, at_b = np.intersect1d(epochs_a, epochs_b, assume_unique=True, return_indices=True)
+    why = f"a step of A is {a.global_batch:,} of {_train_images(a):,} images, of B {b.global_batch:,} of "
+    lines = ["", f"Compared by epoch: {why}{_train_images(b):,}."]
+    if not epochs.size:
+        return [*lines, "There is no epoch yet that both have done."]
+    a_mean, b_mean = means_a[at_a], means_b[at_b]
+    rows, _ = _partings(a_mean, b_mean, lambda place: f"epoch {int(epochs[place]) + 1}", TOLERANCES[-1:])
+    last = f"epoch {int(epochs[-1]) + 1}: A {_number(a_mean[-1])}, B {_number(b_mean[-1])}"
+    title = f"training loss, means of {_count(epochs.size, 'epoch')} in common"
+    return [*lines, *_table(title, [*rows, ("last", last)])]
+
+
+def _compare_validations(a: RunFiles, b: RunFiles) -> tuple[list[str], bool]:
+    events_a, events_b = a.events["validation"], b.events["validation"]
+    epochs, at_a, at_b = np.intersect1d(
+        a.epochs("validation"), b.epochs("validation"), assume_unique=True, return_indices=True
+    )
+    if not epochs.size:
+        return ["", "There is no validation yet that both have done."], True
+    differs = np.zeros(epochs.size, dtype=bool)
+    for field in ("top1", "top5", "loss"):
+        differs |= relative_differences(events_a[field][at_a], events_b[field][at_b]) > 0
+    top1_a, top1_b = events_a["top1"][at_a], events_b["top1"][at_b]
+
+    def accuracies(place: int) -> str:
+        points = top1_b[place] - top1_a[place]
+        return f"epoch {epochs[place]:g}: top-1 A {top1_a[place]:.2f} %, B {top1_b[place]:.2f} % ({points:+.2f} points)"
+
+    first = accuracies(int(differs.argmax())) if differs.any() else "never: accuracies and losses are the same"
+    rows = [("first differs", first)]
+    if differs.any():
+        rows.append(("differs most", accuracies(int(np.abs(top1_b - top1_a).argmax()))))
+    rows.append(("last", accuracies(epochs.size - 1)))
+    return ["", *_table(f"validation, {_count(epochs.size, 'epoch')} in common", rows)], not differs.any()
+
+
+def _partings(
+    a: Column, b: Column, where: Callable[[int], str], tolerances: Sequence[float]
+) -> tuple[list[tuple[str, str]], bool]:
+    """Rows that say where two series first differ and part by more than each tolerance, and where most."""
+    relative = relative_differences(a, b)
+
+    def described(place: int) -> str:
+        return f"{where(place)}: A {_number(a[place])}, B {_number(b[place])}"
+
+    rows = []
+    for label, limit in (("first differs", 0.0), *((f"by more than {limit:g}", limit) for limit in tolerances)):
+        beyond = relative > limit
+        rows.append((label, described(int(beyond.argmax())) if beyond.any() else "never"))
+    if not relative.any():
+        return [("first differs", "never: it is the same to the last bit")], True
+    most = int(relative.argmax())
+    rows.append(("differs most", f"{described(most)}, relative difference {relative[most]:.3g}"))
+    return rows, False
+
+
+def _differing(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
+    shown = [{key: json.dumps(value, ensure_ascii=False) for key, value in keys.items()} for keys in (a, b)]
+    return [
+        Difference(key, shown[0].get(key, MISSING), shown[1].get(key, MISSING))
+        for key in {**a, **b}
+        if shown[0].get(key) != shown[1].get(key)
+    ]
+
+
+def _differences(title: str, differences: Sequence[Difference]) -> list[str]:
+    return ["", *_table(title, [("", "A", "B"), *differences])] if differences else []
+
+
+def _table(title: str, rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows in columns beneath a title; what comes from files is made safe to print."""
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [title, *(f"  {line}" for line in lines)] if title else lines
+
+
+def _folder(run: RunFiles) -> str:
+    return str(run.folder)
+
+
+def _progress(run: RunFiles) -> str:
+    done = f"{run.steps_done:,} of {_count(run.total_steps, 'step')}"
+    return f"{done}, {'not complete' if run.summary is None else 'complete'}"
+
+
+def _train_images(run: RunFiles) -> int:
+    return int(run.plan["recipe"]["data"]["train_images"])
+
+
+def _batchnorm_images(run: RunFiles) -> int | None:
+    """Images that batch norm's statistics come from; None if the plan does not say."""
+    statistics = dict(leaves(run.plan)).get("recipe.batchnorm.statistics")
+    if statistics == "global":
+        return run.micro_batch * run.world_size
+    return run.micro_batch if statistics == "local" else statistics
+
+
+def _number(loss: float) -> str:
+    """A loss, with as many digits as it takes to tell it from any other."""
+    return "not finite" if np.isnan(loss) else repr(float(loss))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
