@@ -11,10 +11,11 @@ import numpy as np
 
 from recipe.commands.run_files import Column, RunFiles, read_run
 from recipe.resume import NEVER_TO_CHANGE, is_free_to_change, leaves
-from recipe.strict_json import printable
+from recipe.strict_json import ABSENT, printable
 
 SAME, DIFFERENT, REFUSED = 0, 1, 2
-TOLERANCES = (1e-9, 1e-3)  # relative: rounding in double precision, and what no rounding explains at first
+# Relative, with their names: beyond rounding in double precision, and beyond what the eye sees in a curve.
+TOLERANCES = (("1e-9", 1e-9), ("1e-3", 1e-3))
 ENVIRONMENT = ("device", "hosts", "versions")  # of summary.json
 MISSING = "–"
 
@@ -51,19 +52,21 @@ def main(argv: Sequence[str]) -> int:
 def compare(a: RunFiles, b: RunFiles) -> tuple[list[str], bool]:
     """The lines to print, and whether it is the same training."""
     changed, free = plan_differences(a, b)
-    lines = _table("", [("A", _folder(a), _progress(a)), ("B", _folder(b), _progress(b))])
+    lines = _table("", [("A", str(a.folder), _progress(a)), ("B", str(b.folder), _progress(b))])
     lines += _differences("changes the training", changed) or ["", "The plans say the same training."]
     lines += _differences("only where or how it runs", free)
     lines += _differences("what it ran on", environment_differences(a, b))
     if any(difference.key in NEVER_TO_CHANGE for difference in changed):
-        losses, is_same = _compare_by_epoch(a, b), False
+        losses, differ = _compare_by_epoch(a, b)
     else:
-        losses, is_same = _compare_by_step(a, b)
-    validations, have_equal_validations = _compare_validations(a, b)
+        losses, differ = _compare_by_step(a, b)
+    validations, validations_differ = _compare_validations(a, b)
     lines += [*losses, *validations, ""]
-    if is_same and have_equal_validations and not changed:
-        return [*lines, "The same training, as far as both have come."], True
-    return [*lines, "Not the same training."], False
+    if changed or differ or validations_differ:
+        return [*lines, "Not the same training."], False
+    if differ is None:
+        return [*lines, "Whether it is the same training, nothing tells yet."], False
+    return [*lines, "The same training, as far as both have come."], True
 
 
 def plan_differences(a: RunFiles, b: RunFiles) -> tuple[list[Difference], list[Difference]]:
@@ -86,16 +89,16 @@ def environment_differences(a: RunFiles, b: RunFiles) -> list[Difference]:
     """Hardware and versions, as far as both runs are complete and say them."""
     if a.summary is None or b.summary is None:
         return []
-    found = [{key: run.summary[key] for key in ENVIRONMENT if key in run.summary} for run in (a, b) if run.summary]
-    return [
-        difference for difference in _differing(*(dict(leaves(part)) for part in found)) if MISSING not in difference
+    found = [
+        dict(leaves({key: summary[key] for key in ENVIRONMENT if key in summary})) for summary in (a.summary, b.summary)
     ]
+    return [difference for difference in _differing(*found) if MISSING not in difference]
 
 
 def relative_differences(a: Column, b: Column) -> Column:
     """|a - b| / max(|a|, |b|): 0 where both are the same number or not finite, infinite where only one is."""
     a, b = np.nan_to_num(a, nan=np.inf), np.nan_to_num(b, nan=np.inf)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         relative = np.abs(a - b) / np.maximum(np.abs(a), np.abs(b))
     relative[np.isinf(a) != np.isinf(b)] = np.inf
     relative[a == b] = 0
@@ -115,83 +118,87 @@ def epoch_means(run: RunFiles) -> tuple[Column, Column]:
     return epochs[whole], np.divide(sums, finite, out=np.full(sums.size, np.nan), where=finite > 0)
 
 
-def _compare_by_step(a: RunFiles, b: RunFiles) -> tuple[list[str], bool]:
+def _compare_by_step(a: RunFiles, b: RunFiles) -> tuple[list[str], bool | None]:
+    """Lines on the losses of the steps that both have, and whether any differs; None if there is no such step."""
     events_a, events_b = a.events["step"], b.events["step"]
     steps, at_a, at_b = np.intersect1d(events_a["step"], events_b["step"], assume_unique=True, return_indices=True)
     if not steps.size:
-        return ["", "There is no step yet that both have done."], False
+        return ["", "There is no step yet that both have done."], None
 
     def where(place: int) -> str:
         return f"step {int(steps[place])} (epoch {int(steps[place]) // a.steps_per_epoch + 1})"
 
-    rows, is_same = _partings(events_a["loss"][at_a], events_b["loss"][at_b], where, TOLERANCES)
-    return ["", *_table(f"training loss, {_count(steps.size, 'step')} in common", rows)], is_same
+    rows, differ = _partings(events_a["loss"][at_a], events_b["loss"][at_b], where, TOLERANCES)
+    return ["", *_table(f"training loss, {_count(steps.size, 'step')} in common", rows)], differ
 
 
-def _compare_by_epoch(a: RunFiles, b: RunFiles) -> list[str]:
+def _compare_by_epoch(a: RunFiles, b: RunFiles) -> tuple[list[str], bool | None]:
+    """Lines on the mean losses of the epochs that both have, and whether any differs; None if there is none."""
     (epochs_a, means_a), (epochs_b, means_b) = epoch_means(a), epoch_means(b)
     epochs, at_a, at_b = np.intersect1d(epochs_a, epochs_b, assume_unique=True, return_indices=True)
-    why = f"a step of A is {a.global_batch:,} of {_train_images(a):,} images, of B {b.global_batch:,} of "
-    lines = ["", f"Compared by epoch: {why}{_train_images(b):,}."]
+    steps = [f"{run.global_batch:,} of {run.train_images:,} images" for run in (a, b)]
+    lines = ["", f"Compared by epoch: a step of A is {steps[0]}, of B {steps[1]}."]
     if not epochs.size:
-        return [*lines, "There is no epoch yet that both have done."]
+        return [*lines, "There is no epoch yet that both have done."], None
     a_mean, b_mean = means_a[at_a], means_b[at_b]
-    rows, _ = _partings(a_mean, b_mean, lambda place: f"epoch {int(epochs[place]) + 1}", TOLERANCES[-1:])
+    rows, differ = _partings(a_mean, b_mean, lambda place: f"epoch {int(epochs[place]) + 1}", TOLERANCES[-1:])
     last = f"epoch {int(epochs[-1]) + 1}: A {_number(a_mean[-1])}, B {_number(b_mean[-1])}"
     title = f"training loss, means of {_count(epochs.size, 'epoch')} in common"
-    return [*lines, *_table(title, [*rows, ("last", last)])]
+    return [*lines, *_table(title, [*rows, ("last", last)])], differ
 
 
 def _compare_validations(a: RunFiles, b: RunFiles) -> tuple[list[str], bool]:
+    """Lines on the validations after the epochs that both have, and whether any differs."""
     events_a, events_b = a.events["validation"], b.events["validation"]
     epochs, at_a, at_b = np.intersect1d(
         a.epochs("validation"), b.epochs("validation"), assume_unique=True, return_indices=True
     )
     if not epochs.size:
-        return ["", "There is no validation yet that both have done."], True
+        return ["", "There is no validation yet that both have done."], False
     differs = np.zeros(epochs.size, dtype=bool)
     for field in ("top1", "top5", "loss"):
         differs |= relative_differences(events_a[field][at_a], events_b[field][at_b]) > 0
     top1_a, top1_b = events_a["top1"][at_a], events_b["top1"][at_b]
 
-    def accuracies(place: int) -> str:
+    def described(place: int) -> str:
         points = top1_b[place] - top1_a[place]
-        return f"epoch {epochs[place]:g}: top-1 A {top1_a[place]:.2f} %, B {top1_b[place]:.2f} % ({points:+.2f} points)"
+        text = f"epoch {epochs[place]:g}: top-1 A {top1_a[place]:.2f} %, B {top1_b[place]:.2f} % ({points:+.2f} points)"
+        return f"{text}, top-5 or loss differ" if differs[place] and not points else text
 
-    first = accuracies(int(differs.argmax())) if differs.any() else "never: accuracies and losses are the same"
-    rows = [("first differs", first)]
+    rows = [("first differs", "never: it is the same to the last bit")]
     if differs.any():
-        rows.append(("differs most", accuracies(int(np.abs(top1_b - top1_a).argmax()))))
-    rows.append(("last", accuracies(epochs.size - 1)))
-    return ["", *_table(f"validation, {_count(epochs.size, 'epoch')} in common", rows)], not differs.any()
+        rows = [("first differs", described(int(differs.argmax())))]
+        rows.append(("differs most", described(int(np.abs(top1_b - top1_a).argmax()))))
+    rows.append(("last", described(epochs.size - 1)))
+    return ["", *_table(f"validation, {_count(epochs.size, 'epoch')} in common", rows)], bool(differs.any())
 
 
 def _partings(
-    a: Column, b: Column, where: Callable[[int], str], tolerances: Sequence[float]
+    a: Column, b: Column, where: Callable[[int], str], tolerances: Sequence[tuple[str, float]]
 ) -> tuple[list[tuple[str, str]], bool]:
-    """Rows that say where two series first differ and part by more than each tolerance, and where most."""
+    """Rows that say where two series first differ, part by more than each tolerance, and differ most; and whether."""
     relative = relative_differences(a, b)
 
     def described(place: int) -> str:
         return f"{where(place)}: A {_number(a[place])}, B {_number(b[place])}"
 
-    rows = []
-    for label, limit in (("first differs", 0.0), *((f"by more than {limit:g}", limit) for limit in tolerances)):
-        beyond = relative > limit
-        rows.append((label, described(int(beyond.argmax())) if beyond.any() else "never"))
     if not relative.any():
-        return [("first differs", "never: it is the same to the last bit")], True
+        return [("first differs", "never: it is the same to the last bit")], False
+    rows = [("first differs", described(int((relative > 0).argmax())))]
+    for name, limit in tolerances:
+        beyond = relative > limit
+        rows.append((f"relatively > {name}", described(int(beyond.argmax())) if beyond.any() else "never"))
     most = int(relative.argmax())
     rows.append(("differs most", f"{described(most)}, relative difference {relative[most]:.3g}"))
-    return rows, False
+    return rows, True
 
 
 def _differing(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
-    shown = [{key: json.dumps(value, ensure_ascii=False) for key, value in keys.items()} for keys in (a, b)]
+    def shown(keys: dict[str, Any], key: str) -> str:
+        return json.dumps(keys[key], ensure_ascii=False) if key in keys else MISSING
+
     return [
-        Difference(key, shown[0].get(key, MISSING), shown[1].get(key, MISSING))
-        for key in {**a, **b}
-        if shown[0].get(key) != shown[1].get(key)
+        Difference(key, shown(a, key), shown(b, key)) for key in {**a, **b} if a.get(key, ABSENT) != b.get(key, ABSENT)
     ]
 
 
@@ -207,17 +214,9 @@ def _table(title: str, rows: Sequence[Sequence[str]]) -> list[str]:
     return [title, *(f"  {line}" for line in lines)] if title else lines
 
 
-def _folder(run: RunFiles) -> str:
-    return str(run.folder)
-
-
 def _progress(run: RunFiles) -> str:
     done = f"{run.steps_done:,} of {_count(run.total_steps, 'step')}"
     return f"{done}, {'not complete' if run.summary is None else 'complete'}"
-
-
-def _train_images(run: RunFiles) -> int:
-    return int(run.plan["recipe"]["data"]["train_images"])
 
 
 def _batchnorm_images(run: RunFiles) -> int | None:

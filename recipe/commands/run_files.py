@@ -46,9 +46,14 @@ class RunFiles:
         return int(self.plan["train_batch_size"])
 
     @property
+    def train_images(self) -> int:
+        """Images in the training set."""
+        return int(self.plan["recipe"]["data"]["train_images"])
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch; the last, partial batch is dropped."""
-        return int(self.plan["recipe"]["data"]["train_images"]) // self.global_batch
+        return self.train_images // self.global_batch
 
     @property
     def total_steps(self) -> int:

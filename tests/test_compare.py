@@ -1,0 +1,192 @@
+"""``python -m recipe compare`` says what differs between two runs, from which step on, and as diff does by its exit."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recipe.commands.compare import compare, epoch_means, main, relative_differences
+from recipe.commands.run_files import read_run
+from tests.run_folders import plan, step, validation, write_run
+
+SAME = [*(step(t, 2.0 + t) for t in range(4)), validation(3, 50.0)]
+
+
+def compared(a: Path, b: Path) -> tuple[str, bool]:
+    lines, is_same = compare(read_run(a), read_run(b))
+    return "\n".join(lines), is_same
+
+
+def test_the_same_training_wherever_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write_run(tmp_path / "a", SAME, summary={})
+    of_plan = plan(train_micro_batch_size_per_gpu=4, csv_monitor={"enabled": True})
+    of_plan["recipe"]["data"]["workers"] = 3
+    longer = [*SAME, step(4, 9.0)]
+    b = write_run(tmp_path / "b", longer, of_plan, {"device": "H100", "versions": {"torch": "2.15.0", "cuda": "13"}})
+    assert main([str(a), str(b)]) == 0
+    assert (
+        capsys.readouterr().out
+        == f"""\
+A  {a}  4 of 40 steps, complete
+B  {b}  5 of 40 steps, complete
+
+The plans say the same training.
+
+only where or how it runs
+                                  A  B
+  ranks                           1  2
+  train_micro_batch_size_per_gpu  8  4
+  recipe.data.workers             0  3
+  csv_monitor.enabled             –  true
+
+what it ran on
+                  A         B
+  device          "CPU"     "H100"
+  versions.torch  "2.14.1"  "2.15.0"
+
+training loss, 4 steps in common
+  first differs  never: it is the same to the last bit
+
+validation, 1 epoch in common
+  first differs  never: it is the same to the last bit
+  last           epoch 1: top-1 A 50.00 %, B 50.00 % (+0.00 points)
+
+The same training, as far as both have come.
+"""
+    )
+
+
+def test_from_which_step_on_losses_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Relative to the larger one: 0, 2e-16, 5e-10, 2e-9, 2e-3, 0.5, 0.1.
+    losses_a = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.9]
+    losses_b = [1.0, 1.0000000000000002, 1.0000000005, 1.000000002, 0.998, 2.0, 1.0]
+    of_plan = plan()
+    of_plan["recipe"]["seed"] = 7
+    a = write_run(tmp_path / "a", [*map(step, range(7), losses_a), validation(3, 50.0)])
+    b = write_run(tmp_path / "b", [*map(step, range(7), losses_b), validation(3, 50.0, loss=1.5)], of_plan)
+    assert main([str(a), str(b)]) == 1
+    assert (
+        capsys.readouterr().out
+        == f"""\
+A  {a}  7 of 40 steps, not complete
+B  {b}  7 of 40 steps, not complete
+
+changes the training
+               A  B
+  recipe.seed  0  7
+
+training loss, 7 steps in common
+  first differs      step 1 (epoch 1): A 1.0, B 1.0000000000000002
+  relatively > 1e-9  step 3 (epoch 1): A 1.0, B 1.000000002
+  relatively > 1e-3  step 4 (epoch 2): A 1.0, B 0.998
+  differs most       step 5 (epoch 2): A 1.0, B 2.0, relative difference 0.5
+
+validation, 1 epoch in common
+  first differs  epoch 1: top-1 A 50.00 %, B 50.00 % (+0.00 points), top-5 or loss differ
+  differs most   epoch 1: top-1 A 50.00 %, B 50.00 % (+0.00 points), top-5 or loss differ
+  last           epoch 1: top-1 A 50.00 %, B 50.00 % (+0.00 points), top-5 or loss differ
+
+Not the same training.
+"""
+    )
+
+
+def test_rounding_is_a_difference(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", [step(0, 1.0), step(1, 0.5)])
+    text, is_same = compared(a, write_run(tmp_path / "b", [step(0, 1.0), step(1, 0.5000000000000001)]))
+    assert not is_same
+    assert "first differs      step 1 (epoch 1): A 0.5, B 0.5000000000000001" in text
+    assert "relatively > 1e-9  never" in text
+    assert "There is no validation yet that both have done." in text
+
+
+def test_losses_without_a_number() -> None:
+    a = np.array([np.nan, np.nan, 1.0, 0.0, 1e308, -1e308])
+    b = np.array([np.nan, 1.0, np.nan, 0.0, 1e308, 1e308])
+    assert relative_differences(a, b).tolist() == [0, np.inf, np.inf, 0, 0, np.inf]
+
+
+def test_skipped_steps_and_infinite_losses_are_told(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", [step(0, None, skipped=True), step(1, 1.0)])
+    b = write_run(tmp_path / "b", [step(0, None, skipped=True), step(1, None)])
+    text, is_same = compared(a, b)
+    assert not is_same
+    assert "differs most       step 1 (epoch 1): A 1.0, B not finite, relative difference inf" in text
+
+
+def test_runs_of_other_batches_are_compared_by_epoch(tmp_path: Path) -> None:
+    # 35 images: 4 steps of 8 an epoch, 2 of 16. Means of A: 2.5 and 6.5; of B: 2.5 and 7.5; B's third is not whole.
+    a = write_run(tmp_path / "a", [*(step(t, t + 1.0) for t in range(11)), validation(3, 40.0), validation(7, 50.0)])
+    events = [*map(step, range(5), [2.0, 3.0, 7.0, 8.0, 1.0]), validation(1, 40.0), validation(3, 52.0)]
+    text, is_same = compared(a, write_run(tmp_path / "b", events, plan(train_batch_size=16)))
+    assert not is_same
+    assert "train_batch_size  8  16" in text
+    assert "Compared by epoch: a step of A is 8 of 35 images, of B 16 of 35 images." in text
+    assert text.endswith("""
+training loss, means of 2 epochs in common
+  first differs      epoch 2: A 6.5, B 7.5
+  relatively > 1e-3  epoch 2: A 6.5, B 7.5
+  differs most       epoch 2: A 6.5, B 7.5, relative difference 0.133
+  last               epoch 2: A 6.5, B 7.5
+
+validation, 2 epochs in common
+  first differs  epoch 2: top-1 A 50.00 %, B 52.00 % (+2.00 points)
+  differs most   epoch 2: top-1 A 50.00 %, B 52.00 % (+2.00 points)
+  last           epoch 2: top-1 A 50.00 %, B 52.00 % (+2.00 points)
+
+Not the same training.""")
+
+
+def test_an_epochs_mean_leaves_infinite_losses_out(tmp_path: Path) -> None:
+    losses = [None, 1.0, 2.0, 3.0, *[None] * 4, 5.0]
+    run = read_run(write_run(tmp_path, [step(t, loss) for t, loss in enumerate(losses)]))
+    epochs, means = epoch_means(run)
+    assert epochs.tolist() == [0, 1]
+    np.testing.assert_array_equal(means, [2.0, np.nan])
+
+
+def test_batch_norm_over_other_images_is_another_training(tmp_path: Path) -> None:
+    plans = [plan(), plan(train_micro_batch_size_per_gpu=4), plan(train_micro_batch_size_per_gpu=4)]
+    plans[2]["gradient_accumulation_steps"] = 2
+    for statistics, images in (("local", ["8", "4", "4"]), ("global", ["8", "8", "4"]), (4, ["4", "4", "4"])):
+        for number, of_plan in enumerate(plans):
+            of_plan["recipe"]["batchnorm"] = {"statistics": statistics}
+            write_run(tmp_path / str(number), SAME, of_plan)
+        for number in (1, 2):
+            text, is_same = compared(tmp_path / "0", tmp_path / str(number))
+            assert is_same == (images[0] == images[number])
+            row = f"images in recipe.batchnorm.statistics  {images[0]}  {images[number]}"
+            assert (row in text) == (images[0] != images[number])
+
+
+def test_without_a_step_in_common_nothing_is_said_to_be_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = write_run(tmp_path / "a", SAME), write_run(tmp_path / "b")
+    assert main([str(a), str(b)]) == 1
+    assert capsys.readouterr().out.endswith("\nWhether it is the same training, nothing tells yet.\n")
+    b = write_run(tmp_path / "b", of_plan=plan(train_batch_size=16))
+    assert main([str(a), str(b)]) == 1
+    assert "There is no epoch yet that both have done." in capsys.readouterr().out
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", SAME)
+    torn = write_run(tmp_path / "torn", of_plan={"x": 1})
+    (torn / "plan.json").write_text(json.dumps(plan())[:-1])
+    for other, problem in ((tmp_path / "none\x1b[2J", "there is no folder"), (torn, "plan.json: line 1, column ")):
+        assert main([str(run), str(other)]) == 2
+        seen = capsys.readouterr()
+        assert seen.out == ""
+        (error,) = seen.err.splitlines()
+        assert error.startswith("recipe: ")
+        assert problem in error
+        assert "\x1b" not in error
+
+
+def test_texts_from_files_do_not_reach_the_terminal_raw(tmp_path: Path) -> None:
+    of_plan = plan(**{"key\x1b[2J": "value\x1b[2J"})
+    text, _ = compared(write_run(tmp_path / "a"), write_run(tmp_path / "b\x1b[2J", of_plan=of_plan))
+    assert "key\\u001b[2J" in text
+    assert "\x1b" not in text

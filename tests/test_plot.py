@@ -1,0 +1,213 @@
+"""``python -m recipe plot`` draws what the files say, and says what is wrong with them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from recipe.commands import plot
+from recipe.commands.plot import MOST_POINTS, draw, smooth, thin_out
+from recipe.commands.run_files import distinct_names, read_run
+from tests.launch import ROOT
+from tests.run_folders import plan, step, validation, write_run
+
+NOISE = {"event": "noise_scale", "gradient_variance": 1.0, "gradient_norm_squared": 0.1}
+PANELS = ["training loss", "top-1 validation error [%]", "learning rate", "images per second"]
+PANELS += ["time spent waiting for data [%]"]
+
+
+def panels(*folders: Path) -> dict[str, Any]:
+    figure = draw([read_run(folder) for folder in folders])
+    return {axes.get_title(loc="left"): axes for axes in figure.axes}
+
+
+def curve(axes: Any, number: int = 0) -> list[tuple[float, float]]:
+    return list(zip(*axes.lines[number].get_data(), strict=True))
+
+
+def test_runs_of_other_batches_meet_at_their_epochs(tmp_path: Path) -> None:
+    # 35 images: 4 steps of 8 an epoch, 2 of 16.
+    small = write_run(tmp_path / "small", [*(step(t, 2.0) for t in range(8)), validation(3, 40.0), validation(7, 70.0)])
+    large = write_run(
+        tmp_path / "large",
+        [*(step(t, 3.0, lr=0.2, data_wait=0.25) for t in range(4)), validation(1, 30.0), validation(3, 60.5)],
+        plan(train_batch_size=16),
+    )
+    drawn = panels(small, large)
+    assert list(drawn) == PANELS
+    assert curve(drawn["training loss"], 0) == [((t + 1) / 4, 2.0) for t in range(8)]
+    assert curve(drawn["training loss"], 1) == [(0.5, 3.0), (1.0, 3.0), (1.5, 3.0), (2.0, 3.0)]
+    assert curve(drawn["top-1 validation error [%]"], 0) == [(1.0, 60.0), (2.0, 30.0)]
+    assert curve(drawn["top-1 validation error [%]"], 1) == [(1.0, 70.0), (2.0, 39.5)]
+    assert curve(drawn["time spent waiting for data [%]"], 1)[0] == (0.5, 25.0)
+    assert curve(drawn["learning rate"], 1)[0] == (0.5, 0.2)
+    assert {axes.get_xlim() for axes in drawn.values()} == {(0.0, 2.02)}
+
+
+def test_means_over_neighbours() -> None:
+    points, means = smooth(np.array([1.0, 2.0, 6.0, 4.0, 5.0]), 1)
+    assert points.tolist() == [0, 1, 2, 3, 4]
+    assert means.tolist() == [1.5, 3.0, 4.0, 5.0, 4.5]
+    _, means = smooth(np.array([1.0, np.nan, 3.0, np.nan, np.nan, np.nan]), 1)
+    np.testing.assert_array_equal(means, [1.0, 2.0, 3.0, 3.0, np.nan, np.nan])
+
+
+def test_the_legend_says_how_the_loss_is_smoothed(tmp_path: Path) -> None:
+    # 1 % of 100 epochs on each side: 4 of 4 steps an epoch.
+    of_plan = plan()
+    of_plan["recipe"]["schedule"]["epochs"] = 100
+    losses = [float(t % 9) for t in range(400)]
+    folder = write_run(tmp_path / "run", (step(t, loss) for t, loss in enumerate(losses)), of_plan)
+    figure = draw([read_run(folder)])
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["run (100 of 100 epochs)", "mean over ± 1 epochs (faint: each step)"]
+    raw, smoothed = figure.axes[0].lines
+    assert raw.get_ydata().tolist() == losses
+    assert smoothed.get_ydata()[10] == sum(losses[6:15]) / 9 == 4.0
+
+
+def test_few_points_draw_the_curve_of_many() -> None:
+    values = np.sin(np.arange(450_360) / 1000)
+    values[123_456], values[234_567], values[300_000:300_010] = 50.0, -50.0, np.nan
+    kept = thin_out(values)
+    assert len(kept) <= 2 * MOST_POINTS + 2
+    assert {0, 123_456, 234_567, 450_359} <= set(kept.tolist())
+    assert np.all(np.diff(kept) > 0)
+
+
+def test_skipped_updates_and_losses_without_a_number_are_marked(tmp_path: Path) -> None:
+    lines = [step(0, None, skipped=True), step(1, 2.5, skipped=True), step(2, 2.0), step(3, None), step(4, 1.0)]
+    axes = panels(write_run(tmp_path, lines))["training loss"]
+    loss, skipped, not_finite = axes.lines
+    np.testing.assert_array_equal(loss.get_ydata(), [np.nan, 2.5, 2.0, np.nan, 1.0])
+    assert skipped.get_xdata().tolist() == [0.25, 0.5]
+    assert not_finite.get_xdata().tolist() == [0.25, 1.0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["update skipped", "loss not finite"]
+
+
+def test_other_events_are_passed_over_and_a_noise_scale_has_its_panel(tmp_path: Path) -> None:
+    lines = [{"event": "weather", "step": "x"}, step(0, 2.0), NOISE | {"step": 0, "epoch": 0, "noise_scale": None}]
+    with_noise = write_run(tmp_path / "a", [*lines, step(1, 1.0), NOISE | {"step": 1, "epoch": 0, "noise_scale": 900}])
+    drawn = panels(write_run(tmp_path / "b", [step(0, 2.0)]), with_noise)
+    assert list(drawn) == [*PANELS, "gradient noise scale [images]"]
+    np.testing.assert_array_equal(drawn["gradient noise scale [images]"].lines[1].get_ydata(), [np.nan, 900.0])
+
+
+def test_a_run_in_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(
+        tmp_path / "run", [step(0, 2.0), step(1, 1.5)], unfinished_line='{"event": "step", "step": 2, "lo'
+    )
+    begun = write_run(tmp_path / "begun")
+    (begun / "metrics.jsonl").unlink()
+    figure = draw([read_run(folder)])
+    assert [text.get_text() for text in figure.axes[1].texts] == ["no validation yet"]
+    assert figure.legends[0].get_texts()[0].get_text() == "run (0.5 of 10 epochs)"
+
+    assert plot.main([str(folder), str(begun), "--output", str(tmp_path)]) == 0
+    seen = capsys.readouterr()
+    assert seen.err == f"recipe: {begun} has no step written down yet\n"
+    assert seen.out.splitlines() == [f"{tmp_path}/plot.png", f"{tmp_path}/plot.svg"]
+    assert plot.main([str(begun)]) == 2
+    assert "nothing to draw yet" in capsys.readouterr().err
+
+
+def test_names_tell_runs_apart() -> None:
+    folders = [Path(path) for path in ("/x/a/run", "/x/b/run", "/y/b/run", "/y/other", "/run")]
+    assert distinct_names(folders) == ["a/run", "x/b/run", "y/b/run", "other", "/run"]
+
+
+def test_names_are_drawn_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["_hidden", "$x$ and $\\frac{1", "red\x1b[31m", "日本", "long" * 50]
+    folders = [write_run(tmp_path / name, [step(0, 2.0)], summary={}) for name in names]
+    assert plot.main([*map(str, folders), "--output", str(tmp_path / "new/esc\x1bape.svg")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/new/esc\\u001bape.png\n{tmp_path}/new/esc\\u001bape.svg\n"
+    texts = draw([read_run(folder) for folder in folders]).legends[0].get_texts()
+    assert [text.get_text().replace("\n", "") for text in texts] == [
+        "_hidden",
+        "$x$ and $\\frac{1",
+        "red\\u001b[31m",
+        "\\u65e5\\u672c",
+        "long" * 50,
+    ]
+    assert not any(text.get_parse_math() for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ('{"event": "st\n{"event": "validation"}\n', "line 1 is not what a run writes: it is not a JSON object"),
+        (f"{json.dumps(step(0, 1.0))}\n[1]\n", "line 2 is not what a run writes: it is not a JSON object"),
+        (f"{json.dumps(step(0, 1.0))} {{}}\n", "line 1 is not what a run writes: it is not a JSON object"),
+        ('{"step": 0}\n', "line 1 is not what a run writes: it names no event"),
+        (json.dumps(step(0, 1.0)).replace("1.0", "NaN") + "\n", "it is not a JSON object"),
+        (json.dumps(step(0, 1.0)).replace("0.1", "1e999"), "its lr is too large a number"),
+        (json.dumps(step(0, 1.0)).replace("0.1", "1" + "0" * 400), "its lr is not a number"),
+        (json.dumps(step(0, 1.0, lr=None)), "its lr is not a number"),
+        ('{"event": "validation", "step": 0, "top1": 1, "top5": 2}\n', "its loss is not a number"),
+        (json.dumps(step(0, 1.0) | {"step": -1}), "its step is not a whole number but -1"),
+        ((json.dumps(step(3, 1.0)) + "\n") * 2, "line 2 is not what a run writes: step 3 comes after step 3"),
+        ("[" * 100_000 + "\n", "it is not a JSON object"),
+    ],
+)
+def test_a_line_that_no_run_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: str, problem: str
+) -> None:
+    folder = write_run(tmp_path)
+    (folder / "metrics.jsonl").write_text(lines)
+    assert plot.main([str(folder)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"recipe: {folder}/metrics.jsonl: line ")
+    assert problem in error
+    assert error.endswith("; remove the line, or mend it")
+    assert not (folder / "plot.png").exists()
+
+
+def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", [step(0, 1.0)])
+    config = json.loads((ROOT / "ds_configs/digits_b512.json").read_text())
+    for arguments, message in (
+        ([str(tmp_path / "nowhere")], f"there is no folder {tmp_path}/nowhere; name the --output folder of a run"),
+        ([str(run / "plan.json")], f"{run}/plan.json is a file; name the --output folder of a run"),
+        ([str(tmp_path)], f"{tmp_path} holds no plan.json, so that it is not the folder of a run; did you mean {run}"),
+        ([str(write_run(tmp_path / "x", of_plan=config))], "train_micro_batch_size_per_gpu is not a whole number >= 1"),
+        ([str(write_run(tmp_path / "y", of_plan=plan(train_batch_size=99)))], "larger than its train_images"),
+        ([str(run), "--output", str(run / "plan.json/below")], f"{run}/plan.json: "),
+    ):
+        assert plot.main(arguments) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert error.startswith("recipe: ")
+        assert message in error
+
+
+def test_from_a_shell_without_a_display(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [step(0, 2.0), step(1, 1.5)])
+    program = (
+        "import sys; from recipe.commands import plot, compare; "
+        f"assert compare.main([{str(folder)!r}] * 2) == 0; "
+        "assert 'matplotlib' not in sys.modules; "
+        f"assert plot.main([{str(folder)!r}]) == 0; "
+        "assert not {'torch', 'deepspeed', 'matplotlib.pyplot'} & set(sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=ROOT, env=environment, check=True)
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search("<svg ", (folder / "plot.svg").read_text())
+
+
+def test_a_long_run_is_drawn_in_seconds(tmp_path: Path) -> None:
+    of_plan = plan()
+    of_plan["recipe"]["data"]["train_images"] = 8 * 5004
+    line = json.dumps(step(123_456, 2.0))
+    folder = write_run(tmp_path, of_plan=of_plan)
+    (folder / "metrics.jsonl").write_text("".join(f"{line.replace('123456', str(t))}\n" for t in range(100_000)))
+    start = time.process_time()
+    assert plot.main([str(folder)]) == 0
+    assert time.process_time() - start < 10
+    assert (folder / "plot.svg").stat().st_size < 1_000_000
