@@ -47,7 +47,7 @@ def test_runs_of_other_batches_meet_at_their_epochs(tmp_path: Path) -> None:
     assert curve(drawn["top-1 validation error [%]"], 0) == [(1.0, 60.0), (2.0, 30.0)]
     assert curve(drawn["top-1 validation error [%]"], 1) == [(1.0, 70.0), (2.0, 39.5)]
     assert curve(drawn["time spent waiting for data [%]"], 1)[0] == (0.5, 25.0)
-    assert curve(drawn["learning rate"], 1)[0] == (0.5, 0.2)
+    assert curve(drawn["learning rate"], 1) == [(0.0, 0.2), (0.5, 0.2), (1.0, 0.2), (1.5, 0.2), (2.0, 0.2)]
     assert {axes.get_xlim() for axes in drawn.values()} == {(0.0, 2.02)}
 
 

@@ -85,27 +85,26 @@ def draw(runs: Sequence[RunFiles]) -> "Figure":
     for axes, title, event, field, is_smoothed in (
         (loss, "training loss", "step", "loss", True),
         (error, "top-1 validation error [%]", "validation", "top1", False),
-        (rate, "learning rate", "step", "lr", False),
         (speed, "images per second", "step", "images_per_second", True),
         (waiting, "time spent waiting for data [%]", "step", "data_wait", True),
         (noise, "gradient noise scale [images]", "noise_scale", "noise_scale", False),
     ):
         axes.set_title(title, loc="left")
-        axes.set_xlabel("epochs done")
-        axes.set_xlim(0, 1.01 * last_epoch)
         convert = CONVERSIONS.get(field, lambda values: values)
         curves = [(run.epochs(event), convert(run.events[event][field])) for run in runs]
-        if field == "lr":
-            _draw_rates(axes, curves)
-        else:
-            half_widths = [round(half_width * run.steps_per_epoch) if is_smoothed else 0 for run in runs]
-            _draw_curves(axes, curves, half_widths)
+        half_widths = [round(half_width * run.steps_per_epoch) if is_smoothed else 0 for run in runs]
+        _draw_curves(axes, curves, half_widths)
+    _draw_rates(rate, runs)
     _mark_steps(loss, runs)
+    for axes in grid.flat:
+        axes.set_xlabel("epochs done")
+        axes.set_xlim(0, 1.01 * last_epoch)
     for axes in (loss, error, rate, noise):
         _set_scale(axes)
     for axes in (speed, waiting):
         axes.set_ylim(bottom=0)
     if not any(run.events["validation"]["step"].size for run in runs):
+        error.set_ylim(0, 100)
         error.text(0.5, 0.5, "no validation yet", ha="center", va="center", transform=error.transAxes)
     if not any(run.events["noise_scale"]["step"].size for run in runs):
         noise.remove()
@@ -160,20 +159,16 @@ def _draw_curves(axes: "Axes", curves: Sequence[tuple[Column, Column]], half_wid
             axes.plot(epochs[drawn], values[drawn], **style, marker="." if dots or values.size == 1 else None)
 
 
-def _draw_rates(axes: "Axes", curves: Sequence[tuple[Column, Column]]) -> None:
-    """Draw rates, each of which holds for the whole step."""
-    for place, ((epochs, rates), style) in enumerate(zip(curves, _styles(), strict=False)):
+def _draw_rates(axes: "Axes", runs: Sequence[RunFiles]) -> None:
+    """Draw the rates, each of which holds from the beginning of its step to its end."""
+    axes.set_title("learning rate", loc="left")
+    for place, (run, style) in enumerate(zip(runs, _styles(), strict=False)):
+        ends, rates = run.epochs("step"), run.events["step"]["lr"]
         drawn = thin_out(rates)
+        epochs = np.concatenate([ends[:1] - 1 / run.steps_per_epoch, ends[drawn]])
         # Runs often share their rates: the first curves are wider, so that they show beneath the last.
-        width = 1.5 + min(3, len(curves) - 1 - place)
-        axes.plot(
-            epochs[drawn],
-            rates[drawn],
-            **style,
-            linewidth=width,
-            drawstyle="steps-pre",
-            marker="." if rates.size == 1 else None,
-        )
+        width = 1.5 + min(3, len(runs) - 1 - place)
+        axes.plot(epochs, np.concatenate([rates[:1], rates[drawn]]), **style, linewidth=width, drawstyle="steps-pre")
 
 
 def _mark_steps(axes: "Axes", runs: Sequence[RunFiles]) -> None:
