@@ -45,7 +45,7 @@ what it ran on
   device          "CPU"     "H100"
   versions.torch  "2.14.1"  "2.15.0"
 
-training loss, 4 steps in common
+training loss, 4 steps in common (apart: relative to the larger loss)
   first differs  never: it is the same to the last bit
 
 validation, 1 epoch in common
@@ -76,11 +76,11 @@ changes the training
                A  B
   recipe.seed  0  7
 
-training loss, 7 steps in common
-  first differs      step 1 (epoch 1): A 1.0, B 1.0000000000000002
-  relatively > 1e-9  step 3 (epoch 1): A 1.0, B 1.000000002
-  relatively > 1e-3  step 4 (epoch 2): A 1.0, B 0.998
-  differs most       step 5 (epoch 2): A 1.0, B 2.0, relative difference 0.5
+training loss, 7 steps in common (apart: relative to the larger loss)
+  first differs  step 1 (epoch 1): A 1.0, B 1.0000000000000002
+  apart > 1e-9   step 3 (epoch 1): A 1.0, B 1.000000002
+  apart > 1e-3   step 4 (epoch 2): A 1.0, B 0.998
+  differs most   step 5 (epoch 2): A 1.0, B 2.0, 0.5 apart
 
 validation, 1 epoch in common
   first differs  epoch 1: top-1 A 50.00 %, B 50.00 % (+0.00 points), top-5 or loss differ
@@ -96,8 +96,8 @@ def test_rounding_is_a_difference(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", [step(0, 1.0), step(1, 0.5)])
     text, is_same = compared(a, write_run(tmp_path / "b", [step(0, 1.0), step(1, 0.5000000000000001)]))
     assert not is_same
-    assert "first differs      step 1 (epoch 1): A 0.5, B 0.5000000000000001" in text
-    assert "relatively > 1e-9  never" in text
+    assert "first differs  step 1 (epoch 1): A 0.5, B 0.5000000000000001" in text
+    assert "apart > 1e-9   never" in text
     assert "There is no validation yet that both have done." in text
 
 
@@ -112,7 +112,7 @@ def test_skipped_steps_and_infinite_losses_are_told(tmp_path: Path) -> None:
     b = write_run(tmp_path / "b", [step(0, None, skipped=True), step(1, None)])
     text, is_same = compared(a, b)
     assert not is_same
-    assert "differs most       step 1 (epoch 1): A 1.0, B not finite, relative difference inf" in text
+    assert "differs most   step 1 (epoch 1): A 1.0, B not finite, inf apart" in text
 
 
 def test_runs_of_other_batches_are_compared_by_epoch(tmp_path: Path) -> None:
@@ -124,11 +124,11 @@ def test_runs_of_other_batches_are_compared_by_epoch(tmp_path: Path) -> None:
     assert "train_batch_size  8  16" in text
     assert "Compared by epoch: a step of A is 8 of 35 images, of B 16 of 35 images." in text
     assert text.endswith("""
-training loss, means of 2 epochs in common
-  first differs      epoch 2: A 6.5, B 7.5
-  relatively > 1e-3  epoch 2: A 6.5, B 7.5
-  differs most       epoch 2: A 6.5, B 7.5, relative difference 0.133
-  last               epoch 2: A 6.5, B 7.5
+training loss, means of 2 epochs in common (apart: relative to the larger loss)
+  first differs  epoch 2: A 6.5, B 7.5
+  apart > 1e-3   epoch 2: A 6.5, B 7.5
+  differs most   epoch 2: A 6.5, B 7.5, 0.133 apart
+  last           epoch 2: A 6.5, B 7.5
 
 validation, 2 epochs in common
   first differs  epoch 2: top-1 A 50.00 %, B 52.00 % (+2.00 points)

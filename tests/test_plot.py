@@ -118,6 +118,18 @@ def test_a_run_in_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "nothing to draw yet" in capsys.readouterr().err
 
 
+def test_what_spans_more_than_a_factor_of_ten_has_a_logarithmic_scale(tmp_path: Path) -> None:
+    for losses, scale in (([2.0, 0.3], "linear"), ([2.0, 0.1], "log"), ([2.0, 0.0], "linear"), ([None], "linear")):
+        drawn = panels(write_run(tmp_path, (step(t, loss) for t, loss in enumerate(losses))))
+        assert drawn["training loss"].get_yscale() == scale
+
+
+def test_more_runs_than_colours(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"run{number}", [step(0, 2.0)]) for number in range(40)]
+    figure = draw([read_run(run) for run in runs])
+    assert len(figure.axes[0].lines) == len(figure.legends[0].get_texts()) == 40
+
+
 def test_names_tell_runs_apart() -> None:
     folders = [Path(path) for path in ("/x/a/run", "/x/b/run", "/y/b/run", "/y/other", "/run")]
     assert distinct_names(folders) == ["a/run", "x/b/run", "y/b/run", "other", "/run"]
@@ -178,6 +190,7 @@ def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ([str(tmp_path)], f"{tmp_path} holds no plan.json, so that it is not the folder of a run; did you mean {run}"),
         ([str(write_run(tmp_path / "x", of_plan=config))], "train_micro_batch_size_per_gpu is not a whole number >= 1"),
         ([str(write_run(tmp_path / "y", of_plan=plan(train_batch_size=99)))], "larger than its train_images"),
+        (["x" * 300], f"{'x' * 300} cannot be read: File name too long; mend that, or name another folder"),
         ([str(run), "--output", str(run / "plan.json/below")], f"{run}/plan.json: "),
     ):
         assert plot.main(arguments) == 2

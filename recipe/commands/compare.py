@@ -14,9 +14,10 @@ from recipe.resume import NEVER_TO_CHANGE, is_free_to_change, leaves
 from recipe.strict_json import ABSENT, printable
 
 SAME, DIFFERENT, REFUSED = 0, 1, 2
-# Relative, with their names: beyond rounding in double precision, and beyond what the eye sees in a curve.
+# Relative to the larger loss, with their names: beyond rounding in double precision, and what a curve may show.
 TOLERANCES = (("1e-9", 1e-9), ("1e-3", 1e-3))
 ENVIRONMENT = ("device", "hosts", "versions")  # of summary.json
+APART = " (apart: relative to the larger loss)"
 MISSING = "–"
 
 
@@ -129,7 +130,7 @@ def _compare_by_step(a: RunFiles, b: RunFiles) -> tuple[list[str], bool | None]:
         return f"step {int(steps[place])} (epoch {int(steps[place]) // a.steps_per_epoch + 1})"
 
     rows, differ = _partings(events_a["loss"][at_a], events_b["loss"][at_b], where, TOLERANCES)
-    return ["", *_table(f"training loss, {_count(steps.size, 'step')} in common", rows)], differ
+    return ["", *_table(f"training loss, {_count(steps.size, 'step')} in common{APART}", rows)], differ
 
 
 def _compare_by_epoch(a: RunFiles, b: RunFiles) -> tuple[list[str], bool | None]:
@@ -143,7 +144,7 @@ def _compare_by_epoch(a: RunFiles, b: RunFiles) -> tuple[list[str], bool | None]
     a_mean, b_mean = means_a[at_a], means_b[at_b]
     rows, differ = _partings(a_mean, b_mean, lambda place: f"epoch {int(epochs[place]) + 1}", TOLERANCES[-1:])
     last = f"epoch {int(epochs[-1]) + 1}: A {_number(a_mean[-1])}, B {_number(b_mean[-1])}"
-    title = f"training loss, means of {_count(epochs.size, 'epoch')} in common"
+    title = f"training loss, means of {_count(epochs.size, 'epoch')} in common{APART}"
     return [*lines, *_table(title, [*rows, ("last", last)])], differ
 
 
@@ -187,9 +188,9 @@ def _partings(
     rows = [("first differs", described(int((relative > 0).argmax())))]
     for name, limit in tolerances:
         beyond = relative > limit
-        rows.append((f"relatively > {name}", described(int(beyond.argmax())) if beyond.any() else "never"))
+        rows.append((f"apart > {name}", described(int(beyond.argmax())) if beyond.any() else "never"))
     most = int(relative.argmax())
-    rows.append(("differs most", f"{described(most)}, relative difference {relative[most]:.3g}"))
+    rows.append(("differs most", f"{described(most)}, {relative[most]:.3g} apart"))
     return rows, True
 
 

@@ -5,7 +5,7 @@ import itertools
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         written = save_figure(figure, output)
     except OSError as error:
-        print(f"recipe: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        print(f"recipe: {printable(str(error.filename or output))}: {error.strerror}", file=sys.stderr)
         return 2
     except ValueError as refusal:
         print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
@@ -214,9 +214,9 @@ def _set_scale(axes: "Axes") -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _styles() -> list[dict[str, Any]]:
-    """Looks of curves that can be told apart."""
-    return [{"color": colour, "linestyle": dash} for dash in DASHES for colour in COLOURS]
+def _styles() -> Iterator[dict[str, Any]]:
+    """Looks of curves, of which the first few dozen can be told apart."""
+    return itertools.cycle([{"color": colour, "linestyle": dash} for dash in DASHES for colour in COLOURS])
 
 
 def _label(run: RunFiles, name: str) -> str:

@@ -88,8 +88,11 @@ def read_run(folder: Path) -> RunFiles:
         ValueError: it is not the folder of a run, or a file in it is not what a run writes; says which line, and what
             to do. A last line that is still being written is no error.
     """
-    plan = _read_plan(folder)
-    return RunFiles(folder, plan, read_summary(folder), _read_events(folder / METRICS))
+    try:
+        plan = _read_plan(folder)
+        return RunFiles(folder, plan, read_summary(folder), _read_events(folder / METRICS))
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read: {error.strerror}; mend that, or name another folder") from None
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:
@@ -159,8 +162,6 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         opened = file.open("rb")
     except FileNotFoundError:
         return  # the run has only begun
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}; mend that, or name another folder") from None
     with opened:
         for number, raw in enumerate(opened, start=1):
             line = None
@@ -190,6 +191,7 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
 
     The folders are absolute, and none occurs twice.
     """
+    assert len(set(folders)) == len(folders), "no name tells a folder from itself"
     depths = [1] * len(folders)
     while True:
         names = [str(Path(*folder.parts[-depth:])) for folder, depth in zip(folders, depths, strict=True)]
