@@ -191,7 +191,7 @@ def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ([str(write_run(tmp_path / "x", of_plan=config))], "train_micro_batch_size_per_gpu is not a whole number >= 1"),
         ([str(write_run(tmp_path / "y", of_plan=plan(train_batch_size=99)))], "larger than its train_images"),
         (["x" * 300], f"{'x' * 300} cannot be read: File name too long; mend that, or name another folder"),
-        ([str(run), "--output", str(run / "plan.json/below")], f"{run}/plan.json: "),
+        ([str(run), "--output", str(run / "plan.json/below")], f"{run}/plan.json: File exists; name another --output"),
     ):
         assert plot.main(arguments) == 2
         (error,) = capsys.readouterr().err.splitlines()

@@ -62,7 +62,8 @@ def main(argv: Sequence[str]) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         written = save_figure(figure, output)
     except OSError as error:
-        print(f"recipe: {printable(str(error.filename or output))}: {error.strerror}", file=sys.stderr)
+        where = printable(str(error.filename or output))
+        print(f"recipe: {where}: {error.strerror}; name another --output", file=sys.stderr)
         return 2
     except ValueError as refusal:
         print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
@@ -82,6 +83,7 @@ def draw(runs: Sequence[RunFiles]) -> "Figure":
     loss, error, rate, speed, waiting, noise = grid.flat
     last_epoch = max(float(run.epochs("step")[-1]) for run in runs)
     half_width = SMOOTHED_SHARE * last_epoch
+    half_widths = [round(half_width * run.steps_per_epoch) for run in runs]
     for axes, title, event, field, is_smoothed in (
         (loss, "training loss", "step", "loss", True),
         (error, "top-1 validation error [%]", "validation", "top1", False),
@@ -92,8 +94,7 @@ def draw(runs: Sequence[RunFiles]) -> "Figure":
         axes.set_title(title, loc="left")
         convert = CONVERSIONS.get(field, lambda values: values)
         curves = [(run.epochs(event), convert(run.events[event][field])) for run in runs]
-        half_widths = [round(half_width * run.steps_per_epoch) if is_smoothed else 0 for run in runs]
-        _draw_curves(axes, curves, half_widths)
+        _draw_curves(axes, curves, half_widths if is_smoothed else [0] * len(runs))
     _draw_rates(rate, runs)
     _mark_steps(loss, runs)
     for axes in grid.flat:
@@ -108,8 +109,8 @@ def draw(runs: Sequence[RunFiles]) -> "Figure":
         error.text(0.5, 0.5, "no validation yet", ha="center", va="center", transform=error.transAxes)
     if not any(run.events["noise_scale"]["step"].size for run in runs):
         noise.remove()
-    is_smoothed = any(round(half_width * run.steps_per_epoch) for run in runs)
-    _add_legend(figure, labels, f"mean over ± {half_width:.2g} epochs (faint: each step)" if is_smoothed else None)
+    smoothing = f"mean over ± {half_width:.2g} epochs (faint: each step)"
+    _add_legend(figure, labels, smoothing if any(half_widths) else None)
     return figure
 
 
@@ -206,7 +207,7 @@ def _set_scale(axes: "Axes") -> None:
     curves = [line for line in axes.lines if line.get_transform() == axes.transData]
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in curves] or [np.empty(0)])
     values = values[~np.isnan(values)]
-    if values.size and values.min() > 0 and values.max() > 10 * values.min():
+    if values.size and values.min() > 0 and values.max() / 10 > values.min():
         axes.set_yscale("log")
         decades = np.log10(values.max() / values.min())
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
