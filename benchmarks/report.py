@@ -15,15 +15,13 @@ import torch
 PACKAGES = ("torch", "deepspeed", "timm")
 
 
-def context(
-    module: str, words: Sequence[str], packages: Sequence[str] = ("torch", "deepspeed", "timm")
-) -> dict[str, Any]:
+def context(module: str, words: Sequence[str], packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Command, date, hardware and versions of ``python -m module words``; call it before the load begins."""
     return {
         "command": shlex.join(["python", "-m", module, *words]),
         "date": date.today().isoformat(),
         "hardware": hardware(),
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
     }
 
 

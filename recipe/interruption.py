@@ -4,7 +4,7 @@ import os
 import signal
 import stat
 import sys
-from contextlib import suppress
+from collections.abc import Callable
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -44,9 +44,16 @@ def heeded() -> list[signal.Signals]:
 
 
 def say(message: str) -> None:
-    """Tell a person at the terminal, if it is still there."""
-    with suppress(OSError):
-        print(f"recipe: {message}", file=sys.stderr, flush=True)
+    """Tell a person at the terminal."""
+    at_the_terminal(lambda: print(f"recipe: {message}", file=sys.stderr, flush=True))
+
+
+def at_the_terminal(show: Callable[[], object]) -> None:
+    """Show something; where the terminal is gone, or the program that read the output, go on without them."""
+    try:
+        show()
+    except OSError:
+        let_go_of_the_terminal()
 
 
 def let_go_of_the_terminal() -> None:

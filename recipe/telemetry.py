@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from recipe.interruption import at_the_terminal
 from recipe.loop import Step, Validation
 from recipe.summary import METRICS
 
@@ -231,11 +232,14 @@ class Writer:
     def say(self, message: str) -> None:
         """Print a line above the bar, and log it."""
         self.log(message)
-        tqdm.write(message)
+        at_the_terminal(lambda: tqdm.write(message))
         self.line_printed_at = time.perf_counter()
 
     def show_progress(self, steps_done: int, epoch: str, figures: str) -> None:
         """Move the bar; without one, print a line if there was none for a while."""
+        at_the_terminal(lambda: self._show_progress(steps_done, epoch, figures))
+
+    def _show_progress(self, steps_done: int, epoch: str, figures: str) -> None:
         if self.bar is not None:
             self.bar.set_description_str(epoch, refresh=False)
             self.bar.set_postfix_str(figures, refresh=False)
@@ -247,7 +251,7 @@ class Writer:
     def close(self) -> None:
         """Leave the bar as it stands and close the files."""
         if self.bar is not None:
-            self.bar.close()
+            at_the_terminal(self.bar.close)
         with contextlib.suppress(OSError):  # a line that could not be written has been told of
             self.metrics.close()
             self.log_file.close()

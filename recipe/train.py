@@ -16,7 +16,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipe.config import Distributed, read_config
-from recipe.interruption import Interrupted, end_at_once, ignore_signals, say
+from recipe.interruption import Interrupted, at_the_terminal, end_at_once, ignore_signals, say
 from recipe.placement import Placement, find_placement
 from recipe.plan import make_plan
 from recipe.plan_text import format_plan
@@ -105,7 +105,8 @@ def run(arguments: argparse.Namespace) -> int:
     elif rank == 0:
         print(f"{output} is complete already, and nothing was trained; another --output trains it anew")
     if rank == 0:
-        print("\n" + format_summary(summary, output), flush=True)
+        text = format_summary(summary, output)
+        at_the_terminal(lambda: print("\n" + text, flush=True))
     return COMPLETE
 
 

@@ -4,13 +4,14 @@ The signals come at named moments, as the kills of test_kills.py do.
 """
 
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from benchmarks.kill_resume import Kill, Setting, difference, launch
 from recipe.manifest import find
-from tests.launch import DIGITS, SHORT, events, train_ok
+from tests.launch import DIGITS, ROOT, SHORT, command, environment, events, train_ok
 
 pytestmark = pytest.mark.slow
 
@@ -64,3 +65,22 @@ def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
     train_ok(*arguments, "--output", str(tmp_path / "epochs"), ranks=2)
     assert [checkpoint.step for checkpoint in find(tmp_path / "clock/checkpoints")] == [6, 5, 4, 3, 2, 1]
     assert [checkpoint.step for checkpoint in find(tmp_path / "epochs/checkpoints")] == [6, 4, 2]
+
+
+def test_a_run_outlives_who_reads_its_output(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        command("--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT, ranks=None),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert any("top-1" in line for line in process.stdout)
+        process.stdout.close()
+        process.stderr.close()
+        assert process.wait(timeout=300) == 0
+    assert (tmp_path / "summary.json").exists()
+    assert len(events(tmp_path, "validation")) == 3

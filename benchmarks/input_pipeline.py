@@ -1,0 +1,269 @@
+"""How fast JPEGs become training batches: the recipe beside torchvision's reference and timm, in one run.
+
+Per image, on one thread, the three take turns over the same files: read, decode, the paper's augmentation (a random
+part of random shape resized to ``--image-size``, mirrored half of the time), and uint8 pixels as they would be
+collated; normalisation is left to the device. CPU time is counted, so that other programs on the machine weigh little.
+torchvision's reference (``references/classification`` with its PIL backend) gets the recipe's crops, and the pixels are
+compared; timm draws its own, without the colour jitter that is its default and not the paper's.
+
+Then whole loaders with worker processes, the recipe's and a DataLoader of torchvision's reference, in turn; beside
+their images a second stands what the main process itself pays for an image (taking a batch out of the queue,
+normalising it), which no worker takes from it and which bounds any number of workers.
+
+    python -m benchmarks.input_pipeline --images DIR --json benchmarks/results/input_pipeline_cpu.json
+
+DIR holds a folder a class; without it, JPEGs are made up, and the ratios are theirs.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import pil_loader
+from torchvision.transforms import functional
+
+from benchmarks.report import context, heading, write
+from recipe.data import TrainLoader
+from recipe.data.augment import random_resized_box, sample_rng
+from recipe.data.imagefolder import ImageFiles
+
+SEED = 0
+PREDICTED_WORKERS = 16
+# ImageNet's usual size and density: 500 × 375 pixels in some 100 kB.
+MADE_UP = {"width": 500, "height": 375, "quality": 92, "classes": 2}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure; print a table, and write it and a JSON if asked to."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    before = context("benchmarks.input_pipeline", words, ("torch", "torchvision", "timm", "pillow", "simplejpeg"))
+    arguments = parse_arguments(words)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as made_up:
+        folder = arguments.images
+        if folder is None:
+            make_images(Path(made_up), arguments.made_up)
+            folder = Path(made_up)
+        listing = ImageFolder(str(folder))
+        report = before | {
+            "settings": {
+                "images": len(listing),
+                "made_up": arguments.images is None,
+                "image_size": arguments.image_size,
+                "rounds": arguments.rounds,
+                "micro_batch": arguments.micro_batch,
+            },
+            "one_thread": one_thread(listing, arguments.image_size, arguments.rounds),
+            "loaders": [
+                loaders(listing, arguments.image_size, arguments.micro_batch, workers, arguments.rounds)
+                for workers in arguments.workers
+            ],
+        }
+    table = format_report(report)
+    print(table, end="")
+    if arguments.json is not None:
+        write(arguments.json, report, table)
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks.input_pipeline", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--images", type=Path, help="folder with a folder of images a class (default: made up)")
+    parser.add_argument("--made-up", type=int, default=100, metavar="N", help="so many images (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="passes over the images (default: %(default)s)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="one measurement each (default: 1 2)")
+    parser.add_argument("--micro-batch", type=int, default=32, help="images a batch (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
+    return parser.parse_args(argv)
+
+
+def make_images(folder: Path, count: int) -> None:
+    """Write JPEGs of smooth shapes under a little noise, about as many bytes as a photograph takes."""
+    rng = np.random.default_rng(SEED)
+    size = (MADE_UP["width"], MADE_UP["height"])
+    for number in range(count):
+        coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        smooth = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+        pixels = np.clip(smooth + rng.normal(0, 10, smooth.shape), 0, 255).astype(np.uint8)
+        path = folder / f"class{number % MADE_UP['classes']}" / f"{number}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path, quality=MADE_UP["quality"])
+
+
+def data_set(listing: ImageFolder, image_size: int) -> ImageFiles:
+    """The recipe's own."""
+    return ImageFiles(listing, image_size=image_size, crop="random_resized", flip=True, seed=SEED, on_bad_image="stop")
+
+
+class Reference(Dataset[Tensor]):
+    """torchvision's reference with the recipe's crops; PIL from beginning to end, uint8 (3, S, S)."""
+
+    def __init__(self, listing: ImageFolder, image_size: int) -> None:
+        self.paths = [path for path, _ in listing.samples]
+        self.size = [image_size, image_size]
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image, rng = pil_loader(self.paths[index]), sample_rng(SEED, self.epoch, index)
+        box = random_resized_box(rng, image.height, image.width)
+        image = functional.resized_crop(image, *box, self.size)
+        if rng.random() < 0.5:
+            image = functional.hflip(image)
+        pixels: Tensor = functional.pil_to_tensor(image)
+        return pixels
+
+
+def one_thread(listing: ImageFolder, image_size: int, rounds: int) -> dict[str, Any]:
+    """Images a CPU second of each pipeline, one image at a time and in turn; how far pixels are apart."""
+    ours, reference = data_set(listing, image_size), Reference(listing, image_size)
+    transform = create_transform(image_size, is_training=True, color_jitter=0.0, use_prefetcher=True)
+
+    def timm_view(epoch: int, index: int) -> Any:
+        return transform(pil_loader(reference.paths[index]))
+
+    def reference_view(epoch: int, index: int) -> Tensor:
+        reference.epoch = epoch
+        return reference[index]
+
+    pipelines: dict[str, Callable[[int, int], Any]] = {
+        "torchvision": reference_view,
+        "timm": timm_view,
+        "recipe": lambda epoch, index: ours[epoch, index].image,
+    }
+    seconds: dict[str, list[float]] = {name: [0.0] * rounds for name in pipelines}
+    mean_difference, largest_difference = 0.0, 0
+    for epoch in range(-1, rounds):  # the first pass warms up: files into memory, tables into caches
+        for index in range(len(listing)):
+            views = {}
+            for name, view in pipelines.items():
+                started = time.thread_time()
+                views[name] = view(epoch + 1, index)
+                if epoch >= 0:
+                    seconds[name][epoch] += time.thread_time() - started
+            difference = (views["recipe"].movedim(-1, 0).int() - views["torchvision"].int()).abs()
+            mean_difference += float(difference.float().mean()) / (len(listing) * (rounds + 1))
+            largest_difference = max(largest_difference, int(difference.max()))
+    return {
+        "images_per_second": {name: len(listing) / median(of_rounds) for name, of_rounds in seconds.items()},
+        "ratio": {
+            name: median(a / b for a, b in zip(seconds["torchvision"], of_rounds, strict=True))
+            for name, of_rounds in seconds.items()
+        },
+        "mean_difference": mean_difference,
+        "largest_difference": largest_difference,
+    }
+
+
+def loaders(listing: ImageFolder, image_size: int, micro_batch: int, workers: int, rounds: int) -> dict[str, Any]:
+    """Images a second of whole loaders, in turn, and the CPU time an image of the process that takes the batches."""
+    recipe = TrainLoader(
+        data_set(listing, image_size),
+        global_batch=micro_batch,
+        micro_batch=micro_batch,
+        rank=0,
+        world_size=1,
+        seed=SEED,
+        workers=workers,
+        device="cpu",
+        dtype=torch.float32,
+        mean=MEAN,
+        std=STD,
+    )
+    theirs: DataLoader[Tensor] = DataLoader(
+        Reference(listing, image_size), micro_batch, shuffle=True, drop_last=True, num_workers=workers,
+        persistent_workers=True,
+    )  # fmt: skip
+    passes: dict[str, Callable[[int], Iterator[Any]]] = {
+        "torchvision": lambda epoch: iter(theirs),
+        "recipe": lambda epoch: recipe.epoch(epoch),
+    }
+    images_per_second: dict[str, list[float]] = {name: [] for name in passes}
+    main_process: dict[str, list[float]] = {name: [] for name in passes}
+    images = len(listing) // micro_batch * micro_batch
+    for epoch in range(rounds + 1):
+        for name, one_pass in passes.items():
+            started, cpu = time.perf_counter(), time.process_time()
+            for _ in one_pass(epoch):
+                pass
+            if epoch:  # the first one starts the workers
+                images_per_second[name].append(images / (time.perf_counter() - started))
+                main_process[name].append((time.process_time() - cpu) / images)
+    recipe.close()
+    return {
+        "workers": workers,
+        "images_per_second": {name: median(values) for name, values in images_per_second.items()},
+        "main_process_seconds_per_image": {name: median(values) for name, values in main_process.items()},
+    }
+
+
+def predicted(report: dict[str, Any]) -> float:
+    """Images a second with many workers, a core each and one for the main process: what bounds them first."""
+    per_core: float = report["one_thread"]["images_per_second"]["recipe"]
+    main_process = max(case["main_process_seconds_per_image"]["recipe"] for case in report["loaders"])
+    return min(PREDICTED_WORKERS * per_core, 1 / main_process)
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    settings, alone = report["settings"], report["one_thread"]
+    origin = "made up, 500 × 375" if settings["made_up"] else "real"
+    lines = [
+        *heading("From JPEGs to training batches", report),
+        f"{settings['images']} JPEGs ({origin}), {settings['image_size']} px, {settings['rounds']} passes, all files "
+        "in the page cache. Read, decoded, a random part resized, mirrored half of the time, uint8.",
+        "",
+        "| on one thread | images a CPU second | ÷ torchvision |",
+        "|---|---|---|",
+    ]
+    names = {"torchvision": "torchvision's reference (PIL)", "timm": "timm, without jitter (PIL)", "recipe": "recipe"}
+    for name, label in names.items():
+        lines.append(f"| {label} | {alone['images_per_second'][name]:,.0f} | {alone['ratio'][name]:.2f} |")
+    lines += [
+        "",
+        f"With the same crops the recipe's pixels are {alone['mean_difference']:.3f} grey levels from torchvision's on "
+        f"average, and {alone['largest_difference']} at most.",
+        "",
+        f"| loader, micro-batch {settings['micro_batch']} | workers | images/s | main process, µs of CPU an image |",
+        "|---|---|---|---|",
+    ]
+    for case in report["loaders"]:
+        for name, label in (
+            ("torchvision", "DataLoader of torchvision's reference, uint8"),
+            ("recipe", "recipe, fp32"),
+        ):
+            lines.append(
+                f"| {label} | {case['workers']} | {case['images_per_second'][name]:,.0f} | "
+                f"{1e6 * case['main_process_seconds_per_image'][name]:.0f} |"
+            )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "The recipe's main process normalises on the CPU here; on a GPU that is the device's work. Predicted for "
+            f"{PREDICTED_WORKERS} workers with a core each: {predicted(report):,.0f} images a second, the less of "
+            f"{PREDICTED_WORKERS} times one thread's and what the main process lets through. **Not measured.**",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
