@@ -148,6 +148,14 @@ class Checkpoint(Section):
     """true or false: whether the checkpoint with the best top-1 accuracy stays, too"""
 
 
+class NoiseScale(Section):
+    enabled: bool = False
+    """true or false: whether the gradient noise scale is estimated, that is, up to which batch more images pay"""
+
+    every_steps: Count = 10
+    """optimizer steps between two measurements, a whole number >= 1; 10, so that they cost next to nothing"""
+
+
 class Distributed(Section):
     timeout_seconds: Annotated[float, Field(ge=5, le=86_400)] = 120
     """how long a rank waits for the others, in seconds, a number from 5 to 86400; 120, because it is the time that a
@@ -178,6 +186,9 @@ class Recipe(Section):
 
     checkpoint: Checkpoint = Checkpoint()
     """an object with every_steps, every_minutes, keep_last and keep_best"""
+
+    noise_scale: NoiseScale = NoiseScale()
+    """an object with enabled and every_steps"""
 
     distributed: Distributed = Distributed()
     """an object with timeout_seconds"""
@@ -247,6 +258,12 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "bf16.enabled", "fp16 is enabled, too", "enable one of the two"
     if config.recipe.precision == "fp64" and (config.fp16.enabled or config.bf16.enabled or zero.stage):
         yield "recipe.precision", "fp16, bf16 or a ZeRO stage is enabled, too", "remove it, or them"
+    if config.recipe.noise_scale.enabled and zero.stage:
+        yield (
+            "recipe.noise_scale.enabled",
+            f"ZeRO stage {zero.stage} leaves no rank the whole mean gradient to take its norm of",
+            "write false, or zero_optimization.stage 0",
+        )
     if not zero.compute_grad_norm and zero.stage not in (1, 2):
         yield "zero_optimization.compute_grad_norm", "only ZeRO stages 1 and 2 can do without", "write true"
     if data.source == "imagefolder" and data.path is None:

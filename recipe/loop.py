@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recipe.data import Batch
 from recipe.engine import backward, loss_scale
+from recipe.gradient_norms import GradientNorms
 from recipe.running_averages import update_running_averages
 
 
@@ -22,7 +23,8 @@ class Step:
     ``step`` counts from 0 over the whole run; ``lr`` is the rate that the update used; ``loss`` is a scalar on the
     device, the mean over this rank's share of the global batch, before the update; ``loss_scale`` the scale that the
     gradients had; ``skipped`` says that they overflowed and the update was left out; ``data_wait_seconds`` is the time
-    spent waiting for the loader.
+    spent waiting for the loader; ``gradient_norms``, on the device, is what ``GradientNorms.take`` says, None where it
+    was not asked or the gradients overflowed.
     """
 
     step: int
@@ -32,6 +34,7 @@ class Step:
     skipped: bool
     data_wait_seconds: float
     bad_images: tuple[str, ...]
+    gradient_norms: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class Validation:
     bad_images: tuple[str, ...]
 
 
-def train_epoch(engine: DeepSpeedEngine, batches: Iterable[Batch]) -> Iterator[Step]:
+def train_epoch(
+    engine: DeepSpeedEngine, batches: Iterable[Batch], gradient_norms: GradientNorms | None = None
+) -> Iterator[Step]:
     """Train on micro-batches as they come; yield after each optimizer step.
 
     ``engine.step()`` follows every micro-batch: DeepSpeed counts them, and updates after as many as it accumulates.
@@ -63,14 +68,17 @@ def train_epoch(engine: DeepSpeedEngine, batches: Iterable[Batch]) -> Iterator[S
         bad_images += batch.bad_images
         backward(engine, loss)
         lr, scale, step = engine.get_lr()[0], loss_scale(engine), engine.global_steps
+        last = len(losses) == accumulation
+        norms = gradient_norms.take(scale) if last and gradient_norms is not None else None
         engine.step()
-        if len(losses) == accumulation:
+        if last:
             # DeepSpeed leaves its scheduler behind when fp16 skips an update; the rate follows the data seen.
             engine.lr_scheduler.step(engine.global_steps)
             mean_loss = torch.stack(losses).mean()
             skipped = not engine.was_step_applied()
             update_running_averages(engine.module, discard=skipped)
-            yield Step(step, lr, mean_loss, scale, skipped, data_wait_seconds, tuple(bad_images))
+            norms = None if skipped else norms
+            yield Step(step, lr, mean_loss, scale, skipped, data_wait_seconds, tuple(bad_images), norms)
             losses, bad_images, data_wait_seconds = [], [], 0.0
         asked = time.perf_counter()
 

@@ -85,6 +85,13 @@ def make_plan(config: Config, world_size: int, cores_per_rank: int | None = None
         assumes_micro_batch = config.train_micro_batch_size_per_gpu == config.gradient_accumulation_steps == "auto"
         largest = ASSUMED_MICRO_BATCH if assumes_micro_batch else config.train_batch_size
     micro_batch, accumulation = batch_triangle(config, world_size, largest)
+    if recipe.noise_scale.enabled and micro_batch == config.train_batch_size:
+        raise config.source.refusal(
+            "recipe.noise_scale.enabled",
+            f"one rank takes the whole batch of {micro_batch} as one micro-batch, and there are no two sizes of batch "
+            "to compare",
+            _smaller_micro_batch_remedy(config),
+        )
     train_images, validation_images = _data_set_sizes(config)
     if config.train_batch_size > train_images:
         raise config.source.refusal(
@@ -218,6 +225,16 @@ def fitting_micro_batches(global_batch: int, world_size: int, statistics: str | 
 def holds_groups(n: int, micro_batch: int, world_size: int) -> bool:
     """Whether batch norm over n samples can be had: of parts of a micro-batch, or of those of neighbouring ranks."""
     return micro_batch % n == 0 or (n % micro_batch == 0 and world_size % (n // micro_batch) == 0)
+
+
+def _smaller_micro_batch_remedy(config: Config) -> str:
+    fitting = fitting_micro_batches(config.train_batch_size, 1, config.recipe.batchnorm.statistics)
+    if len(fitting) < 2:
+        return "write false, or start more ranks"
+    return (
+        f'write train_micro_batch_size_per_gpu {fitting[1]} and gradient_accumulation_steps "auto", start more ranks, '
+        "or write false"
+    )
 
 
 def _fitting_remedy(fitting: list[int]) -> str:

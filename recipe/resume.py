@@ -30,6 +30,7 @@ FREE_TO_CHANGE = (
     "recipe.data.workers",
     "recipe.data.on_bad_image",
     "recipe.checkpoint",
+    "recipe.noise_scale",
     "recipe.distributed",
 )
 # Steps are counted in these: with another value the same number of steps is another place in the data.

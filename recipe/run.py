@@ -20,12 +20,14 @@ from recipe.checkpoint import CheckpointError
 from recipe.data import BadImageError, SyntheticLoader, TrainLoader, ValidationLoader
 from recipe.data.seeds import derive_seed
 from recipe.engine import join_process_group, set_loudness, start_engine
+from recipe.gradient_norms import GradientNorms
 from recipe.interruption import Interrupted
 from recipe.loop import evaluate, train_epoch
 from recipe.manifest import CHECKPOINTS, PLAN
 from recipe.meeting import Meeting
 from recipe.micro_batch import CPU_MICRO_BATCH, largest_on_cpu, largest_on_gpu
 from recipe.model import parameter_groups
+from recipe.noise_scale import NoiseScale
 from recipe.plan import Plan, fitting_micro_batches, with_micro_batch
 from recipe.plan_text import format_plan, plan_json
 from recipe.preflight import Run
@@ -84,8 +86,10 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
         validated_steps=history.validated_steps,
         epochs=plan.epochs,
         steps_per_epoch=plan.steps_per_epoch,
+        micro_batch=plan.micro_batch,
         global_batch=plan.global_batch,
         steps_per_print=plan.config.steps_per_print,
+        noise_scale=history.noise_scale,
         monitor=engine.monitor.write_events,
     )
     if run.device.type == "cpu" and plan.precision == "fp16":
@@ -93,6 +97,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     for message in messages:
         telemetry.say(message)
     train_loader, validation_loader = open_loaders(run, next(engine.module.parameters()).dtype)
+    gradient_norms = listen_to_gradients(engine, plan)
 
     every_minutes = plan.config.recipe.checkpoint.every_minutes
     save_every = None if every_minutes is None else timedelta(minutes=every_minutes)
@@ -120,7 +125,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
                 telemetry.start_clock()
                 seed_layers(plan, engine.global_steps)
                 watch.step = engine.global_steps
-                for step in train_epoch(engine, watch.awaited(train_loader.epoch(epoch, first_step))):
+                for step in train_epoch(engine, watch.awaited(train_loader.epoch(epoch, first_step)), gradient_norms):
                     seed_layers(plan, engine.global_steps)
                     telemetry.step(step)
                     history.bad_images |= set(step.bad_images)
@@ -182,6 +187,8 @@ def settle_micro_batch(run: Run) -> Run:
     if not plan.assumes_micro_batch:
         return run
     candidates = fitting_micro_batches(plan.global_batch, plan.world_size, recipe.batchnorm.statistics)
+    if recipe.noise_scale.enabled:
+        candidates = [size for size in candidates if size * plan.world_size < plan.global_batch]
     earlier = (start.earlier_plan or {}).get("train_micro_batch_size_per_gpu")
     if start.checkpoints and start.checkpoints[0].world_size == plan.world_size and earlier in candidates:
         size, why = earlier, "as before"
@@ -222,7 +229,9 @@ def resume(engine: DeepSpeedEngine, run: Run) -> tuple[History, list[str]]:
         checkpoint.set_aside(run.start.checkpoints)
         return History(), [*messages, "no whole checkpoint is left: training begins anew"]
     restore_running_averages(engine.module, state["running_averages"])
-    history = History(state["validations"], set(state["bad_images"]), state["seconds"])
+    # Checkpoints of earlier versions do not know the noise scale.
+    noise_scale = NoiseScale(**state.get("noise_scale", {}))
+    history = History(state["validations"], set(state["bad_images"]), state["seconds"], noise_scale)
     messages += statistics_change(run.plan, run.start)
     return history, [*messages, f"resumed from {loaded.path}, {engine.global_steps:,} steps done"]
 
@@ -246,6 +255,14 @@ def save(engine: DeepSpeedEngine, run: Run, history: History, seconds: float, to
     restore_running_averages(engine.module, own)
     if dist.get_rank() == 0:
         manifest.prune(folder, settings.keep_last, settings.keep_best)
+
+
+def listen_to_gradients(engine: DeepSpeedEngine, plan: Plan) -> GradientNorms | None:
+    """What the noise scale is estimated from, if the config asks for it."""
+    settings = plan.config.recipe.noise_scale
+    if not settings.enabled:
+        return None
+    return GradientNorms(engine.module.parameters(), lambda: engine.global_steps % settings.every_steps == 0)
 
 
 def saves_within_epoch(plan: Plan, steps_done: int, due: bool) -> bool:

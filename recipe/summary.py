@@ -5,11 +5,12 @@ import os
 import shutil
 import statistics
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from recipe.code_state import versions
+from recipe.noise_scale import NoiseScale, in_words
 from recipe.plan import Plan
 
 SUMMARY, METRICS = "summary.json", "metrics.jsonl"
@@ -20,12 +21,14 @@ LAST_EPOCHS = 5  # the paper reports the median error of the last five (§5.1)
 class History:
     """What a run has been through; it is saved with every checkpoint, and a resumed run adds to it.
 
-    ``validations`` are the validation lines of ``metrics.jsonl``; ``seconds`` is the wall time of all launches.
+    ``validations`` are the validation lines of ``metrics.jsonl``; ``seconds`` is the wall time of all launches;
+    ``noise_scale`` holds its moving averages.
     """
 
     validations: list[dict[str, Any]] = field(default_factory=list)
     bad_images: set[str] = field(default_factory=set)
     seconds: float = 0.0
+    noise_scale: NoiseScale = field(default_factory=NoiseScale)
 
     @property
     def validated_steps(self) -> int:
@@ -38,6 +41,7 @@ class History:
             "validations": self.validations,
             "bad_images": sorted(self.bad_images),
             "seconds": self.seconds + seconds_since,
+            "noise_scale": asdict(self.noise_scale),
         }
 
 
@@ -71,6 +75,7 @@ def summarise(
         "best_epoch": best["epoch"],
         "best_checkpoint": None if best_checkpoint is None else str(best_checkpoint),
         "median_error_last_epochs": statistics.median(errors),
+        "noise_scale": history.noise_scale.values() if history.noise_scale.weight else None,
         "images_per_second": images_per_second,
         "wall_seconds": round(history.seconds, 1),
         "bad_images": sorted(history.bad_images),
@@ -109,6 +114,7 @@ def format_summary(summary: dict[str, Any], output: Path) -> str:
             f"{summary['median_error_last_epochs']:.2f} %",
         ),
         ("speed", f"{speed}{summary['steps']:,} steps{skipped}, {_duration(summary['wall_seconds'])} in all"),
+        *_noise_scale(summary),
         ("files", f"{output}: plan.json, metrics.jsonl, train.log, summary.json"),
     ]
     if summary["best_checkpoint"] is not None:
@@ -129,6 +135,12 @@ def format_summary(summary: dict[str, Any], output: Path) -> str:
         ("next", f"--set train_batch_size={2 * summary['global_batch']} with another --output: rate and warmup follow")
     )
     return "\n".join(f"  {label:<14}{text}" for label, text in fields) + "\n"
+
+
+def _noise_scale(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The line on it, if the run measured it; the summaries of earlier versions do not know it."""
+    found = summary.get("noise_scale")
+    return [("noise scale", in_words(found["noise_scale"], summary["global_batch"]))] if found else []
 
 
 def _launcher() -> str:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from recipe.interruption import at_the_terminal
 from recipe.loop import Step, Validation
 from recipe.summary import METRICS
+from recipe.noise_scale import NoiseScale, estimate
 
 LOG = "train.log"
 LINE_EVERY_SECONDS = 30.0
@@ -49,14 +50,18 @@ class Telemetry:
         validated_steps: int,
         epochs: int,
         steps_per_epoch: int,
+        micro_batch: int,
         global_batch: int,
         steps_per_print: int,
+        noise_scale: NoiseScale,
         monitor: Monitor,
     ) -> None:
         self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
+        self.micro_batch = micro_batch
         self.global_batch = global_batch
         self.steps_per_print = steps_per_print
+        self.noise_scale = noise_scale
         self.monitor = monitor
         self.training_seconds = 0.0
         self.steps_trained = 0
@@ -88,6 +93,7 @@ class Telemetry:
         losses = torch.stack([step.loss for step in self._pending])
         dist.all_reduce(losses)
         means = (losses / dist.get_world_size()).tolist()
+        noise_scales = self._take_gradient_norms()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         self.training_seconds += seconds
@@ -97,6 +103,8 @@ class Telemetry:
         if self.writer is not None:
             for step, loss in zip(self._pending, means, strict=True):
                 self._write_step(self.writer, step, loss, images_per_second, data_wait)
+                if step.step in noise_scales:
+                    self._write_noise_scale(self.writer, step.step, noise_scales[step.step])
             last = self._pending[-1]
             self.writer.show_progress(
                 last.step + 1,
@@ -158,6 +166,26 @@ class Telemetry:
         """Leave the bar as it is and close the files."""
         if self.writer is not None:
             self.writer.close()
+
+    def _take_gradient_norms(self) -> dict[int, dict[str, float | None]]:
+        """Take what the pending steps measured into the noise scale; return its values after each, by step."""
+        measured = {step.step: step.gradient_norms for step in self._pending if step.gradient_norms is not None}
+        if not measured:
+            return {}
+        own = torch.stack(list(measured.values()))
+        ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        # Gathered and not summed up by the way: the sums shall not depend on which steps are reported together.
+        dist.all_gather(ranks, own)
+        values = {}
+        for step, (small, big) in zip(measured, torch.stack(ranks).mean(0).tolist(), strict=True):
+            if self.noise_scale.add(estimate(small, big, self.micro_batch, self.global_batch)):
+                values[step] = self.noise_scale.values()
+        return values
+
+    def _write_noise_scale(self, writer: "Writer", step: int, values: dict[str, float | None]) -> None:
+        writer.event({"event": "noise_scale", "step": step, "epoch": step // self.steps_per_epoch} | values)
+        samples = (step + 1) * self.global_batch
+        self.monitor([(f"Train/Samples/{name}", value, samples) for name, value in values.items() if value is not None])
 
     def _write_step(
         self, writer: "Writer", step: Step, loss: float, images_per_second: float, data_wait: float
@@ -264,7 +292,7 @@ def drop_later_events(metrics: Path, first_step: int, validated_steps: int) -> N
     """
     if not metrics.exists():
         return
-    limits = {"step": first_step, "validation": validated_steps}
+    limits = {"step": first_step, "noise_scale": first_step, "validation": validated_steps}
     kept = [
         line for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if _precedes(line, limits)
     ]

@@ -136,6 +136,7 @@ def test_what_is_not_written_is_the_papers() -> None:
         },
         "checkpoint": {"every_steps": None, "every_minutes": None, "keep_last": 2, "keep_best": True},
         "precision": None,
+        "noise_scale": {"enabled": False, "every_steps": 10},
         "distributed": {"timeout_seconds": 120},
         "seed": 0,
     }
@@ -512,6 +513,11 @@ def test_refuses_a_wrong_value(key: str, value: Any, message: str) -> None:
         (
             {"recipe.schedule.decay_epochs": [60, 30]},
             "recipe.schedule.decay_epochs = [60, 30]: the numbers do not rise;",
+        ),
+        (
+            {"recipe.noise_scale.enabled": True, "zero_optimization.stage": 1},
+            "recipe.noise_scale.enabled = true: ZeRO stage 1 leaves no rank the whole mean gradient to take its norm "
+            "of; write false, or zero_optimization.stage 0",
         ),
     ],
 )

@@ -83,7 +83,7 @@ def new_engine(
     return start_engine(model, groups(model), config | sections, schedule)
 
 
-def train_step(engine: Any, rank: int, world_size: int, step: int, batch: int) -> None:
+def train_step(engine: Any, rank: int, world_size: int, step: int, batch: int, gradient_norms: Any = None) -> Any:
     """One optimizer step through the recipe's own loop."""
     from recipe.data import Batch
     from recipe.loop import train_epoch
@@ -94,7 +94,8 @@ def train_step(engine: Any, rank: int, world_size: int, step: int, batch: int) -
     micro = engine.train_micro_batch_size_per_gpu()
     order = [(a * world_size + rank) * micro for a in range(engine.gradient_accumulation_steps())]
     batches = [Batch(images[i : i + micro], labels[i : i + micro], torch.ones(micro), ()) for i in order]
-    (_,) = train_epoch(engine, batches)
+    (result,) = train_epoch(engine, batches, gradient_norms)
+    return result
 
 
 def master_weights(engine: Any) -> dict[str, Tensor]:

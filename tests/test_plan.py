@@ -103,6 +103,27 @@ def test_the_micro_batch_that_a_run_found_settles_the_plan() -> None:
     assert plan_json(again) == plan_json(settled)
 
 
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        (
+            {"train_batch_size": 256},
+            'write train_micro_batch_size_per_gpu 128 and gradient_accumulation_steps "auto", ',
+        ),
+        ({"train_batch_size": 32, "recipe__batchnorm__statistics": 32}, "write false, or start more ranks"),
+    ],
+)
+def test_a_noise_scale_needs_two_sizes_of_batch(changes: dict[str, Any], remedy: str) -> None:
+    changes |= {"recipe__noise_scale__enabled": True}
+    error = refusal(1, **changes)
+    assert error.key == "recipe.noise_scale.enabled"
+    assert error.problem.startswith(f"one rank takes the whole batch of {changes['train_batch_size']} as one micro")
+    assert error.remedy.startswith(remedy)
+    if "recipe__batchnorm__statistics" not in changes:
+        make_plan(config(**changes, train_micro_batch_size_per_gpu=128), 1)
+        make_plan(config(**changes), 2)
+
+
 def test_fitting_micro_batches() -> None:
     assert fitting_micro_batches(48, 2, "global") == [24, 12, 8, 6, 4, 3, 2, 1]
     assert fitting_micro_batches(48, 2, 8) == [24, 8, 4]  # three groups, one, and half of one on each of two ranks

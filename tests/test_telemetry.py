@@ -4,12 +4,14 @@ import errno
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from recipe.loop import Step, Validation
+from recipe.noise_scale import NoiseScale
 from recipe.telemetry import METRICS, OutputError, Telemetry, Writer, drop_later_events
 from tests.ranks import run_ranks
 
@@ -25,8 +27,10 @@ def telemetry(output: Path, steps_per_print: int = 2, events: list | None = None
         validated_steps=0,
         epochs=2,
         steps_per_epoch=3,
+        micro_batch=16,
         global_batch=64,
         steps_per_print=steps_per_print,
+        noise_scale=NoiseScale(),
         monitor=(events if events is not None else []).extend,
     )
     result.start_clock()
@@ -129,12 +133,40 @@ def test_metrics_that_do_not_reach_the_disk_are_told(tmp_path: Path, monkeypatch
 
 def test_a_resumed_run_drops_the_events_that_it_makes_again(tmp_path: Path) -> None:
     metrics = tmp_path / METRICS
-    kept = [{"event": "step", "step": 0}, {"event": "step", "step": 1}, {"event": "validation", "step": 1}]
-    later = [{"event": "step", "step": 2}]
+    kept = [{"event": event, "step": step} for step in (0, 1) for event in ("step", "noise_scale")]
+    kept.append({"event": "validation", "step": 1})
+    later = [{"event": "step", "step": 2}, {"event": "noise_scale", "step": 2}]
     torn = b'{"event": "step", "step": 1e999}\n[]\n' + b"[" * 100_000 + b'\n{"event": "step", "st\xff'
     metrics.write_bytes("".join(json.dumps(event) + "\n" for event in kept + later).encode() + torn)
     drop_later_events(metrics, first_step=2, validated_steps=2)
     assert lines(tmp_path) == kept
     # Saved after the last step of an epoch, and killed when the validation had been written but not saved.
     drop_later_events(metrics, first_step=2, validated_steps=0)
-    assert lines(tmp_path) == kept[:2]
+    assert lines(tmp_path) == kept[:4]
+
+
+def _measures(rank: int, world_size: int, folder: str) -> list:
+    monitored: list = []
+    reporter = telemetry(Path(folder), steps_per_print=3, events=monitored)
+    # |G|² + tr(Σ) / B with |G|² = 3, tr(Σ) = 640 and micro-batches of 16, whose norms differ from rank to rank, and 64
+    norms = torch.tensor([3 + 640 / 16 + (1 if rank else -1), 3 + 640 / 64], dtype=torch.float64)
+    reporter.step(replace(step(0, 1.0), gradient_norms=norms))
+    reporter.step(step(1, 1.0))
+    reporter.step(replace(step(2, 1.0), gradient_norms=norms * math.inf))
+    reporter.close()
+    return monitored
+
+
+def test_the_noise_scale_stands_behind_its_step(tmp_path: Path) -> None:
+    monitored, _ = run_ranks(2, _measures, str(tmp_path))
+    written = lines(tmp_path)
+    assert [(line["event"], line["step"]) for line in written] == [
+        *[("step", 0), ("noise_scale", 0), ("step", 1), ("step", 2)]
+    ]
+    values = {"gradient_variance": 640, "gradient_norm_squared": 3, "noise_scale": 640 / 3}
+    assert written[1] == {"event": "noise_scale", "step": 0, "epoch": 0} | {
+        name: pytest.approx(value, rel=1e-12) for name, value in values.items()
+    }
+    assert [(name, at) for name, _, at in monitored if name != "Train/Samples/train_loss"] == [
+        (f"Train/Samples/{name}", 64) for name in values
+    ]
