@@ -163,7 +163,7 @@ def measure(arguments: argparse.Namespace, accumulation: int, device: torch.devi
     turns = list(enumerate(loops.values()))
     for round_ in range(arguments.steps):
         for column, loop in turns[round_ % len(turns) :] + turns[: round_ % len(turns)]:
-            seconds[round_, column] = _timed(loop.step, device)
+            seconds[round_, column] = timed(loop.step, device)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     by_loop = dict(zip(loops, seconds.T.tolist(), strict=True))
     return {
@@ -171,9 +171,9 @@ def measure(arguments: argparse.Namespace, accumulation: int, device: torch.devi
         "accumulation": accumulation,
         "rounds": arguments.steps,
         "threads_a_rank": torch.get_num_threads(),
-        "step_ms": {name: _quartiles([1000 * value for value in times]) for name, times in by_loop.items()},
+        "step_ms": {name: quartiles([1000 * value for value in times]) for name, times in by_loop.items()},
         "recipe_ratio": {
-            name: _quartiles([ours / theirs for ours, theirs in zip(by_loop["recipe"], times, strict=True)])
+            name: quartiles([ours / theirs for ours, theirs in zip(by_loop["recipe"], times, strict=True)])
             for name, times in by_loop.items()
             if name != "recipe"
         },
@@ -182,9 +182,32 @@ def measure(arguments: argparse.Namespace, accumulation: int, device: torch.devi
 
 
 def make_loops(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> dict[str, Loop]:
-    """The loops by name, from the same weights and on the same batches, different for every rank and micro-step."""
+    """The loops by name, from the same weights and on the same batches."""
     world_size = dist.get_world_size()
-    batches = [
+    batches = synthetic_batches(arguments, accumulation, device)
+
+    def model() -> nn.Module:
+        return build_model(arguments.model, CLASSES, seed=0, statistics="global").to(device)
+
+    loops = {
+        "recipe": recipe_loop(model(), batches, arguments.precision),
+        "plain": plain_loop(model(), batches, arguments.precision),
+    }
+    if world_size > 1:
+        wrapped = DistributedDataParallel(model(), device_ids=[device.index] if device.type == "cuda" else None)
+        wrapped.broadcast_buffers = False  # SyncBN keeps them equal; the argument warns in torch 2.15, this does not
+        loops["ddp"] = plain_loop(wrapped, batches, arguments.precision)
+    else:
+        as_timm_makes_it = timm.create_model(arguments.model, num_classes=CLASSES)
+        as_timm_makes_it.load_state_dict(model().state_dict())
+        loops["timm"] = plain_loop(as_timm_makes_it.to(device), batches, arguments.precision)
+    return loops
+
+
+def synthetic_batches(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> list[Batch]:
+    """The micro-batches of a step, different for every rank and micro-step."""
+    world_size = dist.get_world_size()
+    return [
         next(
             SyntheticLoader(
                 train_images=arguments.micro_batch * world_size,
@@ -205,27 +228,13 @@ def make_loops(arguments: argparse.Namespace, accumulation: int, device: torch.d
         for micro_step in range(accumulation)
     ]
 
-    def model() -> nn.Module:
-        return build_model(arguments.model, CLASSES, seed=0, statistics="global").to(device)
 
-    loops = {
-        "recipe": recipe_loop(model(), batches, arguments.precision),
-        "plain": plain_loop(model(), batches, arguments.precision),
-    }
-    if world_size > 1:
-        wrapped = DistributedDataParallel(model(), device_ids=[device.index] if device.type == "cuda" else None)
-        wrapped.broadcast_buffers = False  # SyncBN keeps them equal; the argument warns in torch 2.15, this does not
-        loops["ddp"] = plain_loop(wrapped, batches, arguments.precision)
-    else:
-        as_timm_makes_it = timm.create_model(arguments.model, num_classes=CLASSES)
-        as_timm_makes_it.load_state_dict(model().state_dict())
-        loops["timm"] = plain_loop(as_timm_makes_it.to(device), batches, arguments.precision)
-    return loops
-
-
-def recipe_loop(model: nn.Module, batches: list[Batch], precision: str) -> Loop:
-    """The recipe's own loop on its engine."""
+def recipe_loop(
+    model: nn.Module, batches: list[Batch], precision: str, measured: Callable[[], bool] | None = None
+) -> Loop:
+    """The recipe's own loop on its engine; ``measured`` says of which steps the gradients' norms are taken."""
     from recipe.engine import start_engine
+    from recipe.gradient_norms import GradientNorms
     from recipe.loop import train_epoch
 
     micro_batch = len(batches[0].labels)
@@ -245,7 +254,8 @@ def recipe_loop(model: nn.Module, batches: list[Batch], precision: str) -> Loop:
         config["bf16"] = {"enabled": True}
     constant_rate = RateSchedule(RATE, RATE, "none", 0, "linear", (), 0.1)
     engine = start_engine(model, parameter_groups(model, WEIGHT_DECAY), config, constant_rate)
-    steps = train_epoch(engine, itertools.cycle(batches))
+    norms = None if measured is None else GradientNorms(engine.module.parameters(), measured)
+    steps = train_epoch(engine, itertools.cycle(batches), norms)
     return Loop(lambda: next(steps), engine.basic_optimizer)
 
 
@@ -301,7 +311,7 @@ def compare_training(loops: dict[str, Loop], start: Tensor, precision: str) -> d
     return differences
 
 
-def _timed(step: Callable[[], object], device: torch.device) -> float:
+def timed(step: Callable[[], object], device: torch.device) -> float:
     """Seconds of one step, from the moment when all ranks are ready until the device is done."""
     dist.barrier()
     if device.type == "cuda":
@@ -313,7 +323,7 @@ def _timed(step: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _quartiles(values: list[float]) -> dict[str, float]:
+def quartiles(values: list[float]) -> dict[str, float]:
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "lower_quartile": lower, "upper_quartile": upper}
 
@@ -335,7 +345,7 @@ def format_report(report: dict[str, Any]) -> str:
             ratio = result["recipe_ratio"].get(name)
             lines.append(
                 f"| {result['world_size']} | {result['accumulation']} | {result['rounds']} | {name} "
-                f"| {_shown(times, '.1f')} | {_shown(ratio, '.3f') if ratio else ''} |"
+                f"| {shown(times, '.1f')} | {shown(ratio, '.3f') if ratio else ''} |"
             )
     lines += [
         "",
@@ -346,7 +356,7 @@ def format_report(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _shown(quartiles: dict[str, float], form: str) -> str:
+def shown(quartiles: dict[str, float], form: str) -> str:
     return f"{quartiles['median']:{form}} ({quartiles['lower_quartile']:{form}}–{quartiles['upper_quartile']:{form}})"
 
 

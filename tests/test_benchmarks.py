@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import engine_overhead, hardware_independence, scaling
+from benchmarks import engine_overhead, hardware_independence, noise_scale_cost, scaling
 from tests.launch import ROOT
 
 
@@ -131,3 +131,35 @@ def test_scaling_on_paper() -> None:
     assert row["all_reduce_seconds"] == pytest.approx(seconds)
     assert row["efficiency"] == pytest.approx(0.0128 / (0.0128 + seconds))
     assert row["efficiency_with_overlap"] == pytest.approx(0.0128 / (0.0128 + seconds - 0.0128 * 2 / 3))
+
+
+def test_noise_scale_cost_compares_the_same_training(tmp_path: Path) -> None:
+    file = tmp_path / "cost.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.noise_scale_cost", "--model", "test_resnet", "--image-size", "32"),
+            *("--micro-batch", "2", "--accumulation", "1", "2", "--steps", "2", "--json", str(file)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text())["results"]
+    assert [result["accumulation"] for result in results] == [1, 2]
+    for result in results:
+        assert list(result["step_ms"]) == ["does not measure", "listens", "measures"]
+        listens, measures = (result["ratio"][name]["median"] for name in ("listens", "measures"))
+        assert result["ratio_of_a_run"] == pytest.approx(0.9 * listens + 0.1 * measures)
+    assert done.stdout == file.with_suffix(".md").read_text()
+
+
+def test_noise_scale_cost_compares_no_different_training() -> None:
+    def loop(weight: float) -> engine_overhead.Loop:
+        parameters = [nn.Parameter(torch.full((3,), weight))]
+        return engine_overhead.Loop(lambda: None, torch.optim.SGD(parameters, lr=0.1))
+
+    noise_scale_cost.check_same({"does not measure": loop(1.0), "listens": loop(1.0)})
+    with pytest.raises(RuntimeError, match="the loop that measures does not train as"):
+        noise_scale_cost.check_same({"does not measure": loop(1.0), "measures": loop(1.0 + 1e-6)})

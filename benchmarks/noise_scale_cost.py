@@ -1,0 +1,165 @@
+"""What the measurement of the gradient noise scale adds to a training step.
+
+Three loops of the recipe train the same model on the same batches, in turn and one optimizer step at a time: one that
+does not measure, one that listens to the gradients and measures none, and one that measures at every step. A run that
+measures at every n-th step pays for listening, and an n-th of the rest. Before the clock starts all three must have
+the same weights, bit for bit.
+
+    python -m benchmarks.noise_scale_cost --json benchmarks/results/noise_scale_cost_cpu.json
+    torchrun --nproc-per-node 8 -m benchmarks.noise_scale_cost --model resnet50 --image-size 224 --precision fp16
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.engine_overhead import (
+    CLASSES,
+    DTYPES,
+    TIMEOUT,
+    WARM_UP_STEPS,
+    Loop,
+    quartiles,
+    recipe_loop,
+    shown,
+    synthetic_batches,
+    timed,
+)
+from benchmarks.report import context, heading, write
+from recipe.config import NoiseScale
+from recipe.model import build_model
+from recipe.train import set_up_torch
+
+EVERY_STEPS: int = NoiseScale.model_fields["every_steps"].default
+LOOPS = {"does not measure": None, "listens": lambda: False, "measures": lambda: True}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure; on rank 0 print a table, and write it and a JSON if asked to."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments, before = parse_arguments(words), context("benchmarks.noise_scale_cost", words)
+    set_up_torch()
+    from recipe.engine import join_process_group, set_loudness
+
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    set_loudness(verbose=False)
+    join_process_group(device, TIMEOUT)
+    results = [measure(arguments, accumulation, device) for accumulation in arguments.accumulation]
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dist.barrier()  # a rank that leaves early makes gloo abort the others
+    dist.destroy_process_group()
+    if rank != 0:
+        return 0
+    settings = {key: getattr(arguments, key) for key in ("model", "image_size", "micro_batch", "precision")}
+    report = before | {"settings": settings | {"world_size": world_size}, "results": results}
+    table = format_report(report)
+    print(table, end="")
+    if arguments.json is not None:
+        write(arguments.json, report, table)
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks.noise_scale_cost", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="resnet18", help="timm's name (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=64, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=int, default=32, help="images a rank (default: %(default)s)")
+    parser.add_argument("--accumulation", type=int, nargs="+", default=[1, 8], help="one measurement each")
+    parser.add_argument("--steps", type=int, default=40, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
+    return parser.parse_args(argv)
+
+
+def measure(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> dict[str, Any]:
+    """Time the loops in turn. A round's time of a loop is that of its slowest rank.
+
+    Raises:
+        RuntimeError: measuring has changed the training.
+    """
+    batches = synthetic_batches(arguments, accumulation, device)
+    loops = {
+        name: recipe_loop(
+            build_model(arguments.model, CLASSES, seed=0, statistics="global").to(device),
+            batches,
+            arguments.precision,
+            measured,
+        )
+        for name, measured in LOOPS.items()
+    }
+    for _ in range(WARM_UP_STEPS):
+        for loop in loops.values():
+            loop.step()
+    check_same(loops)
+    seconds = torch.zeros(arguments.steps, len(loops), dtype=torch.float64, device=device)
+    turns = list(enumerate(loops.values()))
+    for round_ in range(arguments.steps):
+        for column, loop in turns[round_ % len(turns) :] + turns[: round_ % len(turns)]:
+            seconds[round_, column] = timed(loop.step, device)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    times = dict(zip(loops, seconds.T.tolist(), strict=True))
+    base = times["does not measure"]
+    ratios = {
+        name: quartiles([ours / theirs for ours, theirs in zip(times[name], base, strict=True)])
+        for name in ("listens", "measures")
+    }
+    listens, measures = (ratios[name]["median"] for name in ("listens", "measures"))
+    return {
+        "accumulation": accumulation,
+        "rounds": arguments.steps,
+        "threads_a_rank": torch.get_num_threads(),
+        "step_ms": {name: quartiles([1000 * value for value in values]) for name, values in times.items()},
+        "ratio": ratios,
+        "ratio_of_a_run": listens + (measures - listens) / EVERY_STEPS,
+    }
+
+
+def check_same(loops: dict[str, Loop]) -> None:
+    """All weights must be equal."""
+    reference, *others = [loop.weights() for loop in loops.values()]
+    for name, weights in zip(list(loops)[1:], others, strict=True):
+        if not torch.equal(weights, reference):
+            raise RuntimeError(f"the loop that {name} does not train as the one that does not measure")
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    settings = report["settings"]
+    ranks = f"{settings['world_size']} rank{'s' if settings['world_size'] > 1 else ''}"
+    lines = [
+        *heading(
+            f"The noise scale's cost: {settings['model']}, {settings['image_size']} px, micro-batch "
+            f"{settings['micro_batch']}, {settings['precision']}, {ranks}",
+            report,
+        ),
+        "| accumulation | rounds | loop | step, ms: median (quartiles) | ÷ does not measure: median (quartiles) |",
+        "|---|---|---|---|---|",
+    ]
+    for result in report["results"]:
+        for name, times in result["step_ms"].items():
+            ratio = result["ratio"].get(name)
+            lines.append(
+                f"| {result['accumulation']} | {result['rounds']} | {name} | {shown(times, '.1f')} "
+                f"| {shown(ratio, '.3f') if ratio else ''} |"
+            )
+    runs = ", ".join(f"{result['ratio_of_a_run']:.3f} ({result['accumulation']})" for result in report["results"])
+    lines += [
+        "",
+        f"A run that measures at every {EVERY_STEPS}th step, as is the default, takes {runs} times as long, at the "
+        "accumulation in brackets. The loops take turns, step by step; all three train the same weights, bit for bit.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
