@@ -9,9 +9,9 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks import engine_overhead, hardware_independence, noise_scale_cost, scaling
+from benchmarks import engine_overhead, hardware_independence, noise_scale_cost, scaling, update_magnitude
 from tests.launch import ROOT
 
 
@@ -163,3 +163,31 @@ def test_noise_scale_cost_compares_no_different_training() -> None:
     noise_scale_cost.check_same({"does not measure": loop(1.0), "listens": loop(1.0)})
     with pytest.raises(RuntimeError, match="the loop that measures does not train as"):
         noise_scale_cost.check_same({"does not measure": loop(1.0), "measures": loop(1.0 + 1e-6)})
+
+
+def test_update_magnitude_compares_moves_as_on_a_parabola() -> None:
+    """On ½a|w|² with a = 2 a step at η leaves 1 - 2η of the weights, whatever the images."""
+
+    def gradient(weights: Tensor, indices: Tensor) -> Tensor:
+        return 2.0 * weights
+
+    weights, batches, rate = torch.tensor([3.0, -4.0], dtype=torch.float64), [torch.arange(2)] * 4, 0.05
+    many = update_magnitude.many_steps(weights, batches, rate, gradient) - weights
+    one = update_magnitude.one_step(weights, batches, rate, gradient) - weights
+    found = update_magnitude.compare(many, one)
+    assert found == {
+        "length_ratio": pytest.approx((1 - 0.9**4) / 0.4, rel=1e-12),
+        "cosine": pytest.approx(1, rel=1e-12),
+        "apart": pytest.approx(1 - (1 - 0.9**4) / 0.4, rel=1e-12),
+    }
+    right_angle = update_magnitude.compare(torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0]))
+    assert right_angle == {"length_ratio": 0.75, "cosine": 0, "apart": 1.25}
+
+
+def test_update_magnitude_finds_the_exponent_and_how_far_the_rule_holds() -> None:
+    assert update_magnitude.slope([1, 2, 8], [3 * t**-0.5 for t in (1, 2, 8)]) == pytest.approx(-0.5)
+    assert update_magnitude.geometric_means([[1.0, 2.0], [100.0, 8.0]]) == pytest.approx([10, 4])
+    ratios = {2: (1.02, 1.0), 4: (1.0, 1.18), 8: (1.0, 1.22), 16: (1.0, 1.0)}
+    moves = [{"epoch": 1, "k": k, "draws": [{"length_ratio": r} for r in draws]} for k, draws in ratios.items()]
+    assert update_magnitude.largest_close_k(moves, 1) == 4
+    assert update_magnitude.largest_close_k(moves[2:], 1) == 1
