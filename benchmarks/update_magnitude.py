@@ -259,8 +259,8 @@ def format_report(report: dict[str, Any]) -> str:
         "",
         f"Both ways move the weights equally far, within {CLOSE:.0%}: {close}.",
         "",
-        f"|∇L|² over all training images, geometric means of {report['settings']['seeds']} runs; the slope is the "
-        "exponent of T in steps, from the end of epoch 1 on.",
+        f"|∇L|² over all training images (runs at each batch: {report['settings']['seeds']}; of several, the geometric "
+        "mean); the slope is the exponent of T in steps, from the end of epoch 1 on.",
         "",
         f"| batch | {' | '.join(f'epoch {epoch}' for epoch in MEASURED_EPOCHS)} | slope |",
         f"|{'---|' * (len(MEASURED_EPOCHS) + 2)}",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from recipe.scaling import RateSchedule
 from tests import test_engine as on_cpu
+from tests import test_noise_scale as noise_scale
 from tests.launch import events, losses, train_ok
 from tests.ranks import run_ranks
 
@@ -53,6 +54,18 @@ def test_an_overflow_skips_its_update_and_loses_nothing_else(tmp_path: Path) -> 
         (pytest.approx(0.1 + 0.05 * step), 2.0**16 if step < 2 else 2.0**15) for step in range(5)
     ]
     assert result["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradient_norms_are_those_of_the_cpu(world_size: int, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} CUDA devices")
+    expected, cases = noise_scale.norms_by_plain_pytorch(), noise_scale.CASES[world_size]
+    store = str(tmp_path / "store")
+    for results in run_ranks(world_size, on_gpu, store, noise_scale._norms_of_a_step, cases):
+        for found, (_, _, tolerance) in zip(results, cases, strict=True):
+            # Convolutions of fp32 may be TF32's, which rounds as fp16 does.
+            assert found == pytest.approx(expected, rel=max(tolerance, 8 * 2**-11))
 
 
 def _memory_formats(rank: int, world_size: int, precision: str) -> dict[str, tuple[str, bool, bool]]:
