@@ -187,8 +187,8 @@ def settle_micro_batch(run: Run) -> Run:
     if not plan.assumes_micro_batch:
         return run
     candidates = fitting_micro_batches(plan.global_batch, plan.world_size, recipe.batchnorm.statistics)
-    if recipe.noise_scale.enabled:
-        candidates = [size for size in candidates if size * plan.world_size < plan.global_batch]
+    if recipe.noise_scale.enabled:  # it compares two sizes of batch
+        candidates = [size for size in candidates if size < plan.global_batch]
     earlier = (start.earlier_plan or {}).get("train_micro_batch_size_per_gpu")
     if start.checkpoints and start.checkpoints[0].world_size == plan.world_size and earlier in candidates:
         size, why = earlier, "as before"

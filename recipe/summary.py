@@ -56,6 +56,7 @@ def summarise(
     best_checkpoint: Path | None,
 ) -> dict[str, Any]:
     """The content of ``summary.json``. Accuracies and errors are in per cent."""
+    noise_scale = history.noise_scale if plan.config.recipe.noise_scale.enabled else NoiseScale()
     best = max(history.validations, key=lambda validation: validation["top1"])
     errors = [100 - validation["top1"] for validation in history.validations[-LAST_EPOCHS:]]
     return {
@@ -75,7 +76,7 @@ def summarise(
         "best_epoch": best["epoch"],
         "best_checkpoint": None if best_checkpoint is None else str(best_checkpoint),
         "median_error_last_epochs": statistics.median(errors),
-        "noise_scale": history.noise_scale.values() if history.noise_scale.weight else None,
+        "noise_scale": noise_scale.values() if noise_scale.weight else None,
         "images_per_second": images_per_second,
         "wall_seconds": round(history.seconds, 1),
         "bad_images": sorted(history.bad_images),

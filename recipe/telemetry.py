@@ -183,7 +183,10 @@ class Telemetry:
         return values
 
     def _write_noise_scale(self, writer: "Writer", step: int, values: dict[str, float | None]) -> None:
-        writer.event({"event": "noise_scale", "step": step, "epoch": step // self.steps_per_epoch} | values)
+        epoch, scale = step // self.steps_per_epoch, values["noise_scale"]
+        writer.event({"event": "noise_scale", "step": step, "epoch": epoch} | values)
+        shown = "hidden by noise" if scale is None else f"{scale:,.0f} images"
+        writer.log(f"epoch {epoch + 1}/{self.epochs}, step {step}: gradient noise scale {shown}")
         samples = (step + 1) * self.global_batch
         self.monitor([(f"Train/Samples/{name}", value, samples) for name, value in values.items() if value is not None])
 
