@@ -153,7 +153,7 @@ class NoiseScale(Section):
     """true or false: whether the gradient noise scale is estimated, that is, up to which batch more images pay"""
 
     every_steps: Count = 10
-    """optimizer steps between two measurements, a whole number >= 1; 10, so that they cost next to nothing"""
+    """optimizer steps between two measurements, a whole number >= 1; 10, which divides their cost by ten"""
 
 
 class Distributed(Section):

@@ -248,30 +248,35 @@ def test_a_weight_without_a_gradient_counts_nothing() -> None:
     assert taken.tolist() == pytest.approx([14 / 4, 14 / 4], rel=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [None, 2])
-def test_a_real_run_measures_and_a_resumed_one_goes_on_with_its_averages(tmp_path: Path, ranks: int | None) -> None:
-    with_it = ("--set=recipe.noise_scale.enabled=true", "--set=recipe.noise_scale.every_steps=2")
-    arguments = ("--deepspeed_config", DIGITS, "--set=recipe.checkpoint.every_steps=1", *SHORT)
-    train_ok(*arguments, "--output", str(tmp_path / "plain"), ranks=ranks)
-    output = tmp_path / "run"
-    done = train_ok(*arguments, *with_it, "--output", str(output), ranks=ranks)
-    assert losses(output) == losses(tmp_path / "plain")
+RUN = ("--deepspeed_config", DIGITS, *SHORT)
+MEASURED = ("--set=recipe.noise_scale.enabled=true", "--set=recipe.noise_scale.every_steps=2")
 
-    measured = events(output, "noise_scale")
-    assert [(line["step"], line["epoch"]) for line in measured] == [(0, 0), (2, 1), (4, 2)]
-    for line in measured:
-        assert set(line) == {
-            *("event", "step", "epoch"),
-            *("gradient_variance", "gradient_norm_squared", "noise_scale"),
-        }
+
+@pytest.mark.slow
+def test_a_real_run_measures_and_trains_the_same(tmp_path: Path) -> None:
+    train_ok(*RUN, "--output", str(tmp_path / "plain"))
+    output = tmp_path / "run"
+    done = train_ok(*RUN, *MEASURED, "--output", str(output))
+    assert losses(output) == losses(tmp_path / "plain")
+    lines = events(output, "noise_scale")
+    assert [(line["step"], line["epoch"]) for line in lines] == [(0, 0), (2, 1), (4, 2)]
+    names = {"gradient_variance", "gradient_norm_squared", "noise_scale"}
+    assert [set(line) for line in lines] == [{"event", "step", "epoch"} | names] * 3
     summary = json.loads((output / "summary.json").read_text())
-    assert summary["noise_scale"] == {key: measured[-1][key] for key in summary["noise_scale"]}
+    assert summary["noise_scale"] == {name: lines[-1][name] for name in names}
     assert f"noise scale   {in_words(summary['noise_scale']['noise_scale'], 512)}" in done.stdout
 
-    # As if it had been killed after step 3, with a line of it already written.
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_with_the_averages(tmp_path: Path) -> None:
+    all_checkpoints = ("--set=recipe.checkpoint.every_steps=1", "--set=recipe.checkpoint.keep_last=6")
+    arguments = (*RUN, *MEASURED, *all_checkpoints, "--output", str(tmp_path))
+    train_ok(*arguments, ranks=2)
+    lines = events(tmp_path, "noise_scale")
+    # As if it had been killed before it saved step 4, and had gone on writing lines.
     for step in (4, 5, 6):
-        (output / f"checkpoints/step-{step:08}/manifest.json").unlink(missing_ok=True)
-    (output / "summary.json").unlink()
-    train_ok(*arguments, *with_it, "--output", str(output), ranks=ranks)
-    assert events(output, "noise_scale") == measured
+        (tmp_path / f"checkpoints/step-{step:08}/manifest.json").unlink()
+    (tmp_path / "summary.json").unlink()
+    assert "step-00000003, 3 steps done" in train_ok(*arguments, ranks=2).stdout
+    assert len(lines) == 3
+    assert events(tmp_path, "noise_scale") == lines
