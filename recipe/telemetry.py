@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from recipe.interruption import at_the_terminal
 from recipe.loop import Step, Validation
-from recipe.summary import METRICS
 from recipe.noise_scale import NoiseScale, estimate
+from recipe.summary import METRICS
 
 LOG = "train.log"
 LINE_EVERY_SECONDS = 30.0
