@@ -85,7 +85,7 @@ class Digits:
         training, _ = open_digits(image_size=IMAGE_SIZE, crop="none", flip=False, seed=0)
         samples = [training[(0, index)] for index in range(len(training))]
         (mean_, *_), (std, *_) = PIXEL_MEAN_STD["digits"]
-        self.images = (torch.stack([sample.image for sample in samples]).float() / 255 - mean_) / std
+        self.images = (torch.stack([sample.image for sample in samples]).movedim(-1, 1).float() / 255 - mean_) / std
         self.labels = torch.tensor([sample.label for sample in samples])
         self.model = build_model("test_resnet", CLASSES, seed=0, statistics=N).train()
 

@@ -49,7 +49,7 @@ def save_validation_images(folder: Path) -> int:
     """All held-out digits as the card says: enlarged, from 0 to 1, less the mean, over the standard deviation."""
     _, held_out = open_datasets("digits", None, 32, "padded", False, 0, "stop")
     samples = [held_out[index] for index in range(len(held_out))]
-    images = torch.stack([sample.image for sample in samples]).float() / 255
+    images = torch.stack([sample.image for sample in samples]).movedim(-1, 1).float() / 255
     labels = torch.tensor([sample.label for sample in samples])
     torch.save(((images - 0.3054) / 0.3237, labels), folder / "validation.pt")
     return len(samples)

@@ -68,7 +68,7 @@ def test_the_variance_of_a_real_models_gradient_falls_as_one_over_the_batch() ->
 
     training, _ = open_digits(image_size=16, crop="none", flip=False, seed=0)
     chosen = [training[(0, index)] for index in range(256)]
-    images = torch.stack([sample.image for sample in chosen]).float() / 255 - 0.3
+    images = torch.stack([sample.image for sample in chosen]).movedim(-1, 1).float() / 255 - 0.3
     labels = torch.tensor([sample.label for sample in chosen])
     model = build_model("test_resnet", 10, seed=0, statistics="local").eval()
 
