@@ -55,6 +55,10 @@ class Model(Section):
     num_classes: int = Field(ge=2)
     """the number of classes, a whole number >= 2"""
 
+    zero_init_last: bool = True
+    """true or false: whether the last batch norm of each residual block of a ResNet begins with gamma = 0, as the
+    paper's does (section 5.1), or with 1"""
+
 
 class BatchNorm(Section):
     statistics: Literal["global", "local"] | Count = "global"
@@ -166,7 +170,7 @@ class Recipe(Section):
     """What DeepSpeed has no word for."""
 
     model: Model
-    """an object with name and num_classes"""
+    """an object with name, num_classes and zero_init_last"""
 
     max_micro_batch_size: Count | Auto = 256
     """images per GPU and forward pass that an "auto" may take at most, a whole number >= 1, or "auto": as many as fit

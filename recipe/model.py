@@ -13,7 +13,9 @@ from torch.nn.modules.conv import _ConvNd
 from recipe.batchnorm import Statistics, convert_batchnorm
 
 
-def build_model(name: str, num_classes: int, seed: int, statistics: Statistics) -> nn.Module:
+def build_model(
+    name: str, num_classes: int, seed: int, statistics: Statistics, zero_init_last: bool = True
+) -> nn.Module:
     """Build timm's architecture ``name`` on the CPU, weights drawn from ``seed``, batch norms converted.
 
     A ResNet gets the paper's initialisation (Goyal et al. 2017, §5.1), any other architecture keeps timm's.
@@ -24,9 +26,11 @@ def build_model(name: str, num_classes: int, seed: int, statistics: Statistics) 
         num_classes: length of the output, which is (N, num_classes).
         seed: of the weights; the same seed gives the same weights in every process.
         statistics: of the batch norms, see :class:`recipe.batchnorm.BatchNorm`.
+        zero_init_last: whether the last batch norm of each residual block begins with γ = 0, else with γ = 1.
 
     Raises:
-        ValueError: no such architecture in timm, or one that is no classifier of ``num_classes`` classes.
+        ValueError: no such architecture in timm, one that is no classifier of ``num_classes`` classes, or γ = 1
+            for one that is no ResNet.
     """
     if name not in timm.list_models():
         raise ValueError(_unknown_name(name))
@@ -39,7 +43,11 @@ def build_model(name: str, num_classes: int, seed: int, statistics: Statistics) 
         if getattr(model, "num_classes", None) != num_classes:
             raise ValueError(f'recipe.model.name = "{name}": timm makes no classifier of it')
         if isinstance(model, ResNet):
-            _initialise_as_in_the_paper(model)
+            _initialise_as_in_the_paper(model, zero_init_last)
+        elif not zero_init_last:
+            raise ValueError(
+                f"recipe.model.zero_init_last = false: {name} is no ResNet and keeps timm's initialisation; remove it"
+            )
     return convert_batchnorm(model, statistics)
 
 
@@ -68,13 +76,19 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return decayed, undecayed
 
 
-def _initialise_as_in_the_paper(model: ResNet) -> None:
+def _initialise_as_in_the_paper(model: ResNet, zero_init_last: bool) -> None:
     """Goyal et al. (2017), §5.1: He normal convolutions, classifier N(0, 0.01²), γ = 0 at each block's end.
+
+    Without ``zero_init_last`` γ = 1 there too, which Table 2b compares with.
 
     He normal with the fan-out, std = √(2 / (k² · channels out)): it keeps the gradients' variance through the
     layers (He et al. 2015, §2.2), and it is what fb.resnet.torch, the paper's baseline, draws.
     """
-    model.init_weights(zero_init_last=True)  # the convolutions and the zeros; torch makes γ = 1, β = 0
+    if not zero_init_last:
+        # timm has made the zeros when it built the model, and leaves them where it is told to make none.
+        for block in (module for module in model.modules() if hasattr(module, "zero_init_last")):
+            nn.init.ones_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)
+    model.init_weights(zero_init_last=zero_init_last)  # the convolutions; torch makes the other γ = 1, and β = 0
     classifier = model.get_classifier()
     nn.init.normal_(classifier.weight, std=0.01)
     nn.init.zeros_(classifier.bias)

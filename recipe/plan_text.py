@@ -142,9 +142,10 @@ def _model(plan: Plan) -> str:
             f"{n // plan.micro_batch} ranks" if n > plan.micro_batch else f"{plan.micro_batch // n} in a micro-batch"
         )
         norm[str(n)] = f"batch norm over groups of {n} images ({where})"
+    start = "" if recipe.model.zero_init_last else ", γ = 1 at the blocks' ends, too"
     return (
         f"{printable(recipe.model.name)}, {recipe.model.num_classes} classes, {recipe.data.image_size} px, "
-        f"{plan.precision}, {norm[str(n)]}"
+        f"{plan.precision}, {norm[str(n)]}{start}"
     )
 
 

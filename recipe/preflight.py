@@ -1,6 +1,5 @@
 """Makes and checks the parts of a run before any rank meets another; whatever is wrong is a ``ValueError``."""
 
-import fcntl
 import importlib.util
 import os
 from contextlib import ExitStack
@@ -15,11 +14,11 @@ from torch import nn
 from recipe.batchnorm import BatchNorm
 from recipe.config import ConfigError
 from recipe.data import ImageDataset, open_datasets
+from recipe.lock import lock
 from recipe.model import build_model
 from recipe.plan import Plan
 from recipe.resume import Resume, Start, choose_start
 
-LOCK = ".lock"
 MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
 
@@ -59,7 +58,13 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
                 )
         try:
             datasets = open_data(plan)
-            model = build_model(recipe.model.name, recipe.model.num_classes, recipe.seed, recipe.batchnorm.statistics)
+            model = build_model(
+                recipe.model.name,
+                recipe.model.num_classes,
+                recipe.seed,
+                recipe.batchnorm.statistics,
+                recipe.model.zero_init_last,
+            )
             check_image_size(model, recipe.data.image_size, samples_averaged(plan))
         except ConfigError:
             raise
@@ -123,26 +128,6 @@ def check_image_size(model: nn.Module, image_size: int, samples: int) -> None:
             "take a larger micro-batch, or a larger image"
         )
     model.train()
-
-
-def lock(output: Path) -> IO[str]:
-    """Keep any other run out of ``output`` for as long as this process lives and the file is open; rank 0 calls it.
-
-    A POSIX lock: it ends with the process, however that ends, and forked loader processes do not inherit it.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        file = (output / LOCK).open("a", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--output {output}: {LOCK}: {error.strerror}; name a folder that can be written") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"another run is writing to {output}; wait for it, end it, or name another --output") from None
-    except OSError:
-        pass  # a file system without locks
-    return file
 
 
 def choose_device(plan: Plan) -> torch.device:

@@ -292,7 +292,7 @@ def test_refuses_a_number_with_more_digits_than_python_reads(tmp_path: Path) -> 
         ("recipe.checkpoint.keep", 'did you mean "keep_last"?'),
         ("epochs", 'did you mean "recipe.schedule.epochs"?'),
         ("recipe.momentum", 'did you mean "optimizer.params.momentum"?'),
-        ("recipe.model.zzz", "the keys here are name, num_classes"),
+        ("recipe.model.zzz", "the keys here are name, num_classes, zero_init_last"),
     ],
 )
 def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
@@ -341,7 +341,7 @@ def test_refuses_what_deepspeed_knows_and_this_recipe_does_not(key: str, parts: 
         ),
         (
             changed("recipe", {}),
-            "run.json: recipe.model: missing; expected an object with name and num_classes",
+            "run.json: recipe.model: missing; expected an object with name, num_classes and zero_init_last",
         ),
         (
             changed("recipe.model", {}),

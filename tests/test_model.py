@@ -70,6 +70,23 @@ def test_every_resnet_ends_its_blocks_with_zeros(name: str) -> None:
     assert zeros == len(blocks) > 0
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet26", "test_resnet"])
+def test_blocks_end_with_ones_where_that_is_asked_for_and_all_else_is_the_same(name: str) -> None:
+    zeros, ones = (
+        build_model(name, num_classes=4, seed=0, statistics="local", zero_init_last=zero) for zero in (True, False)
+    )
+    norms = [module for module in ones.modules() if isinstance(module, BatchNorm)]
+    assert all(torch.all(norm.weight == 1) for norm in norms)
+    differing = [key for key, value in zeros.state_dict().items() if not torch.equal(value, ones.state_dict()[key])]
+    blocks = sum(hasattr(module, "zero_init_last") for module in ones.modules())
+    assert len(differing) == blocks > 0
+
+
+def test_ones_at_the_blocks_ends_are_refused_for_other_architectures() -> None:
+    with pytest.raises(ValueError, match=r"recipe\.model\.zero_init_last = false: test_vit is no ResNet"):
+        build_model("test_vit", num_classes=4, seed=0, statistics="local", zero_init_last=False)
+
+
 def test_other_architectures_keep_timms_initialisation() -> None:
     built = build_model("test_efficientnet", num_classes=4, seed=3, statistics="local")
     with torch.random.fork_rng(devices=[]):

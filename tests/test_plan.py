@@ -348,6 +348,11 @@ def test_text_of_the_papers_run() -> None:
     assert max(map(len, text.splitlines())) <= 110
 
 
+def test_the_text_says_where_gamma_does_not_begin_with_zero() -> None:
+    assert "γ" not in format_plan(make_plan(config(), 32))
+    assert "γ = 1 at the blocks' ends, too" in format_plan(make_plan(config(recipe__model__zero_init_last=False), 32))
+
+
 def plan_notes(world_size: int = 1, **changes: Any) -> str:
     plan: Plan = make_plan(config(**changes), world_size)
     return "\n".join(notes(plan))
