@@ -3,15 +3,13 @@
 Every refusal is a ``ConfigError``: one line with file, key, value, what is wrong and what would be right.
 """
 
-import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import Field, PrivateAttr
 
 from recipe.deepspeed_sections import (
     Auto,
@@ -21,7 +19,8 @@ from recipe.deepspeed_sections import (
     PositiveFloat,
     Section,
 )
-from recipe.strict_json import ABSENT, ConfigError, Key, apply_override, dotted_key, parse_json, read_text
+from recipe.strict_json import ABSENT, ConfigError, apply_override, parse_json, read_text
+from recipe.strict_sections import validate
 
 
 @dataclass(frozen=True)
@@ -240,10 +239,7 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(raw: dict[str, Any], file: str) -> Config:
     """The typed view of a config that is already in memory; ``file`` is its name in messages."""
-    try:
-        config = Config.model_validate(raw)
-    except ValidationError as error:
-        raise _refusal(error.errors(include_url=False), raw, file) from None
+    config = validate(Config, raw, file, "write a DeepSpeed config with a section recipe")
     config._source = Source(file, json.dumps(raw))
     for contradiction in _contradictions(config):
         raise config.source.refusal(*contradiction)
@@ -279,87 +275,3 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
             yield f"recipe.data.{name}", f'"auto" is not for {data.source}', "write the number of images"
     if list(schedule.decay_epochs) != sorted(set(schedule.decay_epochs)):
         yield "recipe.schedule.decay_epochs", "the numbers do not rise", "write each once, the smallest first"
-
-
-_KINDS = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "string_type": "a string",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "model_type": "an object",
-}
-_LIMITS = {
-    "greater_than": "too small",
-    "greater_than_equal": "too small",
-    "less_than": "too large",
-    "less_than_equal": "too large",
-    "string_too_short": "empty",
-    "too_short": "too short",
-    "too_long": "too long",
-    "finite_number": "not a finite number",
-}
-
-
-def _refusal(errors: list[ErrorDetails], raw: dict[str, Any], file: str) -> ConfigError:
-    """The first of pydantic's errors, in words; unknown keys come first: a typo explains a missing key."""
-    first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
-    key, value = _locate(first["loc"], raw)
-    if first["type"] == "extra_forbidden":
-        return ConfigError(file, dotted_key(key), value, *_unknown(_section(key[:-1]), str(key[-1])))
-    if first["type"] == "missing":
-        key, value = first["loc"], ABSENT
-    branches = [error for error in errors if _locate(error["loc"], raw)[0] == key] or [first]
-    kinds = " or ".join(_kind(error) for error in branches)
-    limits = [_LIMITS[error["type"]] for error in branches if error["type"] in _LIMITS]
-    problem = "missing" if value is ABSENT else limits[0] if limits else f"not {kinds}"
-    if not key:
-        return ConfigError(file, "", ABSENT, f"not {kinds}", "write a DeepSpeed config with a section recipe")
-    *path, name = [part for part in key if isinstance(part, str)]
-    field = _section(path).model_fields[name]
-    default = json.dumps(field.default, default=lambda section: {})
-    expected = field.description or f"{kinds} (DeepSpeed's default is {default})"
-    return ConfigError(file, dotted_key(key), value, problem, f"expected {' '.join(expected.split())}")
-
-
-def _locate(loc: Key, raw: Any) -> tuple[Key, Any]:
-    """The key and value that pydantic means; what the file does not hold is the name of a union's branch."""
-    key: Key = ()
-    for part in loc:
-        try:
-            raw = raw[part]
-        except (KeyError, IndexError, TypeError):
-            continue
-        key = (*key, part)
-    return key, raw
-
-
-def _kind(error: ErrorDetails) -> str:
-    if error["type"] == "literal_error":
-        return str(error["ctx"]["expected"]).replace("'", '"')
-    return _KINDS.get(error["type"]) or error["msg"].removeprefix("Input should be ")
-
-
-def _section(key: Sequence[str | int]) -> type[Section]:
-    section: Any = Config
-    for part in key:
-        section = section.model_fields[str(part)].annotation
-    return section
-
-
-def _unknown(section: type[Section], name: str) -> tuple[str, str]:
-    """What is wrong with a key that a section does not know, and what may have been meant."""
-    if name in section.unsupported:
-        return section.unsupported[name]
-    elsewhere = [key for key in _keys(Config) if key.endswith(f".{name}")]
-    meant = elsewhere or difflib.get_close_matches(name, section.model_fields)
-    if meant:
-        return "unknown key", f'did you mean "{meant[0]}"?'
-    return "unknown key", f"the keys here are {', '.join(section.model_fields)}"
-
-
-def _keys(section: type[Section], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _keys(field.annotation, f"{prefix}{name}.")

@@ -13,7 +13,7 @@ from recipe.code_state import versions
 from recipe.noise_scale import NoiseScale, in_words
 from recipe.plan import Plan
 
-SUMMARY, METRICS = "summary.json", "metrics.jsonl"
+SUMMARY = "summary.json"
 LAST_EPOCHS = 5  # the paper reports the median error of the last five (§5.1)
 
 

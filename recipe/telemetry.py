@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from recipe.interruption import at_the_terminal
 from recipe.loop import Step, Validation
+from recipe.metrics import METRICS, has_diverged
 from recipe.noise_scale import NoiseScale, estimate
-from recipe.summary import METRICS
 
 LOG = "train.log"
 LINE_EVERY_SECONDS = 30.0
@@ -112,7 +112,7 @@ class Telemetry:
                 f"loss {means[-1]:.3f}, rate {last.lr:.4g}, {images_per_second:,.0f} images/s",
             )
         for step, loss in zip(self._pending, means, strict=True):
-            if not math.isfinite(loss) and (not step.skipped or step.loss_scale <= 1):
+            if has_diverged(_finite(loss), step.skipped, step.loss_scale):
                 raise FloatingPointError(
                     f"the loss of step {step.step} is {loss}: training has diverged at rate {step.lr:g}"
                 )

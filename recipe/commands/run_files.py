@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from recipe.manifest import PLAN
 from recipe.strict_json import parse_json, read_text
-from recipe.summary import METRICS, read_summary
+from recipe.metrics import METRICS
+from recipe.summary import read_summary
 
 Column = NDArray[np.float64]
 
