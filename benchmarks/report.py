@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from recipe.commands.machine import processor
+
 PACKAGES = ("torch", "deepspeed", "timm")
 
 
@@ -27,14 +29,7 @@ def context(module: str, words: Sequence[str], packages: Sequence[str] = PACKAGE
 
 def hardware() -> dict[str, Any]:
     """What it runs on, and how busy that is with other things."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    found: dict[str, Any] = {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_before": round(os.getloadavg()[0], 2),
-    }
+    found: dict[str, Any] = processor() | {"load_before": round(os.getloadavg()[0], 2)}
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
     return found

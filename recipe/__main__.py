@@ -8,6 +8,7 @@ COMMANDS = {
     "hosts": "whether a launch on a hostfile's hosts would work",
     "plot": "loss, error, rate and speed of runs, as a picture",
     "compare": "what differs between two runs, and from which step on",
+    "study": "cases of a config trained with several seeds, and compared",
     "export": "the best weights of a run for plain timm, with a model card",
 }
 

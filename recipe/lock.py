@@ -25,3 +25,15 @@ def lock(output: Path) -> IO[str]:
     except OSError:
         pass  # a file system without locks
     return file
+
+
+def is_locked(output: Path) -> bool:
+    """Whether another process writes to ``output``."""
+    try:
+        with (output / LOCK).open("a", encoding="utf-8") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # there is no such folder, or a file system without locks
+    return False

@@ -87,7 +87,10 @@ def _initialise_as_in_the_paper(model: ResNet, zero_init_last: bool) -> None:
     if not zero_init_last:
         # timm has made the zeros when it built the model, and leaves them where it is told to make none.
         for block in (module for module in model.modules() if hasattr(module, "zero_init_last")):
-            nn.init.ones_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)
+            last = block.bn3 if hasattr(block, "bn3") else block.bn2
+            assert isinstance(last, nn.Module)
+            assert isinstance(last.weight, nn.Parameter)
+            nn.init.ones_(last.weight)
     model.init_weights(zero_init_last=zero_init_last)  # the convolutions; torch makes the other γ = 1, and β = 0
     classifier = model.get_classifier()
     nn.init.normal_(classifier.weight, std=0.01)

@@ -1,0 +1,14 @@
+"""What this machine is, for reports."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+
+def processor() -> dict[str, Any]:
+    """The CPU's name and the number of its cores that this process may use."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"cpu": models[0] if models else platform.processor(), "cores": len(os.sched_getaffinity(0))}
