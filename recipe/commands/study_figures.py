@@ -70,7 +70,8 @@ def _error_by_batch_size(study: Study, asked: Figure, results: Sequence[Result],
     if means and max(means) > 10 * min(means):
         axes.set_yscale("log")
     axes.set(xlabel="global batch", ylabel=f"{VALIDATION_ERROR}, mean ± std", title=asked.title)
-    axes.legend(frameon=False, loc="upper left")
+    if axes.has_data():
+        axes.legend(frameon=False, loc="upper left")
     return figure
 
 

@@ -25,9 +25,8 @@ def format_report(
         "",
         *_table(study, results),
         "",
-        f"Top-1 validation error, the median of the last {min(LAST_EPOCHS, study.trainings[0].plan.epochs)} epochs of "
-        f"each run, mean ± sample standard deviation over {len(file.seeds)} seeds "
-        f"({', '.join(map(str, file.seeds))}), in per cent. Each run: [results.csv](results.csv).",
+        f"Top-1 validation error in per cent: the median of the last {LAST_EPOCHS} epochs of each run, mean ± sample "
+        f"standard deviation over the seeds ({', '.join(map(str, file.seeds))}). Each run: [results.csv](results.csv).",
     ]
     for figure, picture in zip(file.figures, pictures, strict=True):
         lines += ["", f"![{figure.title}]({picture.name})"]
@@ -73,15 +72,15 @@ def _table(study: Study, results: Sequence[Result]) -> list[str]:
     differing = [name for name in chosen[0] if len({str(values[name]) for values in chosen}) > 1]
     common = [f"{_words(name)} {_shown(value)}" for name, value in chosen[0].items() if name not in differing]
     plan = study.trainings[0].plan
-    recipe = plan.config.recipe
+    recipe, n = plan.config.recipe, plan.config.recipe.batchnorm.statistics
     compares = any(case.paper for case in study.file.cases)
     head = ["case", *map(_words, differing), "error, %", *(["the paper's, ImageNet"] if compares else [])]
     lines = [
         f"All cases: {recipe.model.name} on {recipe.data.source} at {recipe.data.image_size} px ({plan.train_images:,} "
-        f"training images, {plan.validation_images:,} for validation), {plan.precision}, batch norm over "
-        f"{recipe.batchnorm.statistics} {'images' if isinstance(recipe.batchnorm.statistics, int) else ''}".rstrip()
-        + f", rates scaled from a batch of {recipe.schedule.reference_batch_size}, divided at epochs "
-        f"{', '.join(f'{epoch:g}' for epoch in recipe.schedule.decay_epochs)}; {', '.join(common)}.",
+        f"training images, {plan.validation_images:,} for validation), crop {recipe.data.crop}, {plan.precision}, "
+        f"batch norm over {f'{n} images' if isinstance(n, int) else f'the {n} micro-batch'}, rates scaled from a batch of "
+        f"{recipe.schedule.reference_batch_size:,} and decayed at epochs "
+        f"{', '.join(f'{epoch:g}' for epoch in recipe.schedule.decay_epochs) or 'none'}; {', '.join(common)}.",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",

@@ -166,13 +166,19 @@ class Runner:
                 signal.signal(signum, handler)
 
     def _next(self, pending: list[Training]) -> Training | None:
-        """Take the next training whose folder nobody writes to: a run may have outlived a study that was killed."""
-        for training in pending:
+        """Take the next training that is still open and in whose folder nobody writes.
+
+        A run may have outlived a study that was killed: it is waited for.
+        """
+        for training in list(pending):
             folder = self.output / training.folder
-            if not is_locked(folder):
-                pending.remove(training)
+            if is_locked(folder):
+                self.progress.wait_for(folder)
+                continue
+            pending.remove(training)
+            if state(training, self.output) == "open":
                 return training
-            self.progress.wait_for(folder)
+            self._judge(training, 0)
         return None
 
     def _start(self, training: Training) -> None:
