@@ -78,8 +78,8 @@ def _table(study: Study, results: Sequence[Result]) -> list[str]:
     lines = [
         f"All cases: {recipe.model.name} on {recipe.data.source} at {recipe.data.image_size} px ({plan.train_images:,} "
         f"training images, {plan.validation_images:,} for validation), crop {recipe.data.crop}, {plan.precision}, "
-        f"batch norm over {f'{n} images' if isinstance(n, int) else f'the {n} micro-batch'}, rates scaled from a batch of "
-        f"{recipe.schedule.reference_batch_size:,} and decayed at epochs "
+        f"batch norm over {f'{n} images' if isinstance(n, int) else f'the {n} micro-batch'}, rates scaled from a batch "
+        f"of {recipe.schedule.reference_batch_size:,} and decayed at epochs "
         f"{', '.join(f'{epoch:g}' for epoch in recipe.schedule.decay_epochs) or 'none'}; {', '.join(common)}.",
         "",
         f"| {' | '.join(head)} |",
