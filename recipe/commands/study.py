@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from recipe.commands.figure import new_figure
 from recipe.commands.study_figures import draw_figures
 from recipe.commands.study_file import Study, read_study
 from recipe.commands.study_progress import Progress
@@ -32,6 +33,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         ranks = count_slots(read_hostfile(arguments.hostfile)) if arguments.hostfile else arguments.num_gpus
         study = read_study(arguments.study, ranks, arguments.data)
+        if study.file.figures:
+            new_figure()  # what pictures need is missed now, not when all is trained
         with lock(output):
             check_output(study, output)
             where = Where(arguments.hostfile, ranks, arguments.jobs)

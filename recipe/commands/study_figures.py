@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TRAINING_LOSS, VALIDATION_ERROR = "training loss, mean of an epoch", "top-1 validation error, %"
+OVER_SEEDS = "mean and range over the seeds"
 
 Curve = list[float]
 """A value an epoch, from the first on."""
@@ -69,6 +70,7 @@ def _error_by_batch_size(study: Study, asked: Figure, results: Sequence[Result],
     means = [one.mean for points in lines.values() for one in map(spread, points.values()) if one.mean is not None]
     if means and max(means) > 10 * min(means):
         axes.set_yscale("log")
+        _plain_numbers(axes)
     axes.set(xlabel="global batch", ylabel=f"{VALIDATION_ERROR}, mean ± std", title=asked.title)
     if axes.has_data():
         axes.legend(frameon=False, loc="upper left")
@@ -82,14 +84,14 @@ def _beside_baseline(study: Study, asked: Figure, results: Sequence[Result], out
     cases = {case.name: case for case in study.file.cases}
     assert asked.baseline is not None, "the study's file has been checked"
     baseline = _loss_curves(asked.baseline, results, output)
+    for panel in panels[1:]:
+        panel.sharey(panels[0])
     for panel, name in zip(panels, asked.cases, strict=True):
         _draw_mean(panel, cases[asked.baseline], baseline, COLOURS[0])
         _draw_mean(panel, cases[name], _loss_curves(name, results, output), COLOURS[1])
-        panel.set(xlabel="epoch", yscale="log")
-        panel.sharey(panels[0])
-        panel.legend(frameon=False)
+        _over_epochs(panel)
     panels[0].set_ylabel(TRAINING_LOSS)
-    figure.suptitle(asked.title)
+    figure.suptitle(f"{asked.title}: {OVER_SEEDS}")
     return figure
 
 
@@ -101,20 +103,42 @@ def _curves(study: Study, asked: Figure, results: Sequence[Result], output: Path
         colour = COLOURS[number % len(COLOURS)]
         _draw_mean(left, cases[name], _loss_curves(name, results, output), colour)
         _draw_mean(right, cases[name], _error_curves(name, results, output), colour)
-    left.set(xlabel="epoch", ylabel=TRAINING_LOSS, yscale="log")
-    right.set(xlabel="epoch", ylabel=VALIDATION_ERROR, yscale="log")
-    right.legend(frameon=False)
-    figure.suptitle(asked.title)
+    _over_epochs(left)
+    _over_epochs(right)
+    left.set_ylabel(TRAINING_LOSS)
+    right.set_ylabel(VALIDATION_ERROR)
+    figure.suptitle(f"{asked.title}: {OVER_SEEDS}")
     return figure
 
 
 def _draw_mean(axes: "Axes", case: Case, curves: Sequence[Curve], colour: str) -> None:
-    """The mean over seeds and, where there are several, a band from the lowest to the highest."""
-    epochs = range(1, min(map(len, curves), default=0) + 1)
-    values = list(zip(*(curve[: len(epochs)] for curve in curves), strict=True))
+    """The mean over seeds, of those that got so far, and a band from the lowest to the highest."""
+    if not curves:
+        return
+    epochs = range(1, max(map(len, curves)) + 1)
+    values = [[curve[epoch - 1] for curve in curves if len(curve) >= epoch] for epoch in epochs]
     axes.plot(epochs, [statistics.mean(at) for at in values], color=colour, linewidth=1.6, label=case.label)
-    if len(curves) > 1:
-        axes.fill_between(epochs, [min(at) for at in values], [max(at) for at in values], color=colour, alpha=0.15)
+    axes.fill_between(epochs, [min(at) for at in values], [max(at) for at in values], color=colour, alpha=0.15)
+
+
+def _over_epochs(axes: "Axes") -> None:
+    """Whole epochs to the right, a logarithmic scale with plain numbers upwards, and a legend."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axes.lines:
+        axes.set_yscale("log")
+        _plain_numbers(axes)
+        axes.legend(frameon=False)
+
+
+def _plain_numbers(axes: "Axes") -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _loss_curves(name: str, results: Sequence[Result], output: Path) -> list[Curve]:
@@ -139,6 +163,6 @@ def _error_curves(name: str, results: Sequence[Result], output: Path) -> list[Cu
 
 
 def _events(name: str, results: Sequence[Result], output: Path) -> list[list[dict[str, Any]]]:
-    trainings = [result.training for result in results if result.training.case.name == name]
-    found = [read_events(output / training.folder) for training in trainings]
-    return [events for events in found if events]
+    """The metrics of the case's runs that are over."""
+    of_case = [result for result in results if result.training.case.name == name and result.state != "open"]
+    return [read_events(output / result.training.folder) for result in of_case]
