@@ -106,7 +106,7 @@ def test_what_is_not_written_is_the_papers() -> None:
     assert config.scheduler.params.warmup_type == "linear"
     assert config.gradient_clipping == 0
     assert config.recipe.model_dump() == {
-        "model": {"name": "resnet18", "num_classes": 10},
+        "model": {"name": "resnet18", "num_classes": 10, "zero_init_last": True},
         "max_micro_batch_size": 256,
         "batchnorm": {"statistics": "global"},
         "data": {

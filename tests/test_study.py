@@ -18,7 +18,8 @@ from recipe.commands.study_figures import draw_figures
 from recipe.commands.study_file import Study, Training, read_study
 from recipe.commands.study_report import format_report, wall_seconds
 from recipe.commands.study_results import Result, read_results, spread, write_csv
-from recipe.commands.study_runs import Launch, check_output, read_launches, state
+from recipe.commands.study_runs import Launch, Where, check_output, read_launches, state
+from recipe.commands.study_runs import command as launch_command
 from recipe.config import ConfigError
 from recipe.lock import is_locked
 from recipe.plan_text import plan_json
@@ -279,6 +280,38 @@ def test_a_folder_with_another_training_is_refused(tmp_path: Path) -> None:
     check_output(before, tmp_path)
     with pytest.raises(ValueError, match=r"seed-3 holds another training: recipe\.schedule\.epochs was 2, is 3; name"):
         check_output(now, tmp_path)
+
+
+def test_a_run_is_the_command_that_a_person_would_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, output = study(tmp_path), Path("runs/study")
+    words = launch_command(one, one.trainings[0], output, Where(None, ranks=2))
+    port = words[words.index("--master_port") + 1]
+    assert 1024 <= int(port) <= 65535
+    config = str(ROOT / "ds_configs/digits_b512.json")
+    head = ["--master_port", port, "--num_gpus", "2", str(ROOT / "recipe/train.py"), "--deepspeed_config", config]
+    assert words[1:12] == [*head, "--output", "runs/study/small/seed-3", "--set", "recipe.data.image_size=8"]
+    assert words[-2:] == ["--set", "recipe.seed=3"]
+    hosts = launch_command(one, one.trainings[0], output, Where(Path("hostfiles/H"), ranks=4))
+    assert hosts[1:4] == ["--hostfile", "hostfiles/H", str(ROOT / "recipe/train.py")]
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("RANK", "3")
+    assert "OMP_NUM_THREADS" not in Where(None, ranks=1).environment()
+    assert Where(None, ranks=2, jobs=2).environment()["OMP_NUM_THREADS"] == "2"
+    assert Where(None, ranks=8, jobs=4).environment()["OMP_NUM_THREADS"] == "1"
+    assert "RANK" not in Where(None, ranks=1).environment()
+
+
+def test_the_folder_of_the_data_is_every_cases(tmp_path: Path) -> None:
+    trainings = read_study(ROOT / "ds_configs/studies/warmup_cifar10.json", 8, data="/data/cifar10").trainings
+    assert {training.plan.config.recipe.data.path for training in trainings} == {"/data/cifar10"}
+    assert {training.plan.micro_batch * training.plan.accumulation * 8 for training in trainings} == {256, 8192}
+
+
+def test_jobs_are_for_one_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["study.json", "--hostfile", "hostfiles/localhost", "--jobs", "2"])
+    assert "--jobs is for one machine" in capsys.readouterr().err
 
 
 def test_a_median_needs_a_complete_run(tmp_path: Path) -> None:
