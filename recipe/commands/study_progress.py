@@ -26,12 +26,12 @@ class Progress:
         self.bar: tqdm[Any] | None = None
         if sys.stderr.isatty():
             self.bar = tqdm(
+                desc=self._counted(),
                 total=images,
                 initial=images_over,
                 dynamic_ncols=True,
                 bar_format="{desc} |{bar}| {percentage:3.0f} % of the images [{elapsed} gone, {remaining} left]",
             )
-            self.bar.set_description_str(self._counted())
 
     def __enter__(self) -> "Progress":
         return self
@@ -67,8 +67,9 @@ class Progress:
     def _show(self) -> None:
         done = self.images_over + sum(self._under_way.values())
         if self.bar is not None:
-            self.bar.set_description_str(self._counted(), refresh=False)
-            self.bar.update(done - self.bar.n)
+            # Not update(), whose estimate follows the last moments: a launch comes on for long before it trains.
+            self.bar.n = done
+            self.bar.set_description_str(self._counted())
         elif time.monotonic() - self._line_printed_at > LINE_EVERY_SECONDS:
             self._say(f"{self._counted()}, {done / self.total_images:.0%} of the images")
 
