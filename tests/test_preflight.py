@@ -13,6 +13,9 @@ from deepspeed.accelerator import get_accelerator
 from recipe.config import ConfigError, read_config
 from recipe.lock import lock
 from recipe.plan import Plan, make_plan
+from recipe.lock import is_locked, lock
+from recipe.model import build_model, parameter_counts
+from recipe.plan import PARAMETER_COUNTS, Plan, make_plan
 from recipe.plan_text import format_plan
 from recipe.preflight import choose_device, prepare
 
@@ -89,8 +92,10 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
     child = int(next(line for line in process.stdout if line.strip().isdigit()))  # DeepSpeed may warn before
     with pytest.raises(ValueError, match="another run is writing to"):
         lock(tmp_path)
+    assert is_locked(tmp_path)
     process.kill()
     process.wait()
+    assert not is_locked(tmp_path)
     lock(tmp_path).close()
     os.kill(child, signal.SIGKILL)
     process.stdout.close()
