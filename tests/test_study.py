@@ -156,6 +156,13 @@ def test_a_case_changes_what_the_study_changes_and_the_seed_is_the_runs(tmp_path
             {"figures": [{"draw": "beside_baseline", "title": "t", "cases": ["small"]}]},
             "figures[0].baseline: no case; name one of small, large",
         ),
+        (
+            {
+                "figures": [{"draw": "error_by_batch_size", "title": "t", "cases": ["small", "slow", "large"]}],
+                "cases": [*raw_study()["cases"], {"name": "slow", "label": "s", "set": {"train_batch_size": 256}}],
+            },
+            'figures[0].cases[0] = "small": another of these cases has batch 256 and scaling rule "linear", too; draw',
+        ),
         ({"figures": [{"draw": "pie", "title": "t", "cases": ["small"]}]}, 'figures[0].draw = "pie": not "error_by'),
     ],
 )

@@ -58,17 +58,18 @@ def _error_by_batch_size(study: Study, asked: Figure, results: Sequence[Result],
             x, y, stds = zip(*found, strict=True)
             axes.errorbar(x, y, yerr=stds, marker="o", capsize=4, label=f"{rule} scaling")
             for batch, mean, _ in found:
-                axes.annotate(f"{mean:.2f}", (batch, mean), (6, 6), textcoords="offset points", fontsize=9)
+                axes.annotate(f"{mean:.2f}", (batch, mean), (-6, 6), textcoords="offset points", fontsize=9, ha="right")
         diverged = [batch for batch, one in spreads.items() if one.diverged]
         if diverged:
             axes.plot(
                 diverged, [chance] * len(diverged), "x", color="black", label=f"{rule} scaling: runs that diverged"
             )
     axes.set_xscale("log", base=2)
+    axes.margins(x=0.08)
     axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
     axes.minorticks_off()
     means = [one.mean for points in lines.values() for one in map(spread, points.values()) if one.mean is not None]
-    if means and max(means) > 10 * min(means):
+    if means and 0 < 10 * min(means) < max(means):
         axes.set_yscale("log")
         _plain_numbers(axes)
     axes.set(xlabel="global batch", ylabel=f"{VALIDATION_ERROR}, mean ± std", title=asked.title)

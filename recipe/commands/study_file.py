@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -131,6 +131,7 @@ def read_study(path: Path, world_size: int, data: str | None = None) -> Study:
         for seed in file.seeds
         for case in file.cases
     )
+    _check_points(path, file, trainings)
     return Study(path, config, file, trainings)
 
 
@@ -175,6 +176,18 @@ def _contradictions(file: StudyFile) -> Iterator[tuple[str, Any, str, str]]:
             yield f"figures[{number}].baseline", baseline, "no case", f"name one of {', '.join(names)}"
         if not needs_baseline and figure.baseline is not None:
             yield f"figures[{number}].baseline", figure.baseline, f"{figure.draw} draws none", "remove it"
+
+
+def _check_points(path: Path, file: StudyFile, trainings: Sequence[Training]) -> None:
+    """Refuse two cases for one point of "error_by_batch_size", which has a line for each scaling rule."""
+    plans = {training.case.name: training.plan for training in trainings}
+    for number, figure in enumerate(file.figures):
+        points = [(plans[name].config.recipe.schedule.scaling_rule, plans[name].global_batch) for name in figure.cases]
+        for place, (rule, batch) in _repeated(points):
+            if figure.draw == "error_by_batch_size":
+                key, name = f"figures[{number}].cases[{place}]", figure.cases[place]
+                problem = f'another of these cases has batch {batch} and scaling rule "{rule}", too'
+                raise ConfigError(str(path), key, name, problem, "draw one of them")
 
 
 def _repeated(values: Any) -> Iterator[tuple[int, Any]]:
