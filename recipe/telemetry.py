@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from recipe.interruption import at_the_terminal
@@ -90,9 +91,7 @@ class Telemetry:
         """Write down the steps that have come since the last report."""
         if not self._pending:
             return
-        losses = torch.stack([step.loss for step in self._pending])
-        dist.all_reduce(losses)
-        means = (losses / dist.get_world_size()).tolist()
+        means = _mean_over_ranks(torch.stack([step.loss for step in self._pending]))
         noise_scales = self._take_gradient_norms()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
@@ -174,8 +173,7 @@ class Telemetry:
             return {}
         own = torch.stack(list(measured.values()))
         ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        # Gathered and not summed up by the way: the sums shall not depend on which steps are reported together.
-        dist.all_gather(ranks, own)
+        dist.all_gather(ranks, own)  # as the losses are
         values = {}
         for step, (small, big) in zip(measured, torch.stack(ranks).mean(0).tolist(), strict=True):
             if self.noise_scale.add(estimate(small, big, self.micro_batch, self.global_batch)):
@@ -313,6 +311,18 @@ def _precedes(line: str, limits: dict[str, int]) -> bool:
         return int(event["step"]) < limits[event["event"]]
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False
+
+
+def _mean_over_ranks(values: Tensor) -> list[float]:
+    # Gathered: the order of an all-reduce's additions, and with it rounding, depends on how many values are reported
+    # together, which is another number after a signal and in a resumed run.
+    ranks = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranks, values)
+    total = ranks[0]
+    for other in ranks[1:]:
+        total = total + other
+    means: list[float] = (total / len(ranks)).tolist()
+    return means
 
 
 def _finite(value: float) -> float | None:

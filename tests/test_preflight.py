@@ -11,11 +11,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from recipe.config import ConfigError, read_config
-from recipe.lock import lock
-from recipe.plan import Plan, make_plan
 from recipe.lock import is_locked, lock
-from recipe.model import build_model, parameter_counts
-from recipe.plan import PARAMETER_COUNTS, Plan, make_plan
+from recipe.plan import Plan, make_plan
 from recipe.plan_text import format_plan
 from recipe.preflight import choose_device, prepare
 

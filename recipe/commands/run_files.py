@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recipe.manifest import PLAN
-from recipe.strict_json import parse_json, read_text
 from recipe.metrics import METRICS
+from recipe.strict_json import parse_json, read_text
 from recipe.summary import read_summary
 
 Column = NDArray[np.float64]
