@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 
 from recipe.config import Config
-from recipe.model_facts import SHIPPED
+from recipe.model_facts import SHIPPED, ModelFacts
 from recipe.plan import ASSUMED_MICRO_BATCH, Plan, fitting_micro_batches
 from recipe.strict_json import printable
 
@@ -26,13 +26,15 @@ def json_text(config: Config) -> str:
 
 def format_plan(plan: Plan) -> str:
     """The plan as a block of lines, ``WIDTH`` characters wide."""
-    return format_fields(plan, [*plan_fields(plan), *(("note", note) for note in notes(plan))])
+    model = plan.config.recipe.model
+    facts = SHIPPED.get((model.name, model.num_classes))
+    return format_fields(plan, [*plan_fields(plan, facts), *(("note", note) for note in notes(plan, facts))])
 
 
-def plan_fields(plan: Plan) -> list[tuple[str, str]]:
-    """What a run will do, label and text."""
+def plan_fields(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
+    """What a run will do, label and text; ``facts`` of the model, if they are known."""
     return [
-        ("model", _model(plan)),
+        ("model", _model(plan, facts)),
         ("global batch", _global_batch(plan)),
         ("data", _data(plan)),
         ("steps", _steps(plan)),
@@ -41,7 +43,7 @@ def plan_fields(plan: Plan) -> list[tuple[str, str]]:
         ("decay", _decay(plan)),
         ("rate at step", _rates(plan)),
         ("optimizer", _optimizer(plan)),
-        ("weight decay", _weight_decay(plan)),
+        ("weight decay", _weight_decay(plan, facts)),
         ("checkpoints", _checkpoints(plan)),
     ]
 
@@ -62,9 +64,9 @@ def wrap(text: str, width: int, first: str = "", others: str = "") -> list[str]:
     )
 
 
-def notes(plan: Plan) -> list[str]:
-    """What a person should know before the run starts."""
-    found = []
+def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
+    """What a person should know before the run starts; ``facts`` of the model, if they are known."""
+    found = _batchnorm_notes(plan) if facts is None or facts.batchnorm_layers else []
     share = plan.global_batch // plan.world_size
     limit = plan.config.recipe.max_micro_batch_size
     assert isinstance(limit, int), "a plan leaves no auto"
@@ -79,21 +81,6 @@ def notes(plan: Plan) -> list[str]:
         found.append(
             f"a micro-batch of {plan.micro_batch} is small: {share:,} images a rank have no larger divisor up to "
             f"{largest}; a train_batch_size with more divisors trains faster"
-        )
-    statistics = plan.config.recipe.batchnorm.statistics
-    if plan.assumes_micro_batch and not isinstance(statistics, int):
-        found.append(
-            f'"statistics": "{statistics}" makes the training depend on the micro-batch, and "auto" that on the GPU; '
-            "a number of images (the paper's 32) does not"
-        )
-    over = plan.micro_batch * (plan.world_size if statistics == "global" else 1)
-    over = statistics if isinstance(statistics, int) else over
-    if over < 16:
-        found.append(f"batch norm's statistics come from only {over} images; the paper used 32 (section 2.3)")
-    elif over > 64:
-        found.append(
-            f"batch norm's statistics come from {over:,} images; the paper used 32 (section 2.3), as "
-            '"statistics": 32 does'
         )
     found += _rate_notes(plan)
     if plan.precision == "bf16" and plan.accumulation >= 64:
@@ -110,6 +97,26 @@ def notes(plan: Plan) -> list[str]:
         )
     if plan.global_batch > 8192:
         found.append("beyond 8k the paper's error rises: 24.79 % at 16k, 27.55 % at 32k, 33.96 % at 64k (Figure 1)")
+    return found
+
+
+def _batchnorm_notes(plan: Plan) -> list[str]:
+    found = []
+    statistics = plan.config.recipe.batchnorm.statistics
+    if plan.assumes_micro_batch and not isinstance(statistics, int):
+        found.append(
+            f'"statistics": "{statistics}" makes the training depend on the micro-batch, and "auto" that on the GPU; '
+            "a number of images (the paper's 32) does not"
+        )
+    over = plan.micro_batch * (plan.world_size if statistics == "global" else 1)
+    over = statistics if isinstance(statistics, int) else over
+    if over < 16:
+        found.append(f"batch norm's statistics come from only {over} images; the paper used 32 (section 2.3)")
+    elif over > 64:
+        found.append(
+            f"batch norm's statistics come from {over:,} images; the paper used 32 (section 2.3), as "
+            '"statistics": 32 does'
+        )
     return found
 
 
@@ -133,7 +140,7 @@ def _rate_notes(plan: Plan) -> list[str]:
     return found
 
 
-def _model(plan: Plan) -> str:
+def _model(plan: Plan, facts: ModelFacts | None) -> str:
     recipe = plan.config.recipe
     n = recipe.batchnorm.statistics
     norm = {"global": "SyncBN over all ranks", "local": "batch norm over each rank's micro-batch"}
@@ -142,10 +149,11 @@ def _model(plan: Plan) -> str:
             f"{n // plan.micro_batch} ranks" if n > plan.micro_batch else f"{plan.micro_batch // n} in a micro-batch"
         )
         norm[str(n)] = f"batch norm over groups of {n} images ({where})"
+    batchnorm = norm[str(n)] if facts is None or facts.batchnorm_layers else "no batch norm"
     start = "" if recipe.model.zero_init_last else ", γ = 1 at the blocks' ends, too"
     return (
         f"{printable(recipe.model.name)}, {recipe.model.num_classes} classes, {recipe.data.image_size} px, "
-        f"{plan.precision}, {norm[str(n)]}{start}"
+        f"{plan.precision}, {batchnorm}{start}"
     )
 
 
@@ -228,9 +236,7 @@ def _optimizer(plan: Plan) -> str:
     return f"SGD, momentum {params.momentum:g}{nesterov}, {clipped}"
 
 
-def _weight_decay(plan: Plan) -> str:
-    model = plan.config.recipe.model
-    facts = SHIPPED.get((model.name, model.num_classes))
+def _weight_decay(plan: Plan, facts: ModelFacts | None) -> str:
     decayed = f"{facts.decayed_parameters:,} " if facts else ""
     undecayed = f"{facts.undecayed_parameters:,} " if facts else ""
     return (

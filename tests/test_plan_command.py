@@ -22,6 +22,7 @@ from recipe.commands.plan_cost import (
     memory,
     speed,
 )
+from recipe.commands.plan_screen import _duration
 from recipe.communication import Link
 from recipe.config import read_config
 from recipe.model import build_model
@@ -192,25 +193,54 @@ def test_what_is_not_known_is_not_said(capsys: pytest.CaptureFixture[str], tmp_p
     out = screen(capsys, str(ROOT / HEADLINE), *other, "--inspect", "--world-size", "8")
     assert "36 layers over 2,048 images" in out  # 33 convolutions and 3 downsamples
     assert "--images-per-second of one GPU, or the folder of a run, tells it" in out
+    vit = ("--set", 'recipe.model.name="vit_tiny_patch16_224"', "--inspect", "--world-size", "8")
+    out = screen(capsys, str(ROOT / HEADLINE), *vit)
+    assert "fp16, no batch norm" in out
+    assert "batch norm none in this model" in out
+    assert "batch norm's statistics" not in out
     missing = screen(capsys, str(ROOT / HEADLINE), "--set", 'recipe.model.name="resnet5"', "--inspect", code=2)
     assert missing.startswith("recipe: recipe.model.name")
     assert "resnet50" in missing
     wrong = str(tmp_path / "no-run")
-    assert "neither a number > 0" in screen(capsys, str(ROOT / HEADLINE), "--images-per-second", wrong, code=2)
-    assert "neither a number > 0" in screen(capsys, str(ROOT / HEADLINE), "--images-per-second", "-3", code=2)
+    assert "neither a number nor the folder" in screen(
+        capsys, str(ROOT / HEADLINE), "--images-per-second", wrong, code=2
+    )
+    assert "-3: not a number > 0" in screen(capsys, str(ROOT / HEADLINE), "--images-per-second", "-3", code=2)
 
 
 def test_a_measured_speed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     summary = {
         "model": "resnet50", "data": "imagefolder", "epochs": 1, "global_batch": 256, "precision": "fp16",
-        "world_size": 4, "hosts": 1, "device": "a GPU", "final_top1": 1.0, "best_top1": 1.0, "best_epoch": 0,
-        "median_error_last_epochs": 99.0, "images_per_second": 4000.0, "steps": 1, "skipped_steps": 0,
+        "world_size": 1, "hosts": 1, "device": "a GPU", "final_top1": 1.0, "best_top1": 1.0, "best_epoch": 0,
+        "median_error_last_epochs": 99.0, "images_per_second": 1000.0, "steps": 1, "skipped_steps": 0,
         "wall_seconds": 1.0, "best_checkpoint": None, "bad_images": [], "versions": {},
     }  # fmt: skip
     (tmp_path / SUMMARY).write_text(json.dumps(summary))
-    out = screen(capsys, str(ROOT / N32), "--images-per-second", str(tmp_path), "--world-size", "8")
+    words = (str(ROOT / N32), "--images-per-second", str(tmp_path), "--world-size", "8")
+    out = screen(capsys, *words)
     assert "1.02 s to compute" in out
-    assert f"1,000 images/s a rank (measured by {tmp_path} on 4 ranks: a GPU)" in out
+    assert f"1,000 images/s a GPU (measured by {tmp_path} on a GPU)" in out
+    for key, other in (("model", "resnet18"), ("precision", "fp32"), ("world_size", 2)):
+        (tmp_path / SUMMARY).write_text(json.dumps(summary | {key: other}))
+        refusal = screen(capsys, *words, code=2)
+        assert "that run trained" in refusal
+        assert str(other) in refusal
+        assert "needs the speed of resnet50 in fp16 on 1 rank" in refusal
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.473, "473 ms"),
+        (35.16, "35.2 s"),
+        (104, "1 min 44 s"),
+        (1596, "27 min"),
+        (6120, "1 h 42 min"),
+        (90_060, "1 d 1 h 1 min"),
+    ],
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert _duration(seconds).replace("\N{NO-BREAK SPACE}", " ") == words
 
 
 def test_two_configs_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +277,7 @@ def test_the_picture_of_the_rate(capsys: pytest.CaptureFixture[str], tmp_path: P
         assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (tmp_path / "plan.svg").read_text()
     missing = screen(capsys, str(ROOT / HEADLINE), "--plot", str(tmp_path / "no/plan.png"), code=2)
-    assert "no/plan.png" in missing
+    assert "no/plan.png: No such file or directory; write a file in a folder that is there" in missing
 
 
 def test_the_picture_alone_asks_for_matplotlib() -> None:

@@ -17,7 +17,7 @@ DATA_SECONDS = 60
 EXCHANGE_SECONDS = 90  # 32 hosts at 100 Mbit/s need half of it
 KEEPALIVE_LIMIT_SECONDS = 60
 REACH_REMEDY = "open all ports between the hosts, or launch with --master_addr or GLOO_SOCKET_IFNAME"
-KEEPALIVE = 'export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=5 -o ServerAliveCountMax=3"'
+KEEPALIVE = 'export PDSH_SSH_ARGS_APPEND="-tt -o ServerAliveInterval=5 -o ServerAliveCountMax=3"'
 
 
 @dataclass(frozen=True)

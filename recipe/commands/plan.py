@@ -40,17 +40,18 @@ def main(argv: Sequence[str]) -> int:
         plans = [make_plan(read_config(config, arguments.set), world_size) for config in arguments.config]
         known = [facts_of(plan, arguments.inspect) for plan in plans]
         assumed = [assumptions(plan, arguments) for plan in plans]
-        pictures = draw_rates(plans, arguments.plot) if arguments.plot else []
-    except (ValueError, OSError) as refusal:
+        pictures = draw(plans, arguments.plot) if arguments.plot else []
+    except ValueError as refusal:
         print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
         return 2
     everything = list(zip(plans, known, assumed, strict=True))
     if arguments.json:
         print(json_text([as_json(*one) for one in everything]), end="")
     elif len(plans) == 2:
-        print(side_by_side(plans, [plan_screen(*one) for one in everything]), end="")
+        said_of = [notes(plan, facts) for plan, facts, _ in everything]
+        print(side_by_side(plans, [plan_screen(*one) for one in everything], said_of), end="")
     else:
-        said = notes(plans[0])
+        said = notes(plans[0], known[0])
         if not arguments.hostfile and arguments.world_size is None:
             said = ["for one rank; --hostfile or --world-size plan for more", *said]
         print(format_fields(plans[0], [*plan_screen(*everything[0]), *(("note", note) for note in said)]), end="")
@@ -74,7 +75,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--images-per-second",
         metavar="N|RUN",
-        help="speed of one GPU, or the folder of a complete run whose speed a rank to take "
+        help="speed of one GPU, or the folder of a complete run that measured it on one rank "
         f"(default: {ASSUMED_SPEED['resnet50']:,.0f} for resnet50, as said of an H100)",
     )
     parser.add_argument(
@@ -125,7 +126,7 @@ def assumptions(plan: Plan, arguments: argparse.Namespace) -> Assumptions:
     speed: float | None = None
     source = ""
     if given is not None:
-        speed, source = _speed(given)
+        speed, source = _speed(given, plan)
     elif model in ASSUMED_SPEED and plan.config.recipe.data.image_size == 224:
         speed = ASSUMED_SPEED[model]
         source = f"{speed:,.0f} images/s a GPU (assumed: {model} on an H100)"
@@ -140,22 +141,45 @@ def assumptions(plan: Plan, arguments: argparse.Namespace) -> Assumptions:
     )
 
 
-def _speed(given: str) -> tuple[float, str]:
+def draw(plans: Sequence[Plan], path: Path) -> list[Path]:
+    """``draw_rates``, with a refusal where the files cannot be written.
+
+    Raises:
+        ValueError: they cannot be, or matplotlib is not installed.
+    """
+    try:
+        return draw_rates(plans, path)
+    except OSError as error:
+        raise ValueError(f"--plot {path}: {error.strerror}; write a file in a folder that is there") from error
+
+
+def _speed(given: str, plan: Plan) -> tuple[float, str]:
+    """A number, or what a run of the same model and precision has measured on one rank, where nothing is sent."""
     try:
         number = float(given)
     except ValueError:
-        number = math.nan
-    if number > 0 and math.isfinite(number):
-        return number, f"{number:,.6g} images/s a GPU (given)"
-    summary = read_summary(Path(given))
+        return _measured(Path(given), plan)
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"--images-per-second {given}: not a number > 0; write images a second of one GPU")
+    return number, f"{number:,.6g} images/s a GPU (given)"
+
+
+def _measured(run: Path, plan: Plan) -> tuple[float, str]:
+    summary = read_summary(run)
     if summary is None or not summary["images_per_second"]:
         raise ValueError(
-            f"--images-per-second {given}: neither a number > 0 nor the folder of a complete run that has trained; "
-            "write images a second of one GPU"
+            f"--images-per-second {run}: neither a number nor the folder of a complete run that has trained; write "
+            "images a second of one GPU"
         )
-    ranks = summary["world_size"]
-    speed = summary["images_per_second"] / ranks
-    return speed, f"{speed:,.6g} images/s a rank (measured by {given} on {_count(ranks)}: {summary['device']})"
+    trained = f"{summary['model']} in {summary['precision']} on {_count(summary['world_size'])}"
+    needed = f"{plan.config.recipe.model.name} in {plan.precision} on 1 rank"
+    if trained != needed:
+        raise ValueError(
+            f"--images-per-second {run}: that run trained {trained}, and this plan needs the speed of {needed}; name "
+            "such a run, or write a number"
+        )
+    speed = summary["images_per_second"]
+    return speed, f"{speed:,.4g} images/s a GPU (measured by {run} on {summary['device']})"
 
 
 def _count(ranks: int) -> str:

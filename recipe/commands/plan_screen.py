@@ -108,7 +108,7 @@ def _speed(plan: Plan, facts: ModelFacts, assumed: Assumptions) -> list[tuple[st
     step = f"a step {_seconds(found.step_seconds)} = {_seconds(found.compute_seconds)} to compute"
     if plan.world_size > 1:
         hidden = found.all_reduce_seconds - found.exposed_seconds
-        step += f" + {_seconds(found.exposed_seconds)} all-reduce ({_seconds(hidden)} of it hidden)"
+        step += f" + {_seconds(found.exposed_seconds)} all-reduce (beside {_seconds(hidden)} that are hidden)"
     if batchnorm_traffic(plan, facts).ranks > 1:
         step += f" + {_seconds(found.batchnorm_seconds)} batch norm"
     return [
@@ -125,8 +125,10 @@ def _speed(plan: Plan, facts: ModelFacts, assumed: Assumptions) -> list[tuple[st
     ]
 
 
-def side_by_side(plans: Sequence[Plan], columns: Sequence[Sequence[tuple[str, str]]]) -> str:
-    """Two plans in two columns; ≠ marks the rows that differ."""
+def side_by_side(
+    plans: Sequence[Plan], columns: Sequence[Sequence[tuple[str, str]]], said: Sequence[Sequence[str]]
+) -> str:
+    """Two plans in two columns, and what is ``said`` of each below; ≠ marks the rows that differ."""
     names = [printable(plan.config.source.file) for plan in plans]
     width = (SIDE_BY_SIDE_WIDTH - LABEL_WIDTH - 6) // 2
     rows = [("", names)]
@@ -141,8 +143,8 @@ def side_by_side(plans: Sequence[Plan], columns: Sequence[Sequence[tuple[str, st
             lines.append(f"{head}{a:<{width}}  {b}".rstrip())
         if not label:
             lines.append("")
-    for name, plan in zip(names, plans, strict=True):
-        for note in notes(plan):
+    for name, said_of_one in zip(names, said, strict=True):
+        for note in said_of_one:
             first = f"  {'note':<{LABEL_WIDTH}}"
             lines += wrap(f"{name}: {note}", SIDE_BY_SIDE_WIDTH, first, " " * (LABEL_WIDTH + 2))
     return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
@@ -150,7 +152,7 @@ def side_by_side(plans: Sequence[Plan], columns: Sequence[Sequence[tuple[str, st
 
 def plan_screen(plan: Plan, facts: ModelFacts | None, assumed: Assumptions) -> list[tuple[str, str]]:
     """All that the screen says of a plan, but for the notes."""
-    return [*plan_fields(plan), *cost_fields(plan, facts, assumed)]
+    return [*plan_fields(plan, facts), *cost_fields(plan, facts, assumed)]
 
 
 def as_json(plan: Plan, facts: ModelFacts | None, assumed: Assumptions) -> dict[str, Any]:
@@ -174,7 +176,7 @@ def as_json(plan: Plan, facts: ModelFacts | None, assumed: Assumptions) -> dict[
         "warmup_steps": schedule.warmup_steps,
         "rates": [[step, schedule.rate(step)] for step in sorted(turns) if 0 <= step < plan.total_steps],
         "weight_decay": plan.weight_decay,
-        "notes": notes(plan),
+        "notes": notes(plan, facts),
         "config": plan.config.model_dump(mode="json", exclude_none=True),
     }
     if facts is None:
@@ -225,13 +227,14 @@ def draw_rates(plans: Sequence[Plan], path: Path) -> list[Path]:
             one.plot(epochs, rates, color=colour, label=name, drawstyle="steps-post", linewidth=1.6)
     for one in (whole, *enlarged):
         one.set(xlabel="epoch", ylabel="learning rate", xlim=(0, None), ylim=(0, None))
-    peaks = [plan.schedule.peak_rate for plan in plans]
-    if max(peaks) > 5 * min(peaks):  # else one curve would lie on the axis
+    rates = [plan.schedule.rate(step) for plan in plans for step in (0, *_turns(plan, plan.total_steps))]
+    logarithmic = max(rates) > 20 * min(rates)  # else what is small would lie on the axis
+    if logarithmic:
         whole.set(yscale="log")
         whole.autoscale(axis="y")
-    whole.set(title="The whole run")
+    whole.set(title="The whole run" + (", logarithmic" if logarithmic else ""))
     for one in enlarged:
-        one.set(title="The warmup, enlarged")
+        one.set(title="The warmup, enlarged, linear")
     figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return save_figure(figure, path)
 
@@ -261,10 +264,12 @@ def _seconds(seconds: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 1:
+    if seconds < 60:
         return _seconds(seconds)
-    hours, minutes = divmod(minutes, 60)
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 10:
+        return f"{minutes}{NO_BREAK}min {rest}{NO_BREAK}s"
+    hours, minutes = divmod(round(seconds / 60), 60)
     days, hours = divmod(hours, 24)
     parts = ((days, "d"), (hours, "h"), (minutes, "min"))
     return " ".join(f"{number}{NO_BREAK}{unit}" for number, unit in parts if number)
