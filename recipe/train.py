@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     from recipe.meeting import DisagreementError, MeetingError, meet, own_facts
     from recipe.preflight import prepare
     from recipe.run import KNOWN_FAILURES, summary_of_complete_run, train
+    from recipe.telemetry import LOG
     from recipe.watch import FAILED, Watch
 
     try:
@@ -100,7 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
     if summary is None:
         launchers = [] if placement.launcher is None else [os.getppid()]
         launchers += [] if launch is None else [launch.pid]
-        with Watch(meeting, timeout, launchers, () if arguments.verbose else KNOWN_FAILURES) as watch:
+        known = () if arguments.verbose else KNOWN_FAILURES
+        with Watch(meeting, timeout, launchers, known, output / LOG) as watch:
             summary = train(checked, meeting, watch, arguments.verbose)
     elif rank == 0:
         print(f"{output} is complete already, and nothing was trained; another --output trains it anew")

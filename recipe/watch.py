@@ -65,15 +65,22 @@ class Watch:
         timeout: Of the process groups.
         launchers: Process ids of what started the ranks, as far as it is on this machine.
         known: Exceptions whose message says all that a person needs; others are shown with their traceback.
+        log: File for the last word, beside the terminal; None for none.
     """
 
     def __init__(
-        self, meeting: Meeting, timeout: timedelta, launchers: Sequence[int], known: tuple[type[Exception], ...]
+        self,
+        meeting: Meeting,
+        timeout: timedelta,
+        launchers: Sequence[int],
+        known: tuple[type[Exception], ...],
+        log: Path | None = None,
     ) -> None:
         self.step: int | None = None
         self._meeting = meeting
         self._patience_seconds = PATIENCE * timeout.total_seconds()
         self._known = known
+        self._log = log
         self._launchers = [pidfd for pid in launchers if (pidfd := _open_process(pid)) is not None]
         self._waits_since: float | None = None
         self._own: Failure | None = None
@@ -147,12 +154,19 @@ class Watch:
             hosts = self._meeting.hosts
             here = [rank for rank, host in enumerate(hosts) if host == hosts[self._meeting.rank]]
             speaks = self._meeting.rank == min(rank for rank in here if rank != 0)
-        if speaks and not (self._is_cause and first == str(self._own)):
-            say(first)
+        if speaks:
+            self._write_down(first)
+            if not (self._is_cause and first == str(self._own)):
+                say(first)
         with suppress(RuntimeError):  # it may be gone with rank 0
             self._leave(store)
         self._settled.set()
         end_process()
+
+    def _write_down(self, last_word: str) -> None:
+        if self._log is not None:
+            with suppress(OSError), self._log.open("a", encoding="utf-8") as file:  # the disk may be what failed
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {last_word}\n")
 
     def _leave(self, store: Store | None) -> None:
         """Let rank 0 have the last word: the launcher ends it when another rank of its host has ended."""

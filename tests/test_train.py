@@ -263,9 +263,11 @@ def test_a_run_that_diverges_says_at_which_step(tmp_path: Path) -> None:
         "--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT, "--set=recipe.schedule.reference_lr=1e9"
     )
     assert done.returncode == 1
-    assert re.search(
-        r"recipe: rank 0 on \S+ failed at step 2: FloatingPointError: the loss of step \d is nan", done.stderr
+    said = re.search(
+        r"recipe: (rank 0 on \S+ failed at step 2: FloatingPointError: the loss of step \d is nan.*)", done.stderr
     )
+    assert said is not None, done.stderr
+    assert (tmp_path / "train.log").read_text().splitlines()[-1].endswith(said[1])
 
 
 def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:

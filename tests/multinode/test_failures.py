@@ -62,6 +62,7 @@ def test_a_rank_that_is_killed(two_hosts: Cluster, tmp_path: Path, slots: int, h
         rf"rank {rank} on {host} ended without a word at step \d+: killed \(out of memory\?\), or the host is gone",
         last_word(printed),
     ), printed
+    assert (tmp_path / "train.log").read_text().splitlines()[-1].endswith(last_word(printed))
     nothing_is_left(two_hosts, killed)
 
 
