@@ -11,7 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import engine_overhead, hardware_independence, noise_scale_cost, scaling, update_magnitude
+from benchmarks import (
+    engine_overhead,
+    hardware_independence,
+    input_pipeline,
+    noise_scale_cost,
+    scaling,
+    update_magnitude,
+)
 from tests.launch import ROOT
 
 
@@ -191,3 +198,33 @@ def test_update_magnitude_finds_the_exponent_and_how_far_the_rule_holds() -> Non
     moves = [{"epoch": 1, "k": k, "draws": [{"length_ratio": r} for r in draws]} for k, draws in ratios.items()]
     assert update_magnitude.largest_close_k(moves, 1) == 4
     assert update_magnitude.largest_close_k(moves[2:], 1) == 1
+
+
+def test_input_pipeline_compares_pixels_and_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "input.json"
+    threads = torch.get_num_threads()
+    words = ["--made-up", "8", "--image-size", "64", "--rounds", "1", "--workers", "1", "--micro-batch", "4", "--json"]
+    try:
+        assert input_pipeline.main([*words, str(file)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    report = json.loads(file.read_text())
+    alone = report["one_thread"]
+    assert alone["mean_difference"] <= 0.1
+    assert alone["largest_difference"] <= 2
+    assert alone["ratio"]["torchvision"] == 1
+    assert set(alone["images_per_second"]) == {"torchvision", "timm", "recipe"}
+    (case,) = report["loaders"]
+    assert case["workers"] == 1
+    assert min(case["images_per_second"].values()) > 0
+    assert "simplejpeg" in report["versions"]
+    assert capsys.readouterr().out == file.with_suffix(".md").read_text()
+
+
+def test_input_pipeline_predicts_what_the_narrower_side_lets_through() -> None:
+    def predicted(per_core: float, main_process_seconds: float) -> float:
+        loaders = [{"main_process_seconds_per_image": {"recipe": main_process_seconds}}]
+        return input_pipeline.predicted({"one_thread": {"images_per_second": {"recipe": per_core}}, "loaders": loaders})
+
+    assert predicted(500, 1e-4) == 8000
+    assert predicted(500, 2e-4) == 5000
