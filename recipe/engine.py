@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, distributed_c10d
 
 from recipe.meeting import Meeting, use_an_own_address
-from recipe.overlap import OverlappedReduction
+from recipe.overlap import OverlappedReduction, fill_in_gradients
 from recipe.scaling import RateSchedule
 from recipe.schedule import PaperLR
 
@@ -77,7 +77,7 @@ def start_engine(
         if engine.dp_world_size == 1:
             # DeepSpeed would copy all gradients into one buffer and back, for their mean over a single rank: a fifth of
             # a step of resnet18 on a CPU.
-            engine.enable_backward_allreduce = False
+            engine.allreduce_gradients = lambda: fill_in_gradients(engine.module.parameters())
         elif deepspeed_config.get("zero_optimization", {}).get("overlap_comm") is not False:
             overlap_reduction(engine)
     for optimizer_group, group in zip(engine.basic_optimizer.param_groups, filled, strict=True):

@@ -8,6 +8,7 @@ nothing is known, and nothing is checked.
 """
 
 import ipaddress
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import redirect_stderr
@@ -74,21 +75,53 @@ def check_ranks(launch: Launch, world_size: int) -> None:
         )
 
 
-def find_launch(pid: int | str = "self") -> Launch | None:
+@dataclass(frozen=True)
+class Command:
+    """A running ``deepspeed`` command: its process, what was typed behind its name, and the folder where."""
+
+    pid: int
+    words: tuple[str, ...]
+    folder: Path
+
+
+def find_command(pid: int | str = "self") -> Command | None:
     """The ``deepspeed`` command that started a process, this one unless told, if it is to be seen on this machine."""
     world_info = ""
     for above in _ancestors(pid):
         arguments = _arguments(above)
-        launch = _read_command(above, arguments)
-        if launch is not None:
-            return launch
+        command = _command(above, arguments)
+        if command is not None:
+            return command
         world_info = world_info or next((word for word in arguments if word.startswith("--world_info=")), "")
     if world_info:
         for process in PROCESSES.glob("[0-9]*"):
             arguments = _arguments(process.name)
             if world_info in arguments and Path(arguments[0]).name == "pdsh":
-                return next(filter(None, (_read_command(p, _arguments(p)) for p in _ancestors(process.name))), None)
+                return next(filter(None, (_command(p, _arguments(p)) for p in _ancestors(process.name))), None)
     return None
+
+
+def read_command(command: Command) -> Launch | None:
+    """What a command's words say of hosts; None where DeepSpeed does not understand them. Imports DeepSpeed."""
+    from deepspeed.launcher.runner import DLTS_HOSTFILE, parse_args
+
+    try:
+        with redirect_stderr(StringIO()):  # where it is something else of that name
+            asked = parse_args(list(command.words))
+    except SystemExit:
+        return None
+    given = {name: getattr(asked, name) for name in FILTERS}
+    filters = tuple(f"--{name} {value}" for name, value in given.items() if value not in ("", -1))
+    is_default = asked.hostfile == DLTS_HOSTFILE
+    return Launch(command.pid, command.folder, asked.hostfile, is_default, filters, asked.force_multi)
+
+
+def open_process(pid: int) -> int | None:
+    """A descriptor that becomes readable when the process ends, even while nobody has taken note of its end."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError:  # it is gone already, or Linux is older than 5.3
+        return None
 
 
 def is_this_machine(host: str) -> bool:
@@ -129,21 +162,15 @@ def _arguments(pid: str) -> list[str]:
         return []
 
 
-def _read_command(pid: str, arguments: list[str]) -> Launch | None:
-    """What a process's arguments say, if it is the ``deepspeed`` command."""
+def _command(pid: str, arguments: list[str]) -> Command | None:
+    """A process, if by its arguments it is the ``deepspeed`` command."""
     words = arguments
     if words and Path(words[0]).name.startswith("python"):
         words = list(dropwhile(lambda word: word.startswith("-"), words[1:]))
     if not words or (Path(words[0]).name not in ("deepspeed", "ds") and words[0] != "deepspeed.launcher.runner"):
         return None
-    from deepspeed.launcher.runner import DLTS_HOSTFILE, parse_args
-
     try:
-        with redirect_stderr(StringIO()):  # where it is something else of that name
-            asked = parse_args(words[1:])
         folder = (PROCESSES / pid / "cwd").readlink()
-    except (OSError, SystemExit):
+    except OSError:
         return None
-    given = {name: getattr(asked, name) for name in FILTERS}
-    filters = tuple(f"--{name} {value}" for name, value in given.items() if value not in ("", -1))
-    return Launch(int(pid), folder, asked.hostfile, asked.hostfile == DLTS_HOSTFILE, filters, asked.force_multi)
+    return Command(int(pid), tuple(words[1:]), folder)

@@ -65,7 +65,7 @@ class OverlappedReduction:
             bucket.work.wait()
             if self._after != 1:
                 bucket.message.mul_(self._after)
-            torch._foreach_copy_(_gradients(bucket), bucket.parts)
+            torch._foreach_copy_(fill_in_gradients(bucket.parameters), bucket.parts)
             bucket.work, bucket.missing = None, len(bucket.parameters)
         self._next = 0
 
@@ -81,7 +81,7 @@ class OverlappedReduction:
 
     def _start_next(self) -> None:
         bucket = self._buckets[self._next]
-        torch._foreach_copy_(bucket.parts, _gradients(bucket))
+        torch._foreach_copy_(bucket.parts, fill_in_gradients(bucket.parameters))
         if self._before != 1:
             bucket.message.mul_(self._before)
         bucket.work = deepspeed.comm.all_reduce(bucket.message, group=self._group, async_op=True)
@@ -107,10 +107,12 @@ def make_buckets(parameters: list[nn.Parameter], dtype: torch.dtype, bucket_byte
     return buckets
 
 
-def _gradients(bucket: Bucket) -> list[Tensor]:
+def fill_in_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients; one that the model did not use counts as zero, on any number of ranks, and its weight decays."""
     gradients = []
-    for parameter in bucket.parameters:
-        if parameter.grad is None:
+    for parameter in parameters:
+        if parameter.grad is None and parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-        gradients.append(parameter.grad)
+        if parameter.grad is not None:
+            gradients.append(parameter.grad)
     return gradients

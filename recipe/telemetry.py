@@ -227,7 +227,7 @@ class Writer:
         self.total_steps = total_steps
         self.line_printed_at = time.perf_counter()
         self.bar: tqdm[Any] | None = None
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             self.bar = tqdm(
                 total=total_steps,
                 initial=first_step,
@@ -247,8 +247,11 @@ class Writer:
         """Have ``metrics.jsonl`` on the disk: a checkpoint must not be there without the lines that precede it."""
         try:
             os.fsync(self.metrics.fileno())
+            is_removed = os.fstat(self.metrics.fileno()).st_nlink == 0
         except OSError as error:
             raise cannot_write(self.metrics.name, error) from error
+        if is_removed:
+            raise OutputError(f"{self.metrics.name}: it was removed while the run was writing to it")
 
     @staticmethod
     def _write(file: TextIO, line: str) -> None:

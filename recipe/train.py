@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 from recipe.config import Distributed, read_config
 from recipe.interruption import Interrupted, at_the_terminal, end_at_once, ignore_signals, say
+from recipe.launcher import check_ranks, find_command, open_process, read_command
 from recipe.placement import Placement, find_placement
 from recipe.plan import make_plan
 from recipe.plan_text import format_plan
@@ -56,6 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         return refuse(error, placement.rank, arguments.verbose)
     rank, world_size, cores = placement.rank, placement.world_size, cores_per_rank(placement)
+    # Before the imports, which take a while: a launcher that is gone by then could not be found.
+    command = find_command() if rank == 0 else None
+    above = [] if placement.launcher is None else [os.getppid()]
+    above += [] if command is None else [command.pid]
+    launchers = [process for pid in above if (process := open_process(pid)) is not None]
     output = arguments.output or Path("runs", arguments.deepspeed_config.stem)
     plan, launch, checked, refusal = None, None, None, None
     try:
@@ -68,7 +74,6 @@ def run(arguments: argparse.Namespace) -> int:
         refusal = error
     # torch and DeepSpeed take seconds to import; a mistake in the config need not wait for them.
     set_up_torch(cores)
-    from recipe.launcher import check_ranks, find_launch
     from recipe.meeting import DisagreementError, MeetingError, meet, own_facts
     from recipe.preflight import prepare
     from recipe.run import KNOWN_FAILURES, summary_of_complete_run, train
@@ -76,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     from recipe.watch import FAILED, Watch
 
     try:
-        launch = find_launch() if rank == 0 else None
+        launch = None if command is None else read_command(command)
         if launch is not None:
             check_ranks(launch, world_size)
         if plan is not None:
@@ -99,8 +104,6 @@ def run(arguments: argparse.Namespace) -> int:
     assert checked is not None, "ranks that refuse do not meet"
     summary = summary_of_complete_run(checked)
     if summary is None:
-        launchers = [] if placement.launcher is None else [os.getppid()]
-        launchers += [] if launch is None else [launch.pid]
         known = () if arguments.verbose else KNOWN_FAILURES
         with Watch(meeting, timeout, launchers, known, output / LOG) as watch:
             summary = train(checked, meeting, watch, arguments.verbose)

@@ -63,7 +63,7 @@ class Watch:
     Args:
         meeting: Where the ranks have met.
         timeout: Of the process groups.
-        launchers: Process ids of what started the ranks, as far as it is on this machine.
+        launchers: What started the ranks, as far as it is on this machine: descriptors of ``open_process``.
         known: Exceptions whose message says all that a person needs; others are shown with their traceback.
         log: File for the last word, beside the terminal; None for none.
     """
@@ -81,7 +81,7 @@ class Watch:
         self._patience_seconds = PATIENCE * timeout.total_seconds()
         self._known = known
         self._log = log
-        self._launchers = [pidfd for pid in launchers if (pidfd := _open_process(pid)) is not None]
+        self._launchers = list(launchers)
         self._waits_since: float | None = None
         self._own: Failure | None = None
         self._is_cause = False
@@ -255,14 +255,6 @@ def end_process() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(FAILED)
-
-
-def _open_process(pid: int) -> int | None:
-    """A descriptor that becomes readable when the process ends, even while nobody has taken note of its end."""
-    try:
-        return os.pidfd_open(pid)
-    except OSError:  # it is gone already, or Linux is older than 5.3
-        return None
 
 
 def _wait(until: Callable[[], bool]) -> None:

@@ -267,3 +267,33 @@ def test_every_update_uses_the_rate_of_the_closed_form_also_after_a_resume(tmp_p
         "log": [0.1, 0.3, 0.41699250014423124, 0.5, 0.5, 0.5, 0.05, 0.05, 0.05],
     }
     assert found == {name: pytest.approx(rates, rel=1e-12) for name, rates in expected.items()}
+
+
+def _with_an_unused_weight(rank: int, world_size: int) -> Tensor:
+    from recipe.data import Batch
+    from recipe.engine import join_process_group, start_engine
+    from recipe.loop import train_epoch
+
+    join_process_group(torch.device("cpu"), timedelta(seconds=60))
+    model = small_model()
+    model.unused = nn.Parameter(torch.ones(3))
+    config = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 8 // world_size,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "nesterov": True}},
+        "gradient_clipping": 0.0,
+    }
+    engine = start_engine(
+        model, [*groups(model), {"params": [model.unused], "weight_decay": 0.1}], config, CONSTANT_RATE
+    )
+    images, labels = samples(0, 8)
+    own = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
+    list(train_epoch(engine, [Batch(images[own], labels[own], torch.ones(8 // world_size), ())]))
+    return engine.module.unused.detach().clone()
+
+
+def test_a_weight_that_the_model_does_not_use_decays_on_any_number_of_ranks() -> None:
+    # v = λw = 0.1, and Nesterov's step is η (λw + 0.9 v).
+    for world_size in (1, 2):
+        for weight in run_ranks(world_size, _with_an_unused_weight):
+            torch.testing.assert_close(weight, torch.full((3,), 1 - 0.1 * (0.1 + 0.9 * 0.1)))

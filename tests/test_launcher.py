@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from recipe.launcher import Launch, check_ranks, find_launch, is_this_machine
+from recipe.launcher import Launch, check_ranks, find_command, is_this_machine
 from recipe.strict_json import ConfigError
 from tests.launch import DIGITS, ROOT, environment
 
 CHILD = (
-    "from recipe.launcher import find_launch; launch = find_launch(); print(launch and (launch.pid, *launch.filters))"
+    "from recipe.launcher import find_command, read_command; command = find_command(); "
+    "launch = command and read_command(command); print(launch and (launch.pid, *launch.filters))"
 )
 
 
@@ -37,7 +38,7 @@ def test_the_command_is_found_above(tmp_path: Path) -> None:
 
 
 def test_without_the_launcher_nothing_is_known() -> None:
-    assert find_launch() is None
+    assert find_command() is None
 
 
 def test_a_hostfile_that_is_not_there(tmp_path: Path) -> None:

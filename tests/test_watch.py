@@ -19,6 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from recipe.engine import join_process_group
+from recipe.launcher import open_process
 from recipe.meeting import Facts, meet
 from recipe.watch import Watch
 
@@ -32,7 +33,7 @@ def images():
     yield 1
     time.sleep(100)
 
-with Watch(meeting, timeout, [os.getppid()], (ValueError,)) as watch:
+with Watch(meeting, timeout, [open_process(os.getppid())], (ValueError,)) as watch:
     watch.step = 3
     print("ready", flush=True)
     time.sleep(2)

@@ -1,7 +1,6 @@
 """``python -m recipe plan``: what a config will do on a number of ranks, without a GPU and without importing torch."""
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -147,6 +146,8 @@ def draw(plans: Sequence[Plan], path: Path) -> list[Path]:
     Raises:
         ValueError: they cannot be, or matplotlib is not installed.
     """
+    if not path.name or path.name == "..":
+        raise ValueError(f'--plot "{path}": no file; write one such as plan.png')
     try:
         return draw_rates(plans, path)
     except OSError as error:
@@ -159,14 +160,15 @@ def _speed(given: str, plan: Plan) -> tuple[float, str]:
         number = float(given)
     except ValueError:
         return _measured(Path(given), plan)
-    if not (number > 0 and math.isfinite(number)):
-        raise ValueError(f"--images-per-second {given}: not a number > 0; write images a second of one GPU")
+    if not _is_plausible(number):
+        raise ValueError(f"--images-per-second {given}: not from 0.001 to 1e9; write images a second of one GPU")
     return number, f"{number:,.6g} images/s a GPU (given)"
 
 
 def _measured(run: Path, plan: Plan) -> tuple[float, str]:
     summary = read_summary(run)
-    if summary is None or not summary["images_per_second"]:
+    measured = None if summary is None else summary["images_per_second"]
+    if summary is None or not isinstance(measured, (int, float)) or not _is_plausible(measured):
         raise ValueError(
             f"--images-per-second {run}: neither a number nor the folder of a complete run that has trained; write "
             "images a second of one GPU"
@@ -178,8 +180,11 @@ def _measured(run: Path, plan: Plan) -> tuple[float, str]:
             f"--images-per-second {run}: that run trained {trained}, and this plan needs the speed of {needed}; name "
             "such a run, or write a number"
         )
-    speed = summary["images_per_second"]
-    return speed, f"{speed:,.4g} images/s a GPU (measured by {run} on {summary['device']})"
+    return measured, printable(f"{measured:,.4g} images/s a GPU (measured by {run} on {summary['device']})")
+
+
+def _is_plausible(number: float) -> bool:
+    return 1e-3 <= number <= 1e9
 
 
 def _count(ranks: int) -> str:
@@ -187,7 +192,7 @@ def _count(ranks: int) -> str:
 
 
 def _ranks(text: str) -> int:
-    number = int(text) if text.isdecimal() and len(text) < 9 else 0
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) < 9 else 0
     if not 1 <= number <= 1_000_000:
         raise argparse.ArgumentTypeError("expected a whole number from 1 to 1000000")
     return number
@@ -198,6 +203,6 @@ def _positive(text: str) -> float:
         number = float(text)
     except ValueError:
         number = 0.0
-    if not (number > 0 and math.isfinite(number)):
-        raise argparse.ArgumentTypeError("expected a number > 0")
+    if not _is_plausible(number):
+        raise argparse.ArgumentTypeError("expected a number from 0.001 to 1e9")
     return number

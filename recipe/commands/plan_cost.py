@@ -11,7 +11,6 @@ VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp64": 8}
 CONTEXT_BYTES = 1.5 * 2**30  # assumed: CUDA's context, cuDNN's workspaces, what the allocator cannot use
 BACKWARD_SHARE = 2 / 3  # of a training step: twice the multiplications of the forward pass
 VALIDATION_SPEEDUP = 3.0  # a forward pass alone
-STATISTIC_BYTES = 4  # batch norm's statistics are fp32
 
 
 @dataclass(frozen=True)
@@ -75,40 +74,65 @@ def largest_micro_batch(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> int 
     return next((size for size in sizes if size <= room), None)
 
 
+def travelling_precision(plan: Plan) -> str:
+    """In which gradients travel; the recipe lets those of fp64 travel in nothing less."""
+    return plan.precision if plan.precision == "fp64" else plan.config.communication_data_type or plan.precision
+
+
 def gradient_bytes(plan: Plan, facts: ModelFacts) -> float:
     """The gradients of one rank, in the precision in which they travel."""
-    return VALUE_BYTES[plan.config.communication_data_type or plan.precision] * facts.parameters
+    return VALUE_BYTES[travelling_precision(plan)] * facts.parameters
+
+
+def reduced_bytes(plan: Plan, facts: ModelFacts) -> float:
+    """What is reduced in an optimizer step, as the length of one all-reduce.
+
+    The gradients once; from ZeRO-2 on DeepSpeed reduces those of every micro-batch, and ZeRO-3 gathers the weights
+    once more, for the backward pass, which is half an all-reduce.
+    """
+    stage = plan.config.zero_optimization.stage
+    times = (plan.accumulation if stage >= 2 else 1) * (1.5 if stage == 3 else 1.0)
+    return gradient_bytes(plan, facts) * times
 
 
 @dataclass(frozen=True)
 class BatchNormTraffic:
-    """``ranks`` that hold a group's images together, and what each of them sends in an optimizer step."""
+    """``ranks`` hold a group's images together; the rest is of one rank and optimizer step.
+
+    ``messages`` counts those that follow one another: ⌈log₂ P⌉ a collective, at best.
+    """
 
     images: int
     ranks: int
     collectives: int
+    messages: int
     bytes: float
 
 
 def batchnorm_traffic(plan: Plan, facts: ModelFacts) -> BatchNormTraffic:
-    """As torch's SyncBatchNorm: a layer gathers mean, variance and count forward, and sums 2 values a channel back."""
-    n = plan.config.recipe.batchnorm.statistics
+    """As torch's SyncBatchNorm: a layer gathers mean, variance and count forward, and sums 2 values a channel back.
+
+    With n images the running averages, 2 values a channel, are averaged over all ranks once a step.
+    """
+    n, value = plan.config.recipe.batchnorm.statistics, 8 if plan.precision == "fp64" else 4
     if n == "global":
         images, ranks = plan.micro_batch * plan.world_size, plan.world_size
     elif n == "local":
         images, ranks = plan.micro_batch, 1
     else:
         images, ranks = n, max(1, n // plan.micro_batch)
-    if ranks == 1:
-        return BatchNormTraffic(images, 1, 0, 0.0)
-    part = STATISTIC_BYTES * (2 * facts.batchnorm_channels + facts.batchnorm_layers)
-    backward = all_reduce_bytes(STATISTIC_BYTES * 2 * facts.batchnorm_channels, ranks)
-    return BatchNormTraffic(
-        images,
-        ranks,
-        2 * facts.batchnorm_layers * plan.accumulation,
-        plan.accumulation * ((ranks - 1) * part + backward),
-    )
+    collectives, messages, sent = 0, 0, 0.0
+    two_a_channel = value * 2 * facts.batchnorm_channels
+    if ranks > 1:
+        collectives = 2 * facts.batchnorm_layers * plan.accumulation
+        messages = collectives * math.ceil(math.log2(ranks))
+        forward = (ranks - 1) * (two_a_channel + value * facts.batchnorm_layers)
+        sent = plan.accumulation * (forward + all_reduce_bytes(two_a_channel, ranks))
+    if isinstance(n, int) and plan.world_size > 1 and facts.batchnorm_layers:
+        collectives += 1
+        messages += math.ceil(math.log2(plan.world_size))
+        sent += all_reduce_bytes(two_a_channel, plan.world_size)
+    return BatchNormTraffic(images, ranks, collectives, messages, sent)
 
 
 @dataclass(frozen=True)
@@ -140,15 +164,12 @@ def speed(plan: Plan, facts: ModelFacts, images_per_second: float, link: Link) -
     """
     ranks, traffic = plan.world_size, batchnorm_traffic(plan, facts)
     compute = plan.accumulation * plan.micro_batch / images_per_second
-    backward = BACKWARD_SHARE * plan.micro_batch / images_per_second
     reduction = 0.0
     if ranks > 1:
-        # ZeRO-3 gathers the weights once more, for the backward pass.
-        message = gradient_bytes(plan, facts) * (1.5 if plan.config.zero_optimization.stage == 3 else 1.0)
+        message = reduced_bytes(plan, facts)
         reduction = min(all_reduce_seconds(message, ranks, link, algorithm) for algorithm in ("ring", "tree"))
-    exposed = exposed_seconds(reduction, backward, overlaps_reduction(plan))
-    batchnorm = traffic.bytes / link.bytes_per_second
-    batchnorm += traffic.collectives * math.ceil(math.log2(traffic.ranks)) * link.latency_seconds
+    exposed = exposed_seconds(reduction, hiding_seconds(plan, images_per_second), overlaps_reduction(plan))
+    batchnorm = traffic.bytes / link.bytes_per_second + traffic.messages * link.latency_seconds
     step = compute + exposed + batchnorm
     return Speed(
         compute_seconds=compute,
@@ -168,7 +189,13 @@ def overlaps_reduction(plan: Plan) -> bool:
     return zero.stage in (0, 3) if zero.overlap_comm is None else zero.overlap_comm
 
 
+def hiding_seconds(plan: Plan, images_per_second: float) -> float:
+    """The backward passes that hide the all-reduce: the last micro-batch's, and from ZeRO-2 on all of a step."""
+    images = plan.micro_batch * (plan.accumulation if plan.config.zero_optimization.stage >= 2 else 1)
+    return BACKWARD_SHARE * images / images_per_second
+
+
 def hidden_bandwidth(plan: Plan, facts: ModelFacts, images_per_second: float) -> float:
-    """Bytes a second, each way, at which the last backward pass just hides the all-reduce."""
-    backward = BACKWARD_SHARE * plan.micro_batch / images_per_second
-    return all_reduce_bytes(gradient_bytes(plan, facts), plan.world_size) / backward
+    """Bytes a second, each way, at which the backward pass just hides the all-reduce."""
+    sent = all_reduce_bytes(reduced_bytes(plan, facts), plan.world_size)
+    return sent / hiding_seconds(plan, images_per_second)

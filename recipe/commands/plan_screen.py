@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -18,7 +19,9 @@ from recipe.commands.plan_cost import (
     largest_micro_batch,
     memory,
     overlaps_reduction,
+    reduced_bytes,
     speed,
+    travelling_precision,
 )
 from recipe.communication import Link, all_reduce_bytes
 from recipe.model_facts import ModelFacts
@@ -61,8 +64,11 @@ def _batchnorm(plan: Plan, facts: ModelFacts) -> str:
         return "none in this model"
     over = f"{_count(facts.batchnorm_layers, 'layer')} over {traffic.images:,} images "
     if traffic.ranks == 1:
-        return over + "of a rank's own micro-batch, nothing is sent"
-    if traffic.ranks == plan.world_size:
+        whose = "of a rank's own micro-batch"
+        if not traffic.collectives:
+            return f"{over}{whose}, nothing is sent"
+        whose += ", running averages over all ranks"
+    elif traffic.ranks == plan.world_size:
         whose = f"of all {plan.world_size:,} ranks"
     else:
         whose = f"of {traffic.ranks} neighbouring ranks, such as 0 to {traffic.ranks - 1}"
@@ -90,13 +96,12 @@ def _memory(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> str:
 def _all_reduce(plan: Plan, facts: ModelFacts, assumed: Assumptions) -> str:
     if plan.world_size == 1:
         return "none, for one rank"
-    message = gradient_bytes(plan, facts)
-    sent = all_reduce_bytes(message, plan.world_size)
-    travels = plan.config.communication_data_type or plan.precision
-    text = f"{_size(message)} of {travels} gradients, {_size(sent)} sent a rank and step"
+    sent = all_reduce_bytes(reduced_bytes(plan, facts), plan.world_size)
+    gradients = f"{_size(gradient_bytes(plan, facts))} of {travelling_precision(plan)} gradients"
+    text = f"{gradients}, {_size(sent)} sent a rank and step"
     if assumed.images_per_second is not None and overlaps_reduction(plan):
         needed = hidden_bandwidth(plan, facts, assumed.images_per_second)
-        text += f"; at {_gbit(needed)} a rank the last backward pass hides it"
+        text += f"; at {_gbit(needed)} a rank the backward pass hides it"
     return text
 
 
@@ -109,7 +114,7 @@ def _speed(plan: Plan, facts: ModelFacts, assumed: Assumptions) -> list[tuple[st
     if plan.world_size > 1:
         hidden = found.all_reduce_seconds - found.exposed_seconds
         step += f" + {_seconds(found.exposed_seconds)} all-reduce (beside {_seconds(hidden)} that are hidden)"
-    if batchnorm_traffic(plan, facts).ranks > 1:
+    if batchnorm_traffic(plan, facts).collectives:
         step += f" + {_seconds(found.batchnorm_seconds)} batch norm"
     return [
         (
@@ -189,7 +194,7 @@ def as_json(plan: Plan, facts: ModelFacts | None, assumed: Assumptions) -> dict[
         "memory_bytes": asdict(parts) | {"total": parts.total},
         "largest_micro_batch": {"gpu_bytes": assumed.gpu_bytes, "images": largest},
         "gradient_bytes": gradient_bytes(plan, facts),
-        "all_reduce_bytes_sent": all_reduce_bytes(gradient_bytes(plan, facts), plan.world_size),
+        "all_reduce_bytes_sent": all_reduce_bytes(reduced_bytes(plan, facts), plan.world_size),
     }
     if assumed.images_per_second is not None:
         found = speed(plan, facts, assumed.images_per_second, assumed.link)
@@ -217,7 +222,8 @@ def draw_rates(plans: Sequence[Plan], path: Path) -> list[Path]:
     whole, *enlarged = axes if warm else [axes]
     for plan, colour in zip(plans, COLOURS, strict=False):
         # A $ would begin a formula.
-        name = f"{Path(printable(plan.config.source.file)).name}: batch {plan.global_batch:,}".replace("$", r"\$")
+        file = textwrap.shorten(Path(printable(plan.config.source.file)).name, 70, placeholder=" …")
+        name = f"{file}: batch {plan.global_batch:,}".replace("$", r"\$")
         shown = [(whole, plan.total_steps)]
         shown += [(one, min(plan.total_steps, math.ceil(1.6 * warm * plan.steps_per_epoch))) for one in enlarged]
         for one, end in shown:
@@ -235,7 +241,11 @@ def draw_rates(plans: Sequence[Plan], path: Path) -> list[Path]:
     whole.set(title="The whole run" + (", logarithmic" if logarithmic else ""))
     for one in enlarged:
         one.set(title="The warmup, enlarged, linear")
-    figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    # Handed over: of curves with labels that begin with an underscore a legend shows none by itself.
+    handles, texts = whole.get_lines(), [line.get_label() for line in whole.get_lines()]
+    legend = figure.legend(handles, [""] * len(texts), loc="outside lower center", ncols=1, frameon=False)
+    for entry, text in zip(legend.get_texts(), texts, strict=True):
+        entry.set_text(str(text))
     return save_figure(figure, path)
 
 
