@@ -3,8 +3,11 @@
 The signals come at named moments, as the kills of test_kills.py do.
 """
 
+import os
 import signal
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,3 +87,34 @@ def test_a_run_outlives_who_reads_its_output(tmp_path: Path) -> None:
         assert process.wait(timeout=300) == 0
     assert (tmp_path / "summary.json").exists()
     assert len(events(tmp_path, "validation")) == 3
+
+
+def test_ranks_whose_launcher_goes_while_they_start_end_too(tmp_path: Path) -> None:
+    def ranks() -> list[int]:
+        found = subprocess.run(
+            ["pgrep", "-f", f"recipe/train.py --local_rank=. .*{tmp_path}"], capture_output=True, text=True, check=False
+        )
+        return [int(pid) for pid in found.stdout.split()]
+
+    def wait_until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < deadline, ranks()
+            time.sleep(0.2)
+
+    long = ("--set=recipe.schedule.epochs=1000", "--set=recipe.data.image_size=8")
+    words = command("--deepspeed_config", DIGITS, "--output", str(tmp_path), *long, ranks=2)
+    log = tmp_path.with_suffix(".printed").open("w")
+    with log, subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=log, stderr=log) as launcher:
+        try:
+            # The launcher's node part has the same words; each rank is a process more.
+            wait_until(lambda: len(ranks()) >= 2)
+            time.sleep(1)  # they import torch for many more
+            assert not list(tmp_path.glob("metrics.jsonl"))
+            launcher.kill()
+            launcher.wait()
+            wait_until(lambda: not ranks())
+        finally:
+            for pid in ranks():
+                os.kill(pid, signal.SIGKILL)
+    assert "ended by SIGTERM, saved after" in (tmp_path / "train.log").read_text()
