@@ -9,6 +9,7 @@ COMMANDS = {
     "plot": "loss, error, rate and speed of runs, as a picture",
     "compare": "what differs between two runs, and from which step on",
     "study": "cases of a config trained with several seeds, and compared",
+    "pack": "an image folder in a few large files, which train faster",
     "export": "the best weights of a run for plain timm, with a model card",
 }
 

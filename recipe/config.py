@@ -47,6 +47,9 @@ class Source:
         return ConfigError(self.file, key, value, problem, remedy)
 
 
+FOLDERS = {"imagefolder": "an imagefolder", "pack": "a pack"}  # the sources that lie in a folder, in words
+
+
 class Model(Section):
     name: str = Field(min_length=1)
     """timm's name of a model, such as "resnet50" """
@@ -70,11 +73,12 @@ Three = Field(strict=False, min_length=3, max_length=3)
 
 
 class Data(Section):
-    source: Literal["digits", "imagefolder", "synthetic"]
-    """ "digits" (scikit-learn's), "imagefolder" (a folder for each class) or "synthetic" (random pixels)"""
+    source: Literal["digits", "imagefolder", "pack", "synthetic"]
+    """ "digits" (scikit-learn's), "imagefolder" (a folder for each class), "pack" (what python -m recipe pack makes of
+    one) or "synthetic" (random pixels)"""
 
     path: str | None = Field(None, min_length=1)
-    """the folder of an imagefolder, a string; null for the other sources"""
+    """the folder of an imagefolder or a pack, a string; null for the other sources"""
 
     image_size: int = Field(ge=8, le=4096)
     """height and width of the images that the model sees, in pixels, a whole number from 8 to 4096"""
@@ -266,9 +270,9 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         )
     if not zero.compute_grad_norm and zero.stage not in (1, 2):
         yield "zero_optimization.compute_grad_norm", "only ZeRO stages 1 and 2 can do without", "write true"
-    if data.source == "imagefolder" and data.path is None:
-        yield "recipe.data.path", "an imagefolder has no default", "write the path of the folder"
-    if data.source != "imagefolder" and data.path is not None:
+    if data.source in FOLDERS and data.path is None:
+        yield "recipe.data.path", f"{FOLDERS[data.source]} has no default", "write the path of the folder"
+    if data.source not in FOLDERS and data.path is not None:
         yield "recipe.data.path", f"{data.source} data has no folder", 'remove it, or write "source": "imagefolder"'
     for name, images in ("train_images", data.train_images), ("validation_images", data.validation_images):
         if data.source != "digits" and images == "auto":

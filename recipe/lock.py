@@ -7,8 +7,10 @@ from typing import IO
 LOCK = ".lock"
 
 
-def lock(output: Path) -> IO[str]:
+def lock(output: Path, argument: str = "--output") -> IO[str]:
     """Keep any other run out of ``output`` for as long as this process lives and the file is open.
+
+    ``argument`` is the one of the command line that names the folder, for messages.
 
     A POSIX lock: it ends with the process, however that ends, and forked loader processes do not inherit it.
     """
@@ -16,12 +18,14 @@ def lock(output: Path) -> IO[str]:
         output.mkdir(parents=True, exist_ok=True)
         file = (output / LOCK).open("a", encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"--output {output}: {LOCK}: {error.strerror}; name a folder that can be written") from None
+        raise ValueError(f"{argument} {output}: {LOCK}: {error.strerror}; name a folder that can be written") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ValueError(f"another run is writing to {output}; wait for it, end it, or name another --output") from None
+        raise ValueError(
+            f"another run is writing to {output}; wait for it, end it, or name another {argument}"
+        ) from None
     except OSError:
         pass  # a file system without locks
     return file

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from recipe.config import Config, parse_config
+from recipe.config import FOLDERS, Config, parse_config
 from recipe.scaling import (
     RateSchedule,
     epochs_to_steps,
@@ -20,6 +20,7 @@ DIGITS_CLASSES, DIGITS_IMAGES = 10, {"train": 1442, "validation": 355}
 PIXEL_MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "digits": ((0.3054, 0.3054, 0.3054), (0.3237, 0.3237, 0.3237)),
     "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "pack": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "synthetic": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
 
@@ -357,4 +358,4 @@ def _check(config: Config, key: str, right: float, rule: str, remedy: str) -> No
 
 def _workers(source: str, cores_per_rank: int) -> int:
     """Loader processes of a rank: its share of the cores but one; none for data that lies in memory."""
-    return max(1, min(16, cores_per_rank - 1)) if source == "imagefolder" else 0
+    return max(1, min(16, cores_per_rank - 1)) if source in FOLDERS else 0

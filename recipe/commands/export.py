@@ -12,7 +12,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from recipe.config import Config, parse_config
+from recipe.config import FOLDERS, Config, parse_config
 from recipe.manifest import CHECKPOINTS, PLAN, Checkpoint, damage, find
 from recipe.plan_text import json_text
 from recipe.strict_json import parse_json, printable, read_text
@@ -153,7 +153,7 @@ def card(export: Export) -> str:
     view = f"resized to {size} × {size}"
     if data.crop == "random_resized":
         view = f"resized to a short side of {round(size * 256 / 224)} (bilinear), its centre of {size} × {size} cut out"
-    order = ", in the order of the folders' names" if data.source == "imagefolder" else ""
+    order = ", in the order of the folders' names" if data.source in FOLDERS else ""
     trained = {
         "fp32": "",
         "fp64": "; trained and validated in fp64, from which they are rounded",

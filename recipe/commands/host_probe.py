@@ -91,12 +91,18 @@ def devices(precision: str) -> dict[str, Any]:
     return {"gpus": gpus, "knows_precision": precision not in supported or bool(supported[precision]())}
 
 
-def data(folder: str) -> dict[str, int]:
-    """Count an imagefolder as a run does."""
-    from recipe.data.imagefolder import open_imagefolder
+def data(folder: str, source: str | None) -> dict[str, Any]:
+    """Count an imagefolder or a pack as a run does; without a config the folder tells which it is."""
+    from recipe.data import open_datasets
+    from recipe.data.pack_format import HEADER
 
-    train, validation = open_imagefolder(folder, image_size=8, crop="none", flip=False, seed=0, on_bad_image="stop")
-    return {"classes": train.classes, "train_images": len(train), "validation_images": len(validation)}
+    is_pack = source == "pack" or (source is None and Path(folder, HEADER).is_file())
+    train, validation = open_datasets(
+        "pack" if is_pack else "imagefolder", folder, 8, crop="none", flip=False, seed=0, on_bad_image="stop"
+    )
+    counted = {"classes": train.classes, "train_images": len(train), "validation_images": len(validation)}
+    # Its header has the SHA-256 of every file.
+    return counted | ({"pack": hashlib.sha256(Path(folder, HEADER).read_bytes()).hexdigest()} if is_pack else {})
 
 
 QUESTIONS: dict[str, Callable[..., Any]] = {

@@ -26,6 +26,7 @@ class Launch:
 
     config: str | None
     precision: str
+    source: str | None
     data: str | None
     expected_data: Mapping[str, int | None]
     output: str
@@ -124,9 +125,8 @@ async def _ask(
         trouble, remedy = "torch or DeepSpeed does not start", "mend the environment"
         await learn(host, "devices", IMPORT_SECONDS, trouble, remedy, precision=launch.precision)
         if launch.data is not None:
-            await learn(
-                host, "data", DATA_SECONDS, "the data", "mend the folder, or name another --data", folder=launch.data
-            )
+            remedy = "mend the folder, or name another --data"
+            await learn(host, "data", DATA_SECONDS, "the data", remedy, folder=launch.data, source=launch.source)
 
     await together(arrive)
     wrote = [host for host in hosts if "write_token" in host.facts]

@@ -127,7 +127,8 @@ def _code_apart(mine: Mapping[str, Any], theirs: Mapping[str, Any], first: str) 
 
 def _counts(host: Host) -> str:
     data = host.facts["data"]
-    return f"{data['classes']:,} classes, {data['train_images']:,} + {data['validation_images']:,} images"
+    pack = f" in pack {data['pack'][:8]}" if "pack" in data else ""
+    return f"{data['classes']:,} classes, {data['train_images']:,} + {data['validation_images']:,} images{pack}"
 
 
 def _device(host: Host) -> str:

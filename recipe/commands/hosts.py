@@ -92,17 +92,17 @@ def _launch(
 ) -> Launch:
     output = arguments.output or str(Path("runs", arguments.config.stem if arguments.config else ""))
     if config is None:
-        return Launch(None, "fp32", arguments.data, {}, output, arguments.port, variables)
+        return Launch(None, "fp32", None, arguments.data, {}, output, arguments.port, variables)
     plan = make_plan(config, world_size)
     data = config.recipe.data
-    is_folder = data.source == "imagefolder"
     expected = {
         "classes": config.recipe.model.num_classes,
         "train_images": plan.train_images,
         "validation_images": plan.validation_images,
     }
-    folder = data.path if is_folder else None
-    return Launch(str(arguments.config), plan.precision, folder, expected, output, arguments.port, variables)
+    return Launch(
+        str(arguments.config), plan.precision, data.source, data.path, expected, output, arguments.port, variables
+    )
 
 
 def _problems_here(hosts: Sequence[Host]) -> list[str]:

@@ -9,6 +9,7 @@ from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage
 from recipe.data.digits import open_digits
 from recipe.data.imagefolder import open_imagefolder
 from recipe.data.loader import TrainLoader, ValidationLoader
+from recipe.data.pack import open_pack
 from recipe.data.synthetic import SyntheticLoader
 
 __all__ = [
@@ -23,7 +24,7 @@ __all__ = [
 
 
 def open_datasets(
-    source: Literal["digits", "imagefolder"],
+    source: Literal["digits", "imagefolder", "pack"],
     path: str | Path | None,
     image_size: int,
     crop: Crop,
@@ -34,15 +35,17 @@ def open_datasets(
     """Return (training, validation); needs no process group, so that what is wrong shows before one starts.
 
     Args:
-        source: "digits" comes with scikit-learn, "imagefolder" is a folder of images.
-        path: The folder of "imagefolder".
+        source: "digits" comes with scikit-learn, "imagefolder" is a folder of images, "pack" is
+            what ``python -m recipe pack`` makes of one.
+        path: The folder of "imagefolder" or "pack".
         image_size, crop, flip, seed, on_bad_image: See ``ImageDataset``.
 
     Raises:
-        ValueError: The folder is not what it should be; see ``open_imagefolder``.
+        ValueError: The folder is not what it should be; see ``open_imagefolder`` and ``open_pack``.
     """
     if source == "digits":
         return open_digits(image_size=image_size, crop=crop, flip=flip, seed=seed)
     if path is None:
-        raise ValueError('recipe.data.path: missing; source "imagefolder" needs the folder that holds train/ and val/')
-    return open_imagefolder(path, image_size=image_size, crop=crop, flip=flip, seed=seed, on_bad_image=on_bad_image)
+        raise ValueError(f'recipe.data.path: missing; source "{source}" needs the folder that holds train/ and val/')
+    open_folder = open_pack if source == "pack" else open_imagefolder
+    return open_folder(path, image_size=image_size, crop=crop, flip=flip, seed=seed, on_bad_image=on_bad_image)

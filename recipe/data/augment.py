@@ -64,6 +64,11 @@ def training_view(pixels: Tensor, rng: random.Random, *, image_size: int, crop: 
     return view
 
 
+def evaluation_short_side(image_size: int, crop: Crop) -> int:
+    """Return the short side, in pixels, to which ``evaluation_view`` resizes an image before it cuts."""
+    return round(image_size * 256 / 224) if crop == "random_resized" else image_size
+
+
 def evaluation_view(pixels: Tensor, *, image_size: int, crop: Crop) -> Tensor:
     """Return the image, uint8 (image_size, image_size, 3), nothing drawn.
 
@@ -73,7 +78,7 @@ def evaluation_view(pixels: Tensor, *, image_size: int, crop: Crop) -> Tensor:
     if crop != "random_resized":
         return resize(pixels, image_size, image_size)
     height, width = pixels.shape[:2]
-    short_side = round(image_size * 256 / 224)
+    short_side = evaluation_short_side(image_size, crop)
     # As torchvision's Resize and CenterCrop count: the long side is cut off, the margin rounded.
     height, width = (
         int(short_side * side / min(height, width)) if side > min(height, width) else short_side

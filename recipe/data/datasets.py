@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -55,7 +57,7 @@ class ImageDataset(Dataset[Sample], ABC):
 
     def __init__(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int] | npt.NDArray[np.int64],
         classes: int,
         *,
         image_size: int,

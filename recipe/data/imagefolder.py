@@ -10,6 +10,7 @@ from torchvision.datasets import ImageFolder
 from recipe.data.augment import Crop
 from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage
 from recipe.data.decode import UNREADABLE, decode
+from recipe.data.pack_format import HEADER
 
 
 class ImageFiles(ImageDataset):
@@ -60,22 +61,12 @@ def open_imagefolder(
     """Return (training, validation): ``path/train``, and ``path/val`` or, where there is none, ``path/test``.
 
     Raises:
-        ValueError: A folder is missing or cannot be listed, a class has no image, or the two parts differ in
-            their classes. The message says what is wrong with which path.
+        ValueError: See ``list_imagefolder``.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise _refusal(f"there is no folder {path}; it should hold train/ and val/")
-    if not (path / "train").is_dir():
-        raise _refusal(f"{path} has no folder train/; it should hold a folder a class")
-    held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
-    if held_out is None:
-        raise _refusal(f"{path} has neither val/ nor test/ beside train/")
-
-    folders = [_list(path / "train"), _list(held_out)]
-    for one, other in (folders, folders[::-1]):
-        if missing := set(one.classes) - set(other.classes):
-            raise _refusal(f"{other.root} lacks classes that {one.root} has: {_some(missing)}")
+    try:
+        folders = list_imagefolder(Path(path))
+    except ValueError as error:
+        raise ValueError(f"recipe.data.path: {error}") from error
     train, validation = (
         ImageFiles(folder, image_size=image_size, crop=crop, flip=flip, seed=seed, on_bad_image=on_bad_image)
         for folder in folders
@@ -83,21 +74,41 @@ def open_imagefolder(
     return train, validation
 
 
+def list_imagefolder(path: Path) -> tuple[ImageFolder, ImageFolder]:
+    """Return what (``path/train``, ``path/val`` or else ``path/test``) hold, of the same classes; no file is read.
+
+    Raises:
+        ValueError: A folder is missing or cannot be listed, a class has no image, or the two parts differ in
+            their classes. The message says what is wrong with which path.
+    """
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {path}; it should hold train/ and val/")
+    if (path / HEADER).is_file():
+        raise ValueError(f'{path} holds a pack of images; write "source": "pack"')
+    if not (path / "train").is_dir():
+        raise ValueError(f"{path} has no folder train/; it should hold a folder a class")
+    held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
+    if held_out is None:
+        raise ValueError(f"{path} has neither val/ nor test/ beside train/")
+
+    train, validation = _list(path / "train"), _list(held_out)
+    for one, other in ((train, validation), (validation, train)):
+        if missing := set(one.classes) - set(other.classes):
+            raise ValueError(f"{other.root} lacks classes that {one.root} has: {_some(missing)}")
+    return train, validation
+
+
 def _list(root: Path) -> ImageFolder:
     try:
         folder = ImageFolder(root, allow_empty=True)
     except FileNotFoundError as error:
-        raise _refusal(f"{root} holds no class; it should hold a folder a class") from error
+        raise ValueError(f"{root} holds no class; it should hold a folder a class") from error
     except OSError as error:
-        raise _refusal(f"{root} cannot be listed: {error}") from error
+        raise ValueError(f"{root} cannot be listed: {error}") from error
     if empty := set(range(len(folder.classes))) - set(folder.targets):
         names = {folder.classes[index] for index in empty}
-        raise _refusal(f"{root} holds no image of {_some(names)}; fill or remove these folders")
+        raise ValueError(f"{root} holds no image of {_some(names)}; fill or remove these folders")
     return folder
-
-
-def _refusal(message: str) -> ValueError:
-    return ValueError(f"recipe.data.path: {message}")
 
 
 def _some(names: set[str]) -> str:

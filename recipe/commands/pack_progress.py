@@ -1,0 +1,59 @@
+"""How far a pack is: a bar, or lines where there is no terminal."""
+
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+LINE_EVERY_SECONDS = 60.0
+
+
+class Progress:
+    """Counts ``total`` images that go into files, or bytes of files that are looked at.
+
+    Args:
+        total: Images, or bytes.
+        files: Shards, or files.
+        unit: "image" or "byte".
+    """
+
+    def __init__(self, total: int, files: int, unit: str = "image") -> None:
+        self._total, self._files, self._unit = total, files, unit
+        self._done = 0
+        self._lock = threading.Lock()
+        self._line_printed_at = time.monotonic()
+        self._bar: tqdm[Any] | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, unit=f" {unit}s", unit_scale=unit == "byte", dynamic_ncols=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def add(self, number: int) -> None:
+        """So many more are done; any thread may say so."""
+        with self._lock:
+            self._done += number
+            self._show("")
+
+    def show(self, done: int, files_done: int) -> None:
+        """So many are done in all, and so many shards."""
+        with self._lock:
+            self._done = done
+            self._show(f", {files_done} of {self._files} shards")
+
+    def _show(self, files: str) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(files.removeprefix(", "), refresh=False)
+            self._bar.update(self._done - self._bar.n)
+        elif time.monotonic() - self._line_printed_at > LINE_EVERY_SECONDS:
+            self._line_printed_at = time.monotonic()
+            print(f"{self._done / self._total:.0%} of the {self._unit}s{files}", file=sys.stderr, flush=True)

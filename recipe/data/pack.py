@@ -1,0 +1,129 @@
+"""The images of a pack, read at random from its shards: the same samples as from the folder that was packed."""
+
+import os
+import weakref
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from recipe.data.augment import Crop, evaluation_short_side
+from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage
+from recipe.data.decode import UNREADABLE, decode
+from recipe.data.pack_format import HEADER, IMAGE, IMAGES, NAMES, Header, Part, damage, load_array, read_header
+from recipe.strict_json import printable
+
+
+class PackedImages(ImageDataset):
+    """The images of one part of a pack; see ``ImageDataset`` for the other arguments.
+
+    Args:
+        pack: The folder of the pack.
+        header: What it says of itself.
+        part: One of the header's two.
+
+    Raises:
+        ValueError: A file is missing or has another size than was written, or an index is damaged.
+    """
+
+    def __init__(
+        self,
+        pack: Path,
+        header: Header,
+        part: Part,
+        *,
+        image_size: int,
+        crop: Crop,
+        flip: bool,
+        seed: int,
+        on_bad_image: OnBadImage,
+    ) -> None:
+        folder = pack / part.folder
+        for shard in part.shards:
+            if problem := damage(folder / shard.file, shard):
+                raise ValueError(f"{folder / shard.file}: {problem}; copy it again, or make the pack anew")
+        indices = {file.file: file for file in part.indices}
+        # Mapped, and no Python objects in them: forked workers, and the other ranks of the host, share them.
+        self._images = load_array(folder / IMAGES, indices[IMAGES], IMAGE)
+        self._names = load_array(folder / NAMES, indices[NAMES], np.uint8)
+        labels = self._images["label"].astype(np.int64)
+        if len(labels) != part.images or labels.max() >= len(header.classes):
+            raise ValueError(f"{folder / IMAGES}: not the index of {part.images:,} images; make the pack anew")
+        super().__init__(
+            labels,
+            len(header.classes),
+            image_size=image_size,
+            crop=crop,
+            flip=flip,
+            seed=seed,
+            on_bad_image=on_bad_image,
+        )
+        self.class_names = list(header.classes)
+        self._folder = folder
+        self._shards = [folder / shard.file for shard in part.shards]
+        # Opened once and for all: on a network file system each opening would ask the server. Workers inherit them,
+        # and read at an offset of their own.
+        self._files: list[int] = []
+        weakref.finalize(self, _close, self._files)
+        for path in self._shards:
+            try:
+                self._files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            except OSError as error:
+                raise ValueError(f"{path}: {error.strerror}; mend it, or make the pack anew") from error
+
+    def image(self, index: int) -> Tensor:
+        row = self._images[index]
+        offset, size = int(row["offset"]), int(row["bytes"])
+        try:
+            file = os.pread(self._files[row["shard"]], size, offset)
+            if len(file) < size:
+                raise OSError(f"the shard ends {size - len(file):,} bytes too early")
+            return decode(file)
+        except UNREADABLE as error:
+            raise BadImageError(
+                f"{self.name(index)}, {size:,} bytes at {offset:,}: not a readable image ({error}); python -m recipe "
+                f"pack --verify {self._folder.parent} tells whether the shard is damaged; pack a mended folder anew, "
+                'or set recipe.data.on_bad_image to "skip"'
+            ) from error
+
+    def name(self, index: int) -> str:
+        """Return the shard, and behind a colon the file that was packed, relative to the folder that was."""
+        start = int(self._images[index - 1]["name_end"]) if index else 0
+        original = os.fsdecode(self._names[start : int(self._images[index]["name_end"])].tobytes())
+        return printable(f"{self._shards[self._images[index]['shard']]}: {os.path.join(self._folder.name, original)}")
+
+
+def open_pack(
+    path: str | Path, *, image_size: int, crop: Crop, flip: bool, seed: int, on_bad_image: OnBadImage
+) -> tuple[PackedImages, PackedImages]:
+    """Return (training, validation) from the folder of a pack, in the order of the ImageFolder that was packed.
+
+    Raises:
+        ValueError: There is no whole pack, a file is not as it was written, or its images are smaller than
+            validation resizes them to. ``python -m recipe pack --verify`` looks at every byte, this does not.
+    """
+    path = Path(path)
+    if not (path / HEADER).is_file():
+        raise ValueError(
+            f"recipe.data.path: {path} holds no whole pack, which has a {HEADER}; make one by python -m recipe pack, "
+            'or write "source": "imagefolder"'
+        )
+    header = read_header(path)
+    short_side, needed = header.making.short_side, evaluation_short_side(image_size, crop)
+    if 0 < short_side < needed:
+        raise ValueError(
+            f"recipe.data.path: {path} is a pack of short side {short_side}, but at recipe.data.image_size "
+            f"{image_size} images are validated at {needed}; pack anew with --short-side {needed} or more"
+        )
+    train, validation = (
+        PackedImages(
+            path, header, part, image_size=image_size, crop=crop, flip=flip, seed=seed, on_bad_image=on_bad_image
+        )
+        for part in header.parts
+    )
+    return train, validation
+
+
+def _close(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
