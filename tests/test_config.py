@@ -436,9 +436,9 @@ def test_a_typo_explains_a_missing_key() -> None:
         (
             "recipe.data.source",
             "tar",
-            '= "tar": not "digits", "imagefolder" or "synthetic"; expected "digits"',
+            '= "tar": not "digits", "imagefolder", "pack" or "synthetic"; expected "digits"',
         ),
-        ("recipe.data.path", "", '= "": empty; expected the folder of an imagefolder'),
+        ("recipe.data.path", "", '= "": empty; expected the folder of an imagefolder or a pack'),
         ("recipe.data.image_size", 7, "= 7: too small; expected height and width of the images"),
         ("recipe.data.image_size", 10**6, "= 1000000: too large; expected height and width of the images"),
         ("recipe.data.mean", [0.5, 0.5], "= [0.5, 0.5]: too short; expected the mean of red, green and blue"),
@@ -497,6 +497,10 @@ def test_refuses_a_wrong_value(key: str, value: Any, message: str) -> None:
         (
             {"recipe.data.source": "imagefolder"},
             "recipe.data.path: an imagefolder has no default; write the path of the folder",
+        ),
+        (
+            {"recipe.data.source": "pack"},
+            "recipe.data.path: a pack has no default; write the path of the folder",
         ),
         (
             {"recipe.data.source": "synthetic", "recipe.data.train_images": "auto"},

@@ -140,8 +140,8 @@ def _signals_wait() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
-        for signum in came[:1]:
-            signal.raise_signal(signum)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def _begin(made: Any) -> None:
