@@ -1,10 +1,11 @@
 """How fast JPEGs become training batches: the recipe beside torchvision's reference and timm, in one run.
 
-Per image, on one thread, the three take turns over the same files: read, decode, the paper's augmentation (a random
+Per image, on one thread, all take turns over the same files: read, decode, the paper's augmentation (a random
 part of random shape resized to ``--image-size``, mirrored half of the time), and uint8 pixels as they would be
 collated; normalisation is left to the device. CPU time is counted, so that other programs on the machine weigh little.
 torchvision's reference (``references/classification`` with its PIL backend) gets the recipe's crops, and the pixels are
-compared; timm draws its own, without the colour jitter that is its default and not the paper's.
+compared; timm draws its own, without the colour jitter that is its default and not the paper's. Beside them stand packs
+of the same files, made into a temporary folder by ``recipe pack``: of the originals, and of each ``--short-side``.
 
 Then whole loaders with worker processes, the recipe's and a DataLoader of torchvision's reference, in turn; beside
 their images a second stands what the main process itself pays for an image (taking a batch out of the queue,
@@ -35,9 +36,11 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional
 
 from benchmarks.report import context, heading, write
-from recipe.data import TrainLoader
+from recipe.commands.pack import pack
+from recipe.data import ImageDataset, TrainLoader
 from recipe.data.augment import random_resized_box, sample_rng
 from recipe.data.imagefolder import ImageFiles
+from recipe.data.pack import PackedImages, open_pack
 
 SEED = 0
 PREDICTED_WORKERS = 16
@@ -52,12 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = context("benchmarks.input_pipeline", words, ("torch", "torchvision", "timm", "pillow", "simplejpeg"))
     arguments = parse_arguments(words)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as made_up:
+    with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.images
         if folder is None:
-            make_images(Path(made_up), arguments.made_up)
-            folder = Path(made_up)
+            folder = Path(temporary) / "made_up"
+            make_images(folder, arguments.made_up)
         listing = ImageFolder(str(folder))
+        packs = make_packs(folder, Path(temporary) / "packs", arguments.short_sides)
         report = before | {
             "settings": {
                 "images": len(listing),
@@ -66,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "rounds": arguments.rounds,
                 "micro_batch": arguments.micro_batch,
             },
-            "one_thread": one_thread(listing, arguments.image_size, arguments.rounds),
+            "one_thread": one_thread(listing, packs, arguments.image_size, arguments.rounds),
             "loaders": [
                 loaders(listing, arguments.image_size, arguments.micro_batch, workers, arguments.rounds)
                 for workers in arguments.workers
@@ -85,6 +89,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="folder with a folder of images a class (default: made up)")
     parser.add_argument("--made-up", type=int, default=100, metavar="N", help="so many images (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=224, help="pixels a side (default: %(default)s)")
+    parser.add_argument(
+        "--short-sides", type=int, nargs="+", default=[400, 352, 320], metavar="PIXELS", help="a pack each"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="passes over the images (default: %(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="one measurement each (default: 1 2)")
     parser.add_argument("--micro-batch", type=int, default=32, help="images a batch (default: %(default)s)")
@@ -101,8 +108,26 @@ def make_images(folder: Path, count: int) -> None:
         smooth = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
         pixels = np.clip(smooth + rng.normal(0, 10, smooth.shape), 0, 255).astype(np.uint8)
         path = folder / f"class{number % MADE_UP['classes']}" / f"{number}.jpg"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path, quality=MADE_UP["quality"])
+
+
+def make_packs(folder: Path, destination: Path, short_sides: Sequence[int]) -> dict[int, Path]:
+    """Pack the images as they are, short side 0, and at each short side; they stand for both parts of a data set."""
+    both = destination / "images"
+    both.mkdir(parents=True)
+    for part in ("train", "val"):
+        (both / part).symlink_to(folder.resolve(), target_is_directory=True)
+    packs = {short_side: destination / str(short_side) for short_side in (0, *short_sides)}
+    for short_side, path in packs.items():
+        pack(both, path, short_side)
+    return packs
+
+
+def packed(path: Path, image_size: int) -> PackedImages:
+    """The recipe's own, from a pack."""
+    settings: dict[str, Any] = {"image_size": image_size, "crop": "random_resized", "flip": True, "seed": SEED}
+    return open_pack(path, **settings, on_bad_image="stop")[0]
 
 
 def data_set(listing: ImageFolder, image_size: int) -> ImageFiles:
@@ -131,9 +156,14 @@ class Reference(Dataset[Tensor]):
         return pixels
 
 
-def one_thread(listing: ImageFolder, image_size: int, rounds: int) -> dict[str, Any]:
-    """Images a CPU second of each pipeline, one image at a time and in turn; how far pixels are apart."""
-    ours, reference = data_set(listing, image_size), Reference(listing, image_size)
+def one_thread(listing: ImageFolder, packs: dict[int, Path], image_size: int, rounds: int) -> dict[str, Any]:
+    """Images a CPU second of each pipeline, one image at a time and in turn; how far pixels are apart.
+
+    ``packs`` has a pack for each short side.
+    """
+    reference = Reference(listing, image_size)
+    ours: dict[str, ImageDataset] = {"recipe": data_set(listing, image_size)}
+    ours |= {pack_name(short_side): packed(path, image_size) for short_side, path in packs.items()}
     transform = create_transform(image_size, is_training=True, color_jitter=0.0, use_prefetcher=True)
 
     def timm_view(epoch: int, index: int) -> Any:
@@ -146,10 +176,11 @@ def one_thread(listing: ImageFolder, image_size: int, rounds: int) -> dict[str, 
     pipelines: dict[str, Callable[[int, int], Any]] = {
         "torchvision": reference_view,
         "timm": timm_view,
-        "recipe": lambda epoch, index: ours[epoch, index].image,
     }
+    for name, images in ours.items():
+        pipelines[name] = lambda epoch, index, images=images: images[epoch, index].image  # type: ignore[misc]
     seconds: dict[str, list[float]] = {name: [0.0] * rounds for name in pipelines}
-    mean_difference, largest_difference = 0.0, 0
+    mean_difference, largest_difference = dict.fromkeys(ours, 0.0), dict.fromkeys(ours, 0)
     for epoch in range(-1, rounds):  # the first pass warms up: files into memory, tables into caches
         for index in range(len(listing)):
             views = {}
@@ -158,9 +189,10 @@ def one_thread(listing: ImageFolder, image_size: int, rounds: int) -> dict[str, 
                 views[name] = view(epoch + 1, index)
                 if epoch >= 0:
                     seconds[name][epoch] += time.thread_time() - started
-            difference = (views["recipe"].movedim(-1, 0).int() - views["torchvision"].int()).abs()
-            mean_difference += float(difference.float().mean()) / (len(listing) * (rounds + 1))
-            largest_difference = max(largest_difference, int(difference.max()))
+            for name in ours:
+                difference = (views[name].movedim(-1, 0).int() - views["torchvision"].int()).abs()
+                mean_difference[name] += float(difference.float().mean()) / (len(listing) * (rounds + 1))
+                largest_difference[name] = max(largest_difference[name], int(difference.max()))
     return {
         "images_per_second": {name: len(listing) / median(of_rounds) for name, of_rounds in seconds.items()},
         "ratio": {
@@ -170,6 +202,11 @@ def one_thread(listing: ImageFolder, image_size: int, rounds: int) -> dict[str, 
         "mean_difference": mean_difference,
         "largest_difference": largest_difference,
     }
+
+
+def pack_name(short_side: int) -> str:
+    """What the report calls the pipeline that reads from a pack; short side 0 is that of the originals."""
+    return f"pack {short_side}" if short_side else "pack"
 
 
 def loaders(listing: ImageFolder, image_size: int, micro_batch: int, workers: int, rounds: int) -> dict[str, Any]:
@@ -230,16 +267,22 @@ def format_report(report: dict[str, Any]) -> str:
         f"{settings['images']} JPEGs ({origin}), {settings['image_size']} px, {settings['rounds']} passes, all files "
         "in the page cache. Read, decoded, a random part resized, mirrored half of the time, uint8.",
         "",
-        "| on one thread | images a CPU second | ÷ torchvision |",
-        "|---|---|---|",
+        "| on one thread | images a CPU second | ÷ torchvision | grey levels from torchvision's pixels: mean | most |",
+        "|---|---|---|---|---|",
     ]
-    names = {"torchvision": "torchvision's reference (PIL)", "timm": "timm, without jitter (PIL)", "recipe": "recipe"}
-    for name, label in names.items():
-        lines.append(f"| {label} | {alone['images_per_second'][name]:,.0f} | {alone['ratio'][name]:.2f} |")
+    names = {
+        "torchvision": "torchvision's reference (PIL)",
+        "timm": "timm, without jitter (PIL)",
+        "recipe": "recipe",
+        "pack": "recipe, from a pack of the originals",
+    }
+    for name, speed in alone["images_per_second"].items():
+        label = names.get(name) or f"recipe, from a pack of short side {name.removeprefix('pack ')}"
+        apart = ["other crops" if name == "timm" else "0"] * 2
+        if name in alone["mean_difference"]:
+            apart = [f"{alone['mean_difference'][name]:.3f}", str(alone["largest_difference"][name])]
+        lines.append(f"| {label} | {speed:,.0f} | {alone['ratio'][name]:.2f} | {' | '.join(apart)} |")
     lines += [
-        "",
-        f"With the same crops the recipe's pixels are {alone['mean_difference']:.3f} grey levels from torchvision's on "
-        f"average, and {alone['largest_difference']} at most.",
         "",
         f"| loader, micro-batch {settings['micro_batch']} | workers | images/s | main process, µs of CPU an image |",
         "|---|---|---|---|",
