@@ -138,7 +138,7 @@ def test_a_damaged_shard_of_an_earlier_launch_is_made_anew(tmp_path: Path, monke
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_a_pack_that_is_ended_goes_on(tmp_path: Path, signum: signal.Signals, code: int) -> None:
     images = write_folder(tmp_path / "images")
-    for number in range(15_000):
+    for number in range(6_000):
         os.link(images / "val/c0/0.jpg", images / f"val/c1/again-{number}.jpg")
     process = start(images, tmp_path / "pack", start_new_session=True)
     record = tmp_path / "pack/.unfinished/train-00000.json"
@@ -165,6 +165,28 @@ def test_a_pack_that_is_ended_goes_on(tmp_path: Path, signum: signal.Signals, co
     assert (tmp_path / "pack/train/00000.tar").stat().st_mtime_ns == first.st_mtime_ns
     assert pack(images, tmp_path / "undisturbed", 0) == 0
     assert contents(tmp_path / "pack") == contents(tmp_path / "undisturbed")
+
+
+def test_a_process_that_is_killed_ends_it_in_one_line(tmp_path: Path) -> None:
+    images = write_folder(tmp_path / "images")
+    for number in range(6_000):
+        os.link(images / "val/c0/0.jpg", images / f"val/c1/again-{number}.jpg")
+    process = start(images, tmp_path / "pack", start_new_session=True)
+    record = tmp_path / "pack/.unfinished/train-00000.json"
+    deadline = time.monotonic() + 100
+    while not record.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # The server is the parent of the processes that pack, and has no parent but the command.
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,pgid="], capture_output=True, text=True, check=True).stdout
+    rows = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    parents = {pid: parent for pid, parent, leader in rows if leader == process.pid}
+    for pid, parent in parents.items():
+        if parents.get(parent) == process.pid:
+            os.kill(pid, signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert said == "recipe: a process that packs was killed (out of memory?); the same command goes on\n"
 
 
 def group(leader: int) -> list[str]:

@@ -12,6 +12,7 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import connection
@@ -100,7 +101,7 @@ def pack_shards(
     """Make what is not made already, on ``workers`` processes; ``show`` hears of images and shards done so far.
 
     Raises:
-        ValueError: a file cannot be read, or changes.
+        ValueError: a file cannot be read, or changes; a process was killed.
         OSError: the pack cannot be written.
     """
     # Not fork: this process has threads. The server imports torch once for all of them.
@@ -119,6 +120,8 @@ def pack_shards(
                 future.result()
             show(made.value, len(done))
         return [future.result() for future in futures]
+    except BrokenProcessPool:
+        raise ValueError("a process that packs was killed (out of memory?); the same command goes on") from None
     except BaseException:
         for child in multiprocessing.active_children():
             child.kill()
