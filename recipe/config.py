@@ -105,6 +105,10 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] | Auto = "auto"
     """loader processes per GPU, a whole number >= 0, or "auto": from the CPU cores at hand"""
 
+    on_device: bool = False
+    """true or false: whether all images are decoded at the start and live, cut and mirrored there, on the device; for
+    data of CIFAR's size. digits always do; what is trained is the same to the bit"""
+
     on_bad_image: Literal["stop", "skip"] = "stop"
     """ "stop" or "skip": what an image that cannot be read does to the run"""
 
@@ -274,6 +278,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "recipe.data.path", f"{FOLDERS[data.source]} has no default", "write the path of the folder"
     if data.source not in FOLDERS and data.path is not None:
         yield "recipe.data.path", f"{data.source} data has no folder", 'remove it, or write "source": "imagefolder"'
+    if data.source == "synthetic" and data.on_device:
+        yield "recipe.data.on_device", "synthetic data is made there", "remove it"
     for name, images in ("train_images", data.train_images), ("validation_images", data.validation_images):
         if data.source != "digits" and images == "auto":
             yield f"recipe.data.{name}", f'"auto" is not for {data.source}', "write the number of images"

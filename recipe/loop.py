@@ -23,8 +23,9 @@ class Step:
     ``step`` counts from 0 over the whole run; ``lr`` is the rate that the update used; ``loss`` is a scalar on the
     device, the mean over this rank's share of the global batch, before the update; ``loss_scale`` the scale that the
     gradients had; ``skipped`` says that they overflowed and the update was left out; ``data_wait_seconds`` is the time
-    spent waiting for the loader; ``gradient_norms``, on the device, is what ``GradientNorms.take`` says, None where it
-    was not asked or the gradients overflowed.
+    spent waiting for the loader; ``decoded_by_pil`` counts the images that the slower decoder took;
+    ``gradient_norms``, on the device, is what ``GradientNorms.take`` says, None where it was not asked or the gradients
+    overflowed.
     """
 
     step: int
@@ -34,6 +35,7 @@ class Step:
     skipped: bool
     data_wait_seconds: float
     bad_images: tuple[str, ...]
+    decoded_by_pil: int = 0
     gradient_norms: Tensor | None = None
 
 
@@ -46,6 +48,7 @@ class Validation:
     loss: float
     count: int
     bad_images: tuple[str, ...]
+    decoded_by_pil: int = 0
 
 
 def train_epoch(
@@ -59,13 +62,14 @@ def train_epoch(
     accumulation = engine.gradient_accumulation_steps()
     losses: list[Tensor] = []
     bad_images: list[str] = []
-    data_wait_seconds = 0.0
+    data_wait_seconds, decoded_by_pil = 0.0, 0
     asked = time.perf_counter()
     for batch in batches:
         data_wait_seconds += time.perf_counter() - asked
         loss = F.cross_entropy(_at_least_fp32(engine(batch.images)), batch.labels)
         losses.append(loss.detach())
         bad_images += batch.bad_images
+        decoded_by_pil += batch.decoded_by_pil
         backward(engine, loss)
         lr, scale, step = engine.get_lr()[0], loss_scale(engine), engine.global_steps
         last = len(losses) == accumulation
@@ -78,8 +82,8 @@ def train_epoch(
             skipped = not engine.was_step_applied()
             update_running_averages(engine.module, discard=skipped)
             norms = None if skipped else norms
-            yield Step(step, lr, mean_loss, scale, skipped, data_wait_seconds, tuple(bad_images), norms)
-            losses, bad_images, data_wait_seconds = [], [], 0.0
+            yield Step(step, lr, mean_loss, scale, skipped, data_wait_seconds, tuple(bad_images), decoded_by_pil, norms)
+            losses, bad_images, data_wait_seconds, decoded_by_pil = [], [], 0.0, 0
         asked = time.perf_counter()
 
 
@@ -89,6 +93,7 @@ def evaluate(engine: DeepSpeedEngine, batches: Iterable[Batch], device: torch.de
     engine.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     bad_images: list[str] = []
+    decoded_by_pil = 0
     for batch in batches:
         logits = _at_least_fp32(engine(batch.images))
         hits = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
@@ -96,11 +101,14 @@ def evaluate(engine: DeepSpeedEngine, batches: Iterable[Batch], device: torch.de
         per_image = torch.stack([hits[:, 0], hits.any(1), losses.double(), torch.ones_like(losses)])
         totals += (per_image * batch.weights).sum(1)
         bad_images += batch.bad_images
+        decoded_by_pil += batch.decoded_by_pil
     dist.all_reduce(totals)
     top1, top5, loss, count = totals.tolist()
     if count == 0:
         raise ValueError("no validation image could be read")
-    return Validation(100 * top1 / count, 100 * top5 / count, loss / count, round(count), tuple(bad_images))
+    return Validation(
+        100 * top1 / count, 100 * top5 / count, loss / count, round(count), tuple(bad_images), decoded_by_pil
+    )
 
 
 def _at_least_fp32(logits: Tensor) -> Tensor:

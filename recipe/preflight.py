@@ -13,7 +13,7 @@ from torch import nn
 
 from recipe.batchnorm import BatchNorm
 from recipe.config import ConfigError
-from recipe.data import ImageDataset, open_datasets
+from recipe.data import HeldImages, ImageDataset, open_datasets
 from recipe.lock import lock
 from recipe.model import build_model
 from recipe.plan import Plan
@@ -30,7 +30,7 @@ class Run:
     output: Path
     device: torch.device
     model: nn.Module
-    datasets: tuple[ImageDataset, ImageDataset] | None
+    datasets: tuple[ImageDataset, ImageDataset] | tuple[HeldImages, HeldImages] | None
     start: Start
     lock_file: IO[str] | None
 
@@ -57,7 +57,7 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
                     f"pip install {package}, or write false",
                 )
         try:
-            datasets = open_data(plan)
+            datasets = open_data(plan, device)
             model = build_model(
                 recipe.model.name,
                 recipe.model.num_classes,
@@ -77,7 +77,9 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
     return Run(plan, output, device, model, datasets, start, lock_file)
 
 
-def open_data(plan: Plan) -> tuple[ImageDataset, ImageDataset] | None:
+def open_data(
+    plan: Plan, device: torch.device
+) -> tuple[ImageDataset, ImageDataset] | tuple[HeldImages, HeldImages] | None:
     """Training and validation data, of the sizes and classes that the config says; None for synthetic data."""
     recipe, data = plan.config.recipe, plan.config.recipe.data
     if data.source == "synthetic":
@@ -92,6 +94,9 @@ def open_data(plan: Plan) -> tuple[ImageDataset, ImageDataset] | None:
         on_bad_image=data.on_bad_image,
     )
     check_datasets(plan, *datasets)
+    if data.on_device or data.source == "digits":
+        training, validation = datasets
+        return HeldImages(training, device, training=True), HeldImages(validation, device, training=False)
     return datasets
 
 

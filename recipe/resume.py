@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "recipe.max_micro_batch_size",
     "recipe.data.path",
     "recipe.data.workers",
+    "recipe.data.on_device",
     "recipe.data.on_bad_image",
     "recipe.checkpoint",
     "recipe.noise_scale",

@@ -119,6 +119,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
                     result = evaluate(engine, batches, run.device)
                     history.validations.append(telemetry.validation(result, engine.global_steps - 1))
                     history.bad_images |= set(result.bad_images)
+                    history.decoded_by_pil += result.decoded_by_pil
                     save_now(result.top1)
                 if engine.global_steps == plan.total_steps:
                     break
@@ -129,6 +130,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
                     seed_layers(plan, engine.global_steps)
                     telemetry.step(step)
                     history.bad_images |= set(step.bad_images)
+                    history.decoded_by_pil += step.decoded_by_pil
                     signum, save_due = requests.agree()
                     if signum:
                         raise Interrupted(signum)
@@ -231,7 +233,8 @@ def resume(engine: DeepSpeedEngine, run: Run) -> tuple[History, list[str]]:
     restore_running_averages(engine.module, state["running_averages"])
     # Checkpoints of earlier versions do not know the noise scale.
     noise_scale = NoiseScale(**state.get("noise_scale", {}))
-    history = History(state["validations"], set(state["bad_images"]), state["seconds"], noise_scale)
+    decoded_by_pil = state.get("decoded_by_pil", 0) if dist.get_rank() == 0 else 0
+    history = History(state["validations"], set(state["bad_images"]), state["seconds"], noise_scale, decoded_by_pil)
     messages += statistics_change(run.plan, run.start)
     return history, [*messages, f"resumed from {loaded.path}, {engine.global_steps:,} steps done"]
 
@@ -240,6 +243,9 @@ def save(engine: DeepSpeedEngine, run: Run, history: History, seconds: float, to
     """Write a checkpoint, then remove those that the config does not keep. The engine is left as it was."""
     if run.plan.config.recipe.data.on_bad_image == "skip":
         history.bad_images = union_over_ranks(history.bad_images)
+    decoded_by_pil = torch.tensor(history.decoded_by_pil, device=run.device)
+    dist.all_reduce(decoded_by_pil)
+    history.decoded_by_pil = int(decoded_by_pil) if dist.get_rank() == 0 else 0
     # DeepSpeed writes rank 0's running averages. Their mean is what can be used, each rank's own what goes on.
     own = gather_running_averages(engine.module)
     average_running_statistics(engine.module)

@@ -22,13 +22,15 @@ class History:
     """What a run has been through; it is saved with every checkpoint, and a resumed run adds to it.
 
     ``validations`` are the validation lines of ``metrics.jsonl``; ``seconds`` is the wall time of all launches;
-    ``noise_scale`` holds its moving averages.
+    ``noise_scale`` holds its moving averages; ``decoded_by_pil`` counts the images of all ranks for which the slower
+    decoder was needed, on rank 0 up to the last save, on the others since.
     """
 
     validations: list[dict[str, Any]] = field(default_factory=list)
     bad_images: set[str] = field(default_factory=set)
     seconds: float = 0.0
     noise_scale: NoiseScale = field(default_factory=NoiseScale)
+    decoded_by_pil: int = 0
 
     @property
     def validated_steps(self) -> int:
@@ -42,6 +44,7 @@ class History:
             "bad_images": sorted(self.bad_images),
             "seconds": self.seconds + seconds_since,
             "noise_scale": asdict(self.noise_scale),
+            "decoded_by_pil": self.decoded_by_pil,
         }
 
 
@@ -80,6 +83,7 @@ def summarise(
         "images_per_second": images_per_second,
         "wall_seconds": round(history.seconds, 1),
         "bad_images": sorted(history.bad_images),
+        "decoded_by_pil": history.decoded_by_pil,
         "device": device,
         "versions": versions(),
     }
@@ -122,6 +126,9 @@ def format_summary(summary: dict[str, Any], output: Path) -> str:
         fields.append(("best weights", summary["best_checkpoint"]))
     if summary["bad_images"]:
         fields.append(("bad images", f"{len(summary['bad_images'])} could not be read, listed in summary.json"))
+    if summary.get("decoded_by_pil"):
+        slow = f"{summary['decoded_by_pil']:,} times by PIL: no JPEG, or one that the faster simplejpeg does not take"
+        fields.append(("decoded", slow))
     ranks_option = "" if summary["world_size"] == 1 else f"--num_gpus {summary['world_size']} "
     if summary["hosts"] > 1:
         ranks_option = "--hostfile … "

@@ -120,6 +120,7 @@ def test_what_is_not_written_is_the_papers() -> None:
             "mean": "auto",
             "std": "auto",
             "workers": "auto",
+            "on_device": False,
             "on_bad_image": "stop",
         },
         "schedule": {
@@ -505,6 +506,10 @@ def test_refuses_a_wrong_value(key: str, value: Any, message: str) -> None:
         (
             {"recipe.data.source": "synthetic", "recipe.data.train_images": "auto"},
             'recipe.data.train_images = "auto": "auto" is not for synthetic; write the number of images',
+        ),
+        (
+            {"recipe.data.source": "synthetic", "recipe.data.on_device": True},
+            "recipe.data.on_device = true: synthetic data is made there; remove it",
         ),
         (
             {"recipe.data.source": "synthetic", "recipe.data.train_images": 8},

@@ -83,9 +83,9 @@ def test_a_short_side_resizes_what_is_larger_as_torchvision_does(tmp_path: Path)
     resized, _ = open_datasets("pack", tmp_path / "pack", 16, "none", False, 0, "stop")
     whole, _ = open_datasets("imagefolder", tmp_path / "images", 16, "none", False, 0, "stop")
     for index in range(len(whole)):
-        image = Image.fromarray(whole.image(index).numpy())
+        image = Image.fromarray(whole.image(index).pixels.numpy())
         expected = functional.pil_to_tensor(functional.resize(image, 48) if min(image.size) > 48 else image)
-        pixels = resized.image(index).movedim(-1, 0)
+        pixels = resized.image(index).pixels.movedim(-1, 0)
         assert pixels.shape == expected.shape
         # 30 × 40 stays as it is; what is encoded anew differs by what a JPEG of quality 92 loses.
         difference = float((pixels.int() - expected.int()).abs().float().mean())

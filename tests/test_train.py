@@ -40,6 +40,7 @@ def test_what_a_run_leaves(short_run: tuple[Path, subprocess.CompletedProcess[st
     assert [step["samples"] for step in steps] == [512 * n for n in range(1, 7)]
     assert [(v["step"], v["epoch"], v["count"]) for v in validations] == [(1, 0, 355), (3, 1, 355), (5, 2, 355)]
     summary = json.loads((output / "summary.json").read_text())
+    assert summary["decoded_by_pil"] == 2  # once each epoch
     assert summary["steps"] == 6
     assert summary["final_top1"] == validations[-1]["top1"]
     assert summary["best_top1"] == max(v["top1"] for v in validations)
@@ -209,6 +210,7 @@ FOLDER_RUN = (
 
 def test_an_image_folder_with_a_bad_image(tmp_path: Path) -> None:
     data, output = image_folder(tmp_path / "data"), tmp_path / "run"
+    Image.open(data / "val/red/0.jpg").save(data / "val/red/0.jpg", "PNG")
     arguments = ("--deepspeed_config", DIGITS, "--output", str(output), "--data", str(data), *FOLDER_RUN)
     stopped = train(*arguments, ranks=2)
     assert stopped.returncode == 1

@@ -221,7 +221,7 @@ def packed(original: bytes, making: Making) -> bytes:
     Raises:
         OSError, SyntaxError, ValueError, Image.DecompressionBombError: See ``decode``.
     """
-    pixels = decode(original)
+    pixels = decode(original).pixels
     if making.short_side == 0 or min(pixels.shape[:2]) <= making.short_side:
         return original
     smaller = io.BytesIO()

@@ -7,6 +7,7 @@ from recipe.data.augment import Crop
 from recipe.data.batch import Batch
 from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage
 from recipe.data.digits import open_digits
+from recipe.data.held import HeldImages
 from recipe.data.imagefolder import open_imagefolder
 from recipe.data.loader import TrainLoader, ValidationLoader
 from recipe.data.pack import open_pack
@@ -15,6 +16,7 @@ from recipe.data.synthetic import SyntheticLoader
 __all__ = [
     "BadImageError",
     "Batch",
+    "HeldImages",
     "ImageDataset",
     "SyntheticLoader",
     "TrainLoader",

@@ -2,7 +2,7 @@
 
 import math
 import random
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,19 +49,38 @@ def random_resized_box(rng: random.Random, height: int, width: int) -> tuple[int
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def training_view(pixels: Tensor, rng: random.Random, *, image_size: int, crop: Crop, flip: bool) -> Tensor:
-    """Return the augmented image, uint8 (image_size, image_size, 3); ``flip`` mirrors half of them."""
+class View(NamedTuple):
+    """What one epoch takes out of a training image: a box, and whether it is mirrored.
+
+    For the crop ``random_resized`` the box lies in the image, in its pixels, and is resized to ``image_size``; for the
+    others it is a square of ``image_size`` in the resized image, beyond whose border all is black.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    mirrored: bool
+
+
+def draw_view(rng: random.Random, height: int, width: int, *, image_size: int, crop: Crop, flip: bool) -> View:
+    """Return the view that ``rng`` draws of an image of (height, width) pixels; ``flip`` mirrors half of them."""
+    top, left, box_height, box_width = 0, 0, image_size, image_size
     if crop == "random_resized":
-        top, left, height, width = random_resized_box(rng, *pixels.shape[:2])
-        view = resize(pixels[top : top + height, left : left + width], image_size, image_size)
-    else:
-        view = resize(pixels, image_size, image_size)
-        if crop == "padded":
-            margin = image_size // 8
-            view = _shifted(view, *(_below(rng, 2 * margin + 1) - margin for _ in range(2)))
-    if flip and rng.random() < 0.5:
-        view = view.flip(1)
-    return view
+        top, left, box_height, box_width = random_resized_box(rng, height, width)
+    elif crop == "padded":
+        margin = image_size // 8
+        top, left = (_below(rng, 2 * margin + 1) - margin for _ in range(2))
+    return View(top, left, box_height, box_width, flip and rng.random() < 0.5)
+
+
+def cut(pixels: Tensor, view: View, *, image_size: int, crop: Crop) -> Tensor:
+    """Return the view, uint8 (image_size, image_size, 3). Mirroring is left to the device."""
+    if crop == "random_resized":
+        top, left, height, width, _ = view
+        return resize(pixels[top : top + height, left : left + width], image_size, image_size)
+    resized = resize(pixels, image_size, image_size)
+    return resized if crop == "none" else _shifted(resized, view.top, view.left)
 
 
 def evaluation_short_side(image_size: int, crop: Crop) -> int:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from recipe.data.augment import Crop, evaluation_view, sample_rng, training_view
+from recipe.data.augment import Crop, cut, draw_view, evaluation_view, sample_rng
+from recipe.data.decode import Decoded
 from recipe.data.sampler import PADDING
 
 Key = tuple[int, int] | int
@@ -26,12 +27,16 @@ class Sample(NamedTuple):
     """One image of a batch."""
 
     image: Tensor
-    """uint8 (S, S, 3)."""
+    """uint8 (S, S, 3), not yet mirrored; of ``HeldImages`` its place on the device."""
     label: int
-    weight: float
-    """1.0, or 0.0 for a blank that must not count."""
-    bad_image: str
+    weight: float = 1.0
+    """0.0 for a blank that must not count."""
+    mirrored: bool = False
+    """Whether the device is to mirror it."""
+    bad_image: str = ""
     """The file that could not be read and that this sample stands in for; "" if there is none."""
+    by_pil: bool = False
+    """See ``Decoded``."""
 
 
 class BadImageError(ValueError):
@@ -67,17 +72,17 @@ class ImageDataset(Dataset[Sample], ABC):
         on_bad_image: OnBadImage = "stop",
     ) -> None:
         # A tensor stays shared with forked workers; a list is copied by and by, as reference counts change.
-        self._labels = torch.tensor(labels)
+        self.labels = torch.tensor(labels)
         self.classes = classes
-        self._image_size = image_size
-        self._crop = crop
-        self._flip = flip
-        self._seed = seed
+        self.image_size = image_size
+        self.crop = crop
+        self.flip = flip
+        self.seed = seed
         self._on_bad_image = on_bad_image
 
     @abstractmethod
-    def image(self, index: int) -> Tensor:
-        """Return the RGB pixels of image ``index``, uint8 (height, width, 3), which nobody changes.
+    def image(self, index: int) -> Decoded:
+        """Return image ``index``, whose pixels nobody changes.
 
         Raises:
             BadImageError: It cannot be read.
@@ -87,8 +92,12 @@ class ImageDataset(Dataset[Sample], ABC):
     def name(self, index: int) -> str:
         """Return what a message calls image ``index``."""
 
+    def on_device(self, images: Tensor) -> Tensor:
+        """Return the pixels of a batch of ``Sample.image``, uint8 (m, S, S, 3), where the samples have them already."""
+        return images
+
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, key: Key) -> Sample:
         """Return the sample of ``key``.
@@ -104,22 +113,29 @@ class ImageDataset(Dataset[Sample], ABC):
 
     def _training_sample(self, epoch: int, index: int) -> Sample:
         # The random numbers stay those of the image that was asked for.
-        rng = sample_rng(self._seed, epoch, index)
-        image, source = self._readable_from(index)
-        view = training_view(image, rng, image_size=self._image_size, crop=self._crop, flip=self._flip)
-        return Sample(view, int(self._labels[source]), 1.0, "" if source == index else self.name(index))
+        rng = sample_rng(self.seed, epoch, index)
+        (pixels, by_pil), source = self.readable_from(index)
+        view = draw_view(rng, *pixels.shape[:2], image_size=self.image_size, crop=self.crop, flip=self.flip)
+        image = cut(pixels, view, image_size=self.image_size, crop=self.crop)
+        bad_image = "" if source == index else self.name(index)
+        return Sample(image, int(self.labels[source]), 1.0, view.mirrored, bad_image, by_pil)
 
     def _validation_sample(self, index: int) -> Sample:
         try:
-            image = self.image(index)
+            pixels, by_pil = self.image(index)
         except BadImageError:
             if self._on_bad_image == "stop":
                 raise
             return self._blank(self.name(index))
-        view = evaluation_view(image, image_size=self._image_size, crop=self._crop)
-        return Sample(view, int(self._labels[index]), 1.0, "")
+        view = evaluation_view(pixels, image_size=self.image_size, crop=self.crop)
+        return Sample(view, int(self.labels[index]), by_pil=by_pil)
 
-    def _readable_from(self, index: int) -> tuple[Tensor, int]:
+    def readable_from(self, index: int) -> tuple[Decoded, int]:
+        """Return image ``index``, or where it is bad and may be skipped the next readable one, and its index.
+
+        Raises:
+            BadImageError: See ``__getitem__``.
+        """
         for offset in range(min(_HOPELESS, len(self))):
             source = (index + offset) % len(self)
             try:
@@ -130,5 +146,5 @@ class ImageDataset(Dataset[Sample], ABC):
         raise BadImageError(f"{self.name(index)}: cannot be read, nor can any of the images that follow it")
 
     def _blank(self, bad_image: str = "") -> Sample:
-        image = torch.zeros(self._image_size, self._image_size, 3, dtype=torch.uint8)
-        return Sample(image, 0, 0.0, bad_image)
+        image = torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8)
+        return Sample(image, 0, 0.0, bad_image=bad_image)

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -15,8 +16,17 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _JPEG = b"\xff\xd8"
 
 
-def decode(file: bytes) -> Tensor:
-    """Decode an image into RGB pixels, uint8 (height, width, 3), as torchvision's ``pil_loader`` does.
+class Decoded(NamedTuple):
+    """An image in memory."""
+
+    pixels: Tensor
+    """RGB, uint8 (height, width, 3)."""
+    by_pil: bool = False
+    """Whether the slower decoder had to do it, as for all that is no JPEG."""
+
+
+def decode(file: bytes) -> Decoded:
+    """Decode an image into the pixels of torchvision's ``pil_loader``.
 
     simplejpeg (libjpeg-turbo) takes three quarters of PIL's time for a JPEG, and is bit for bit the same for RGB,
     progressive and grey ones. What it does not take, as CMYK, or finds fault with, is left to PIL, and so is the
@@ -29,10 +39,10 @@ def decode(file: bytes) -> Tensor:
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(file)
             if colours in ("YCbCr", "Gray", "RGB") and height * width <= _largest():
-                return torch.from_numpy(simplejpeg.decode_jpeg(file, colorspace="RGB"))
+                return Decoded(torch.from_numpy(simplejpeg.decode_jpeg(file, colorspace="RGB")))
         except ValueError:
             pass
-    return _decode_by_pil(file)
+    return Decoded(_decode_by_pil(file), by_pil=True)
 
 
 def _largest() -> int:

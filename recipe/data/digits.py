@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from recipe.data.augment import Crop
 from recipe.data.datasets import ImageDataset
+from recipe.data.decode import Decoded
 
 _CLASSES = 10
 
@@ -23,8 +23,8 @@ class Digits(ImageDataset):
         enlarged = [np.array(Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR)) for grey in greys]
         self._images = torch.from_numpy(np.stack(enlarged)).unsqueeze(-1).expand(-1, -1, -1, 3).contiguous()
 
-    def image(self, index: int) -> Tensor:
-        return self._images[index]
+    def image(self, index: int) -> Decoded:
+        return Decoded(self._images[index])
 
     def name(self, index: int) -> str:
         return f"digit {index}"

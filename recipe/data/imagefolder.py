@@ -4,12 +4,11 @@ import os
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from recipe.data.augment import Crop
 from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage
-from recipe.data.decode import UNREADABLE, decode
+from recipe.data.decode import UNREADABLE, Decoded, decode
 from recipe.data.pack_format import HEADER
 
 
@@ -41,7 +40,7 @@ class ImageFiles(ImageDataset):
         prefix = os.path.join(self._root, "")
         self._paths = np.array([os.fsencode(path.removeprefix(prefix)) for path, _ in folder.samples])
 
-    def image(self, index: int) -> Tensor:
+    def image(self, index: int) -> Decoded:
         path = self.name(index)
         try:
             with open(path, "rb") as file:

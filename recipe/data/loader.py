@@ -5,8 +5,9 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +15,15 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 
 from recipe.data.batch import Batch, Normalise
 from recipe.data.datasets import BadImageError, ImageDataset, Sample
+from recipe.data.held import HeldImages
 from recipe.data.sampler import TrainSampler, ValidationSampler
 from recipe.interruption import SIGNALS
+
+PREFETCHED = 2
+"""Batches on their way to the GPU while it computes on one."""
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 class _HostBatch(NamedTuple):
@@ -24,7 +32,9 @@ class _HostBatch(NamedTuple):
     images: Tensor
     labels: Tensor
     weights: Tensor
+    mirrored: Tensor
     bad_images: list[str]
+    decoded_by_pil: int
 
 
 class _Loader:
@@ -32,7 +42,7 @@ class _Loader:
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: ImageDataset | HeldImages,
         sampler: Sampler,
         *,
         workers: int,
@@ -86,16 +96,60 @@ class _Loader:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
-            for host in host_batches:
-                yield Batch(
-                    self._normalise(host.images),
-                    host.labels.to(self._device, non_blocking=True),
-                    host.weights.to(self._device, non_blocking=True),
-                    tuple(host.bad_images),
-                )
+            if self._device.type == "cuda":
+                yield from self._uploaded(host_batches)
+            else:
+                yield from map(self._on_device, host_batches)
         except BadImageError as error:
             # DataLoader puts the worker's traceback before the message; the message alone says what to do.
             raise BadImageError(str(error).rpartition("BadImageError: ")[2].strip()) from None
+
+    def _uploaded(self, host_batches: Iterator[_HostBatch]) -> Iterator[Batch]:
+        """The batches, made beside what the device computes, on a stream of their own."""
+        stream = torch.cuda.Stream(self._device)
+
+        def upload(host: _HostBatch) -> tuple[Batch, torch.cuda.Event]:
+            with torch.cuda.stream(stream):
+                return self._on_device(host), stream.record_event()
+
+        for batch, made in ahead(host_batches, upload, PREFETCHED):
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(made)
+            for tensor in (batch.images, batch.labels, batch.weights):
+                # Made on another stream, its memory must not be used again before this one is done with it.
+                tensor.record_stream(current)
+            yield batch
+
+    def _on_device(self, host: _HostBatch) -> Batch:
+        # Interleaved pixels become torch's channels_last without a copy.
+        images = self._dataset.on_device(host.images).movedim(-1, 1)
+        return Batch(
+            self._normalise(images, host.mirrored),
+            host.labels.to(self._device, non_blocking=True),
+            host.weights.to(self._device, non_blocking=True),
+            tuple(host.bad_images),
+            host.decoded_by_pil,
+        )
+
+
+def ahead(source: Iterator[S], start: Callable[[S], T], depth: int) -> Iterator[T]:
+    """Yield ``start`` of each item, in order, with up to ``depth`` more started before one is asked for.
+
+    The first comes as soon as it can. An exception of ``source`` comes after all items that came before it.
+    """
+    started: deque[T] = deque()
+    wanted = 1
+    try:
+        while True:
+            while len(started) < wanted:
+                started.append(start(next(source)))
+            wanted = min(wanted + 1, depth + 1)
+            yield started.popleft()
+    except StopIteration:
+        yield from started
+    except Exception:
+        yield from started
+        raise
 
 
 class TrainLoader(_Loader):
@@ -120,7 +174,7 @@ class TrainLoader(_Loader):
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: ImageDataset | HeldImages,
         *,
         global_batch: int,
         micro_batch: int,
@@ -164,7 +218,7 @@ class ValidationLoader(_Loader):
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: ImageDataset | HeldImages,
         *,
         micro_batch: int,
         rank: int,
@@ -189,13 +243,13 @@ class ValidationLoader(_Loader):
 
 
 def _collate(samples: list[Sample]) -> _HostBatch:
-    # Interleaved pixels become torch's channels_last without a copy.
-    images = default_collate([sample.image for sample in samples]).movedim(-1, 1)
     return _HostBatch(
-        images,
+        default_collate([sample.image for sample in samples]),
         torch.tensor([sample.label for sample in samples]),
         torch.tensor([sample.weight for sample in samples]),
+        torch.tensor([sample.mirrored for sample in samples]),
         [sample.bad_image for sample in samples if sample.bad_image],
+        sum(sample.by_pil for sample in samples),
     )
 
 

@@ -5,11 +5,10 @@ import weakref
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from recipe.data.augment import Crop, evaluation_short_side
 from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage
-from recipe.data.decode import UNREADABLE, decode
+from recipe.data.decode import UNREADABLE, Decoded, decode
 from recipe.data.pack_format import HEADER, IMAGE, IMAGES, NAMES, Header, Part, damage, load_array, read_header
 from recipe.strict_json import printable
 
@@ -71,7 +70,7 @@ class PackedImages(ImageDataset):
             except OSError as error:
                 raise ValueError(f"{path}: {error.strerror}; mend it, or make the pack anew") from error
 
-    def image(self, index: int) -> Tensor:
+    def image(self, index: int) -> Decoded:
         row = self._images[index]
         offset, size = int(row["offset"]), int(row["bytes"])
         try:

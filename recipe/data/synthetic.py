@@ -60,6 +60,7 @@ class SyntheticLoader:
         shape = (micro_batch, image_size, image_size, 3)
         pixels = torch.randint(256, shape, generator=generator, device=self._device, dtype=torch.uint8)
         self._images = pixels.movedim(-1, 1)
+        self._mirrored = torch.zeros(micro_batch, dtype=torch.bool, device=self._device)
         self._labels = torch.randint(classes, (micro_batch,), generator=generator, device=self._device)
 
     @property
@@ -75,13 +76,13 @@ class SyntheticLoader:
         self._train_order.set_epoch(epoch, first_step)
         weights = torch.ones(len(self._labels), device=self._device)
         for _ in range(len(self._train_order)):
-            yield Batch(self._normalise(self._images), self._labels, weights)
+            yield Batch(self._normalise(self._images, self._mirrored), self._labels, weights)
 
     def batches(self) -> Iterator[Batch]:
         """Yield the same number of validation batches on every rank."""
         for keys in self._validation_order:
             weights = torch.tensor([float(key != PADDING) for key in keys], device=self._device)
-            yield Batch(self._normalise(self._images), self._labels, weights)
+            yield Batch(self._normalise(self._images, self._mirrored), self._labels, weights)
 
     def close(self) -> None:
         """Do nothing: there are no worker processes."""

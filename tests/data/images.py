@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from recipe.data.datasets import ImageDataset
+from recipe.data.decode import Decoded
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -31,8 +32,8 @@ class Pictures(ImageDataset):
         labels = [index % 3 for index in range(length)]
         super().__init__(labels, 3, image_size=image_size, crop=crop, flip=True, seed=5)
 
-    def image(self, index: int) -> Tensor:
-        return pixels(picture(index, width=20 + index))
+    def image(self, index: int) -> Decoded:
+        return Decoded(pixels(picture(index, width=20 + index)))
 
     def name(self, index: int) -> str:
         return f"picture {index}"

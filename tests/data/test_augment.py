@@ -8,10 +8,16 @@ from PIL import Image
 from scipy.stats import ks_2samp
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize, functional
 
-from recipe.data.augment import evaluation_view, random_resized_box, resize, sample_rng, training_view
+from recipe.data.augment import cut, draw_view, evaluation_view, random_resized_box, resize, sample_rng
 from tests.data.images import picture, pixels, rng_states
 
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+def training_view(image, rng, *, image_size, crop, flip):
+    view = draw_view(rng, *image.shape[:2], image_size=image_size, crop=crop, flip=flip)
+    square = cut(image, view, image_size=image_size, crop=crop)
+    return square.flip(1) if view.mirrored else square
 
 
 def numbers(*key: int) -> list[float]:

@@ -63,9 +63,9 @@ def test_images_of_any_kind_are_read_as_torchvision_reads_them(tmp_path):
         theirs = [(pixels(image), label) for image, label in datasets.ImageFolder(tmp_path / "train")]
     assert len(train) == len(theirs) == 13
     for index, (expected, label) in enumerate(theirs):
-        assert torch.equal(train.image(index), expected), train.name(index)
+        assert torch.equal(train.image(index).pixels, expected), train.name(index)
         assert train[0, index].label == validation[index].label == label
-    assert train.image(train_index(train, "rotated.jpg")).shape == (30, 40, 3)
+    assert train.image(train_index(train, "rotated.jpg")).pixels.shape == (30, 40, 3)
 
 
 def train_index(dataset, name):
@@ -76,7 +76,7 @@ def train_index(dataset, name):
 def test_a_huge_image_is_read_and_a_bomb_is_refused(tmp_path, monkeypatch):
     train, _ = open_folder(write_folder(tmp_path))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 1,200 pixels: more than the limit, less than twice
-    assert train.image(0).shape == (30, 40, 3)
+    assert train.image(0).pixels.shape == (30, 40, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     with pytest.raises(BadImageError, match=r"0\.jpg: not a readable image \(Image size"):
         train.image(0)

@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 
 from recipe.data import TrainLoader, ValidationLoader, open_datasets
 from recipe.data.batch import Normalise
+from recipe.data.loader import ahead
 from recipe.data.sampler import PADDING, epoch_permutation
 from tests.data.images import MEAN, STD, Pictures, rng_states
 
@@ -44,13 +45,64 @@ def images(batches) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_normalisation_is_torchvisions(dtype):
     pixels = torch.arange(256, dtype=torch.uint8).repeat(3 * 4).view(4, 3, 16, 16)
+    pixels = pixels.movedim(1, -1).contiguous().movedim(-1, 1)
     expected = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])(pixels)
-    ours = Normalise(MEAN, STD, device=CPU, dtype=dtype)(pixels)
+    mirrored = torch.tensor([False, True, False, True])
+    ours = Normalise(MEAN, STD, device=CPU, dtype=dtype)(pixels, mirrored)
     assert ours.dtype == dtype
     assert ours.is_contiguous()
-    exact = Normalise(MEAN, STD, device=CPU, dtype=torch.float32)(pixels)
+    exact = Normalise(MEAN, STD, device=CPU, dtype=torch.float32)(pixels, torch.zeros(4, dtype=torch.bool))
     torch.testing.assert_close(exact, expected, rtol=0, atol=1e-6)
+    exact[mirrored] = exact[mirrored].flip(-1)
     assert torch.equal(ours, exact.to(dtype))
+
+
+FUSED = """
+import torch
+from recipe.data.batch import Normalise
+from recipe.data.loader import ahead
+from recipe.data.fused_normalise import mirror_and_look_up
+from tests.data.images import MEAN, STD
+
+pixels = torch.randint(256, (5, 13, 17, 3), dtype=torch.uint8).movedim(-1, 1)
+mirrored = torch.tensor([True, False, True, True, False])
+for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+    plain = Normalise(MEAN, STD, device=torch.device("cpu"), dtype=dtype)
+    fused = mirror_and_look_up(pixels, mirrored, plain.table())
+    assert fused.is_contiguous(memory_format=torch.channels_last)
+    assert fused.dtype == dtype
+    assert torch.equal(fused, plain(pixels, mirrored)), dtype
+"""
+
+
+def test_the_kernel_for_cuda_gives_the_same_bits():
+    """By Triton's interpreter, which needs no GPU; several blocks, the last one not full."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FUSED], check=True, env=environment)
+
+
+def test_more_batches_are_started_than_are_asked_for():
+    started = []
+
+    def source():
+        yield from range(5)
+        raise OSError("the disk is gone")
+
+    batches = ahead(source(), lambda item: started.append(item) or item, depth=2)
+    counts = []
+
+    def take_all():
+        for item in batches:
+            assert item == len(counts)
+            counts.append(len(started))
+
+    with pytest.raises(OSError, match="gone"):
+        take_all()
+    # The first one is not kept waiting for others; what is there comes before the failure.
+    assert counts == [1, 3, 5, 5, 5]
+    assert list(ahead(iter("abc"), str.upper, depth=2)) == ["A", "B", "C"]
+    assert list(ahead(iter("abc"), str.upper, depth=9)) == ["A", "B", "C"]
+    assert list(ahead(iter(""), str.upper, depth=2)) == []
 
 
 def test_a_batch_holds_what_the_keys_ask_for():
@@ -61,7 +113,8 @@ def test_a_batch_holds_what_the_keys_ask_for():
     for number, batch in enumerate(batches):
         samples = [dataset[3, index] for index in order[4 * number : 4 * number + 4]]
         pixels = torch.stack([sample.image for sample in samples]).movedim(-1, 1)
-        assert torch.equal(batch.images, Normalise(MEAN, STD, device=CPU, dtype=torch.float32)(pixels))
+        mirrored = torch.tensor([sample.mirrored for sample in samples])
+        assert torch.equal(batch.images, Normalise(MEAN, STD, device=CPU, dtype=torch.float32)(pixels, mirrored))
         assert batch.labels.tolist() == [sample.label for sample in samples]
         assert batch.labels.dtype == torch.int64
         assert torch.equal(batch.weights, torch.ones(4))
@@ -108,7 +161,8 @@ def test_validation_counts_every_image_once(length, world_size, micro_batch, wor
     assert len(counted) == length
     ours = sorted(image.flatten().tolist() for image in counted)
     theirs = Normalise(MEAN, STD, device=CPU, dtype=torch.float32)(
-        torch.stack([dataset[index].image for index in range(length)]).movedim(-1, 1)
+        torch.stack([dataset[index].image for index in range(length)]).movedim(-1, 1),
+        torch.zeros(length, dtype=torch.bool),
     )
     assert ours == sorted(image.flatten().tolist() for image in theirs)
 

@@ -1,0 +1,78 @@
+"""What is cut on the device is what the data set itself would have cut, to the bit."""
+
+import pytest
+import torch
+
+from recipe.data import BadImageError, HeldImages, TrainLoader, ValidationLoader, open_datasets
+from recipe.data.augment import resize
+from recipe.data.held import resized_boxes
+from recipe.data.sampler import PADDING
+from tests.data.images import MEAN, STD, Pictures, picture, pixels, write_folder
+
+CPU = torch.device("cpu")
+LOADER = {"device": "cpu", "dtype": torch.float32, "mean": MEAN, "std": STD, "rank": 0, "world_size": 1}
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (30, 41), (9, 100)])
+@pytest.mark.parametrize("size", [8, 24, 32, 57])
+def test_boxes_are_resized_as_torch_resizes_them_on_a_cpu(size, height, width):
+    generator = torch.Generator().manual_seed(size * width)
+    images = torch.randint(256, (400, height, width, 3), generator=generator, dtype=torch.uint8)
+    images[:100] = pixels(picture(width=width, height=height))
+    corners = torch.rand(400, 4, generator=generator)
+    heights, widths = 1 + (corners[:, 0] * height).long(), 1 + (corners[:, 1] * width).long()
+    tops = (corners[:, 2] * (height - heights + 1)).long()
+    lefts = (corners[:, 3] * (width - widths + 1)).long()
+    boxes = torch.stack([tops, lefts, heights, widths], 1)
+    for ours, image, (top, left, h, w) in zip(resized_boxes(images, boxes, size), images, boxes.tolist(), strict=True):
+        assert torch.equal(ours, resize(image[top : top + h, left : left + w], size, size)), (top, left, h, w)
+
+
+@pytest.mark.parametrize("crop", ["random_resized", "padded", "none"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_those_of_the_data_set(crop, workers):
+    plain = open_datasets("digits", None, 24, crop, True, 3, "stop")
+    train, validation = (HeldImages(part, CPU, training=part is plain[0]) for part in plain)
+    seen = []
+    for training, held_out in (plain, (train, validation)):
+        options = {"global_batch": 64, "micro_batch": 32, "seed": 1, "workers": workers}
+        loader = TrainLoader(training, **options, **LOADER)
+        batches = list(loader.epoch(2))
+        batches += ValidationLoader(held_out, micro_batch=50, workers=workers, **LOADER).batches()
+        seen.append(batches)
+        loader.close()
+    assert len(seen[0]) == len(seen[1]) > 40
+    for expected, ours in zip(*seen, strict=True):
+        assert torch.equal(ours.images, expected.images)
+        assert torch.equal(ours.labels, expected.labels)
+        assert torch.equal(ours.weights, expected.weights)
+
+
+def test_bad_images_are_replaced_or_left_out_as_from_the_folder(tmp_path):
+    folder = write_folder(tmp_path)
+    for part in ("train", "val"):
+        (folder / part / "c0" / "2.jpg").write_bytes(b"no image")
+    plain = open_datasets("imagefolder", folder, 16, "padded", True, 0, "skip")
+    for part in plain:
+        training = part is plain[0]
+        held = HeldImages(part, CPU, training=training)
+        for key in [(1, index) for index in range(6)] if training else [*range(6), PADDING]:
+            expected, ours = part[key], held[key]
+            assert torch.equal(held.on_device(ours.image[None])[0], expected.image), key
+            assert ours._replace(image=None) == expected._replace(image=None)
+    with pytest.raises(BadImageError, match=r"2\.jpg: not a readable image"):
+        HeldImages(open_datasets("imagefolder", folder, 16, "padded", True, 0, "stop")[1], CPU, training=False)
+
+
+def test_images_of_several_sizes_are_refused_where_boxes_are_cut_out_of_them():
+    with pytest.raises(ValueError, match=r"on_device = true: picture 1 has 30 × 21 pixels, picture 0 has 30 × 20; ran"):
+        HeldImages(Pictures(), CPU, training=True)
+    padded = HeldImages(Pictures(crop="padded"), CPU, training=True)
+    assert padded.on_device(torch.stack([padded[0, 5].image])).shape == (1, 16, 16, 3)
+
+
+def test_more_than_half_of_the_memory_is_refused_before_all_is_read(monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_AVPHYS_PAGES": 10, "SC_PAGE_SIZE": 4096}[name])
+    train = Pictures(length=1_000_000)
+    with pytest.raises(ValueError, match=r"1,000,000 images of 30 × 20 pixels take 1\.8 GB, of 0\.0 GB that are free"):
+        HeldImages(train, CPU, training=True)
