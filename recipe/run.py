@@ -110,11 +110,19 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
             requests.saved()
             telemetry.start_clock()
 
+        def expect_step() -> None:
+            seed_layers(plan, engine.global_steps)
+            watch.step = engine.global_steps
+            if engine.global_steps % plan.steps_per_epoch == plan.steps_per_epoch - 1:
+                validation_loader.begin()  # its first images are read while the epoch's last step runs
+
         try:
             while True:
                 epoch, first_step = divmod(engine.global_steps, plan.steps_per_epoch)
                 if first_step == 0 and engine.global_steps > history.validated_steps:
                     average_running_statistics(engine.module)
+                    if engine.global_steps < plan.total_steps:
+                        train_loader.begin_epoch(epoch)
                     batches = requests.watched(watch.awaited(validation_loader.batches()))
                     result = evaluate(engine, batches, run.device)
                     history.validations.append(telemetry.validation(result, engine.global_steps - 1))
@@ -124,10 +132,8 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
                 if engine.global_steps == plan.total_steps:
                     break
                 telemetry.start_clock()
-                seed_layers(plan, engine.global_steps)
-                watch.step = engine.global_steps
+                expect_step()
                 for step in train_epoch(engine, watch.awaited(train_loader.epoch(epoch, first_step)), gradient_norms):
-                    seed_layers(plan, engine.global_steps)
                     telemetry.step(step)
                     history.bad_images |= set(step.bad_images)
                     history.decoded_by_pil += step.decoded_by_pil
@@ -136,7 +142,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
                         raise Interrupted(signum)
                     if saves_within_epoch(plan, engine.global_steps, save_due):
                         save_now()
-                    watch.step = engine.global_steps
+                    expect_step()
         except Interrupted as end:
             save_now()
             done = f"{engine.global_steps:,} of {plan.total_steps:,} steps"

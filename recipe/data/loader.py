@@ -56,10 +56,12 @@ class _Loader:
         self._dataset = dataset
         self._sampler = sampler
         self._workers = workers
+        self._begun: Iterator[_HostBatch] | None = None
         self._loader = self._new_loader()
 
     def close(self) -> None:
         """End the worker processes. A later pass starts new ones."""
+        self._begun = None
         self._loader = self._new_loader()
 
     def _new_loader(self) -> DataLoader:
@@ -84,7 +86,8 @@ class _Loader:
             **processes,
         )
 
-    def _batches(self) -> Iterator[Batch]:
+    def _begin(self) -> Iterator[_HostBatch]:
+        """Begin a pass: from here on the workers read what it starts with."""
         with warnings.catch_warnings():
             # Python 3.12 warns when a process with threads forks. A worker runs PIL and copies tensors on one
             # thread; it needs no lock that another thread of this process (gloo, CUDA, a writer) may hold.
@@ -92,9 +95,12 @@ class _Loader:
             # The workers start with the signals blocked, so that none comes too early.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
-                host_batches = iter(self._loader)
+                return iter(self._loader)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _batches(self) -> Iterator[Batch]:
+        host_batches, self._begun = self._begun or self._begin(), None
         try:
             if self._device.type == "cuda":
                 yield from self._uploaded(host_batches)
@@ -195,11 +201,21 @@ class TrainLoader(_Loader):
             world_size=world_size,
             seed=seed,
         )
+        self._begun_at = (0, 0)
         super().__init__(dataset, self._order, workers=workers, device=device, dtype=dtype, mean=mean, std=std)
 
     @property
     def steps_per_epoch(self) -> int:
         return self._order.steps_per_epoch
+
+    def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Have the workers read what ``epoch`` of the same arguments will begin with.
+
+        Raises:
+            ValueError: The epoch has no such step.
+        """
+        self._order.set_epoch(epoch, first_step)
+        self._begun, self._begun_at = self._begin(), (epoch, first_step)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches of the epoch's steps from ``first_step`` on, in order.
@@ -209,7 +225,8 @@ class TrainLoader(_Loader):
             BadImageError: An image cannot be read, and the data set does not skip it.
             RuntimeError: A worker process died.
         """
-        self._order.set_epoch(epoch, first_step)
+        if self._begun is None or self._begun_at != (epoch, first_step):
+            self.begin_epoch(epoch, first_step)
         yield from self._batches()
 
 
@@ -231,6 +248,11 @@ class ValidationLoader(_Loader):
     ) -> None:
         sampler = ValidationSampler(len(dataset), micro_batch=micro_batch, rank=rank, world_size=world_size)
         super().__init__(dataset, sampler, workers=workers, device=device, dtype=dtype, mean=mean, std=std)
+
+    def begin(self) -> None:
+        """Have the workers read what the next pass will begin with."""
+        if self._begun is None:
+            self._begun = self._begin()
 
     def batches(self) -> Iterator[Batch]:
         """Yield the same number of batches on every rank; over all ranks every readable image counts once.

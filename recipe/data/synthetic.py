@@ -67,6 +67,12 @@ class SyntheticLoader:
     def steps_per_epoch(self) -> int:
         return self._train_order.steps_per_epoch
 
+    def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Do nothing: nobody waits for these images."""
+
+    def begin(self) -> None:
+        """Do nothing, likewise."""
+
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield as many batches as the epoch has micro-batches from ``first_step`` on.
 

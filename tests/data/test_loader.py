@@ -186,6 +186,42 @@ def test_global_random_states_are_neither_read_nor_written(workers):
     assert torch.equal(first, images(train_loader(train, workers=workers, global_batch=64, micro_batch=32).epoch(0)))
 
 
+class Noted(Pictures):
+    """Leaves a file where an image was read."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def image(self, index):
+        (self.folder / str(index)).touch()
+        return super().image(index)
+
+
+def test_what_a_pass_begins_with_is_read_before_it_is_asked_for(tmp_path):
+    train, validation = train_loader(Noted(tmp_path), workers=1), validation_loader(Noted(tmp_path), workers=1)
+    expected = epoch_permutation(1, 4, 23).tolist()[8:12]
+    for begin, indices in ((lambda: train.begin_epoch(4, 1), expected), (validation.begin, range(4))):
+        begin()
+        deadline = time.monotonic() + 30
+        while not all((tmp_path / str(index)).exists() for index in indices) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert all((tmp_path / str(index)).exists() for index in indices)
+        for file in tmp_path.iterdir():
+            file.unlink()
+    plain = train_loader()
+    # What was begun is taken once; another place than was begun is a pass of its own.
+    for place in ((4, 1), (4, 1), (3, 0)):
+        assert torch.equal(images(train.epoch(*place)), images(plain.epoch(*place)))
+    train.begin_epoch(4, 1)
+    assert torch.equal(images(train.epoch(2)), images(plain.epoch(2)))
+    for _ in range(2):
+        assert torch.equal(images(validation.batches()), images(validation_loader(Pictures()).batches()))
+        validation.begin()
+    train.close()
+    validation.close()
+
+
 class Deadly(Pictures):
     """Its first image kills the process that reads it."""
 
