@@ -1,15 +1,17 @@
 """How fast JPEGs become training batches: the recipe beside torchvision's reference and timm, in one run.
 
 Per image, on one thread, all take turns over the same files: read, decode, the paper's augmentation (a random
-part of random shape resized to ``--image-size``, mirrored half of the time), and uint8 pixels as they would be
-collated; normalisation is left to the device. CPU time is counted, so that other programs on the machine weigh little.
-torchvision's reference (``references/classification`` with its PIL backend) gets the recipe's crops, and the pixels are
-compared; timm draws its own, without the colour jitter that is its default and not the paper's. Beside them stand packs
-of the same files, made into a temporary folder by ``recipe pack``: of the originals, and of each ``--short-side``.
+part of random shape resized to ``--image-size``), and uint8 pixels as they would be collated. torchvision and timm
+mirror half of the images here, too, which the recipe leaves to the device, with the normalisation. CPU time is counted,
+so that other programs on the machine weigh little. torchvision's reference (``references/classification`` with its PIL
+backend) gets the recipe's crops, and the pixels are compared; timm draws its own, without the colour jitter that is its
+default and not the paper's. Beside them stand packs of the same files, made into a temporary folder by ``recipe pack``:
+of the originals, and of each ``--short-side``.
 
 Then whole loaders with worker processes, the recipe's and a DataLoader of torchvision's reference, in turn; beside
-their images a second stands what the main process itself pays for an image (taking a batch out of the queue,
-normalising it), which no worker takes from it and which bounds any number of workers.
+their images a second stands what the main process itself pays for an image, which no worker takes from it and which
+bounds any number of workers: to take a batch that a worker collated (and on a GPU to pin it), and to have it on the
+device, mirrored and normalised, which a CPU does itself and a GPU is only told to.
 
     python -m benchmarks.input_pipeline --images DIR --json benchmarks/results/input_pipeline_cpu.json
 
@@ -69,10 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "image_size": arguments.image_size,
                 "rounds": arguments.rounds,
                 "micro_batch": arguments.micro_batch,
+                "device": arguments.device,
             },
             "one_thread": one_thread(listing, packs, arguments.image_size, arguments.rounds),
             "loaders": [
-                loaders(listing, arguments.image_size, arguments.micro_batch, workers, arguments.rounds)
+                loaders(
+                    listing, arguments.image_size, arguments.micro_batch, workers, arguments.rounds, arguments.device
+                )
                 for workers in arguments.workers
             ],
         }
@@ -95,6 +100,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="passes over the images (default: %(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="one measurement each (default: 1 2)")
     parser.add_argument("--micro-batch", type=int, default=32, help="images a batch (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where the loaders' batches go (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
     return parser.parse_args(argv)
 
@@ -178,7 +184,7 @@ def one_thread(listing: ImageFolder, packs: dict[int, Path], image_size: int, ro
         "timm": timm_view,
     }
     for name, images in ours.items():
-        pipelines[name] = lambda epoch, index, images=images: images[epoch, index].image  # type: ignore[misc]
+        pipelines[name] = lambda epoch, index, images=images: images[epoch, index]  # type: ignore[misc]
     seconds: dict[str, list[float]] = {name: [0.0] * rounds for name in pipelines}
     mean_difference, largest_difference = dict.fromkeys(ours, 0.0), dict.fromkeys(ours, 0)
     for epoch in range(-1, rounds):  # the first pass warms up: files into memory, tables into caches
@@ -190,7 +196,9 @@ def one_thread(listing: ImageFolder, packs: dict[int, Path], image_size: int, ro
                 if epoch >= 0:
                     seconds[name][epoch] += time.thread_time() - started
             for name in ours:
-                difference = (views[name].movedim(-1, 0).int() - views["torchvision"].int()).abs()
+                sample = views[name]
+                ours_now = sample.image.flip(1) if sample.mirrored else sample.image
+                difference = (ours_now.movedim(-1, 0).int() - views["torchvision"].int()).abs()
                 mean_difference[name] += float(difference.float().mean()) / (len(listing) * (rounds + 1))
                 largest_difference[name] = max(largest_difference[name], int(difference.max()))
     return {
@@ -209,7 +217,9 @@ def pack_name(short_side: int) -> str:
     return f"pack {short_side}" if short_side else "pack"
 
 
-def loaders(listing: ImageFolder, image_size: int, micro_batch: int, workers: int, rounds: int) -> dict[str, Any]:
+def loaders(
+    listing: ImageFolder, image_size: int, micro_batch: int, workers: int, rounds: int, device: str
+) -> dict[str, Any]:
     """Images a second of whole loaders, in turn, and the CPU time an image of the process that takes the batches."""
     recipe = TrainLoader(
         data_set(listing, image_size),
@@ -219,8 +229,8 @@ def loaders(listing: ImageFolder, image_size: int, micro_batch: int, workers: in
         world_size=1,
         seed=SEED,
         workers=workers,
-        device="cpu",
-        dtype=torch.float32,
+        device=device,
+        dtype=torch.float32 if device == "cpu" else torch.float16,
         mean=MEAN,
         std=STD,
     )
@@ -231,6 +241,7 @@ def loaders(listing: ImageFolder, image_size: int, micro_batch: int, workers: in
     passes: dict[str, Callable[[int], Iterator[Any]]] = {
         "torchvision": lambda epoch: iter(theirs),
         "recipe": lambda epoch: recipe.epoch(epoch),
+        "recipe, taken": lambda epoch: recipe.host_batches(),
     }
     images_per_second: dict[str, list[float]] = {name: [] for name in passes}
     main_process: dict[str, list[float]] = {name: [] for name in passes}
@@ -240,6 +251,8 @@ def loaders(listing: ImageFolder, image_size: int, micro_batch: int, workers: in
             started, cpu = time.perf_counter(), time.process_time()
             for _ in one_pass(epoch):
                 pass
+            if device != "cpu":
+                torch.cuda.synchronize(device)
             if epoch:  # the first one starts the workers
                 images_per_second[name].append(images / (time.perf_counter() - started))
                 main_process[name].append((time.process_time() - cpu) / images)
@@ -254,7 +267,7 @@ def loaders(listing: ImageFolder, image_size: int, micro_batch: int, workers: in
 def predicted(report: dict[str, Any]) -> float:
     """Images a second with many workers, a core each and one for the main process: what bounds them first."""
     per_core: float = report["one_thread"]["images_per_second"]["recipe"]
-    main_process = max(case["main_process_seconds_per_image"]["recipe"] for case in report["loaders"])
+    main_process = max(case["main_process_seconds_per_image"]["recipe, taken"] for case in report["loaders"])
     return min(PREDICTED_WORKERS * per_core, 1 / main_process)
 
 
@@ -265,7 +278,8 @@ def format_report(report: dict[str, Any]) -> str:
     lines = [
         *heading("From JPEGs to training batches", report),
         f"{settings['images']} JPEGs ({origin}), {settings['image_size']} px, {settings['rounds']} passes, all files "
-        "in the page cache. Read, decoded, a random part resized, mirrored half of the time, uint8.",
+        "in the page cache. Read, decoded, a random part resized, uint8; torchvision and timm mirror half "
+        "of them, which the recipe leaves to the device.",
         "",
         "| on one thread | images a CPU second | ÷ torchvision | grey levels from torchvision's pixels: mean | most |",
         "|---|---|---|---|---|",
@@ -284,25 +298,27 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(f"| {label} | {speed:,.0f} | {alone['ratio'][name]:.2f} | {' | '.join(apart)} |")
     lines += [
         "",
-        f"| loader, micro-batch {settings['micro_batch']} | workers | images/s | main process, µs of CPU an image |",
-        "|---|---|---|---|",
+        f"| loader, micro-batch {settings['micro_batch']} | workers | images/s | main process, µs of CPU an image: "
+        "to take it | and to have it on the device |",
+        "|---|---|---|---|---|",
     ]
+    where = "fp32 on the CPU" if settings["device"] == "cpu" else "fp16 on the GPU"
     for case in report["loaders"]:
-        for name, label in (
-            ("torchvision", "DataLoader of torchvision's reference, uint8"),
-            ("recipe", "recipe, fp32"),
-        ):
-            lines.append(
-                f"| {label} | {case['workers']} | {case['images_per_second'][name]:,.0f} | "
-                f"{1e6 * case['main_process_seconds_per_image'][name]:.0f} |"
-            )
+        speed, cost = case["images_per_second"], case["main_process_seconds_per_image"]
+        take = 1e6 * cost["recipe, taken"]
+        lines += [
+            f"| DataLoader of torchvision's reference, uint8 | {case['workers']} | {speed['torchvision']:,.0f} | "
+            f"{1e6 * cost['torchvision']:.0f} | not done |",
+            f"| recipe, {where} | {case['workers']} | {speed['recipe']:,.0f} | {take:.0f} | "
+            f"{max(0.0, 1e6 * cost['recipe'] - take):.0f} |",
+        ]
     return "\n".join(
         [
             *lines,
             "",
-            "The recipe's main process normalises on the CPU here; on a GPU that is the device's work. Predicted for "
-            f"{PREDICTED_WORKERS} workers with a core each: {predicted(report):,.0f} images a second, the less of "
-            f"{PREDICTED_WORKERS} times one thread's and what the main process lets through. **Not measured.**",
+            f"Predicted for {PREDICTED_WORKERS} workers with a core each: {predicted(report):,.0f} images a second "
+            f"into a GPU, the less of {PREDICTED_WORKERS} times one thread's and what the main process can take. "
+            "**Not measured.**",
             "",
         ]
     )

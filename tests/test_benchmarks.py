@@ -226,7 +226,7 @@ def test_input_pipeline_compares_pixels_and_speed(tmp_path: Path, capsys: pytest
 
 def test_input_pipeline_predicts_what_the_narrower_side_lets_through() -> None:
     def predicted(per_core: float, main_process_seconds: float) -> float:
-        loaders = [{"main_process_seconds_per_image": {"recipe": main_process_seconds}}]
+        loaders = [{"main_process_seconds_per_image": {"recipe, taken": main_process_seconds}}]
         return input_pipeline.predicted({"one_thread": {"images_per_second": {"recipe": per_core}}, "loaders": loaders})
 
     assert predicted(500, 1e-4) == 8000

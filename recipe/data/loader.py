@@ -26,7 +26,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-class _HostBatch(NamedTuple):
+class HostBatch(NamedTuple):
     """What a worker sends: a NamedTuple, because DataLoader pins its tensors."""
 
     images: Tensor
@@ -56,7 +56,7 @@ class _Loader:
         self._dataset = dataset
         self._sampler = sampler
         self._workers = workers
-        self._begun: Iterator[_HostBatch] | None = None
+        self._begun: Iterator[HostBatch] | None = None
         self._loader = self._new_loader()
 
     def close(self) -> None:
@@ -86,8 +86,8 @@ class _Loader:
             **processes,
         )
 
-    def _begin(self) -> Iterator[_HostBatch]:
-        """Begin a pass: from here on the workers read what it starts with."""
+    def host_batches(self) -> Iterator[HostBatch]:
+        """Begin a pass, which from here on the workers read ahead, over batches as they come from a worker."""
         with warnings.catch_warnings():
             # Python 3.12 warns when a process with threads forks. A worker runs PIL and copies tensors on one
             # thread; it needs no lock that another thread of this process (gloo, CUDA, a writer) may hold.
@@ -100,23 +100,23 @@ class _Loader:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _batches(self) -> Iterator[Batch]:
-        host_batches, self._begun = self._begun or self._begin(), None
+        host_batches, self._begun = self._begun or self.host_batches(), None
         try:
             if self._device.type == "cuda":
                 yield from self._uploaded(host_batches)
             else:
-                yield from map(self._on_device, host_batches)
+                yield from map(self.on_device, host_batches)
         except BadImageError as error:
             # DataLoader puts the worker's traceback before the message; the message alone says what to do.
             raise BadImageError(str(error).rpartition("BadImageError: ")[2].strip()) from None
 
-    def _uploaded(self, host_batches: Iterator[_HostBatch]) -> Iterator[Batch]:
+    def _uploaded(self, host_batches: Iterator[HostBatch]) -> Iterator[Batch]:
         """The batches, made beside what the device computes, on a stream of their own."""
         stream = torch.cuda.Stream(self._device)
 
-        def upload(host: _HostBatch) -> tuple[Batch, torch.cuda.Event]:
+        def upload(host: HostBatch) -> tuple[Batch, torch.cuda.Event]:
             with torch.cuda.stream(stream):
-                return self._on_device(host), stream.record_event()
+                return self.on_device(host), stream.record_event()
 
         for batch, made in ahead(host_batches, upload, PREFETCHED):
             current = torch.cuda.current_stream(self._device)
@@ -126,7 +126,8 @@ class _Loader:
                 tensor.record_stream(current)
             yield batch
 
-    def _on_device(self, host: _HostBatch) -> Batch:
+    def on_device(self, host: HostBatch) -> Batch:
+        """Make of what a worker sends what training takes."""
         # Interleaved pixels become torch's channels_last without a copy.
         images = self._dataset.on_device(host.images).movedim(-1, 1)
         return Batch(
@@ -215,7 +216,7 @@ class TrainLoader(_Loader):
             ValueError: The epoch has no such step.
         """
         self._order.set_epoch(epoch, first_step)
-        self._begun, self._begun_at = self._begin(), (epoch, first_step)
+        self._begun, self._begun_at = self.host_batches(), (epoch, first_step)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches of the epoch's steps from ``first_step`` on, in order.
@@ -252,7 +253,7 @@ class ValidationLoader(_Loader):
     def begin(self) -> None:
         """Have the workers read what the next pass will begin with."""
         if self._begun is None:
-            self._begun = self._begin()
+            self._begun = self.host_batches()
 
     def batches(self) -> Iterator[Batch]:
         """Yield the same number of batches on every rank; over all ranks every readable image counts once.
@@ -264,8 +265,8 @@ class ValidationLoader(_Loader):
         yield from self._batches()
 
 
-def _collate(samples: list[Sample]) -> _HostBatch:
-    return _HostBatch(
+def _collate(samples: list[Sample]) -> HostBatch:
+    return HostBatch(
         default_collate([sample.image for sample in samples]),
         torch.tensor([sample.label for sample in samples]),
         torch.tensor([sample.weight for sample in samples]),
