@@ -198,7 +198,7 @@ def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, 
                 "recipe.batchnorm.statistics",
                 f"no micro-batch up to {largest} (recipe.max_micro_batch_size) holds groups of {n} samples or, on "
                 f"{world_size} ranks, makes them up",
-                _fitting_remedy(fitting),
+                _fitting_remedy(fitting, batch, n, world_size),
             )
     elif written in fitting:
         size = written
@@ -207,7 +207,7 @@ def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, 
             "train_micro_batch_size_per_gpu",
             f"micro-batches of {written} neither hold groups of {n} samples (recipe.batchnorm.statistics) nor, on "
             f"{world_size} ranks, make them up",
-            _fitting_remedy(fitting),
+            _fitting_remedy(fitting, batch, n, world_size),
         )
     return size, share // size
 
@@ -238,10 +238,17 @@ def _smaller_micro_batch_remedy(config: Config) -> str:
     )
 
 
-def _fitting_remedy(fitting: list[int]) -> str:
-    if not fitting:
-        return "no micro-batch does on so many ranks: choose another number of samples, batch or number of ranks"
-    return f"micro-batches that do: {', '.join(map(str, sorted(fitting)))}"
+def _fitting_remedy(fitting: list[int], batch: int, n: str | int, world_size: int) -> str:
+    if fitting:
+        return f"micro-batches that do: {', '.join(map(str, sorted(fitting)))}"
+    assert isinstance(n, int), "any micro-batch does for other statistics"
+    # A batch has such a micro-batch exactly if both ranks and groups share it out.
+    unit = math.lcm(n, world_size)
+    nearest = sorted({max(unit, batch // unit * unit), batch // unit * unit + unit})
+    return (
+        f'the nearest train_batch_size that can: {" or ".join(map(str, nearest))}, with "auto" for '
+        "train_micro_batch_size_per_gpu and gradient_accumulation_steps; or choose another number of samples or ranks"
+    )
 
 
 def _data_set_sizes(config: Config) -> tuple[int, int]:

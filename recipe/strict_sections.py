@@ -30,6 +30,7 @@ _LIMITS = {
     "too_short": "too short",
     "too_long": "too long",
     "finite_number": "not a finite number",
+    "string_pattern_mismatch": "not of this form",
 }
 
 
@@ -37,12 +38,24 @@ def validate(root: type[S], raw: dict[str, Any], file: str, whole: str) -> S:
     """The typed view of what a file holds.
 
     Raises:
-        ConfigError: the first thing that is wrong with it; where that is all of it, ``whole`` is what to do.
+        ConfigError: the first thing that is wrong with it, and every other key that is unknown or missing; where
+            that is all of it, ``whole`` is what to do.
     """
     try:
         return root.model_validate(raw)
     except ValidationError as error:
-        raise _refusal(root, error.errors(include_url=False), raw, file, whole) from None
+        errors = error.errors(include_url=False)
+        first = _refusal(root, errors, raw, file, whole)
+        remedy = first.remedy + _others(errors, first.key)
+        raise ConfigError(file, first.key, first.value, first.problem, remedy) from None
+
+
+def _others(errors: list[ErrorDetails], first: str) -> str:
+    """The keys beside the first that are unknown or missing: whoever writes a file wants to know all of them."""
+    named = {"extra_forbidden": "unknown", "missing": "missing"}
+    keys = [(dotted_key(error["loc"]), named[error["type"]]) for error in errors if error["type"] in named]
+    others = [f"{key} ({what})" for key, what in keys if key != first]
+    return f"; also {', '.join(others)}" if others else ""
 
 
 def _refusal(

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import pytest
 
 from benchmarks.launch import ROOT, environment
 from recipe.commands import study as command
-from recipe.commands.study_figures import draw_figures
-from recipe.commands.study_file import Study, Training, read_study
+from recipe.commands import study_figures
+from recipe.commands.figure import new_figure
+from recipe.commands.study_figures import Curve, Line, draw_figures
+from recipe.commands.study_file import Case, Figure, Study, StudyFile, Training, read_study
+from recipe.commands.study_progress import Progress
 from recipe.commands.study_report import format_report, wall_seconds
-from recipe.commands.study_results import Result, read_results, spread, write_csv
-from recipe.commands.study_runs import Launch, Where, check_output, read_launches, state
+from recipe.commands.study_results import all_settings, differing, last_epochs, missing, read_results, spread, write_csv
+from recipe.commands.study_runs import Launch, Runner, Where, _last_word, check_output, ending, read_launches
 from recipe.commands.study_runs import command as launch_command
 from recipe.config import ConfigError
 from recipe.lock import is_locked
@@ -83,14 +87,13 @@ def complete(training: Training, output: Path, errors: list[float]) -> None:
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
-def diverge(training: Training, output: Path) -> None:
-    """Leave what a run leaves that diverged in its second step."""
+def diverge(training: Training, output: Path, losses: Sequence[float | None] = (2.3, None)) -> None:
+    """Leave what a run leaves that diverged: the losses of its steps, two an epoch."""
     folder = output / training.folder
     folder.mkdir(parents=True)
-    steps = [{"event": "step", "step": step, "epoch": 0, "skipped": False, "loss_scale": 1.0} for step in (0, 1)]
-    (folder / "metrics.jsonl").write_text(
-        json.dumps(steps[0] | {"loss": 2.3}) + "\n" + json.dumps(steps[1] | {"loss": None}) + "\n"
-    )
+    usual = {"event": "step", "skipped": False, "loss_scale": 1.0}
+    steps = [usual | {"step": step, "epoch": step // 2, "loss": loss} for step, loss in enumerate(losses)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -135,10 +138,26 @@ def test_a_case_changes_what_the_study_changes_and_the_seed_is_the_runs(tmp_path
         ({"seeds": [-1]}, "seeds[0] = -1: too small; expected the seeds"),
         ({"title": 3}, "title = 3: not a string; expected the title of the report"),
         ({"set": {"recipe.seed": 1}}, 'set.recipe.seed = 1: the seeds are the study\'s; list it under "seeds"'),
-        ({"config": "no.json"}, "no.json: no such file or directory"),
-        ({"cases": [{"name": "a"}]}, "cases[0].label: missing; expected what tables and pictures call the case"),
+        (
+            {"config": "../no.json"},
+            'study.json: config = "../no.json": {above}/no.json: no such file or directory; the path is relative to '
+            "{here};",
+        ),
+        (
+            {"cases": [{"label": "a"}, {"name": "b", "sets": {}, "lable": "b"}]},
+            'cases[1].sets = {}: unknown key; did you mean "set"?; also cases[0].name (missing), cases[1].lable '
+            "(unknown)",
+        ),
         ({"cases": [{"name": "a", "label": "a", "lable": "a"}]}, 'cases[0].lable = "a": unknown key; did you mean'),
-        ({"cases": [{"name": "../a", "label": "a"}]}, 'cases[0].name = "../a": not'),
+        (
+            {"cases": [{"name": "../a", "label": "a"}]},
+            'cases[0].name = "../a": not of this form; expected the name of the case and of its folder, of letters,',
+        ),
+        (
+            {"cases": [{"name": "a", "set": {"train_batch_size": 200, "recipe.batchnorm.statistics": 32}}]},
+            'case "a": recipe.batchnorm.statistics = 32: no micro-batch up to 128 (recipe.max_micro_batch_size) holds '
+            "groups of 32 samples or, on 1 ranks, makes them up; the nearest train_batch_size that can: 192 or 224, ",
+        ),
         ({"cases": [{"name": "a", "label": "a"}] * 2}, 'cases[0].name = "a": another case has this name'),
         (
             {"cases": [{"name": "a", "label": "a", "set": {"recipe.schedule.wramup": "none"}}]},
@@ -170,7 +189,7 @@ def test_what_is_wrong_is_said_with_key_value_and_remedy(tmp_path: Path, changes
     raw = raw_study() | {"figures": []} | changes
     with pytest.raises(ConfigError) as caught:
         read_study(write(tmp_path, raw), world_size=1)
-    assert message in str(caught.value)
+    assert message.replace("{here}", str(tmp_path)).replace("{above}", str(tmp_path.parent)) in str(caught.value)
 
 
 def test_a_mistake_in_the_last_case_is_found_before_anything_runs(
@@ -193,25 +212,50 @@ def test_mean_and_sample_deviation_of_the_medians(tmp_path: Path) -> None:
     results = read_results(three, tmp_path)
     assert [result.median_error for result in results] == [3.0, 4.0, 8.0]
     assert [result.best_error for result in results] == [1.0, 2.0, 1.0]
-    found = spread(results)
+    found = spread(result.median_error for result in results)
     assert found.mean == pytest.approx(5)
     assert found.std == pytest.approx(7**0.5)
     assert str(found) == "5.00 ± 2.65"
-    assert str(spread(results[:1])) == "3.00"
+    assert str(spread([3.0, None])) == "3.00"
+    assert str(spread([None])) == ""
+    assert [result.final_error for result in results] == [5.0, 6.0, 1.0]
     assert statistics.stdev([3.0, 4.0, 8.0]) == pytest.approx(found.std)
 
 
-def test_diverged_and_open_runs_are_told_and_never_averaged(tmp_path: Path) -> None:
-    small, large, small_again, large_again = study(tmp_path).trainings
-    complete(small, tmp_path, [4.0, 2.0])
-    diverge(large, tmp_path)
-    diverge(small_again, tmp_path)
-    results = read_results(study(tmp_path), tmp_path)
-    assert [result.state for result in results] == ["complete", "diverged", "diverged", "open"]
-    assert str(spread(results[:2])) == "3.00, 1 of 2 diverged"
-    assert str(spread(results[1:3])) == "diverged"
-    assert str(spread(results[2:])) == "1 of 2 diverged, 1 of 2 not run"
-    assert state(large_again, tmp_path) == "open"
+def test_what_is_not_complete_is_told_with_its_reason_and_never_averaged(tmp_path: Path) -> None:
+    seven = study(tmp_path, seeds=list(range(7)), cases=raw_study()["cases"][:1], figures=[])
+    complete(seven.trainings[0], tmp_path, [4.0, 2.0])
+    for number in (1, 2):
+        diverge(seven.trainings[number], tmp_path)
+    refused = "ds_configs/x.json: fp16.enabled = true: the CPU does not support it"
+    polite = "ended by SIGTERM, saved after 3 of 10 steps; the same command goes on"
+    at_once = "SIGTERM: ended at once; the same command goes on"
+    for seed, failure in ((3, refused), (4, polite), (5, at_once)):
+        write_launch(tmp_path, seed=seed, failure=failure)
+    write_launch(tmp_path, seed=5, started=9.0, wall_seconds=None)  # whose end nobody saw
+    results = read_results(seven, tmp_path)
+    assert [(result.state, result.reason) for result in results] == [
+        ("complete", ""),
+        *[("diverged", "the loss of step 1 is not finite")] * 2,
+        ("failed", refused),
+        *[("interrupted", "0 of 10 steps are done")] * 2,
+        ("not started", ""),
+    ]
+    without = "2 of 7 diverged, 1 of 7 failed, 2 of 7 interrupted, 1 of 7 not started"
+    assert (missing(results), missing(results[1:3]), missing(results[:1])) == (without, "diverged", "")
+    assert (results[5].seconds, results[4].seconds) == (None, 60.0)
+    report = format_report(seven, results, read_launches(tmp_path), "…", [])
+    assert f"| batch 256 | 3.00, {without} | 2.00 |" in report
+    assert f"- batch 256, seed 3: failed: {refused}\n" in report
+    assert "- batch 256, seed 4: interrupted: 0 of 10 steps are done\n" in report
+    assert "- not started: 1 of 7 runs\n" in report
+
+
+def write_launch(output: Path, **values: Any) -> None:
+    launch = {"case": "small", "seed": 3, "date": "2026-11-01", "started": 0.0, "wall_seconds": 60.0}
+    launch |= {"cpu_seconds": 30.0, "load_before": 0.5}
+    with (output / "launches.jsonl").open("a") as file:
+        file.write(json.dumps(launch | values) + "\n")
 
 
 def test_an_overflow_that_fp16_skips_is_no_divergence(tmp_path: Path) -> None:
@@ -220,16 +264,18 @@ def test_an_overflow_that_fp16_skips_is_no_divergence(tmp_path: Path) -> None:
     metrics = tmp_path / training.folder / "metrics.jsonl"
     skipped = {"event": "step", "step": 2, "epoch": 0, "loss": None, "skipped": True, "loss_scale": 65536.0}
     metrics.write_text(metrics.read_text() + json.dumps(skipped) + "\n")
-    assert state(training, tmp_path) == "open"
+    assert ending(training, tmp_path) is None
 
 
 def test_the_csv_has_a_line_a_run_and_the_report_a_row_a_case(tmp_path: Path) -> None:
     two = study(tmp_path)
     for training, error in zip(two.trainings, (2.0, 3.0, 4.0, 5.0), strict=True):
         complete(training, tmp_path, [error])
-    line = {"case": "small", "seed": 3, "date": "2026-11-01", "started": 0.0, "wall_seconds": 60.0}
-    line |= {"cpu_seconds": 30.0, "load_before": 0.5}
-    (tmp_path / "launches.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line | {"started": 100.0}) + "\n{")
+    write_launch(tmp_path, cpu_seconds=None)  # a signal ended it
+    write_launch(tmp_path, started=100.0, wall_seconds=None, cpu_seconds=None)
+    write_launch(tmp_path, started=100.0)  # the end of the same
+    with (tmp_path / "launches.jsonl").open("a") as file:
+        file.write("{")
     results, launches = read_results(two, tmp_path), read_launches(tmp_path)
     write_csv(results, tmp_path / "results.csv")
     with (tmp_path / "results.csv").open() as file:
@@ -241,32 +287,115 @@ def test_the_csv_has_a_line_a_run_and_the_report_a_row_a_case(tmp_path: Path) ->
         ("large", "1"),
     ]
     assert rows[0] | {"median_error_percent": "2.0000", "wall_seconds": "120.0", "peak_rate": "0.1"} == rows[0]
+    assert (rows[0]["cpu_seconds"], rows[0]["final_error_percent"]) == ("", "2.0000")
     assert rows[2] | {"peak_rate": "0.2", "warmup": "gradual", "global_batch": "512", "cpu_seconds": "0.0"} == rows[2]
     pictures = draw_figures(two, results, tmp_path)
     report = format_report(two, results, launches, "python -m recipe study …", pictures)
-    assert "| batch 256 | 256 | 2 | 0.1 | none | 0 | 10 | 3.00 ± 1.41 |  |" in report
-    assert "| batch 512 | 512 | 4 | 0.2 | gradual | 1 | 4 | 4.00 ± 1.41 | 23.74 ± 0.09 |" in report
+    assert "| batch 256 | 256 | 2 | 0.1 | none | 0 | 10 | 3.00 ± 1.41 | 3.00 ± 1.41 |  |" in report
+    assert "| batch 512 | 512 | 4 | 0.2 | gradual | 1 | 4 | 4.00 ± 1.41 | 4.00 ± 1.41 | 23.74 ± 0.09 |" in report
+    assert "the median of the last 2 epochs of each run" in report
+    assert "All cases: model test_resnet, γ = 0 at the blocks' ends yes, data digits, train images 1,442," in report
+    assert "Not complete" not in report
     assert "2.0 minutes with all launches" in report
-    assert "1.0 minutes of a core" in report
+    assert "0.5 minutes of a core, without 1 of 2 launches, which were interrupted\n" in report
     assert "date: 2026-11-01\n" in report
     assert "![Both](curves.png)" in report
 
 
-def test_every_kind_of_picture_is_drawn_with_runs_that_diverged_and_runs_that_are_missing(tmp_path: Path) -> None:
-    figures = [
-        {"draw": "curves", "title": "t", "cases": ["small", "large"]},
-        {"draw": "error_by_batch_size", "title": "t", "cases": ["small", "large"]},
-        {"draw": "beside_baseline", "title": "t", "cases": ["large"], "baseline": "small"},
-    ]
-    drawn = study(tmp_path, figures=figures)
-    for output in (tmp_path / "nothing", tmp_path / "some"):
+def test_a_setting_that_differs_is_a_column_and_never_common(tmp_path: Path) -> None:
+    settings = {
+        "recipe.batchnorm.statistics": 16,
+        "recipe.data.crop": "none",
+        "recipe.data.image_size": 12,
+        "recipe.data.flip": True,
+        "recipe.model.name": "test_vit",
+        "recipe.schedule.decay_epochs": [1, 2],
+        "optimizer.params.momentum": 0.8,
+        "optimizer.params.nesterov": False,
+        "bf16.enabled": True,
+        "gradient_clipping": 1,
+    }
+    cases = [{"name": "usual"}, {"name": "other", "set": settings}]
+    two = study(tmp_path, cases=cases, seeds=[0, 1], figures=[])
+    shown = {"batchnorm_statistics": 16, "crop": "none", "image_size": 12, "model": "test_vit", "momentum": 0.8}
+    shown |= {"decay_epochs": [1.0, 2.0], "precision": "bf16"}
+    written = {key: settings[key] for key in ("recipe.data.flip", "optimizer.params.nesterov", "gradient_clipping")}
+    other = all_settings(two.of_case("other")[0])
+    assert {name: other[name] for name in differing(two.trainings)} == shown | written
+    results = read_results(two, tmp_path)
+    report = format_report(two, results, [], "…", [])
+    lines = {line.partition(" ")[2].partition(" ")[0]: line for line in report.splitlines() if line}
+    cells = dict(zip(lines["case"].split(" | "), lines["other"].split(" | "), strict=True))
+    assert (cells["decay epochs"], cells["recipe.data.flip"], cells["gradient clipping"]) == ("1, 2", "yes", "1")
+    for name in ("momentum", "image size", "crop", "model", "precision", "batchnorm statistics", "decay epochs"):
+        assert f"{name} " not in lines["cases:"]
+        assert name in cells
+    write_csv(results, tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open() as file:
+        nesterov = [row["optimizer.params.nesterov"] for row in csv.DictReader(file)]
+    assert nesterov == ["True", "True", "False", "False"]
+
+
+def test_the_median_is_of_no_more_epochs_than_there_are(tmp_path: Path) -> None:
+    def of(*epochs: int) -> str:
+        cases = [{"name": f"e{number}", "set": {"recipe.schedule.epochs": number}} for number in epochs]
+        return last_epochs(study(tmp_path, cases=cases, figures=[]).trainings)
+
+    assert (of(1), of(2)) == ("the last epoch", "the last 2 epochs")
+    assert (of(7, 5), of(2, 9)) == ("the last 5 epochs", "the last 2 to 5 epochs")
+
+
+FIGURES = [
+    {"draw": "curves", "title": "t", "cases": ["small", "large"]},
+    {"draw": "error_by_batch_size", "title": "t", "cases": ["small", "large"]},
+    {"draw": "beside_baseline", "title": "t", "cases": ["large"], "baseline": "small"},
+]
+
+
+def test_every_kind_of_picture_is_drawn_where_there_is_something_to_draw(tmp_path: Path) -> None:
+    drawn = study(tmp_path, figures=FIGURES)
+    nothing, some = tmp_path / "nothing", tmp_path / "some"
+    for output in (nothing, some):
         output.mkdir()
-        if output.name == "some":
-            complete(drawn.trainings[0], output, [50.0, 20.0, 3.0])
-            diverge(drawn.trainings[1], output)
-        pictures = draw_figures(drawn, read_results(drawn, output), output)
-        assert [picture.name for picture in pictures] == [f"{figure['draw']}.png" for figure in figures]
-        assert all(picture.with_suffix(".svg").stat().st_size > 1000 for picture in pictures)
+    results = read_results(drawn, nothing)
+    assert draw_figures(drawn, results, nothing) == [None] * 3
+    assert list(nothing.iterdir()) == []
+    assert 'No picture of "t": there is nothing to draw yet.\n' in format_report(drawn, results, [], "…", [None] * 3)
+    complete(drawn.trainings[0], some, [50.0, 20.0, 3.0])
+    diverge(drawn.trainings[1], some)
+    pictures = draw_figures(drawn, read_results(drawn, some), some)
+    assert [picture and picture.name for picture in pictures] == [f"{figure['draw']}.png" for figure in FIGURES]
+    assert all(picture and picture.with_suffix(".svg").stat().st_size > 1000 for picture in pictures)
+    (axes,) = study_figures._error_by_batch_size(
+        drawn.file.figures[1], {"small": read_results(drawn, some)[:2], "large": read_results(drawn, some)[2:]}, some
+    ).axes
+    assert axes.get_ylabel() == ("top-1 validation error, %: median of the last 2 epochs,\nmean ± std over the seeds")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "linear scaling (256: 1 of 2 not started; 512: 1 of 2 diverged, 1 of 2 not started)"
+    ]
+
+
+def test_a_run_that_diverges_leaves_the_frame_with_a_cross_and_the_legend_says_so(tmp_path: Path) -> None:
+    """Mean losses: 1, 1/2, 1/3 of the run that is whole; 2 = (1.5 + 2.5) / 2, then infinity of the other."""
+    both = study(tmp_path, figures=FIGURES)
+    complete(both.trainings[0], tmp_path, [50.0, 20.0, 3.0])
+    diverge(both.trainings[1], tmp_path, losses=[1.5, 2.5, 1.8, None])
+    runs = read_results(both, tmp_path)
+    lines = [study_figures._losses(of_case, tmp_path) for of_case in (runs[:1], runs[2:])]
+    _, axes = new_figure()
+    assert study_figures._draw(axes, study_figures._within_frame(lines))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "batch 256",
+        "batch 512 (1 of 2 diverged, 1 of 2 not started)",
+    ]
+    whole, diverging, cross = axes.lines
+    assert list(whole.get_ydata()) == [1, 1 / 2, 1 / 3]
+    assert list(diverging.get_ydata()) == [2.0]
+    assert (list(cross.get_xdata()), list(cross.get_ydata()), cross.get_marker()) == ([2], [1], "x")
+    assert cross.get_transform() == axes.get_xaxis_transform()
+    # One that is far above twice the others' highest before it diverges leaves the frame there.
+    (cut, _) = study_figures._within_frame([Line("", [Curve([1.0, 2.5, 9.0], 7)]), Line("", [Curve([1.2])])])
+    assert cut.curves == [Curve([1.0], 2)]
 
 
 def test_launches_side_by_side_are_not_added_up() -> None:
@@ -321,10 +450,85 @@ def test_jobs_are_for_one_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--jobs is for one machine" in capsys.readouterr().err
 
 
-def test_a_median_needs_a_complete_run(tmp_path: Path) -> None:
-    training = study(tmp_path).trainings[0]
-    result = Result(training, "open", None, None, None, 0.0, 0.0, None)
-    assert str(spread([result])) == "1 of 1 not run"
+def test_runs_side_by_side_share_cores_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    where = Where(None, ranks=2, jobs=2, gpus=4)
+    assert where.words(slot=1)[2:] == ["--include", "localhost:2,3"]
+    assert Where(None, ranks=2, jobs=2).words(slot=1)[2:] == ["--num_gpus", "2"]
+    assert Where(None, ranks=2, jobs=1, gpus=4).words()[2:] == ["--num_gpus", "2"]
+    with pytest.raises(ValueError, match=r"--jobs 3 with --num_gpus 2 takes 6 GPUs, and .* has 4; at most --jobs 2"):
+        Where(None, ranks=2, jobs=3, gpus=4)
+    photos = {"recipe.data.source": "imagefolder", "recipe.data.path": "photos"}
+    photos |= {"recipe.data.train_images": 1024, "recipe.data.validation_images": 64}
+    path = write(tmp_path, raw_study(set={**SHORT, **photos}))
+    shared = read_study(path, 2, cores_per_rank=where.cores_per_rank())
+    # 16 cores are 4 a rank, one of them for training.
+    assert launch_command(shared, shared.trainings[0], tmp_path, where)[-2:] == ["--set", "recipe.data.workers=3"]
+    alone = launch_command(shared, shared.trainings[0], tmp_path, Where(None, ranks=2))
+    assert not [word for word in alone if "workers" in word]
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, one: Study, output: Path, script: str) -> Runner:
+    """Run a study whose runs are a shell script: $0 is the run's folder, $1 the name by which it calls its config."""
+
+    def words(of: Study, training: Training, output: Path, where: Where, slot: int) -> list[str]:
+        changed = f"{of.config} (with {' '.join(f'--set {override}' for override in training.overrides)})"
+        return ["sh", "-c", script, str(output / training.folder), changed]
+
+    monkeypatch.setattr("recipe.commands.study_runs.command", words)
+    monkeypatch.setattr("recipe.commands.study_runs.POLL_SECONDS", 0.02)
+    output.mkdir(exist_ok=True)
+    with Progress(len(one.trainings), 0, 1, 0) as progress:
+        runner = Runner(one, output, Where(None, 1), progress)
+        runner.run()
+    return runner
+
+
+def test_what_no_case_can_run_for_is_found_out_with_two_launches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = study(tmp_path, seeds=[0, 1, 2], cases=[{"name": name} for name in "abcd"], figures=[])
+    runner = run_with(monkeypatch, many, tmp_path, 'echo "recipe: $1: fp16.enabled = true: no"; exit 2')
+    assert runner.refusal == f"{ROOT / 'ds_configs/digits_b512.json'}: fp16.enabled = true: no"
+    assert [str(training) for training in runner.failures] == ["a, seed 0", "b, seed 0"]
+    assert "1 of 12: a, seed 0 …\n[1/12] a, seed 0: failed: " in capsys.readouterr().out
+    launches = [(launch.case, launch.failure) for launch in read_launches(tmp_path)]
+    assert launches == [("a", runner.refusal), ("b", runner.refusal)]
+
+
+def test_what_one_case_is_refused_for_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = study(tmp_path, seeds=[0, 1], cases=[{"name": name} for name in "abc"], figures=[])
+    own = 'case $0 in */b/*) echo "recipe: $1: no such model"; exit 2;; *) echo "Killed"; exit 1;; esac'
+    runner = run_with(monkeypatch, many, tmp_path / "case", own)
+    assert runner.refusal is None
+    launched = [(launch.case, launch.seed) for launch in read_launches(tmp_path / "case")]
+    assert launched == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1)]
+    assert runner.failures[many.trainings[0]].startswith("Killed (")
+    # What is wrong with a folder, as another training in it, is that run's alone.
+    runner = run_with(monkeypatch, many, tmp_path / "folder", 'echo "recipe: $0 holds another training"; exit 2')
+    assert len(runner.failures) == 6
+
+
+def test_the_last_word_is_the_last_launchs(tmp_path: Path) -> None:
+    log = tmp_path / "launch.log"
+    log.write_text("$ deepspeed …\nrecipe: too late\n$ deepspeed …\nended by SIGTERM, saved\n[launch.py] exits\n")
+    assert _last_word(log, 1) == "ended by SIGTERM, saved"
+    log.write_text("$ deepspeed …\nrecipe: too late\n$ deepspeed …\n")
+    assert _last_word(log, 9) == "exit code 9"
+
+
+def test_the_readme_has_a_study_that_can_be_planned_and_every_key(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = [block.partition("```")[0] for block in readme.split("```json\n") if '"cases": [' in block]
+    (tmp_path / "digits_b512.json").write_text((ROOT / "ds_configs/digits_b512.json").read_text())
+    (tmp_path / "studies").mkdir()
+    path = tmp_path / "studies/mine.json"
+    path.write_text(example)
+    assert len(read_study(path, world_size=1).trainings) == 4
+    rows = [line.split("|")[1] for line in readme.splitlines() if line.startswith("| `")]
+    for prefix, section in (("", StudyFile), ("cases[].", Case), ("figures[].", Figure)):
+        for name in section.model_fields:
+            assert any(f"`{prefix}{name}`" in row or f"`{name}[]." in row for row in rows), prefix + name
 
 
 @pytest.mark.slow

@@ -12,12 +12,12 @@ from recipe.commands.study_file import Study, read_study
 from recipe.commands.study_progress import Progress
 from recipe.commands.study_report import format_report
 from recipe.commands.study_results import read_results, write_csv
-from recipe.commands.study_runs import Runner, Where, check_output, read_launches, state
+from recipe.commands.study_runs import REFUSED, Runner, Where, check_output, ending, read_launches
 from recipe.hostfile import count_slots, read_hostfile
 from recipe.interruption import say
 from recipe.lock import lock
 
-COMPLETE, FAILED, REFUSED = 0, 1, 2
+COMPLETE, FAILED = 0, 1
 CSV, REPORT = "results.csv", "results.md"
 
 
@@ -25,19 +25,19 @@ def main(argv: Sequence[str]) -> int:
     """Run what of the study is not complete, and write its report.
 
     Returns:
-        0 if every run is complete or has diverged, 1 if one failed, 2 if the study was refused, or 128 and the number
-        of the signal that ended it.
+        0 if every run is complete or has diverged, 1 if one failed, 2 if the study was refused or what all its runs
+        are refused for, or 128 and the number of the signal that ended it.
     """
     arguments = _parse(argv)
     output: Path = arguments.output or Path("runs", arguments.study.stem)
     try:
         ranks = count_slots(read_hostfile(arguments.hostfile)) if arguments.hostfile else arguments.num_gpus
-        study = read_study(arguments.study, ranks, arguments.data)
+        where = Where(arguments.hostfile, ranks, arguments.jobs, _count_gpus() if arguments.jobs > 1 else 0)
+        study = read_study(arguments.study, ranks, arguments.data, where.cores_per_rank())
         if study.file.figures:
             new_figure()  # what pictures need is missed now, not when all is trained
         with lock(output):
             check_output(study, output)
-            where = Where(arguments.hostfile, ranks, arguments.jobs)
             return _run(study, output, where, shlex.join(["python", "-m", "recipe", "study", *argv]))
     except ValueError as refusal:
         print(f"recipe: {refusal}", file=sys.stderr)
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(study: Study, output: Path, where: Where, command: str) -> int:
-    over = [training for training in study.trainings if state(training, output) != "open"]
+    over = [training for training in study.trainings if ending(training, output) is not None]
     images = sum(training.images for training in study.trainings)
     steps = sum(training.plan.total_steps for training in study.trainings)
     print(
@@ -62,6 +62,9 @@ def _run(study: Study, output: Path, where: Where, command: str) -> int:
     _report(study, output, command)
     for training, failure in runner.failures.items():
         say(f"{training} failed: {failure}")
+    if runner.refusal is not None:
+        say("no other run was started, as this lies in no case; mend it, and the same command goes on")
+        return REFUSED
     if runner.stopped_by is not None:
         say("ended by a signal, and the runs are saved; the same command goes on")
         return 128 + runner.stopped_by
@@ -74,7 +77,14 @@ def _report(study: Study, output: Path, command: str) -> None:
     pictures = draw_figures(study, results, output)
     report = format_report(study, results, read_launches(output), command, pictures)
     (output / REPORT).write_text(report, encoding="utf-8")
-    print(f"\n{report}\nIn {output}: {REPORT}, {CSV}, {', '.join(picture.name for picture in pictures)}", flush=True)
+    written = [REPORT, CSV, *(picture.name for picture in pictures if picture is not None)]
+    print(f"\n{report}\nIn {output}: {', '.join(written)}", flush=True)
+
+
+def _count_gpus() -> int:
+    import torch  # takes seconds, and only runs side by side have GPUs to share out
+
+    return torch.cuda.device_count()
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -3,13 +3,14 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipe.commands.figure import COLOURS, new_figure, save_figure
-from recipe.commands.study_file import Case, Figure, Study
-from recipe.commands.study_results import Result, spread
+from recipe.commands.study_file import Figure, Study
+from recipe.commands.study_results import Result, last_epochs, missing, spread
 from recipe.metrics import read_events
 
 if TYPE_CHECKING:
@@ -17,121 +18,148 @@ if TYPE_CHECKING:
 
 TRAINING_LOSS, VALIDATION_ERROR = "training loss, mean of an epoch", "top-1 validation error, %"
 OVER_SEEDS = "mean and range over the seeds"
+# A loss on its way to infinity would press all others together: it leaves the frame at so many times their highest.
+FRAME = 2.0
 
-Curve = list[float]
-"""A value an epoch, from the first on."""
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's values, one an epoch from the first on, NaN where there is none; ``left_in`` is the epoch, counted from
+    1, in which it diverged.
+    """
+
+    values: list[float]
+    left_in: int | None = None
 
 
-def draw_figures(study: Study, results: Sequence[Result], output: Path) -> list[Path]:
-    """Draw what the study asks for as PNG and SVG; return the PNGs.
+@dataclass(frozen=True)
+class Line:
+    """A case in a picture: the curves of its runs, and what the legend says."""
+
+    label: str
+    curves: list[Curve]
+
+
+def draw_figures(study: Study, results: Sequence[Result], output: Path) -> list[Path | None]:
+    """Draw what the study asks for as PNG and SVG; return the PNG of each figure, None where there is nothing to draw.
 
     Raises:
         ValueError: matplotlib is not installed.
         OSError: they cannot be written.
     """
-    drawing: dict[str, Callable[[Study, Figure, Sequence[Result], Path], Any]] = {
+    drawing: dict[str, Callable[[Figure, dict[str, list[Result]], Path], Any]] = {
         "error_by_batch_size": _error_by_batch_size,
         "beside_baseline": _beside_baseline,
         "curves": _curves,
     }
-    pictures = []
-    for asked in study.file.figures:
-        figure = drawing[asked.draw](study, asked, results, output)
-        pictures.append(save_figure(figure, output / asked.draw)[0])
-    return pictures
+    cases = {case.name: [r for r in results if r.training.case.name == case.name] for case in study.file.cases}
+    figures = [drawing[asked.draw](asked, cases, output) for asked in study.file.figures]
+    return [
+        None if figure is None else save_figure(figure, output / asked.draw)[0]
+        for asked, figure in zip(study.file.figures, figures, strict=True)
+    ]
 
 
-def _error_by_batch_size(study: Study, asked: Figure, results: Sequence[Result], output: Path) -> Any:
+def _error_by_batch_size(asked: Figure, cases: dict[str, list[Result]], output: Path) -> Any:
     """The paper's Figure 1; a line for each scaling rule."""
-    figure, axes = new_figure()
     lines: dict[str, dict[int, list[Result]]] = defaultdict(dict)
     for name in asked.cases:
-        runs = [result for result in results if result.training.case.name == name]
-        plan = runs[0].training.plan
-        lines[plan.config.recipe.schedule.scaling_rule][plan.global_batch] = runs
+        plan = cases[name][0].training.plan
+        lines[plan.config.recipe.schedule.scaling_rule][plan.global_batch] = cases[name]
     batches = sorted({batch for points in lines.values() for batch in points})
-    chance = 100 - 100 / study.trainings[0].plan.config.recipe.model.num_classes
-    for rule, points in lines.items():
-        spreads = {batch: spread(runs) for batch, runs in sorted(points.items())}
+    means: list[float] = []
+    figure, axes = new_figure()
+    for colour, (rule, points) in zip(COLOURS, lines.items(), strict=False):
+        spreads = {batch: spread(run.median_error for run in runs) for batch, runs in sorted(points.items())}
         found = [(batch, one.mean, one.std or 0.0) for batch, one in spreads.items() if one.mean is not None]
-        if found:
-            x, y, stds = zip(*found, strict=True)
-            axes.errorbar(x, y, yerr=stds, marker="o", capsize=4, label=f"{rule} scaling")
-            for batch, mean, _ in found:
-                axes.annotate(f"{mean:.2f}", (batch, mean), (-6, 6), textcoords="offset points", fontsize=9, ha="right")
-        diverged = [batch for batch, one in spreads.items() if one.diverged]
-        if diverged:
-            axes.plot(
-                diverged, [chance] * len(diverged), "x", color="black", label=f"{rule} scaling: runs that diverged"
-            )
+        without = [f"{batch:,}: {missing(runs)}" for batch, runs in sorted(points.items()) if missing(runs)]
+        label = f"{rule} scaling" + (f" ({'; '.join(without)})" if without else "")
+        x, y, stds = zip(*found, strict=True) if found else ((), (), ())
+        axes.errorbar(x, y, yerr=stds, marker="o", capsize=4, color=colour, label=label)
+        for batch, mean, _ in found:
+            axes.annotate(f"{mean:.2f}", (batch, mean), (-6, 6), textcoords="offset points", fontsize=9, ha="right")
+        for batch, runs in points.items():
+            if any(run.state == "diverged" for run in runs):
+                _mark_above(axes, batch, colour)
+        means += y
+    if not means:
+        return None
     axes.set_xscale("log", base=2)
     axes.margins(x=0.08)
     axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
     axes.minorticks_off()
-    means = [one.mean for points in lines.values() for one in map(spread, points.values()) if one.mean is not None]
-    if means and 0 < 10 * min(means) < max(means):
+    if 0 < 10 * min(means) < max(means):
         axes.set_yscale("log")
         _plain_numbers(axes)
-    axes.set(xlabel="global batch", ylabel=f"{VALIDATION_ERROR}, mean ± std", title=asked.title)
-    if axes.has_data():
-        axes.legend(frameon=False, loc="upper left")
+    of = last_epochs(run.training for name in asked.cases for run in cases[name])
+    axes.set(xlabel="global batch", ylabel=f"{VALIDATION_ERROR}: median of {of},\nmean ± std over the seeds")
+    axes.set_title(asked.title, pad=12)
+    axes.legend(frameon=False, loc="upper left")
     return figure
 
 
-def _beside_baseline(study: Study, asked: Figure, results: Sequence[Result], output: Path) -> Any:
+def _beside_baseline(asked: Figure, cases: dict[str, list[Result]], output: Path) -> Any:
     """The paper's Figure 2: the training loss of each case in a panel of its own, with the baseline's."""
-    figure, panels = new_figure(columns=len(asked.cases), size=(4.2 * len(asked.cases), 4.4))
-    panels = [panels] if len(asked.cases) == 1 else list(panels)
-    cases = {case.name: case for case in study.file.cases}
     assert asked.baseline is not None, "the study's file has been checked"
-    baseline = _loss_curves(asked.baseline, results, output)
+    baseline, *others = [_losses(cases[name], output) for name in (asked.baseline, *asked.cases)]
+    figure, panels = new_figure(columns=len(others), size=(4.2 * len(others), 4.4))
+    panels = [panels] if len(others) == 1 else list(panels)
     for panel in panels[1:]:
         panel.sharey(panels[0])
-    for panel, name in zip(panels, asked.cases, strict=True):
-        _draw_mean(panel, cases[asked.baseline], baseline, COLOURS[0])
-        _draw_mean(panel, cases[name], _loss_curves(name, results, output), COLOURS[1])
-        _over_epochs(panel)
+    drawn = [_draw(panel, _within_frame([baseline, line])) for panel, line in zip(panels, others, strict=True)]
     panels[0].set_ylabel(TRAINING_LOSS)
     figure.suptitle(f"{asked.title}: {OVER_SEEDS}")
-    return figure
+    return figure if any(drawn) else None
 
 
-def _curves(study: Study, asked: Figure, results: Sequence[Result], output: Path) -> Any:
+def _curves(asked: Figure, cases: dict[str, list[Result]], output: Path) -> Any:
     """The paper's Figure 4: training and validation of all cases over the epochs."""
     figure, (left, right) = new_figure(columns=2, size=(11, 5))
-    cases = {case.name: case for case in study.file.cases}
-    for number, name in enumerate(asked.cases):
-        colour = COLOURS[number % len(COLOURS)]
-        _draw_mean(left, cases[name], _loss_curves(name, results, output), colour)
-        _draw_mean(right, cases[name], _error_curves(name, results, output), colour)
-    _over_epochs(left)
-    _over_epochs(right)
+    losses = _draw(left, _within_frame([_losses(cases[name], output) for name in asked.cases]))
+    errors = _draw(right, [_errors(cases[name], output) for name in asked.cases])
     left.set_ylabel(TRAINING_LOSS)
     right.set_ylabel(VALIDATION_ERROR)
     figure.suptitle(f"{asked.title}: {OVER_SEEDS}")
-    return figure
+    return figure if losses or errors else None
 
 
-def _draw_mean(axes: "Axes", case: Case, curves: Sequence[Curve], colour: str) -> None:
-    """The mean over seeds, of those that got so far, and a band from the lowest to the highest."""
-    if not curves:
-        return
-    epochs = range(1, max(map(len, curves)) + 1)
-    values = [[curve[epoch - 1] for curve in curves if len(curve) >= epoch] for epoch in epochs]
-    axes.plot(epochs, [statistics.mean(at) for at in values], color=colour, linewidth=1.6, label=case.label)
-    axes.fill_between(epochs, [min(at) for at in values], [max(at) for at in values], color=colour, alpha=0.15)
-
-
-def _over_epochs(axes: "Axes") -> None:
-    """Whole epochs to the right, a logarithmic scale with plain numbers upwards, and a legend."""
+def _draw(axes: "Axes", lines: Sequence[Line]) -> bool:
+    """Draw the mean over seeds, of those that got so far, with a band from the lowest to the highest and a cross above
+    the frame where a run diverged; tell whether there was anything to draw.
+    """
     from matplotlib.ticker import MaxNLocator
 
+    drawn = False
+    for number, line in enumerate(lines):
+        colour = COLOURS[number % len(COLOURS)]
+        epochs = range(1, max((len(curve.values) for curve in line.curves), default=0) + 1)
+        values = [[curve.values[epoch - 1] for curve in line.curves if len(curve.values) >= epoch] for epoch in epochs]
+        known = {
+            epoch: finite
+            for epoch, at in zip(epochs, values, strict=True)
+            if (finite := [value for value in at if math.isfinite(value)])
+        }
+        means = [statistics.mean(at) for at in known.values()]
+        marker = "o" if len(known) == 1 else None  # a line of one point is none
+        axes.plot(list(known), means, color=colour, linewidth=1.6, marker=marker, label=line.label)
+        lowest, highest = [min(at) for at in known.values()], [max(at) for at in known.values()]
+        axes.fill_between(list(known), lowest, highest, color=colour, alpha=0.15)
+        for curve in line.curves:
+            if curve.left_in is not None:
+                _mark_above(axes, curve.left_in, colour)
+        drawn = drawn or bool(known)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if axes.lines:
+    if drawn:
         axes.set_yscale("log")
         _plain_numbers(axes)
-        axes.legend(frameon=False)
+    axes.legend(frameon=False)
+    return drawn
+
+
+def _mark_above(axes: "Axes", x: float, colour: str) -> None:
+    """A cross on the upper edge of the frame: what would be drawn here lies beyond it."""
+    axes.plot([x], [1], "x", color=colour, markersize=8, transform=axes.get_xaxis_transform(), clip_on=False)
 
 
 def _plain_numbers(axes: "Axes") -> None:
@@ -142,28 +170,49 @@ def _plain_numbers(axes: "Axes") -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _loss_curves(name: str, results: Sequence[Result], output: Path) -> list[Curve]:
-    """The mean training loss of each epoch, a curve a run; it ends with the epoch in which a run diverged."""
+def _within_frame(lines: Sequence[Line]) -> list[Line]:
+    """The lines with each run that diverged cut where it leaves the frame, which the others make."""
+    others = [curve.values for line in lines for curve in line.curves if curve.left_in is None]
+    frame = FRAME * max((value for values in others for value in values if not math.isnan(value)), default=math.inf)
+    return [Line(line.label, [_cut(curve, frame) for curve in line.curves]) for line in lines]
+
+
+def _cut(curve: Curve, frame: float) -> Curve:
+    if curve.left_in is None:
+        return curve
+    inside = next((i for i, value in enumerate(curve.values) if value > frame), None)
+    return curve if inside is None else Curve(curve.values[:inside], inside + 1)
+
+
+def _losses(runs: Sequence[Result], output: Path) -> Line:
+    """The mean training loss of each epoch, a curve a run, without the updates that fp16's loss scale skipped."""
     curves = []
-    for events in _events(name, results, output):
-        losses: Mapping[int, list[float]] = defaultdict(list)
-        for event in events:
-            if event["event"] == "step":
-                losses[event["epoch"]].append(math.nan if event["loss"] is None else event["loss"])
-        means = [statistics.mean(epoch) for epoch in losses.values()]
-        curves.append([mean for mean in means if math.isfinite(mean)])
-    return curves
+    for run in runs:
+        steps = [event for event in read_events(output / run.training.folder) if event["event"] == "step"]
+        losses: dict[int, list[float]] = {event["epoch"]: [] for event in steps}
+        for event in steps:
+            losses[event["epoch"]] += [] if event["loss"] is None else [event["loss"]]
+        means = [statistics.mean(epoch) if epoch else math.nan for epoch in losses.values()]
+        left_in = _left_in(run, steps)
+        curves.append(Curve(means if left_in is None else means[: left_in - 1], left_in))
+    return Line(_label(runs), curves)
 
 
-def _error_curves(name: str, results: Sequence[Result], output: Path) -> list[Curve]:
+def _errors(runs: Sequence[Result], output: Path) -> Line:
     """The top-1 validation error after each epoch in per cent, a curve a run."""
-    return [
-        [100 - event["top1"] for event in events if event["event"] == "validation"]
-        for events in _events(name, results, output)
-    ]
+    curves = []
+    for run in runs:
+        events = read_events(output / run.training.folder)
+        errors = [100 - event["top1"] for event in events if event["event"] == "validation"]
+        curves.append(Curve(errors, _left_in(run, events)))
+    return Line(_label(runs), curves)
 
 
-def _events(name: str, results: Sequence[Result], output: Path) -> list[list[dict[str, Any]]]:
-    """The metrics of the case's runs that are over."""
-    of_case = [result for result in results if result.training.case.name == name and result.state != "open"]
-    return [read_events(output / result.training.folder) for result in of_case]
+def _left_in(run: Result, events: Sequence[dict[str, Any]]) -> int | None:
+    """The epoch, counted from 1, in which a run diverged, if it did."""
+    return int(events[-1]["epoch"]) + 1 if run.state == "diverged" else None
+
+
+def _label(runs: Sequence[Result]) -> str:
+    case, without = runs[0].training.case, missing(runs)
+    return f"{case} ({without})" if without else str(case)

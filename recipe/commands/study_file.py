@@ -24,16 +24,20 @@ Overrides = dict[str, Any]
 
 class Case(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """the name of the case and of its folder, of letters, digits, dots, dashes and underscores"""
+    """the name of the case and of its folder, of letters, digits, dots, dashes and underscores, a letter or a digit
+    first"""
 
-    label: Text
-    """what tables and pictures call the case, a string"""
+    label: Text | None = None
+    """what tables and pictures call the case, a string, or null: its name"""
 
     paper: Text | None = None
     """the paper's figure for it, a string such as "23.74 ± 0.09", or null"""
 
     set: Overrides = Field(default_factory=dict)
     """what differs from the config, an object with dotted keys as in --set"""
+
+    def __str__(self) -> str:
+        return self.label or self.name
 
 
 class Figure(Section):
@@ -55,8 +59,8 @@ class StudyFile(Section):
     title: Text
     """the title of the report, a string"""
 
-    paper: Text
-    """what the paper did and found, a string"""
+    paper: Text | None = None
+    """what the paper did and found, a string, or null"""
 
     config: Text
     """the config that all cases start from, a path from the folder of the study's file"""
@@ -68,10 +72,10 @@ class StudyFile(Section):
     """the seeds with which each case is trained, a list of whole numbers >= 0"""
 
     cases: Annotated[tuple[Case, ...], Field(strict=False, min_length=1)]
-    """the trainings to compare, a list of objects with name, label, set and what the paper found"""
+    """the trainings to compare, a list of objects with name, label, paper and set"""
 
     figures: Annotated[tuple[Figure, ...], Field(strict=False)] = ()
-    """the pictures, a list of objects with draw, title and cases"""
+    """the pictures, a list of objects with draw, title, cases and, for "beside_baseline", baseline"""
 
 
 @dataclass(frozen=True, eq=False)  # each is its own; plans are too large to compare
@@ -94,7 +98,7 @@ class Training:
         return self.plan.total_steps * self.plan.global_batch
 
     def __str__(self) -> str:
-        return f"{self.case.label}, seed {self.seed}"
+        return f"{self.case}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,9 @@ class Study:
         return [training for training in self.trainings if training.case.name == name]
 
 
-def read_study(path: Path, world_size: int, data: str | None = None) -> Study:
-    """Read a study and plan its runs on ``world_size`` ranks; ``data`` replaces the folder of the data.
+def read_study(path: Path, world_size: int, data: str | None = None, cores_per_rank: int | None = None) -> Study:
+    """Read a study and plan its runs on ``world_size`` ranks, each with so many cores, all of this machine unless
+    told; ``data`` replaces the folder of the data.
 
     All cases of the first seed come first, so that a study that is stopped half-way has something to compare.
 
@@ -124,10 +129,15 @@ def read_study(path: Path, world_size: int, data: str | None = None) -> Study:
     for key, value, problem, remedy in _contradictions(file):
         raise ConfigError(str(path), key, value, problem, remedy)
     config = Path(os.path.normpath(path.parent / file.config))
+    try:
+        read_text(config, "*.json")
+    except ConfigError as error:
+        problem, remedy = f"{error.file}: {error.problem}", f"the path is relative to {path.parent}; {error.remedy}"
+        raise ConfigError(str(path), "config", file.config, problem, remedy) from None
     read_config(config)  # by itself, so that what is wrong with it is not laid at a case's door
     common = dict(file.set) if data is None else {**file.set, "recipe.data.path": data}
     trainings = tuple(
-        _training(path, config, case, seed, {**common, **case.set}, world_size)
+        _training(path, config, case, seed, {**common, **case.set}, world_size, cores_per_rank)
         for seed in file.seeds
         for case in file.cases
     )
@@ -135,13 +145,21 @@ def read_study(path: Path, world_size: int, data: str | None = None) -> Study:
     return Study(path, config, file, trainings)
 
 
-def _training(path: Path, config: Path, case: Case, seed: int, changes: Overrides, world_size: int) -> Training:
+def _training(
+    path: Path,
+    config: Path,
+    case: Case,
+    seed: int,
+    changes: Overrides,
+    world_size: int,
+    cores_per_rank: int | None,
+) -> Training:
     overrides = tuple(f"{key}={_value_text(value)}" for key, value in {**changes, SEED: seed}.items())
     file = f'{path}, case "{case.name}"'
     raw = parse_json(read_text(config, "*.json"), str(config))
     for override in overrides:
         apply_override(raw, override, file)
-    return Training(case, seed, make_plan(parse_config(raw, file), world_size), overrides)
+    return Training(case, seed, make_plan(parse_config(raw, file), world_size, cores_per_rank), overrides)
 
 
 def _value_text(value: Any) -> str:

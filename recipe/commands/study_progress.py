@@ -42,6 +42,11 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
+    def starts(self, training: Training) -> None:
+        """A run has been launched."""
+        self._under_way[training] = 0
+        self._say(f"{self.runs_over + len(self._under_way)} of {self.runs}: {training} …")
+
     def images(self, training: Training, images: int) -> None:
         """A run has trained on so many images so far."""
         self._under_way[training] = images

@@ -5,32 +5,42 @@ from pathlib import Path
 
 from recipe.commands.machine import processor
 from recipe.commands.study_file import Study
-from recipe.commands.study_results import Result, settings, spread
+from recipe.commands.study_results import Result, all_settings, differing, last_epochs, missing, settings, spread
 from recipe.commands.study_runs import Launch
 from recipe.strict_json import printable
-from recipe.summary import LAST_EPOCHS
 
 
 def format_report(
-    study: Study, results: Sequence[Result], launches: Sequence[Launch], command: str, pictures: Sequence[Path]
+    study: Study, results: Sequence[Result], launches: Sequence[Launch], command: str, pictures: Sequence[Path | None]
 ) -> str:
-    """The report; ``pictures`` lie beside it."""
+    """The report; ``pictures`` lie beside it, one for each figure, or None where there is nothing to draw."""
     file = study.file
     lines = [
         f"# {file.title}",
         "",
         *_circumstances(results, launches, command),
         "",
-        f"The paper: {file.paper}",
-        "",
+        *([f"The paper: {file.paper}", ""] if file.paper else []),
         *_table(study, results),
         "",
-        f"Top-1 validation error in per cent: the median of the last {LAST_EPOCHS} epochs of each run, mean ± sample "
-        f"standard deviation over the seeds ({', '.join(map(str, file.seeds))}). Each run: [results.csv](results.csv).",
+        f"Top-1 validation error in per cent, mean ± sample standard deviation over the seeds "
+        f"({', '.join(map(str, file.seeds))}): the median of {last_epochs(study.trainings)} of each run, and the final "
+        "one. Each run: [results.csv](results.csv).",
+        *_incomplete(results),
     ]
     for figure, picture in zip(file.figures, pictures, strict=True):
-        lines += ["", f"![{figure.title}]({picture.name})"]
+        nothing = f'No picture of "{figure.title}": there is nothing to draw yet.'
+        lines += ["", nothing if picture is None else f"![{figure.title}]({picture.name})"]
     return "".join(f"{printable(line)}\n" for line in lines)
+
+
+def _incomplete(results: Sequence[Result]) -> list[str]:
+    """The runs that have no error to report, each with its reason."""
+    lines = [f"- {result.training}: {result.state}: {result.reason}" for result in results if result.reason]
+    not_started = sum(result.state == "not started" for result in results)
+    if not_started:
+        lines.append(f"- not started: {not_started} of {len(results)} runs")
+    return ["", "Not complete:", "", *lines] if lines else []
 
 
 def _circumstances(results: Sequence[Result], launches: Sequence[Launch], command: str) -> list[str]:
@@ -47,19 +57,21 @@ def _circumstances(results: Sequence[Result], launches: Sequence[Launch], comman
     ]
     if launches:
         loads = [launch.load_before for launch in launches]
-        cpu_seconds = sum(launch.cpu_seconds for launch in launches)
+        known = [launch.cpu_seconds for launch in launches if launch.cpu_seconds is not None]
+        unknown = len(launches) - len(known)
         lines.append(
             f"- time: {wall_seconds(launches) / 60:.1f} minutes with all launches, while the load average was "
-            f"{min(loads)} to {max(loads)}; they used {cpu_seconds / 60:.1f} minutes of a core"
+            f"{min(loads)} to {max(loads)}; they used {sum(known) / 60:.1f} minutes of a core"
+            + (f", without {unknown} of {len(launches)} launches, which were interrupted" if unknown else "")
         )
     return lines
 
 
 def wall_seconds(launches: Sequence[Launch]) -> float:
-    """The time in which at least one launch was under way."""
+    """The time in which at least one launch was under way, of those whose end was seen."""
     total, end = 0.0, 0.0
     for launch in sorted(launches, key=lambda launch: launch.started):
-        launch_end = launch.started + launch.wall_seconds
+        launch_end = launch.started + (launch.wall_seconds or 0.0)
         total += max(0.0, launch_end - max(end, launch.started))
         end = max(end, launch_end)
     return total
@@ -68,34 +80,38 @@ def wall_seconds(launches: Sequence[Launch]) -> float:
 def _table(study: Study, results: Sequence[Result]) -> list[str]:
     """A row a case; of the settings those that differ, the others on a line before it."""
     of_cases = [[result for result in results if result.training.case == case] for case in study.file.cases]
-    chosen = [settings(runs[0].training) for runs in of_cases]
-    differing = [name for name in chosen[0] if len({str(values[name]) for values in chosen}) > 1]
-    common = [f"{_words(name)} {_shown(value)}" for name, value in chosen[0].items() if name not in differing]
-    plan = study.trainings[0].plan
-    recipe, n = plan.config.recipe, plan.config.recipe.batchnorm.statistics
+    names = differing(runs[0].training for runs in of_cases)
+    common = [
+        f"{_words(name)} {_shown(value)}" for name, value in settings(study.trainings[0]).items() if name not in names
+    ]
     compares = any(case.paper for case in study.file.cases)
-    head = ["case", *map(_words, differing), "error, %", *(["the paper's, ImageNet"] if compares else [])]
+    head = ["case", *map(_words, names), "median error, %", "final error, %"]
+    head += ["the paper's, ImageNet"] if compares else []
     lines = [
-        f"All cases: {recipe.model.name} on {recipe.data.source} at {recipe.data.image_size} px ({plan.train_images:,} "
-        f"training images, {plan.validation_images:,} for validation), crop {recipe.data.crop}, {plan.precision}, "
-        f"batch norm over {f'{n} images' if isinstance(n, int) else f'the {n} micro-batch'}, rates scaled from a batch "
-        f"of {recipe.schedule.reference_batch_size:,} and decayed at epochs "
-        f"{', '.join(f'{epoch:g}' for epoch in recipe.schedule.decay_epochs) or 'none'}; {', '.join(common)}.",
+        f"All cases: {', '.join(common)}; all else as in `{study.config}` with what `{study.path}` changes.",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
     ]
-    for case, values, runs in zip(study.file.cases, chosen, of_cases, strict=True):
-        cells = [case.label, *(_shown(values[name]) for name in differing), str(spread(runs))]
+    for case, runs in zip(study.file.cases, of_cases, strict=True):
+        values = all_settings(runs[0].training)
+        median = spread(run.median_error for run in runs)
+        cells = [str(case), *(_shown(values.get(name)) for name in names)]
+        cells += [", ".join(filter(None, [str(median), missing(runs)])), str(spread(run.final_error for run in runs))]
         lines.append(f"| {' | '.join(cells + ([case.paper or ''] if compares else []))} |")
     return lines
 
 
 def _words(name: str) -> str:
-    return {"zero_init_last": "γ = 0 at the blocks' ends"}.get(name, name.replace("_", " "))
+    """The name of a setting as people say it; a key of the config stays as it is written."""
+    if name == "zero_init_last":
+        return "γ = 0 at the blocks' ends"
+    return name if "." in name else name.replace("_", " ")
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "none"
     return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -5,20 +5,21 @@ What has become of a training is told by its folder alone: a launcher's exit cod
 
 import json
 import os
+import re
 import resource
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
-from recipe.commands.study_file import Study, Training
+from recipe.commands.study_file import Case, Study, Training
 from recipe.commands.study_progress import Progress
 from recipe.interruption import heeded
 from recipe.lock import is_locked
@@ -30,74 +31,109 @@ from recipe.strict_json import printable
 from recipe.summary import read_summary
 
 LAUNCH_LOG, LAUNCHES = "launch.log", "launches.jsonl"
+PROMPT = "$ "  # before the command, with which the log of each launch begins
 SCRIPT = Path(__file__).parents[1] / "train.py"
+REFUSED = 2  # the exit code of a run whose input was refused
 POLL_SECONDS = 0.5
 INSISTS_AFTER_SECONDS = 2.0  # what comes sooner is the same Ctrl-C, passed on by someone else
 SAVES_WITHIN_SECONDS = 120.0
 
-State = Literal["complete", "diverged", "open"]
+State = Literal["complete", "diverged", "failed", "interrupted", "not started"]
 
 
 @dataclass(frozen=True)
 class Where:
-    """What the launcher is told: a hostfile, or a number of ranks on this machine; ``jobs`` runs side by side."""
+    """What the launcher is told: a hostfile, or a number of ranks on this machine, which has ``gpus``; ``jobs`` runs
+    side by side.
+
+    Raises:
+        ValueError: the jobs would have to share GPUs.
+    """
 
     hostfile: Path | None
     ranks: int
     jobs: int = 1
+    gpus: int = 0
 
-    def words(self) -> list[str]:
-        """The launcher's arguments. A port of its own keeps runs on one machine apart."""
+    def __post_init__(self) -> None:
+        if self.jobs > 1 and 0 < self.gpus < self.jobs * self.ranks:
+            raise ValueError(
+                f"--jobs {self.jobs} with --num_gpus {self.ranks} takes {self.jobs * self.ranks} GPUs, and this "
+                f"machine has {self.gpus}; at most --jobs {max(1, self.gpus // self.ranks)} fits"
+            )
+
+    def words(self, slot: int = 0) -> list[str]:
+        """The launcher's arguments for the run in place ``slot`` of ``jobs``, from 0. A port of its own keeps runs on
+        one machine apart, and GPUs of its own: with --num_gpus each launch would take the first ones.
+        """
         if self.hostfile is not None:
             return ["--hostfile", str(self.hostfile)]
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        return ["--master_port", str(port), "--num_gpus", str(self.ranks)]
+        devices = ["--num_gpus", str(self.ranks)]
+        if self.jobs > 1 and self.gpus:
+            own = range(slot * self.ranks, (slot + 1) * self.ranks)
+            devices = ["--include", f"localhost:{','.join(map(str, own))}"]
+        return ["--master_port", str(port), *devices]
+
+    def cores_per_rank(self) -> int | None:
+        """A rank's share of this machine's cores where runs are side by side; else the run itself finds it."""
+        return max(1, len(os.sched_getaffinity(0)) // (self.jobs * self.ranks)) if self.jobs > 1 else None
 
     def environment(self) -> dict[str, str]:
         """This process's environment without what an outer launch may have left; for each rank its share of cores."""
         names = os.environ.keys() - {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
         variables = {name: os.environ[name] for name in names}
-        if self.jobs > 1:
-            cores = len(os.sched_getaffinity(0)) // (self.jobs * self.ranks)
-            variables.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
+        cores = self.cores_per_rank()
+        if cores is not None:
+            variables.setdefault("OMP_NUM_THREADS", str(cores))
         return variables
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that has ended: a line of ``launches.jsonl``. Times in seconds, ``started`` since 1970.
+    """A launch: a line of ``launches.jsonl`` when it starts, another when it ends. Times in seconds, ``started`` since
+    1970.
 
     ``cpu_seconds`` are those of all processes on this machine, ``load_before`` the machine's load average before it.
+    ``wall_seconds`` is None while the end has not been seen, ``cpu_seconds`` also after a signal, which may end the
+    launcher before its ranks: nobody counts theirs then. ``failure`` is why the run failed, if it did.
     """
 
     case: str
     seed: int
     date: str
     started: float
-    wall_seconds: float
-    cpu_seconds: float
+    wall_seconds: float | None
+    cpu_seconds: float | None
     load_before: float
+    failure: str | None = None
 
 
 @dataclass
 class _Running:
     training: Training
+    slot: int
     process: subprocess.Popen[bytes]
-    started: float = field(default_factory=time.time)
-    load_before: float = field(default_factory=lambda: os.getloadavg()[0])
+    launch: Launch
     cpu_seconds: float = 0.0
     was_told_to_end: bool = False
 
 
-def state(training: Training, output: Path) -> State:
-    """What has become of a training: "open" is what another launch may still complete."""
+def ending(training: Training, output: Path) -> Literal["complete", "diverged"] | None:
+    """How a training has ended; None is what another launch may still complete."""
     folder = output / training.folder
     if read_summary(folder) is not None:
         return "complete"
+    return None if diverged_at(folder) is None else "diverged"
+
+
+def diverged_at(folder: Path) -> int | None:
+    """The step whose loss ended the run in this folder, if one did."""
     steps = [event for event in read_events(folder) if event["event"] == "step"]
-    last: dict[str, Any] = steps[-1] if steps else {"loss": 0.0, "skipped": False, "loss_scale": 1.0}
-    return "diverged" if has_diverged(last["loss"], last["skipped"], last["loss_scale"]) else "open"
+    if steps and has_diverged(steps[-1]["loss"], steps[-1]["skipped"], steps[-1]["loss_scale"]):
+        return int(steps[-1]["step"])
+    return None
 
 
 def check_output(study: Study, output: Path) -> None:
@@ -120,16 +156,22 @@ def check_output(study: Study, output: Path) -> None:
             )
 
 
-def command(study: Study, training: Training, output: Path, where: Where) -> list[str]:
-    """The command line of a run."""
-    overrides = [word for override in training.overrides for word in ("--set", override)]
+def command(study: Study, training: Training, output: Path, where: Where, slot: int = 0) -> list[str]:
+    """The command line of a run in place ``slot`` of those side by side."""
+    overrides = [word for override in _overrides(training, where) for word in ("--set", override)]
     return [
         str(Path(sys.executable).with_name("deepspeed")),
-        *where.words(),
+        *where.words(slot),
         str(SCRIPT),
         *("--deepspeed_config", str(study.config), "--output", str(output / training.folder)),
         *overrides,
     ]
+
+
+def _overrides(training: Training, where: Where) -> list[str]:
+    # By itself a run would take all cores for its loader.
+    workers = [] if where.cores_per_rank() is None else [f"recipe.data.workers={training.plan.workers}"]
+    return [*training.overrides, *workers]
 
 
 class Runner:
@@ -139,21 +181,25 @@ class Runner:
         self.study, self.output, self.where, self.progress = study, output, where, progress
         self.stopped_by: int | None = None
         self.failures: dict[Training, str] = {}
+        self.refusal: str | None = None
+        self._pending: list[Training] = []
+        self._refusals: dict[str, str | None] = {}
         self._running: list[_Running] = []
         self._stopped_at = 0.0
         self._insists = False
 
     def run(self) -> None:
-        """Run what is open; afterwards ``failures`` says what failed and ``stopped_by`` which signal came, if any.
+        """Run what is open; afterwards ``failures`` says what failed, ``refusal`` what no case can run for, and
+        ``stopped_by`` which signal came, if any.
 
         Whatever way it ends, no process of a run is left.
         """
-        pending = [training for training in self.study.trainings if state(training, self.output) == "open"]
+        self._pending = [training for training in self.study.trainings if ending(training, self.output) is None]
         handlers = {signum: signal.signal(signum, self._stop) for signum in heeded()}
         try:
-            while self._running or (pending and self.stopped_by is None):
-                while pending and len(self._running) < self.where.jobs and self.stopped_by is None:
-                    training = self._next(pending)
+            while self._running or (self._pending and self.stopped_by is None):
+                while self._pending and len(self._running) < self.where.jobs and self.stopped_by is None:
+                    training = self._next()
                     if training is None:
                         break
                     self._start(training)
@@ -165,18 +211,18 @@ class Runner:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
 
-    def _next(self, pending: list[Training]) -> Training | None:
+    def _next(self) -> Training | None:
         """Take the next training that is still open and in whose folder nobody writes.
 
         A run may have outlived a study that was killed: it is waited for.
         """
-        for training in list(pending):
+        for training in list(self._pending):
             folder = self.output / training.folder
             if is_locked(folder):
                 self.progress.wait_for(folder)
                 continue
-            pending.remove(training)
-            if state(training, self.output) == "open":
+            self._pending.remove(training)
+            if ending(training, self.output) is None:
                 return training
             self._judge(training, 0)
         return None
@@ -184,16 +230,24 @@ class Runner:
     def _start(self, training: Training) -> None:
         folder = self.output / training.folder
         folder.mkdir(parents=True, exist_ok=True)
+        slot = min(set(range(self.where.jobs)) - {running.slot for running in self._running})
+        words = command(self.study, training, self.output, self.where, slot)
+        today, now, load = date.today().isoformat(), round(time.time(), 1), round(os.getloadavg()[0], 2)
+        launch = Launch(training.case.name, training.seed, today, now, None, None, load)
+        self._write_down(launch)
         with (folder / LAUNCH_LOG).open("ab") as log:
+            log.write(f"{PROMPT}{shlex.join(words)}\n".encode())
+            log.flush()
             process = subprocess.Popen(
-                command(self.study, training, self.output, self.where),
+                words,
                 env=self.where.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C at the terminal is the study's to pass on
             )
-        self._running.append(_Running(training, process))
+        self._running.append(_Running(training, slot, process, launch))
+        self.progress.starts(training)
 
     def _look(self) -> None:
         """Take note of the runs that have ended, and of how far the others are."""
@@ -211,34 +265,51 @@ class Runner:
             if exit_code is not None and not saves:
                 _signal_group(running.process, signal.SIGKILL)  # what it left
                 self._running.remove(running)
-                self._record(running)
-                self._judge(running.training, exit_code)
+                wall_seconds = round(time.time() - running.launch.started, 1)
+                cpu_seconds = None if running.was_told_to_end else round(running.cpu_seconds, 1)
+                failure = self._judge(running.training, exit_code)
+                self._write_down(
+                    replace(running.launch, wall_seconds=wall_seconds, cpu_seconds=cpu_seconds, failure=failure)
+                )
             elif self._insists or (self.stopped_by and time.monotonic() - self._stopped_at > SAVES_WITHIN_SECONDS):
                 _signal_group(running.process, signal.SIGKILL)
 
-    def _record(self, running: _Running) -> None:
-        launch = Launch(
-            running.training.case.name,
-            running.training.seed,
-            date.today().isoformat(),
-            round(running.started, 1),
-            round(time.time() - running.started, 1),
-            round(running.cpu_seconds, 1),
-            round(running.load_before, 2),
-        )
+    def _write_down(self, launch: Launch) -> None:
         with (self.output / LAUNCHES).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(launch)) + "\n")
 
-    def _judge(self, training: Training, exit_code: int) -> None:
-        folder, became = self.output / training.folder, state(training, self.output)
+    def _judge(self, training: Training, exit_code: int) -> str | None:
+        """Say what has become of a run; return why it failed, if it did."""
+        folder, became = self.output / training.folder, ending(training, self.output)
         summary = read_summary(folder)
-        if became == "complete" and summary is not None:
-            self.progress.over(training, f"median error {summary['median_error_last_epochs']:.2f} %")
-        elif became == "diverged":
-            self.progress.over(training, "diverged")
-        elif self.stopped_by is None:
-            self.failures[training] = f"{_last_word(folder / LAUNCH_LOG, exit_code)} ({folder / LAUNCH_LOG})"
+        if became is None and self.stopped_by is not None:
+            return None
+        failure = _last_word(folder / LAUNCH_LOG, exit_code) if became is None else None
+        if failure is not None:
+            # The study has told what is common to all cases, and the case's name tells the rest.
+            changed = " ".join(f"--set {override}" for override in _overrides(training, self.where))
+            failure = failure.replace(printable(f"{self.study.config} (with {changed})"), str(self.study.config))
+            self.failures[training] = f"{failure} ({folder / LAUNCH_LOG})"
             self.progress.over(training, f"failed: {self.failures[training]}")
+        elif summary is not None:
+            self.progress.over(training, f"median error {summary['median_error_last_epochs']:.2f} %")
+        else:
+            self.progress.over(training, "diverged")
+        # What is wrong with its folder is a single run's affair.
+        is_refused = exit_code == REFUSED and failure is not None and str(folder) not in failure
+        self._refusals[training.case.name] = failure if is_refused else None
+        if is_refused:
+            self._do_without(training.case)
+        return failure
+
+    def _do_without(self, refused: Case) -> None:
+        """Start no run that would be refused, too: none of this case, and none at all if all cases so far have been
+        refused for the same reason, which then lies in no case.
+        """
+        self._pending = [training for training in self._pending if training.case is not refused]
+        reasons = set(self._refusals.values())
+        if len(reasons) == 1 and len(self._refusals) >= min(2, len(self.study.file.cases)):
+            self._pending, self.refusal = [], reasons.pop()
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         """Have the runs save and end; on a second signal, have them killed."""
@@ -249,18 +320,19 @@ class Runner:
 
 
 def read_launches(output: Path) -> list[Launch]:
-    """All launches of a study that it has seen the end of."""
+    """All launches of a study, the earliest first."""
     try:
         lines = (output / LAUNCHES).read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    launches = []
+    launches = {}
     for line in lines:
         try:
-            launches.append(Launch(**json.loads(line)))
+            launch = Launch(**json.loads(line))
         except (ValueError, TypeError):
             continue  # half written
-    return launches
+        launches[launch.case, launch.seed, launch.started] = launch  # its end stands for its start
+    return list(launches.values())
 
 
 def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
@@ -276,8 +348,15 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def was_interrupted(last_word: str) -> bool:
+    """Whether a run ended because a signal told it to, by what it said last."""
+    return re.match(r"ended by SIG|SIG\w+: ended at once", last_word) is not None
+
+
 def _last_word(log: Path, exit_code: int) -> str:
-    """What a run said last of why it failed."""
-    lines: Sequence[str] = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    said = [line for line in lines if line.startswith("recipe:")] or [line for line in lines if line.strip()]
+    """What the last launch of a run said last of why it ended."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = text[text.rfind(f"\n{PROMPT}") + 1 :].splitlines()[1:]
+    said = [line for line in lines if line.startswith(("recipe:", "ended by SIG"))]
+    said = said or [line for line in lines if line.strip()]
     return printable(said[-1].removeprefix("recipe:").strip()) if said else f"exit code {exit_code}"
