@@ -371,7 +371,7 @@ def test_every_kind_of_picture_is_drawn_where_there_is_something_to_draw(tmp_pat
     ).axes
     assert axes.get_ylabel() == ("top-1 validation error, %: median of the last 2 epochs,\nmean ± std over the seeds")
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "linear scaling (256: 1 of 2 not started; 512: 1 of 2 diverged, 1 of 2 not started)"
+        "linear scaling (256: 1 of 2 not\nstarted; 512: 1 of 2 diverged, 1\nof 2 not started)"
     ]
 
 
@@ -386,7 +386,7 @@ def test_a_run_that_diverges_leaves_the_frame_with_a_cross_and_the_legend_says_s
     assert study_figures._draw(axes, study_figures._within_frame(lines))
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         "batch 256",
-        "batch 512 (1 of 2 diverged, 1 of 2 not started)",
+        "batch 512 (1 of 2 diverged, 1 of\n2 not started)",
     ]
     whole, diverging, cross = axes.lines
     assert list(whole.get_ydata()) == [1, 1 / 2, 1 / 3]
@@ -559,8 +559,16 @@ def test_a_study_goes_on_after_sigterm_and_after_a_kill_and_keeps_a_run_that_div
     first.send_signal(signal.SIGTERM)
     said, _ = first.communicate(timeout=100)
     assert first.returncode == 143, said
-    assert "[1/3] short, seed 0: median error" in said
+    assert "1 of 3: short, seed 0 …\n[1/3] short, seed 0: median error" in said
     assert "[2/3] wild, seed 0: diverged" in said
+    assert "\n- wild, seed 0: diverged: the loss of step " in said
+    assert f"In {output}: results.md, results.csv\n" in said
+    (row,) = read_rows(output, "long")
+    done = len(read_lines(long / "metrics.jsonl"))
+    assert f"\n- long, seed 0: interrupted: {row['reason']}\n" in said
+    assert (row["state"], row["cpu_seconds"]) == ("interrupted", "")
+    assert 0 < int(row["reason"].split()[0]) <= done
+    assert float(row["wall_seconds"]) > 0
     assert "the same command goes on" in said
     assert not is_locked(long)
     assert list((long / "checkpoints").glob("step-*"))
@@ -581,11 +589,17 @@ def test_a_study_goes_on_after_sigterm_and_after_a_kill_and_keeps_a_run_that_div
     assert third.returncode == 0, said
     assert "2 runs are over already" in said
     assert "[3/3] long, seed 0: median error" in said
-    with (output / "results.csv").open() as file:
-        rows = {row["case"]: row["state"] for row in csv.DictReader(file)}
-    assert rows == {"short": "complete", "wild": "diverged", "long": "complete"}
+    rows = [read_rows(output, case)[0] for case in ("short", "wild", "long")]
+    assert [row["state"] for row in rows] == ["complete", "diverged", "complete"]
+    # The second launch of the long run ended unseen, so that what it took is not known.
+    assert [bool(row["cpu_seconds"] and row["wall_seconds"]) for row in rows] == [True, True, False]
     launches = [launch.case for launch in read_launches(output)]
     assert (launches.count("short"), launches.count("wild")) == (1, 1)
+
+
+def read_rows(output: Path, case: str) -> list[dict[str, str]]:
+    with (output / "results.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["case"] == case]
 
 
 def read_lines(path: Path) -> list[str]:
@@ -605,3 +619,5 @@ def test_a_run_that_fails_is_named_and_stops_no_other(tmp_path: Path) -> None:
     assert "metrics.jsonl: Is a directory" in done.stderr.replace("is a directory", "Is a directory")
     assert "launch.log" in done.stderr
     assert (output / "large/seed-0/summary.json").exists()
+    (row,) = read_rows(output, "small")
+    assert (row["state"], "metrics.jsonl: Is a directory" in row["reason"]) == ("failed", True)

@@ -12,12 +12,15 @@ from recipe.commands.figure import COLOURS, new_figure, save_figure
 from recipe.commands.study_file import Figure, Study
 from recipe.commands.study_results import Result, last_epochs, missing, spread
 from recipe.metrics import read_events
+from recipe.plan_text import wrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TRAINING_LOSS, VALIDATION_ERROR = "training loss, mean of an epoch", "top-1 validation error, %"
 OVER_SEEDS = "mean and range over the seeds"
+SCALING = {"linear": "linear", "sqrt": "square-root", "none": "no"}
+LEGEND_WIDTH = 32  # characters
 # A loss on its way to infinity would press all others together: it leaves the frame at so many times their highest.
 FRAME = 2.0
 
@@ -71,21 +74,23 @@ def _error_by_batch_size(asked: Figure, cases: dict[str, list[Result]], output: 
     figure, axes = new_figure()
     for colour, (rule, points) in zip(COLOURS, lines.items(), strict=False):
         spreads = {batch: spread(run.median_error for run in runs) for batch, runs in sorted(points.items())}
-        found = [(batch, one.mean, one.std or 0.0) for batch, one in spreads.items() if one.mean is not None]
-        without = [f"{batch:,}: {missing(runs)}" for batch, runs in sorted(points.items()) if missing(runs)]
-        label = f"{rule} scaling" + (f" ({'; '.join(without)})" if without else "")
-        x, y, stds = zip(*found, strict=True) if found else ((), (), ())
-        axes.errorbar(x, y, yerr=stds, marker="o", capsize=4, color=colour, label=label)
-        for batch, mean, _ in found:
-            axes.annotate(f"{mean:.2f}", (batch, mean), (-6, 6), textcoords="offset points", fontsize=9, ha="right")
-        for batch, runs in points.items():
-            if any(run.state == "diverged" for run in runs):
+        # NaN is a gap: a line from one neighbour to the other would tell of an error that nobody has seen.
+        errors = [math.nan if one.mean is None else one.mean for one in spreads.values()]
+        without = "; ".join(f"{batch:,}: {missing(points[batch])}" for batch in spreads if missing(points[batch]))
+        label = _legend(f"{SCALING[rule]} scaling", without)
+        stds = [one.std or 0.0 for one in spreads.values()]
+        axes.errorbar(list(spreads), errors, yerr=stds, marker="o", capsize=4, color=colour, label=label)
+        for batch, one in spreads.items():
+            if one.mean is not None:
+                means.append(one.mean)
+                beside = {"xytext": (-6, 6), "textcoords": "offset points", "ha": "right"}
+                axes.annotate(f"{one.mean:.2f}", (batch, one.mean), fontsize=9, **beside)
+            if any(run.state == "diverged" for run in points[batch]):
                 _mark_above(axes, batch, colour)
-        means += y
     if not means:
         return None
     axes.set_xscale("log", base=2)
-    axes.margins(x=0.08)
+    axes.set_xlim(batches[0] / 1.4, batches[-1] * 1.4)  # half a doubling of room
     axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
     axes.minorticks_off()
     if 0 < 10 * min(means) < max(means):
@@ -214,5 +219,9 @@ def _left_in(run: Result, events: Sequence[dict[str, Any]]) -> int | None:
 
 
 def _label(runs: Sequence[Result]) -> str:
-    case, without = runs[0].training.case, missing(runs)
-    return f"{case} ({without})" if without else str(case)
+    return _legend(str(runs[0].training.case), missing(runs))
+
+
+def _legend(name: str, without: str) -> str:
+    """A name with what is missing of it, on lines that fit a panel."""
+    return "\n".join(wrap(f"{name} ({without})", LEGEND_WIDTH)) if without else name

@@ -119,10 +119,10 @@ def settings(training: Training) -> dict[str, Any]:
     keys = dict(leaves(json.loads(plan_json(plan))))
     warmup, start = plan.schedule.warmup, plan.schedule.start_rate
     return {
-        **{name: keys.get(key) for key, name in NAMES.items()},
-        "precision": plan.precision,
         "global_batch": plan.global_batch,
         "accumulation_steps": "auto" if plan.assumes_micro_batch else plan.accumulation,
+        **{name: keys.get(key) for key, name in NAMES.items()},
+        "precision": plan.precision,
         "peak_rate": float(f"{plan.schedule.peak_rate:.6g}"),
         "warmup": warmup if warmup == "none" or start == rules.reference_lr else f"{warmup} from {start:g}",
         "warmup_epochs": rules.warmup_epochs if plan.schedule.warmup_steps else 0,
