@@ -328,6 +328,15 @@ def test_a_written_micro_batch_must_fit_n_samples() -> None:
     assert error.remedy.startswith("micro-batches that do: 16, 32, 64, ")
 
 
+def test_the_nearest_batches_that_hold_groups_are_named() -> None:
+    """Groups of 48 and 64 ranks share out the multiples of 192 = lcm(48, 64): 42 × 192 = 8,064 and 43 × 192 = 8,256."""
+    remedy = refusal(64, recipe__batchnorm__statistics=48).remedy
+    assert remedy.startswith('the nearest train_batch_size that can: 8064 or 8256, with "auto"')
+    for batch in (8064, 8256):
+        make_plan(config(recipe__batchnorm__statistics=48, train_batch_size=batch), 64)
+    assert not any(fitting_micro_batches(batch, 64, 48) for batch in range(8064 + 64, 8256, 64))
+
+
 def test_zero_stages_get_deepspeeds_word_for_sgd() -> None:
     plan = make_plan(config(zero_optimization={"stage": 1}), 1)
     assert json.loads(plan_json(plan))["zero_allow_untested_optimizer"] is True

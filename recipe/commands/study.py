@@ -25,8 +25,8 @@ def main(argv: Sequence[str]) -> int:
     """Run what of the study is not complete, and write its report.
 
     Returns:
-        0 if every run is complete or has diverged, 1 if one failed, 2 if the study was refused or what all its runs
-        are refused for, or 128 and the number of the signal that ended it.
+        0 if every run is complete or has diverged, 1 if one failed, 2 if the study was refused, or its first cases for
+        one reason, or 128 and the number of the signal that ended it.
     """
     arguments = _parse(argv)
     output: Path = arguments.output or Path("runs", arguments.study.stem)
@@ -63,7 +63,7 @@ def _run(study: Study, output: Path, where: Where, command: str) -> int:
     for training, failure in runner.failures.items():
         say(f"{training} failed: {failure}")
     if runner.refusal is not None:
-        say("no other run was started, as this lies in no case; mend it, and the same command goes on")
+        say("all cases tried were refused for the same reason, and no other was; mend it, and the same command goes on")
         return REFUSED
     if runner.stopped_by is not None:
         say("ended by a signal, and the runs are saved; the same command goes on")

@@ -189,7 +189,7 @@ class Runner:
         self._insists = False
 
     def run(self) -> None:
-        """Run what is open; afterwards ``failures`` says what failed, ``refusal`` what no case can run for, and
+        """Run what is open; afterwards ``failures`` says what failed, ``refusal`` what all cases were refused for, and
         ``stopped_by`` which signal came, if any.
 
         Whatever way it ends, no process of a run is left.
@@ -303,8 +303,8 @@ class Runner:
         return failure
 
     def _do_without(self, refused: Case) -> None:
-        """Start no run that would be refused, too: none of this case, and none at all if all cases so far have been
-        refused for the same reason, which then lies in no case.
+        """Start no run that would be refused, too: none of this case, and none at all if all cases so far, two at
+        least, have been refused for the same reason, which then hardly lies in them.
         """
         self._pending = [training for training in self._pending if training.case is not refused]
         reasons = set(self._refusals.values())
