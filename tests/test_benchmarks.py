@@ -16,6 +16,7 @@ from benchmarks import (
     hardware_independence,
     input_pipeline,
     noise_scale_cost,
+    on_device,
     scaling,
     update_magnitude,
 )
@@ -221,6 +222,20 @@ def test_input_pipeline_compares_pixels_and_speed(tmp_path: Path, capsys: pytest
     assert case["workers"] == 1
     assert min(case["images_per_second"].values()) > 0
     assert "simplejpeg" in report["versions"]
+    assert capsys.readouterr().out.endswith(file.with_suffix(".md").read_text())
+
+
+def test_on_device_trains_on_the_same_images_with_and_without_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "on_device.json"
+    words = "--micro-batch 4 --batches 2 --rounds 1 --config ds_configs/digits_b512.json --json"
+    assert on_device.main([*words.split(), str(file)]) == 0
+    results = json.loads(file.read_text())["results"]
+    assert results["images"] == 8
+    assert results["same_images"]
+    assert results["ratio"][on_device.ALONE] == 1
+    assert min(results["images_per_second"].values()) > 0
     assert capsys.readouterr().out.endswith(file.with_suffix(".md").read_text())
 
 

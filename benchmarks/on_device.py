@@ -1,0 +1,164 @@
+"""What a small data set costs a training: held on the device, and read from its folder, beside no data at all.
+
+Three loops train one model, in turn: on one batch again and again, on batches of the data set held on the device, and
+on batches that worker processes read from the folder. The first is what the model alone takes; what the others take
+longer is the price of their data. The two that have data must see the same images.
+
+    python -m benchmarks.on_device --data cifar10 --json benchmarks/results/on_device_cpu.json
+
+``--data`` is an ImageFolder with train/ and val/ (or test/) of the config's classes; without it, JPEGs of 32 × 32
+pixels are made up.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, repeat
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from benchmarks.report import context, heading, write
+from recipe.config import read_config
+from recipe.data import Batch, HeldImages, TrainLoader, open_datasets
+from recipe.model import build_model
+
+ALONE, HELD, FOLDER = "one batch again and again", "held on the device", "read from the folder"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure; print a table, and write it and a JSON if asked to."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    before = context("benchmarks.on_device", words, ("torch", "timm", "simplejpeg"))
+    parser = argparse.ArgumentParser(prog="benchmarks.on_device", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", type=Path, default=Path("ds_configs/cifar10_b1024.json"), help="(%(default)s)")
+    parser.add_argument("--data", type=Path, help="folder with train/ and val/ (default: made up)")
+    parser.add_argument("--device", default="cpu", help="where the model is (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=8, help="a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="of the folder's and the held images' loader, each")
+    parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
+    arguments = parser.parse_args(words)
+    with tempfile.TemporaryDirectory() as temporary:
+        data = arguments.data
+        if data is None:
+            data = Path(temporary)
+            make_images(data, arguments.micro_batch * arguments.batches)
+        results = measure(arguments, data)
+    settings = {
+        name: str(getattr(arguments, name)) for name in ("config", "device", "micro_batch", "batches", "workers")
+    }
+    report = before | {"settings": settings | {"made_up": arguments.data is None}, "results": results}
+    table = format_report(report)
+    print(table, end="")
+    if arguments.json is not None:
+        write(arguments.json, report, table)
+    return 0
+
+
+def make_images(folder: Path, count: int) -> None:
+    """Write noise of CIFAR's size: so many JPEGs for training, in two classes, and two for validation."""
+    rng = np.random.default_rng(0)
+    for part, images in (("train", count), ("val", 2)):
+        for number in range(images):
+            path = folder / part / f"class{number % 2}" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+
+
+def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
+    """Seconds to hold the data set, and of each loop the images a second and the time beside that of no data."""
+    config = read_config(arguments.config).recipe
+    device = torch.device(arguments.device)
+    precise = device.type == "cpu"
+    size, crop, flip = config.data.image_size, config.data.crop, config.data.flip
+    folder, _ = open_datasets("imagefolder", data, size, crop, flip, config.seed, "stop")
+    started = time.perf_counter()
+    held = HeldImages(folder, device, training=True)
+    seconds_to_hold = time.perf_counter() - started
+
+    def loader(dataset: Any) -> TrainLoader:
+        return TrainLoader(
+            dataset,
+            global_batch=arguments.micro_batch,
+            micro_batch=arguments.micro_batch,
+            rank=0,
+            world_size=1,
+            seed=config.seed,
+            workers=arguments.workers,
+            device=device,
+            dtype=torch.float32 if precise else torch.float16,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.25, 0.25, 0.25),
+        )
+
+    loaders = {HELD: loader(held), FOLDER: loader(folder)}
+    firsts = [next(one.epoch(0)) for one in loaders.values()]
+    same = all(torch.equal(firsts[0].images, first.images) for first in firsts)
+    sources: dict[str, Callable[[int], Iterator[Batch]]] = {ALONE: lambda epoch: repeat(firsts[0])}
+    sources |= {name: one.epoch for name, one in loaders.items()}
+
+    model = build_model(config.model.name, config.model.num_classes, config.seed, "local", config.model.zero_init_last)
+    model = model.to(device, firsts[0].images.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    seconds: dict[str, list[float]] = {name: [] for name in sources}
+    for epoch in range(arguments.rounds + 1):
+        for name, source in sources.items():
+            taken = timed(model, islice(source(epoch), arguments.batches), device)
+            if epoch:  # the first one starts the workers and warms up
+                seconds[name].append(taken)
+    for one in loaders.values():
+        one.close()
+    images = arguments.micro_batch * arguments.batches
+    return {
+        "images": len(folder),
+        "same_images": same,
+        "seconds_to_hold": round(seconds_to_hold, 2),
+        "images_per_second": {name: images / median(of_rounds) for name, of_rounds in seconds.items()},
+        "ratio": {
+            name: median(a / b for a, b in zip(of_rounds, seconds[ALONE], strict=True))
+            for name, of_rounds in seconds.items()
+        },
+    }
+
+
+def timed(model: nn.Module, batches: Iterator[Batch], device: torch.device) -> float:
+    """Seconds that forward and backward passes over all batches take, data included."""
+    started = time.perf_counter()
+    for batch in batches:
+        F.cross_entropy(model(batch.images).float(), batch.labels).backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    settings, results = report["settings"], report["results"]
+    lines = [
+        *heading("A small data set on the device", report),
+        f"{results['images']:,} {'made-up ' if settings['made_up'] else ''}images, {settings['config']}; forward and "
+        f"backward passes on {settings['device']}, micro-batch {settings['micro_batch']}, {settings['workers']} worker "
+        f"processes a loader. Decoding and holding all images took {results['seconds_to_hold']} s, once. "
+        + ("Both loaders gave the same images." if results["same_images"] else "**The loaders gave other images.**"),
+        "",
+        "| data | images/s | time ÷ that of no data |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {speed:,.0f} | {results['ratio'][name]:.3f} |"
+            for name, speed in results["images_per_second"].items()
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
