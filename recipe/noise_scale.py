@@ -6,11 +6,13 @@ images, B_simple. Imports no torch.
 """
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 # Of the moving averages, a measurement. They are as good as the plain mean of (1 + decay) / (1 - decay) = 19 of them.
 DECAY = 0.9
+ENOUGH = 20  # measurements, for averages as good as they get
 
 
 class Estimate(NamedTuple):
@@ -37,19 +39,29 @@ class NoiseScale:
     """Moving averages of both, and their ratio; the ratio of single estimates would be biased, and jump.
 
     The averages begin with zeros; ``weight`` is what the measurements count in them, by which they are divided.
+    ``lowest`` and ``highest`` are of the ratio since there were ``ENOUGH``.
     """
 
     variance: float = 0.0
     norm_squared: float = 0.0
     weight: float = 0.0
+    measurements: int = 0
+    last_step: int | None = None
+    lowest: float | None = None
+    highest: float | None = None
 
-    def add(self, new: Estimate) -> bool:
-        """Take one measurement in, unless it is not finite; say whether it was."""
+    def add(self, new: Estimate, step: int) -> bool:
+        """Take the measurement of one step in, unless it is not finite; say whether it was."""
         if not all(map(math.isfinite, new)):
             return False
         self.variance = DECAY * self.variance + (1 - DECAY) * new.gradient_variance
         self.norm_squared = DECAY * self.norm_squared + (1 - DECAY) * new.gradient_norm_squared
         self.weight = DECAY * self.weight + (1 - DECAY)
+        self.measurements, self.last_step = self.measurements + 1, step
+        scale = self.values()["noise_scale"]
+        if scale is not None and self.measurements >= ENOUGH:
+            self.lowest = scale if self.lowest is None else min(self.lowest, scale)
+            self.highest = scale if self.highest is None else max(self.highest, scale)
         return True
 
     def values(self) -> dict[str, float | None]:
@@ -65,20 +77,68 @@ class NoiseScale:
             "noise_scale": variance / norm_squared if variance > 0 and norm_squared > 0 else None,
         }
 
+    def summary(self, every_steps: int) -> dict[str, Any] | None:
+        """What ``summary.json`` says of it; None if nothing has been measured."""
+        if not self.weight:
+            return None
+        told = {key: value for key, value in asdict(self).items() if key not in ("variance", "norm_squared", "weight")}
+        return self.values() | told | {"every_steps": every_steps}
 
-def in_words(noise_scale: float | None, global_batch: int) -> str:
-    """What B_simple, in images, means for a batch.
+
+def planned_measurements(total_steps: int, every_steps: int) -> int:
+    """How often a run measures: at step 0 and every so many steps."""
+    return -(-total_steps // every_steps)
+
+
+def too_few(measurements: int, total_steps: int, every_steps: int) -> str | None:
+    """What there is to say where the averages are of too few measurements, None where they are not."""
+    if measurements >= ENOUGH:
+        return None
+    enough_every = (total_steps - 1) // (ENOUGH - 1)  # the most steps between as many within the run
+    text = f"{measurements} measurement{'' if measurements == 1 else 's'} instead of about {ENOUGH}: it may be far off"
+    if not enough_every:
+        return f"{text}; a run of {total_steps} steps has no more"
+    if enough_every < every_steps:
+        text += f"; with recipe.noise_scale.every_steps = {enough_every} there are enough"
+    return text
+
+
+def in_words(found: Mapping[str, Any], global_batch: int, train_images: int | None, total_steps: int) -> list[str]:
+    """Lines on what a run's ``NoiseScale.summary`` means for its batch; earlier versions wrote less of it.
 
     By the model of the paper's section 2 training to a given loss takes 1 + B_simple / B times the steps of a batch
     without bound, and 1 + B / B_simple times the images of the smallest one.
     """
-    if noise_scale is None:
-        return f"the gradients were too noisy, or too alike, to tell it; your batch is {global_batch:,}"
-    useful = f"about {_two_digits(noise_scale)} images are" if noise_scale >= 1.5 else "a single image is"
+    lines, scale = [], found["noise_scale"]
+    if scale is None and found["gradient_norm_squared"] <= 0:
+        lines.append("no number: the mean gradient is lost in its noise; by this measure no batch is too large")
+    elif scale is None:
+        lines.append("no number: the gradients of the micro-batches are too alike to show their noise")
+    else:
+        lines.append(f"about {_two_digits(scale)} images: the gradient of such a batch is half signal, half noise")
+        if train_images is not None and scale > train_images:
+            lines.append(f"more than the {train_images:,} training images: by this measure no batch is too large")
+        lines.append(_beside(scale, global_batch, train_images))
+    if "measurements" in found:
+        number = found["measurements"]
+        text = f"{number:,} measurement{'' if number == 1 else 's'}, the last at step {found['last_step']:,}"
+        if found["lowest"] is not None:
+            text += f"; {_two_digits(found['lowest'])} to {_two_digits(found['highest'])} images from the {ENOUGH}th on"
+        lines.append(text)
+        few = too_few(number, total_steps, found["every_steps"])
+        lines += [] if few is None else [few]
+    return lines
+
+
+def _beside(scale: float, batch: int, train_images: int | None) -> str:
+    """A batch beside B_simple, and what twice or half of it would need."""
+    where = "well below" if scale > 2 * batch else "well above" if scale < batch / 2 else "near"
+    fits = train_images is None or 2 * batch <= train_images
+    other = 2 * batch if batch == 1 or (scale >= batch and fits) else batch // 2
+    steps, images = (1 + scale / other) / (1 + scale / batch), (1 + other / scale) / (1 + batch / scale)
     return (
-        f"at this point of training {useful} a useful batch; yours is {global_batch:,}: about "
-        f"{_two_digits(1 + noise_scale / global_batch)} times the fewest steps, "
-        f"{_two_digits(1 + global_batch / noise_scale)} times the fewest images"
+        f"your batch of {batch:,} is {where} it: one of {other:,} would come as far with about {100 * steps:.0f} % of "
+        f"the steps and {100 * images:.0f} % of the images"
     )
 
 

@@ -45,6 +45,9 @@ class Plan:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     workers: int
+    assumes_workers: bool
+    """whether their number is still to follow from the cores of the ranks' machines"""
+
     assumes_micro_batch: bool
     """whether the run has yet to find the micro-batch, the largest that fits the device"""
 
@@ -145,6 +148,7 @@ def make_plan(config: Config, world_size: int, cores_per_rank: int | None = None
         mean=mean,
         std=std,
         workers=workers,
+        assumes_workers=recipe.data.workers == "auto" and recipe.data.source in FOLDERS and cores_per_rank is None,
         assumes_micro_batch=assumes_micro_batch,
     )
 

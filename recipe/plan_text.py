@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from recipe.config import Config
 from recipe.model_facts import SHIPPED, ModelFacts
+from recipe.noise_scale import planned_measurements, too_few
 from recipe.plan import ASSUMED_MICRO_BATCH, Plan, fitting_micro_batches
 from recipe.strict_json import printable
 
@@ -37,6 +38,7 @@ def plan_fields(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
         ("model", _model(plan, facts)),
         ("global batch", _global_batch(plan)),
         ("data", _data(plan)),
+        *_images(plan),
         ("steps", _steps(plan)),
         ("peak rate", _peak_rate(plan)),
         ("warmup", _warmup(plan)),
@@ -45,6 +47,7 @@ def plan_fields(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
         ("optimizer", _optimizer(plan)),
         ("weight decay", _weight_decay(plan, facts)),
         ("checkpoints", _checkpoints(plan)),
+        *_noise_scale(plan),
     ]
 
 
@@ -95,6 +98,10 @@ def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
             f"{plan.left_over_images / plan.train_images:.0%} of the images are left over in each epoch, as they fill "
             "no global batch; a train_batch_size that divides their number better uses more"
         )
+    measured = plan.config.recipe.noise_scale
+    few = too_few(planned_measurements(plan.total_steps, measured.every_steps), plan.total_steps, measured.every_steps)
+    if measured.enabled and few is not None:
+        found.append(f"noise scale: {few}")
     if plan.global_batch > 8192:
         found.append("beyond 8k the paper's error rises: 24.79 % at 16k, 27.55 % at 32k, 33.96 % at 64k (Figure 1)")
     return found
@@ -149,7 +156,11 @@ def _model(plan: Plan, facts: ModelFacts | None) -> str:
             f"{n // plan.micro_batch} ranks" if n > plan.micro_batch else f"{plan.micro_batch // n} in a micro-batch"
         )
         norm[str(n)] = f"batch norm over groups of {n} images ({where})"
-    batchnorm = norm[str(n)] if facts is None or facts.batchnorm_layers else "no batch norm"
+    batchnorm = norm[str(n)]
+    if facts is None:
+        batchnorm += ", if the model has batch norm"
+    elif not facts.batchnorm_layers:
+        batchnorm = "no batch norm"
     start = "" if recipe.model.zero_init_last else ", γ = 1 at the blocks' ends, too"
     return (
         f"{printable(recipe.model.name)}, {recipe.model.num_classes} classes, {recipe.data.image_size} px, "
@@ -168,6 +179,21 @@ def _data(plan: Plan) -> str:
     data = plan.config.recipe.data
     where = f"{data.source} in {printable(data.path)}" if data.path else data.source
     return f"{where}: {plan.train_images:,} training images, {plan.validation_images:,} for validation"
+
+
+def _images(plan: Plan) -> list[tuple[str, str]]:
+    data, size = plan.config.recipe.data, f"{plan.config.recipe.data.image_size} px"
+    if data.source == "synthetic":
+        return []
+    crop = {
+        "random_resized": f"random resized crops of {size}",
+        "padded": f"{size}, shifted by up to {data.image_size // 8}",
+        "none": f"{size}, uncropped",
+    }[data.crop]
+    workers = f"{_count(plan.workers, 'loader process', 'es')} a rank" if plan.workers else "no loader processes"
+    if plan.assumes_workers:
+        workers = "loader processes: a rank's share of the cores less one"
+    return [("images", f"{crop}{', half of them mirrored' if data.flip else ''}; {workers}")]
 
 
 def _steps(plan: Plan) -> str:
@@ -238,11 +264,9 @@ def _optimizer(plan: Plan) -> str:
 
 def _weight_decay(plan: Plan, facts: ModelFacts | None) -> str:
     decayed = f"{facts.decayed_parameters:,} " if facts else ""
-    undecayed = f"{facts.undecayed_parameters:,} " if facts else ""
-    return (
-        f"{plan.weight_decay:.6g} on {decayed}convolution and linear weights; "
-        f"none on {undecayed}batch-norm parameters and biases"
-    )
+    undecayed = f"{facts.undecayed_parameters:,} " if facts else "the "
+    which = "batch-norm parameters and biases" if facts and facts.batchnorm_layers else "others, as norms and biases"
+    return f"{plan.weight_decay:.6g} on {decayed}convolution and linear weights; none on {undecayed}{which}"
 
 
 def _checkpoints(plan: Plan) -> str:
@@ -254,6 +278,15 @@ def _checkpoints(plan: Plan) -> str:
     return f"after each epoch{every}; {last}{best} are kept"
 
 
-def _count(number: float, what: str) -> str:
+def _noise_scale(plan: Plan) -> list[tuple[str, str]]:
+    settings = plan.config.recipe.noise_scale
+    if not settings.enabled:
+        return []
+    measurements = planned_measurements(plan.total_steps, settings.every_steps)
+    every = "at every step" if settings.every_steps == 1 else f"every {settings.every_steps:,} steps"
+    return [("noise scale", f"measured {every}, {_count(measurements, 'time')} in all")]
+
+
+def _count(number: float, what: str, plural: str = "s") -> str:
     shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
-    return f"{shown} {what}" + ("" if number == 1 else "s")
+    return f"{shown} {what}" + ("" if number == 1 else plural)

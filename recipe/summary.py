@@ -59,7 +59,7 @@ def summarise(
     best_checkpoint: Path | None,
 ) -> dict[str, Any]:
     """The content of ``summary.json``. Accuracies and errors are in per cent."""
-    noise_scale = history.noise_scale if plan.config.recipe.noise_scale.enabled else NoiseScale()
+    measured = plan.config.recipe.noise_scale
     best = max(history.validations, key=lambda validation: validation["top1"])
     errors = [100 - validation["top1"] for validation in history.validations[-LAST_EPOCHS:]]
     return {
@@ -72,6 +72,7 @@ def summarise(
         "global_batch": plan.global_batch,
         "epochs": plan.epochs,
         "steps": plan.total_steps,
+        "train_images": plan.train_images,
         "skipped_steps": skipped_steps,
         "final_top1": history.validations[-1]["top1"],
         "final_top5": history.validations[-1]["top5"],
@@ -79,7 +80,7 @@ def summarise(
         "best_epoch": best["epoch"],
         "best_checkpoint": None if best_checkpoint is None else str(best_checkpoint),
         "median_error_last_epochs": statistics.median(errors),
-        "noise_scale": noise_scale.values() if noise_scale.weight else None,
+        "noise_scale": history.noise_scale.summary(measured.every_steps) if measured.enabled else None,
         "images_per_second": images_per_second,
         "wall_seconds": round(history.seconds, 1),
         "bad_images": sorted(history.bad_images),
@@ -95,7 +96,7 @@ def read_summary(output: Path) -> dict[str, Any] | None:
         summary: dict[str, Any] = json.loads((output / SUMMARY).read_text(encoding="utf-8"))
         format_summary(summary, output)
         summary["versions"].items()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return None
     return summary
 
@@ -146,9 +147,12 @@ def format_summary(summary: dict[str, Any], output: Path) -> str:
 
 
 def _noise_scale(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """The line on it, if the run measured it; the summaries of earlier versions do not know it."""
+    """The lines on it, if the run measured it; the summaries of earlier versions do not know it."""
     found = summary.get("noise_scale")
-    return [("noise scale", in_words(found["noise_scale"], summary["global_batch"]))] if found else []
+    if not found:
+        return []
+    first, *others = in_words(found, summary["global_batch"], summary.get("train_images"), summary["steps"])
+    return [("noise scale", first), *(("", line) for line in others)]
 
 
 def _launcher() -> str:

@@ -176,7 +176,7 @@ class Telemetry:
         dist.all_gather(ranks, own)  # as the losses are
         values = {}
         for step, (small, big) in zip(measured, torch.stack(ranks).mean(0).tolist(), strict=True):
-            if self.noise_scale.add(estimate(small, big, self.micro_batch, self.global_batch)):
+            if self.noise_scale.add(estimate(small, big, self.micro_batch, self.global_batch), step):
                 values[step] = self.noise_scale.values()
         return values
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipe.gradient_norms import GradientNorms
-from recipe.noise_scale import DECAY, Estimate, NoiseScale, estimate, in_words
+from recipe.noise_scale import DECAY, ENOUGH, Estimate, NoiseScale, estimate, in_words, planned_measurements, too_few
 from tests.launch import DIGITS, SHORT, events, losses, train_ok
 from tests.ranks import run_ranks
 from tests.test_engine import new_engine, samples, train_step
@@ -96,44 +96,102 @@ def test_the_variance_of_a_real_models_gradient_falls_as_one_over_the_batch() ->
 
 def test_the_averages_are_of_the_measurements_alone() -> None:
     averages = NoiseScale()
-    for _ in range(3):
-        assert averages.add(Estimate(40.0, 2.0))
+    assert averages.summary(every_steps=5) is None
+    for step in (0, 5, 10):
+        assert averages.add(Estimate(40.0, 2.0), step)
     assert averages.values() == {
         "gradient_variance": pytest.approx(40),
         "gradient_norm_squared": pytest.approx(2),
         "noise_scale": pytest.approx(20),
     }
-    averages.add(Estimate(50.0, 2.0))
+    averages.add(Estimate(50.0, 2.0), 15)
     expected = (40 * (DECAY + DECAY**2 + DECAY**3) + 50) / (1 + DECAY + DECAY**2 + DECAY**3)
     assert averages.values()["gradient_variance"] == pytest.approx(expected, rel=1e-12)
+    told = {"measurements": 4, "last_step": 15, "every_steps": 5, "lowest": None, "highest": None}
+    assert averages.summary(every_steps=5) == averages.values() | told
+
+
+def test_the_range_is_of_what_enough_measurements_tell() -> None:
+    averages = NoiseScale()
+    for step in range(ENOUGH - 1):
+        averages.add(Estimate(1.0 if step % 2 else 1000.0, 2.0), step)
+    assert averages.lowest is averages.highest is None
+    scales = []
+    for step in range(ENOUGH - 1, ENOUGH + 40):
+        averages.add(Estimate(40.0 if step < ENOUGH + 20 else 400.0, 2.0), step)
+        scales.append(averages.values()["noise_scale"])
+    averages.add(Estimate(40.0, -1000.0), ENOUGH + 40)
+    assert averages.values()["noise_scale"] is None
+    assert (averages.lowest, averages.highest) == (min(scales), max(scales))
+
+
+@pytest.mark.parametrize("total_steps", [1, 19, 20, 21, 80, 381, 14_040])
+def test_how_often_to_measure(total_steps: int) -> None:
+    """Counted out: the least often that gives enough is named, unless there is no such."""
+    often = [every for every in range(1, total_steps + 1) if len(range(0, total_steps, every)) >= ENOUGH]
+    every = 10**6
+    text = too_few(planned_measurements(total_steps, every), total_steps, every)
+    assert text is not None
+    assert text.startswith("1 measurement instead of about 20: it may be far off; ")
+    if often:
+        assert text.endswith(f"with recipe.noise_scale.every_steps = {often[-1]} there are enough")
+        assert too_few(planned_measurements(total_steps, often[-1]), total_steps, often[-1]) is None
+    else:
+        assert text.endswith(f"; a run of {total_steps} steps has no more")
+
+
+def test_no_remedy_where_the_steps_were_skipped() -> None:
+    assert too_few(3, 400, 5) == "3 measurements instead of about 20: it may be far off"
 
 
 @pytest.mark.parametrize("unclear", [Estimate(40.0, -1.0), Estimate(-1.0, 2.0)])
 def test_what_noise_hides_is_none(unclear: Estimate) -> None:
     averages = NoiseScale()
-    averages.add(unclear)
+    averages.add(unclear, 0)
     assert averages.values()["noise_scale"] is None
 
 
 def test_a_measurement_that_is_not_finite_is_left_out() -> None:
     averages = NoiseScale()
-    averages.add(Estimate(40.0, 2.0))
-    before = averages.values()
-    assert not averages.add(Estimate(math.inf, 2.0))
-    assert not averages.add(Estimate(40.0, math.nan))
-    assert averages.values() == before
+    averages.add(Estimate(40.0, 2.0), 0)
+    before = averages.summary(1)
+    assert not averages.add(Estimate(math.inf, 2.0), 1)
+    assert not averages.add(Estimate(40.0, math.nan), 1)
+    assert averages.summary(1) == before
+
+
+def found(scale: float | None, **others: Any) -> dict[str, Any]:
+    return {"noise_scale": scale, "gradient_variance": 1.0, "gradient_norm_squared": 1.0} | others
 
 
 def test_what_it_means_in_words() -> None:
-    assert in_words(1916.2, 8192) == (
-        "at this point of training about 1,900 images are a useful batch; yours is 8,192: about 1.2 times the fewest "
-        "steps, 5.3 times the fewest images"
+    # (1 + 2000 / 4000) / (1 + 2000 / 8000) = 1.2 of the steps, half as many images each.
+    assert in_words(found(2000.4), 8000, 1_281_167, 14_040) == [
+        "about 2,000 images: the gradient of such a batch is half signal, half noise",
+        "your batch of 8,000 is well above it: one of 4,000 would come as far with about 120 % of the steps and 60 % "
+        "of the images",
+    ]
+    # (1 + 1536 / 1024) / (1 + 1536 / 512) = 0.625
+    told = {"measurements": 80, "last_step": 79, "lowest": 93.2, "highest": 1600.0, "every_steps": 1}
+    below = (
+        "your batch of 512 is well below it: one of 1,024 would come as far with about 62 % of the steps and 125 % of"
     )
-    assert in_words(0.2, 64) == (
-        "at this point of training a single image is a useful batch; yours is 64: about 1 times the fewest steps, 320 "
-        "times the fewest images"
-    )
-    assert "too noisy" in in_words(None, 64)
+    assert in_words(found(1536.0, **told), 512, 1442, 80) == [
+        "about 1,500 images: the gradient of such a batch is half signal, half noise",
+        "more than the 1,442 training images: by this measure no batch is too large",
+        "your batch of 512 is well below it: one of 1,024 would come as far with about 62 % of the steps and 125 % "
+        "of the images",
+        "80 measurements, the last at step 79; 93 to 1,600 images from the 20th on",
+    ]
+    assert "of 720 is well below it: one of 360" in in_words(found(1536.0), 720, 1439, 80)[2]  # 1,440 do not fit
+    assert "of 512 is near it: one of 256" in in_words(found(500.0), 512, 1442, 80)[1]
+    assert "of 1 is near it: one of 2" in in_words(found(0.6), 1, 1442, 80)[1]
+    told |= {"measurements": 1, "last_step": 0, "lowest": None, "highest": None, "every_steps": 100}
+    last, few = in_words(found(1536.0, **told), 512, 9999, 80)[2:]
+    assert last == "1 measurement, the last at step 0"
+    assert few == too_few(1, 80, 100)
+    assert "lost in its noise" in in_words(found(None, gradient_norm_squared=-1.0), 64, 1442, 80)[0]
+    assert "too alike" in in_words(found(None, gradient_variance=-1.0), 64, 1442, 80)[0]
 
 
 def _norms_of_a_step(rank: int, world_size: int, cases: list[tuple[int, dict[str, Any], float]]) -> list[list[float]]:
@@ -263,8 +321,12 @@ def test_a_real_run_measures_and_trains_the_same(tmp_path: Path) -> None:
     names = {"gradient_variance", "gradient_norm_squared", "noise_scale"}
     assert [set(line) for line in lines] == [{"event", "step", "epoch"} | names] * 3
     summary = json.loads((output / "summary.json").read_text())
-    assert summary["noise_scale"] == {name: lines[-1][name] for name in names}
-    assert f"noise scale   {in_words(summary['noise_scale']['noise_scale'], 512)}" in done.stdout
+    told = {"measurements": 3, "last_step": 4, "every_steps": 2, "lowest": None, "highest": None}
+    assert summary["noise_scale"] == {name: lines[-1][name] for name in names} | told
+    first, *others = in_words(summary["noise_scale"], 512, 1442, 6)
+    assert f"  noise scale   {first}\n" + "".join(f"{'':16}{line}\n" for line in others) in done.stdout
+    assert "measured every 2 steps, 3 times in all" in done.stdout
+    assert "noise scale: 3 measurements instead of about 20" in " ".join(done.stdout.split())
 
 
 @pytest.mark.slow

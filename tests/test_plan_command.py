@@ -29,6 +29,7 @@ from recipe.config import read_config
 from recipe.model import build_model
 from recipe.model_facts import SHIPPED
 from recipe.plan import Plan, make_plan
+from recipe.plan_text import plan_json
 from recipe.summary import SUMMARY
 from tests.launch import ROOT
 
@@ -201,7 +202,10 @@ def test_a_gpu_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_is_not_known_is_not_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     other = ("--set", 'recipe.model.name="resnet34"', "--set", "recipe.model.num_classes=7")
-    assert "--inspect builds it" in screen(capsys, str(ROOT / HEADLINE), *other)
+    unknown = screen(capsys, str(ROOT / HEADLINE), *other)
+    assert "whose name was not looked up either; --inspect asks timm for it, builds it" in unknown
+    assert "SyncBN over all ranks, if the model has batch norm" in unknown
+    assert "none on the others, as norms and biases" in unknown
     out = screen(capsys, str(ROOT / HEADLINE), *other, "--inspect", "--world-size", "8")
     assert "36 layers over 2,048 images" in out  # 33 convolutions and 3 downsamples
     assert "--images-per-second of one GPU, or the folder of a run, tells it" in out
@@ -209,6 +213,7 @@ def test_what_is_not_known_is_not_said(capsys: pytest.CaptureFixture[str], tmp_p
     out = screen(capsys, str(ROOT / HEADLINE), *vit)
     assert "fp16, no batch norm" in out
     assert "batch norm none in this model" in out
+    assert "batch-norm parameters" not in out
     assert "batch norm's statistics" not in out
     missing = screen(capsys, str(ROOT / HEADLINE), "--set", 'recipe.model.name="resnet5"', "--inspect", code=2)
     assert missing.startswith("recipe: recipe.model.name")
@@ -228,19 +233,33 @@ def test_a_measured_speed(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         "wall_seconds": 1.0, "best_checkpoint": None, "bad_images": [], "versions": {},
     }  # fmt: skip
     (tmp_path / SUMMARY).write_text(json.dumps(summary))
+    write_plan(tmp_path)
     words = (str(ROOT / N32), "--images-per-second", str(tmp_path), "--world-size", "8")
     out = screen(capsys, *words)
     assert "1.02 s to compute" in out
-    assert f"1,000 images/s a GPU (measured by {tmp_path} on a GPU)" in out
+    assert f"1,000 images/s a GPU (measured by {tmp_path} on a GPU: micro-batch of 256, noise scale off)" in out
     for speed_of_run in (float("nan"), float("inf"), -5, 1e-320, None):
         (tmp_path / SUMMARY).write_text(json.dumps(summary | {"images_per_second": speed_of_run}))
         assert "neither a number nor the folder" in screen(capsys, *words, code=2)
-    for key, other in (("model", "resnet18"), ("precision", "fp32"), ("world_size", 2)):
-        (tmp_path / SUMMARY).write_text(json.dumps(summary | {key: other}))
+    (tmp_path / SUMMARY).write_text(json.dumps(summary))
+    write_plan(tmp_path, "recipe.noise_scale.enabled=true", "recipe.max_micro_batch_size=64")
+    assert "on a GPU: micro-batch of 64, noise scale every 10 steps)" in screen(capsys, *words)
+    for override, other in (
+        ("recipe.model.name=resnet18", "resnet18 at 224 px in fp16 on 1 rank"),
+        ("recipe.data.image_size=192", "resnet50 at 192 px in fp16 on 1 rank"),
+        ("fp16.enabled=false", "resnet50 at 224 px in fp32 on 1 rank"),
+        ("recipe.seed=1", "resnet50 at 224 px in fp16 on 2 ranks"),
+    ):
+        write_plan(tmp_path, override)
+        (tmp_path / SUMMARY).write_text(json.dumps(summary | {"world_size": 2 if "2 ranks" in other else 1}))
         refusal = screen(capsys, *words, code=2)
-        assert "that run trained" in refusal
-        assert str(other) in refusal
-        assert "needs the speed of resnet50 in fp16 on 1 rank" in refusal
+        assert f"that run trained {other}, and this plan needs the speed of resnet50 at 224 px in fp16 on 1" in refusal
+    (tmp_path / "plan.json").unlink()
+    assert "plan.json: no such file" in screen(capsys, *words, code=2)
+
+
+def write_plan(folder: Path, *overrides: str) -> None:
+    (folder / "plan.json").write_text(plan_json(plan_of(N32, 1, *overrides)))
 
 
 def test_what_zero_reduces() -> None:

@@ -31,13 +31,17 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9, 
 
 
 def save_figure(figure: "Figure", path: Path) -> list[Path]:
-    """Write ``path`` as PNG and as SVG, whichever suffix it has or lacks; return both paths.
+    """Write ``path`` as PNG and as SVG, whichever of these suffixes it has, or none; return both paths.
 
     Raises:
+        ValueError: its suffix is that of another kind of picture.
         OSError: they cannot be written.
     """
-    if path.suffix in (".png", ".svg"):
+    suffix = path.suffix.lower()
+    if suffix in (".png", ".svg"):
         path = path.with_suffix("")
+    elif suffix[1:] in figure.canvas.get_supported_filetypes():
+        raise ValueError(f"{path}: pictures are written as PNG and SVG; name {path.with_suffix('.png')}")
     written = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
     for file in written:
         figure.savefig(file, dpi=130)

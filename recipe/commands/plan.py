@@ -14,8 +14,9 @@ from recipe.commands.plan_screen import (
     side_by_side,
 )
 from recipe.communication import Link
-from recipe.config import read_config
+from recipe.config import Config, read_config
 from recipe.hostfile import count_slots, read_hostfile
+from recipe.manifest import PLAN
 from recipe.model_facts import SHIPPED, ModelFacts
 from recipe.plan import Plan, make_plan
 from recipe.plan_text import format_fields, notes
@@ -173,14 +174,24 @@ def _measured(run: Path, plan: Plan) -> tuple[float, str]:
             f"--images-per-second {run}: neither a number nor the folder of a complete run that has trained; write "
             "images a second of one GPU"
         )
-    trained = f"{summary['model']} in {summary['precision']} on {_count(summary['world_size'])}"
-    needed = f"{plan.config.recipe.model.name} in {plan.precision} on 1 rank"
+    config = read_config(run / PLAN)
+    trained = f"{_what(config)} on {_count(summary['world_size'])}"
+    needed = f"{_what(plan.config)} on 1 rank"
     if trained != needed:
         raise ValueError(
             f"--images-per-second {run}: that run trained {trained}, and this plan needs the speed of {needed}; name "
             "such a run, or write a number"
         )
-    return measured, printable(f"{measured:,.4g} images/s a GPU (measured by {run} on {summary['device']})")
+    noise = config.recipe.noise_scale
+    how = f"micro-batch of {config.train_micro_batch_size_per_gpu}, noise scale "
+    how += f"every {noise.every_steps:,} steps" if noise.enabled else "off"
+    return measured, printable(f"{measured:,.4g} images/s a GPU (measured by {run} on {summary['device']}: {how})")
+
+
+def _what(config: Config) -> str:
+    """What a speed belongs to; the number of classes hardly counts."""
+    recipe = config.recipe
+    return f"{recipe.model.name} at {recipe.data.image_size} px in {config.precision}"
 
 
 def _is_plausible(number: float) -> bool:

@@ -49,7 +49,8 @@ class Assumptions:
 def cost_fields(plan: Plan, facts: ModelFacts | None, assumed: Assumptions) -> list[tuple[str, str]]:
     """What the run will cost, label and text."""
     if facts is None:
-        return [("cost", "not known for this model; --inspect builds it, without memory for it, and counts")]
+        unknown = "not known for this model, whose name was not looked up either"
+        return [("cost", f"{unknown}; --inspect asks timm for it, builds it without memory for it, and counts")]
     return [
         ("batch norm", _batchnorm(plan, facts)),
         ("memory a GPU", _memory(plan, facts, assumed.gpu_bytes)),
@@ -228,8 +229,9 @@ def draw_rates(plans: Sequence[Plan], path: Path) -> list[Path]:
         shown += [(one, min(plan.total_steps, math.ceil(1.6 * warm * plan.steps_per_epoch))) for one in enlarged]
         for one, end in shown:
             steps = sorted({*range(0, end, max(1, end // PICTURE_POINTS)), end - 1, *_turns(plan, end)})
-            epochs = [step / plan.steps_per_epoch for step in steps]
             rates = [plan.schedule.rate(step) for step in steps]
+            # A rate holds to the end of its step.
+            epochs, rates = [step / plan.steps_per_epoch for step in (*steps, end)], [*rates, rates[-1]]
             one.plot(epochs, rates, color=colour, label=name, drawstyle="steps-post", linewidth=1.6)
     for one in (whole, *enlarged):
         one.set(xlabel="epoch", ylabel="learning rate", xlim=(0, None), ylim=(0, None))
