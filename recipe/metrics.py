@@ -1,12 +1,28 @@
 """What the lines of ``metrics.jsonl`` say, for those who read it without importing torch."""
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from json import JSONDecoder
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 METRICS = "metrics.jsonl"
 _TAIL_BYTES = 4096  # more than a dozen lines
+
+
+def parse_object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of a line; None if it is none, as where it is half written."""
+    try:
+        value = _DECODER.decode(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def parse_event(line: bytes) -> dict[str, Any] | None:
+    """The event of a line, with its name and ``step``; None if it is none."""
+    event = parse_object(line)
+    is_event = event is not None and isinstance(event.get("event"), str) and type(event.get("step")) is int
+    return event if is_event else None
 
 
 def read_events(output: Path) -> list[dict[str, Any]]:
@@ -15,10 +31,9 @@ def read_events(output: Path) -> list[dict[str, Any]]:
     Each has an ``event``, "step" or "validation", and a ``step``, which counts from 0.
     """
     try:
-        text = (output / METRICS).read_text(encoding="utf-8", errors="replace")
+        return _events((output / METRICS).read_bytes().splitlines())
     except OSError:
         return []
-    return list(_events(text.splitlines()))
 
 
 def has_diverged(loss: float | None, skipped: bool, loss_scale: float) -> bool:
@@ -31,16 +46,18 @@ def steps_done(output: Path) -> int:
     try:
         with (output / METRICS).open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
+            events = _events(file.read().splitlines())
     except OSError:
         return 0
-    return max((event["step"] + 1 for event in _events(lines)), default=0)
+    return max((event["step"] + 1 for event in events), default=0)
 
 
-def _events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            event = json.loads(line)
-            yield {**event, "event": str(event["event"]), "step": int(event["step"])}
-        except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
-            continue
+def _events(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    return [event for event in map(parse_event, lines) if event is not None]
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = JSONDecoder(parse_constant=_no_constant)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from recipe.interruption import at_the_terminal
 from recipe.loop import Step, Validation
-from recipe.metrics import METRICS, has_diverged
+from recipe.metrics import METRICS, has_diverged, parse_event
 from recipe.noise_scale import NoiseScale, estimate
 
 LOG = "train.log"
@@ -219,7 +219,7 @@ class Writer:
 
     def __init__(self, output: Path, first_step: int, validated_steps: int, total_steps: int) -> None:
         try:
-            drop_later_events(output / METRICS, first_step, validated_steps)
+            lost = drop_later_events(output / METRICS, first_step, validated_steps)
             self.metrics = (output / METRICS).open("a", encoding="utf-8")
             self.log_file = (output / LOG).open("a", encoding="utf-8")
         except OSError as error:
@@ -233,6 +233,11 @@ class Writer:
                 initial=first_step,
                 dynamic_ncols=True,
                 bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed} gone, {remaining} left]",
+            )
+        if lost:
+            self.say(
+                f"{output / METRICS} lacks {lost:,} of the {first_step:,} steps before this one: lines were removed or "
+                "damaged; training goes on as it would, but plot and compare do not see them"
             )
 
     def event(self, event: dict[str, Any]) -> None:
@@ -289,31 +294,29 @@ class Writer:
             self.log_file.close()
 
 
-def drop_later_events(metrics: Path, first_step: int, validated_steps: int) -> None:
+def drop_later_events(metrics: Path, first_step: int, validated_steps: int) -> int:
     """Keep the lines about updates before ``first_step``, and about validations after ``validated_steps`` or fewer.
 
-    Those after it are about to be made again. A line that a kill left half-written goes too.
+    Those after it are about to be made again. A line that a kill left half-written goes too. Returns the number of
+    steps before ``first_step`` that no line is about.
     """
     if not metrics.exists():
-        return
+        return first_step
     limits = {"step": first_step, "noise_scale": first_step, "validation": validated_steps}
-    kept = [
-        line for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if _precedes(line, limits)
-    ]
+    kept, steps = [], set()
+    for line in metrics.read_bytes().splitlines():
+        event = parse_event(line)
+        if event is not None and event["step"] < limits.get(event["event"], 0):
+            kept.append(line + b"\n")
+            if event["event"] == "step":
+                steps.add(event["step"])
     rewritten = metrics.with_suffix(".rewritten")
-    with rewritten.open("w", encoding="utf-8") as file:
-        file.write("".join(f"{line}\n" for line in kept))
+    with rewritten.open("wb") as file:
+        file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
     os.replace(rewritten, metrics)
-
-
-def _precedes(line: str, limits: dict[str, int]) -> bool:
-    try:
-        event = json.loads(line)
-        return int(event["step"]) < limits[event["event"]]
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return False
+    return first_step - len(steps)
 
 
 def _mean_over_ranks(values: Tensor) -> list[float]:

@@ -17,6 +17,7 @@ from recipe.config import parse_config
 from recipe.data import open_datasets
 from recipe.manifest import find
 from tests.launch import DIGITS, ROOT, SHORT, events, train_ok
+from tests.run_folders import write_run
 
 pytestmark = pytest.mark.slow
 
@@ -122,7 +123,15 @@ def test_files_that_others_have_spoilt_count_as_absent(run: Path, tmp_path: Path
     known = export_of.validation
     with (copy / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"event": "validation"}\n{"event": "validation", "step": 5, "top1": "x"}\n')
+        for top1 in ("1e999", "1" + "0" * 400, "NaN", "100.5", "-1"):
+            metrics.write(f'{{"event": "validation", "step": 5, "epoch": 2, "top1": {top1}, "top5": 1, "count": 1}}\n')
     assert choose(copy)[0].validation == known
+    assert choose(copy)[0].best_top1 == export_of.best_top1
+    best = export_of.checkpoint
+    (copy / "checkpoints" / best.path.name / "manifest.json").write_bytes(b"\xff")
+    chosen, (message,) = choose(copy)
+    assert chosen.checkpoint.step != best.step
+    assert message == f"checkpoint {best.path} is left aside: its manifest.json cannot be read"
 
 
 def test_what_the_card_says_of_precision_and_decay(run: Path) -> None:
@@ -145,6 +154,8 @@ def test_what_cannot_be_exported_is_refused_on_one_line(run: Path, tmp_path: Pat
         manifest = json.loads((checkpoint.path / "manifest.json").read_text())
         manifest["files"][file.name] = {"bytes": 7, "sha256": hashlib.sha256(b"garbage").hexdigest()}
         (checkpoint.path / "manifest.json").write_text(json.dumps(manifest))
+    study = tmp_path / "study"
+    write_run(study / "case/seed-0")
     empty = tmp_path / "empty\x1b[2J"
     empty.mkdir()
     for arguments, message in (
@@ -152,6 +163,7 @@ def test_what_cannot_be_exported_is_refused_on_one_line(run: Path, tmp_path: Pat
         ([str(empty)], "holds no whole checkpoint"),
         ([str(run), "--output", str(tmp_path / "file/below")], "Not a directory"),
         ([str(foreign)], "mp_rank_00_model_states.pt is not what DeepSpeed saves: "),
+        ([str(study)], f"did you mean {study}/case/seed-0?"),
     ):
         done = export(*arguments)
         assert done.returncode == 2

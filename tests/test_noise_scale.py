@@ -173,9 +173,6 @@ def test_what_it_means_in_words() -> None:
     ]
     # (1 + 1536 / 1024) / (1 + 1536 / 512) = 0.625
     told = {"measurements": 80, "last_step": 79, "lowest": 93.2, "highest": 1600.0, "every_steps": 1}
-    below = (
-        "your batch of 512 is well below it: one of 1,024 would come as far with about 62 % of the steps and 125 % of"
-    )
     assert in_words(found(1536.0, **told), 512, 1442, 80) == [
         "about 1,500 images: the gradient of such a batch is half signal, half noise",
         "more than the 1,442 training images: by this measure no batch is too large",

@@ -12,10 +12,12 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from recipe.config import FOLDERS, Config, parse_config
-from recipe.manifest import CHECKPOINTS, PLAN, Checkpoint, damage, find
+from recipe.commands.run_files import run_meant
+from recipe.config import FOLDERS, Config, read_config
+from recipe.manifest import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, damage, find, unreadable
+from recipe.metrics import read_events
 from recipe.plan_text import json_text
-from recipe.strict_json import parse_json, printable, read_text
+from recipe.strict_json import printable
 from recipe.summary import read_summary
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
@@ -74,24 +76,25 @@ def choose(run: Path) -> tuple[Export, list[str]]:
     found = find(run / CHECKPOINTS)
     validated = [checkpoint for checkpoint in found if checkpoint.top1 is not None]
     validated.sort(key=lambda checkpoint: (checkpoint.top1, -checkpoint.step), reverse=True)
-    messages = []
+    messages = [
+        f"checkpoint {path} is left aside: its {MANIFEST} cannot be read" for path in unreadable(run / CHECKPOINTS)
+    ]
     for checkpoint in [*validated, *(checkpoint for checkpoint in found if checkpoint.top1 is None)]:
         problem = damage(checkpoint)
         if problem is None:
             break
         messages.append(f"checkpoint {checkpoint.path} is left aside: {problem}")
     else:
-        raise ValueError("; ".join([*messages, f"{run / CHECKPOINTS} holds no whole checkpoint; check RUN_DIR"]))
+        raise ValueError("; ".join([*messages, f"{run / CHECKPOINTS} holds no whole checkpoint; {run_meant(run)}"]))
     if SAVED not in checkpoint.files:
         raise ValueError(
             f"{checkpoint.path} is in shards, as ZeRO stage 3 writes it; join them with "
             "DeepSpeed's zero_to_fp32, or train at a lower stage"
         )
-    validations = [line for line in _lines(run / "metrics.jsonl") if _is_validation(line)]
-    plan = checkpoint.path / PLAN
+    validations = [line for line in read_events(run) if _is_validation(line)]
     return Export(
         checkpoint,
-        parse_config(parse_json(read_text(plan, PLAN), str(plan)), str(plan)),
+        read_config(checkpoint.path / PLAN),
         next((line for line in validations if line["step"] == checkpoint.step - 1), None),
         max((line["top1"] for line in validations), default=None),
         read_summary(run),
@@ -108,14 +111,17 @@ def write(export: Export, output: Path) -> None:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)["module"]
         # Half parameters become fp32 exactly, so that timm's fp32 model is the one that was validated.
-        tensors = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-    except (RuntimeError, UnpicklingError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not what DeepSpeed saves: {str(error).partition(chr(10))[0]}") from None
+        tensors = {
+            name: (value.float() if value.is_floating_point() else value).contiguous() for name, value in state.items()
+        }
+    except (RuntimeError, UnpicklingError, LookupError, TypeError, AttributeError, EOFError) as error:
+        what = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file} is not what DeepSpeed saves: {what}") from None
     output.mkdir(parents=True, exist_ok=True)
     unfinished = output / f".{WEIGHTS}.unfinished"
     try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished, metadata={"format": "pt"})
-    except SafetensorError as error:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+    except (SafetensorError, TypeError) as error:
         unfinished.unlink(missing_ok=True)
         raise ValueError(f"{output / WEIGHTS} could not be written: {error}") from None
     os.replace(unfinished, output / WEIGHTS)
@@ -227,22 +233,11 @@ def _model_index(export: Export) -> list[str]:
     ]
 
 
-def _lines(metrics: Path) -> list[dict[str, Any]]:
-    """The events of ``metrics.jsonl``, but for a line that a kill left half-written."""
-    events = []
-    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []:
-        try:
-            events.append(json.loads(line))
-        except (ValueError, RecursionError):
-            continue
-    return [event for event in events if isinstance(event, dict)]
-
-
 def _is_validation(line: dict[str, Any]) -> bool:
     return (
-        line.get("event") == "validation"
-        and all(isinstance(line.get(key), int) for key in ("step", "epoch", "count"))
-        and all(isinstance(line.get(key), int | float) for key in ("top1", "top5"))
+        line["event"] == "validation"
+        and all(type(line.get(key)) is int for key in ("epoch", "count"))
+        and all(isinstance(line.get(key), int | float) and 0 <= line[key] <= 100 for key in ("top1", "top5"))
     )
 
 

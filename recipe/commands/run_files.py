@@ -4,15 +4,14 @@ import math
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from json import JSONDecoder
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recipe.manifest import PLAN
-from recipe.metrics import METRICS
+from recipe.manifest import CHECKPOINTS, PLAN
+from recipe.metrics import METRICS, parse_object
 from recipe.strict_json import parse_json, read_text
 from recipe.summary import read_summary
 
@@ -25,6 +24,7 @@ FIELDS = {
     "noise_scale": ("step", "noise_scale"),
 }
 NULLABLE = ("loss", "noise_scale")  # JSON has no word for an infinite number
+NAME_A_RUN = "name the --output folder of a run"
 MOST_STEPS = 2**53  # as whole numbers, a float holds no more
 
 
@@ -96,15 +96,20 @@ def read_run(folder: Path) -> RunFiles:
         raise ValueError(f"{folder} cannot be read: {error.strerror}; mend that, or name another folder") from None
 
 
+def run_meant(folder: Path) -> str:
+    """What to name instead of a folder that is no run's: the first runs below it, as a study has them."""
+    plans = sorted({*folder.glob(f"*/{PLAN}"), *folder.glob(f"*/*/{PLAN}")})
+    within = [str(plan.parent) for plan in plans if plan.parent.parent.name != CHECKPOINTS]
+    return f"did you mean {', '.join(within[:5])}?" if within else NAME_A_RUN
+
+
 def _read_plan(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         found = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
-        raise ValueError(f"{found}; name the --output folder of a run")
+        raise ValueError(f"{found}; {NAME_A_RUN}")
     file = folder / PLAN
     if not file.exists():
-        within = sorted(str(plan.parent) for plan in folder.glob(f"*/{PLAN}"))
-        remedy = f"did you mean {', '.join(within[:5])}?" if within else "name the --output folder of a run"
-        raise ValueError(f"{folder} holds no {PLAN}, so that it is not the folder of a run; {remedy}")
+        raise ValueError(f"{folder} holds no {PLAN}, so that it is not the folder of a run; {run_meant(folder)}")
     plan = parse_json(read_text(file, PLAN), str(file))
     for key in (
         "train_batch_size",
@@ -117,9 +122,7 @@ def _read_plan(folder: Path) -> dict[str, Any]:
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if type(value) is not int or not 0 < value < MOST_STEPS:
-            raise ValueError(
-                f"{file} is not the plan of a run: {key} is not a whole number >= 1; name the --output folder of a run"
-            )
+            raise ValueError(f"{file} is not the plan of a run: {key} is not a whole number >= 1; {NAME_A_RUN}")
     if plan["train_batch_size"] > plan["recipe"]["data"]["train_images"]:
         raise ValueError(f"{file} is not the plan of a run: its train_batch_size is larger than its train_images")
     return plan
@@ -158,33 +161,21 @@ def _read_events(file: Path) -> dict[str, dict[str, Column]]:
 
 def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The lines of a file, numbered from 1, but for a last one that has no end yet."""
-    read_value = JSONDecoder(parse_constant=_no_constant).raw_decode
     try:
         opened = file.open("rb")
     except FileNotFoundError:
         return  # the run has only begun
     with opened:
         for number, raw in enumerate(opened, start=1):
-            line = None
-            try:
-                text = raw.decode()
-                line, end = read_value(text)
-                whole = not text[end:].strip()
-            except (ValueError, RecursionError):
-                whole = False
-            if not whole and not raw.endswith(b"\n"):
-                return
-            if not whole or not isinstance(line, dict):
+            line = parse_object(raw)
+            if line is not None:
+                yield number, line
+            elif raw.endswith(b"\n"):
                 _refuse(file, number, "it is not a JSON object")
-            yield number, line
 
 
 def _refuse(file: Path, number: int, problem: str) -> NoReturn:
     raise ValueError(f"{file}: line {number} is not what a run writes: {problem}; remove the line, or mend it")
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
