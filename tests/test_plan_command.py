@@ -23,7 +23,7 @@ from recipe.commands.plan_cost import (
     reduced_bytes,
     speed,
 )
-from recipe.commands.plan_screen import _duration
+from recipe.commands.plan_screen import _duration, _rate_curve
 from recipe.communication import Link
 from recipe.config import read_config
 from recipe.model import build_model
@@ -322,8 +322,17 @@ def test_the_picture_of_the_rate(capsys: pytest.CaptureFixture[str], tmp_path: P
         assert f"wrote {tmp_path / 'plan.svg'}" in captured.err
         assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (tmp_path / "plan.svg").read_text()
+    pdf = screen(capsys, str(ROOT / HEADLINE), "--plot", str(tmp_path / "plan.pdf"), code=2)
+    assert f"plan.pdf: pictures are written as PNG and SVG; name {tmp_path / 'plan.png'}" in pdf
     missing = screen(capsys, str(ROOT / HEADLINE), "--plot", str(tmp_path / "no/plan.png"), code=2)
     assert "no/plan.png: No such file or directory; write a file in a folder that is there" in missing
+
+
+def test_the_curve_ends_with_the_run() -> None:
+    plan = plan_of("ds_configs/digits_b512.json", 1)  # 2 steps an epoch, 40 epochs
+    epochs, rates = _rate_curve(plan, plan.total_steps)
+    assert (epochs[0], epochs[-2:]) == (0, [39.5, 40])
+    assert rates[-2:] == pytest.approx([2e-4, 2e-4])
 
 
 def test_the_picture_alone_asks_for_matplotlib() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from recipe.commands import plot
+from recipe.commands.figure import DASH
 from recipe.commands.plot import MOST_POINTS, draw, smooth, thin_out
 from recipe.commands.run_files import distinct_names, read_run
 from tests.launch import ROOT
@@ -124,6 +125,37 @@ def test_what_spans_more_than_a_factor_of_ten_has_a_logarithmic_scale(tmp_path: 
         assert drawn["training loss"].get_yscale() == scale
 
 
+def test_curves_that_lie_on_each_other_take_turns(tmp_path: Path) -> None:
+    """Of three equal ones each draws a third of the way: their dashes begin a dash apart."""
+    lines = [step(t, 2.0 - t / 9) for t in range(9)]
+    runs = [write_run(tmp_path / name, lines) for name in "ab"]
+    runs.append(write_run(tmp_path / "no further yet", lines[:5]))
+    runs.append(write_run(tmp_path / "other", [step(t, 1.0, lr=0.05) for t in range(9)]))
+    # The same rate, though in other steps: 16 of 35 images.
+    runs.append(write_run(tmp_path / "larger", [step(t, 1.5) for t in range(4)], plan(train_batch_size=16)))
+    drawn = panels(*runs)
+
+    def dashes(panel: str) -> list[tuple[float, Any]]:
+        return [line._unscaled_dash_pattern for line in drawn[panel].lines]
+
+    on, off = DASH, 2 * DASH
+    solid = (0, None)
+    assert dashes("training loss") == [(turn * DASH, (on, off)) for turn in range(3)] + [solid, solid]
+    four = [(turn * DASH, (DASH, 3 * DASH)) for turn in range(4)]
+    assert dashes("learning rate") == [*four[:3], solid, four[3]]
+    assert {line.get_linewidth() for line in drawn["learning rate"].lines} == {1.5}
+
+
+def test_ticks_are_plain_numbers(tmp_path: Path) -> None:
+    drawn = panels(write_run(tmp_path, [step(t, 2.0 / 20**t, images_per_second=2e6) for t in range(3)]))
+
+    def ticks(panel: str, *values: float) -> list[str]:
+        return [drawn[panel].yaxis.get_major_formatter()(value) for value in values]
+
+    assert ticks("training loss", 0.1, 0.005) == ["0.1", "0.005"]
+    assert ticks("images per second", 1_500_000.0, 0.1 + 0.2) == ["1,500,000", "0.3"]
+
+
 def test_more_runs_than_colours(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"run{number}", [step(0, 2.0)]) for number in range(40)]
     figure = draw([read_run(run) for run in runs])
@@ -184,7 +216,15 @@ def test_a_line_that_no_run_writes(
 def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", [step(0, 1.0)])
     config = json.loads((ROOT / "ds_configs/digits_b512.json").read_text())
+    study = tmp_path / "s"
+    second = write_run(study / "case-b/seed-0", [step(0, 1.0)])
+    first = write_run(study / "case-a/seed-1", [step(0, 1.0)])
+    write_run(study / "case-a/checkpoints/step-00000001")
     for arguments, message in (
+        ([str(study)], f"{study} holds no plan.json, so that it is not the folder of a run; did you mean {first}, "),
+        ([str(study / "case-a")], f"; did you mean {first}?"),
+        ([str(study / "case-b")], f"; did you mean {second}?"),
+        ([str(run), "--output", "x.PDF"], "x.PDF: pictures are written as PNG and SVG; name x.png"),
         ([str(tmp_path / "nowhere")], f"there is no folder {tmp_path}/nowhere; name the --output folder of a run"),
         ([str(run / "plan.json")], f"{run}/plan.json is a file; name the --output folder of a run"),
         ([str(tmp_path)], f"{tmp_path} holds no plan.json, so that it is not the folder of a run; did you mean {run}"),

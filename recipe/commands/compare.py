@@ -13,7 +13,7 @@ from recipe.commands.run_files import Column, RunFiles, read_run
 from recipe.resume import NEVER_TO_CHANGE, is_free_to_change, leaves
 from recipe.strict_json import ABSENT, printable
 
-SAME, DIFFERENT, REFUSED = 0, 1, 2
+SAME, DIFFERENT, REFUSED, NOT_TOLD_YET = 0, 1, 2, 3
 # Relative to the larger loss, with their names: beyond rounding in double precision, and what a curve may show.
 TOLERANCES = (("1e-9", 1e-9), ("1e-3", 1e-3))
 ENVIRONMENT = ("device", "hosts", "versions")  # of summary.json
@@ -30,28 +30,29 @@ class Difference(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what differs; return 0 if it is the same training, 1 if not, 2 where a folder cannot be read."""
+    """Print what differs; return 0 if it is the same training, 1 if not, 2 on a refusal, 3 if nothing tells yet."""
     parser = argparse.ArgumentParser(
         prog="python -m recipe compare",
         description="Print what differs between the plans of two runs, and from which step on their losses part. Runs "
         "whose steps hold other images are compared by epoch. A run may be in progress.",
         epilog="Exit code: 0 if as far as both have come it is the same training, with the same losses and accuracies "
-        "to the last bit, wherever and however it ran; 1 if not; 2 if a folder cannot be read.",
+        "to the last bit, wherever and however it ran; 1 if not; 2 if a folder cannot be read; 3 if nothing tells yet, "
+        "because there is no step that both have done.",
     )
     parser.add_argument("a", type=Path, metavar="RUN_A", help="output folder of a run")
     parser.add_argument("b", type=Path, metavar="RUN_B", help="output folder of another")
     arguments = parser.parse_args(argv)
     try:
-        lines, is_same = compare(read_run(arguments.a), read_run(arguments.b))
+        lines, exit_code = compare(read_run(arguments.a), read_run(arguments.b))
     except ValueError as refusal:
         print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
         return REFUSED
     print("\n".join(lines))
-    return SAME if is_same else DIFFERENT
+    return exit_code
 
 
-def compare(a: RunFiles, b: RunFiles) -> tuple[list[str], bool]:
-    """The lines to print, and whether it is the same training."""
+def compare(a: RunFiles, b: RunFiles) -> tuple[list[str], int]:
+    """The lines to print, and the exit code."""
     changed, free = plan_differences(a, b)
     lines = _table("", [("A", str(a.folder), _progress(a)), ("B", str(b.folder), _progress(b))])
     lines += _differences("changes the training", changed) or ["", "The plans say the same training."]
@@ -64,10 +65,10 @@ def compare(a: RunFiles, b: RunFiles) -> tuple[list[str], bool]:
     validations, validations_differ = _compare_validations(a, b)
     lines += [*losses, *validations, ""]
     if changed or differ or validations_differ:
-        return [*lines, "Not the same training."], False
+        return [*lines, "Not the same training."], DIFFERENT
     if differ is None:
-        return [*lines, "Whether it is the same training, nothing tells yet."], False
-    return [*lines, "The same training, as far as both have come."], True
+        return [*lines, "Whether it is the same training, nothing tells yet."], NOT_TOLD_YET
+    return [*lines, "The same training, as far as both have come."], SAME
 
 
 def plan_differences(a: RunFiles, b: RunFiles) -> tuple[list[Difference], list[Difference]]:

@@ -1,13 +1,17 @@
 """Pictures for all commands: one look, PNG and SVG, no display needed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000", "#F0E442")
+DASH = 4  # line widths
 
 
 def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9, 5.5)) -> "tuple[Figure, Any]":
@@ -27,7 +31,52 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9, 
         one.grid(alpha=0.3)
         one.spines[["top", "right"]].set_visible(False)
         one.set_prop_cycle(color=COLOURS)
+        one.yaxis.set_major_formatter(_tick)
     return figure, axes
+
+
+def set_log_scale(axes: "Axes") -> None:
+    """A logarithmic y axis whose ticks are numbers like those of a linear one."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 2000 * low else (1,)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(_tick)
+
+
+def line_styles(curves: "Sequence[tuple[ArrayLike, ArrayLike]]") -> list[Any]:
+    """A style for each (x, y): "-", or dashes that take turns where curves lie on each other, so that each shows."""
+    groups: list[list[int]] = []
+    for place, curve in enumerate(curves):
+        group = next((group for group in groups if _coincide(curves[group[0]], curve)), None)
+        if group is None:
+            groups.append([place])
+        else:
+            group.append(place)
+    styles: list[Any] = ["-"] * len(curves)
+    for group in groups:
+        for turn, place in enumerate(group):
+            if len(group) > 1:
+                styles[place] = (turn * DASH, (DASH, (len(group) - 1) * DASH))
+    return styles
+
+
+def _coincide(a: "tuple[ArrayLike, ArrayLike]", b: "tuple[ArrayLike, ArrayLike]") -> bool:
+    """Whether two curves differ by 1 % at most, but for a few places, as far as both go."""
+    import numpy as np
+
+    (a_x, a_y), (b_x, b_y) = (tuple(map(np.asarray, curve)) for curve in (a, b))
+    if not a_x.size or not b_x.size or max(a_x[0], b_x[0]) > min(a_x[-1], b_x[-1]):
+        return False
+    x = np.linspace(max(a_x[0], b_x[0]), min(a_x[-1], b_x[-1]), 200)
+    near = np.isclose(np.interp(x, a_x, a_y), np.interp(x, b_x, b_y), rtol=0.01, atol=0, equal_nan=True)
+    return bool(near.mean() > 0.95)
+
+
+def _tick(value: float, position: float | None = None) -> str:
+    return f"{value:,.10g}"
 
 
 def save_figure(figure: "Figure", path: Path) -> list[Path]:

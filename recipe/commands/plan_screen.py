@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from recipe.commands.figure import COLOURS, new_figure, save_figure
+from recipe.commands.figure import COLOURS, line_styles, new_figure, save_figure, set_log_scale
 from recipe.commands.plan_cost import (
     CONTEXT_BYTES,
     activation_bytes,
@@ -220,35 +220,41 @@ def draw_rates(plans: Sequence[Plan], path: Path) -> list[Path]:
     """
     warm = max(plan.schedule.warmup_steps / plan.steps_per_epoch for plan in plans)
     figure, axes = new_figure(1, 2 if warm else 1, (11 if warm else 7, 4.5))
+    from matplotlib.lines import Line2D
+
     whole, *enlarged = axes if warm else [axes]
-    for plan, colour in zip(plans, COLOURS, strict=False):
-        # A $ would begin a formula.
-        file = textwrap.shorten(Path(printable(plan.config.source.file)).name, 70, placeholder=" …")
-        name = f"{file}: batch {plan.global_batch:,}".replace("$", r"\$")
-        shown = [(whole, plan.total_steps)]
-        shown += [(one, min(plan.total_steps, math.ceil(1.6 * warm * plan.steps_per_epoch))) for one in enlarged]
-        for one, end in shown:
-            steps = sorted({*range(0, end, max(1, end // PICTURE_POINTS)), end - 1, *_turns(plan, end)})
-            rates = [plan.schedule.rate(step) for step in steps]
-            # A rate holds to the end of its step.
-            epochs, rates = [step / plan.steps_per_epoch for step in (*steps, end)], [*rates, rates[-1]]
-            one.plot(epochs, rates, color=colour, label=name, drawstyle="steps-post", linewidth=1.6)
+    for one, epochs in [(whole, max(plan.epochs for plan in plans)), *((one, 1.6 * warm) for one in enlarged)]:
+        curves = [_rate_curve(plan, min(plan.total_steps, math.ceil(epochs * plan.steps_per_epoch))) for plan in plans]
+        for plan, curve, colour, style in zip(plans, curves, COLOURS, line_styles(curves), strict=False):
+            # A $ would begin a formula.
+            file = textwrap.shorten(Path(printable(plan.config.source.file)).name, 70, placeholder=" …")
+            name = f"{file}: batch {plan.global_batch:,}".replace("$", r"\$")
+            one.plot(*curve, color=colour, linestyle=style, label=name, drawstyle="steps-post", linewidth=1.6)
+        one.set_xlim(0, max(x[-1] for x, _ in curves))
     for one in (whole, *enlarged):
-        one.set(xlabel="epoch", ylabel="learning rate", xlim=(0, None), ylim=(0, None))
+        one.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
     rates = [plan.schedule.rate(step) for plan in plans for step in (0, *_turns(plan, plan.total_steps))]
     logarithmic = max(rates) > 20 * min(rates)  # else what is small would lie on the axis
     if logarithmic:
-        whole.set(yscale="log")
         whole.autoscale(axis="y")
+        set_log_scale(whole)
     whole.set(title="The whole run" + (", logarithmic" if logarithmic else ""))
     for one in enlarged:
         one.set(title="The warmup, enlarged, linear")
     # Handed over: of curves with labels that begin with an underscore a legend shows none by itself.
-    handles, texts = whole.get_lines(), [line.get_label() for line in whole.get_lines()]
+    handles = [Line2D([], [], color=line.get_color()) for line in whole.get_lines()]
+    texts = [line.get_label() for line in whole.get_lines()]
     legend = figure.legend(handles, [""] * len(texts), loc="outside lower center", ncols=1, frameon=False)
     for entry, text in zip(legend.get_texts(), texts, strict=True):
         entry.set_text(str(text))
     return save_figure(figure, path)
+
+
+def _rate_curve(plan: Plan, end: int) -> tuple[list[float], list[float]]:
+    """Epochs at which steps begin, and their rates; the last rate holds to the end of its step."""
+    steps = sorted({*range(0, end, max(1, end // PICTURE_POINTS)), end - 1, *_turns(plan, end)})
+    rates = [plan.schedule.rate(step) for step in steps]
+    return [step / plan.steps_per_epoch for step in (*steps, end)], [*rates, rates[-1]]
 
 
 def _turns(plan: Plan, end: int) -> list[int]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recipe.commands.figure import COLOURS, new_figure, save_figure
+from recipe.commands.figure import COLOURS, line_styles, new_figure, save_figure, set_log_scale
 from recipe.commands.run_files import Column, RunFiles, distinct_names, read_run
 from recipe.strict_json import printable
 
@@ -150,26 +150,31 @@ def _spread(size: int) -> NDArray[np.intp]:
 def _draw_curves(axes: "Axes", curves: Sequence[tuple[Column, Column]], half_widths: Sequence[int]) -> None:
     """Draw (epochs, values) of each run: as they are, or, with a half width in steps, faint beneath their means."""
     dots = max(values.size for _, values in curves) <= FEW_POINTS
+    marked, lines = [], []
     for (epochs, values), half_width, style in zip(curves, half_widths, _styles(), strict=False):
         drawn = thin_out(values)
         if half_width:
             axes.plot(epochs[drawn], values[drawn], **style, alpha=0.25, linewidth=0.8)
-            points, means = smooth(values, half_width)
-            axes.plot(epochs[points], means, **style)
+            drawn, values = smooth(values, half_width)
         else:
-            axes.plot(epochs[drawn], values[drawn], **style, marker="." if dots or values.size == 1 else None)
+            values = values[drawn]
+        marked.append("." if not half_width and (dots or values.size == 1) else None)
+        lines.append((epochs[drawn], values))
+    for line, marker, style in zip(lines, marked, _told_apart(lines), strict=True):
+        axes.plot(*line, **style, marker=marker)
 
 
 def _draw_rates(axes: "Axes", runs: Sequence[RunFiles]) -> None:
     """Draw the rates, each of which holds from the beginning of its step to its end."""
     axes.set_title("learning rate", loc="left")
-    for place, (run, style) in enumerate(zip(runs, _styles(), strict=False)):
+    curves = []
+    for run in runs:
         ends, rates = run.epochs("step"), run.events["step"]["lr"]
         drawn = thin_out(rates)
         epochs = np.concatenate([ends[:1] - 1 / run.steps_per_epoch, ends[drawn]])
-        # Runs often share their rates: the first curves are wider, so that they show beneath the last.
-        width = 1.5 + min(3, len(runs) - 1 - place)
-        axes.plot(epochs, np.concatenate([rates[:1], rates[drawn]]), **style, linewidth=width, drawstyle="steps-pre")
+        curves.append((epochs, np.concatenate([rates[:1], rates[drawn]])))
+    for curve, style in zip(curves, _told_apart(curves), strict=True):
+        axes.plot(*curve, **style, drawstyle="steps-pre")
 
 
 def _mark_steps(axes: "Axes", runs: Sequence[RunFiles]) -> None:
@@ -202,22 +207,24 @@ def _mark_steps(axes: "Axes", runs: Sequence[RunFiles]) -> None:
 
 def _set_scale(axes: "Axes") -> None:
     """A logarithmic scale where all values are positive and span more than a factor of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
     curves = [line for line in axes.lines if line.get_transform() == axes.transData]
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in curves] or [np.empty(0)])
     values = values[~np.isnan(values)]
     if values.size and values.min() > 0 and values.max() / 10 > values.min():
-        axes.set_yscale("log")
-        decades = np.log10(values.max() / values.min())
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        set_log_scale(axes)
 
 
 def _styles() -> Iterator[dict[str, Any]]:
     """Looks of curves, of which the first few dozen can be told apart."""
     return itertools.cycle([{"color": colour, "linestyle": dash} for dash in DASHES for colour in COLOURS])
+
+
+def _told_apart(curves: Sequence[tuple[Column, Column]]) -> list[dict[str, Any]]:
+    """``_styles``, but for curves that would hide each other."""
+    return [
+        style if dashes == "-" else style | {"linestyle": dashes}
+        for style, dashes in zip(_styles(), line_styles(curves), strict=False)
+    ]
 
 
 def _label(run: RunFiles, name: str) -> str:

@@ -1,0 +1,105 @@
+"""How the gradient noise scale changes in training: that of the first run, the digits at batch 512, of several seeds.
+
+Real ``deepspeed`` launches measure it at every step. Shown is what ``metrics.jsonl`` has after some epochs, of each
+seed: smoothed over about 20 measurements, of which the first rows have fewer.
+
+    python -m benchmarks.noise_scale_digits --json benchmarks/results/noise_scale_digits_cpu.json
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.launch import ROOT, deepspeed_command, environment
+from benchmarks.report import context, heading, write
+from recipe.metrics import read_events
+from recipe.plan import DIGITS_IMAGES
+
+CONFIG = "ds_configs/digits_b512.json"
+BATCH, STEPS_PER_EPOCH = 512, 2
+AFTER_EPOCHS = (5, 10, 15, 20, 25, 30, 35, 40)
+VALUES = ("noise_scale", "gradient_variance", "gradient_norm_squared")
+TIMEOUT_SECONDS = 1200
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; print a table, and write it and the numbers if asked to."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="benchmarks.noise_scale_digits", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5, help="runs (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
+    arguments, before = parser.parse_args(words), context("benchmarks.noise_scale_digits", words)
+    with tempfile.TemporaryDirectory() as folder:
+        results = [measure(seed, Path(folder, str(seed))) for seed in range(arguments.seeds)]
+    report = before | {"training_images": DIGITS_IMAGES["train"], "results": results}
+    table = format_report(report)
+    print(table, end="")
+    if arguments.json is not None:
+        write(arguments.json, report, table)
+    return 0
+
+
+def measure(seed: int, output: Path) -> dict[str, Any]:
+    """Train with a seed to the end; return what was measured after ``AFTER_EPOCHS``."""
+    changes = {"recipe.noise_scale.enabled": "true", "recipe.noise_scale.every_steps": 1, "recipe.seed": seed}
+    overrides = [f"--set={key}={value}" for key, value in changes.items()]
+    words = ("--deepspeed_config", CONFIG, "--output", str(output), *overrides)
+    done = subprocess.run(
+        deepspeed_command(1, "recipe/train.py", *words),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"seed {seed} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return {"seed": seed, "after_epoch": after_epochs(read_events(output))}
+
+
+def after_epochs(events: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """The values of the last measurement within each of ``AFTER_EPOCHS``, as JSON has keys."""
+    measured = [event for event in events if event["event"] == "noise_scale"]
+    found = {}
+    for epoch in AFTER_EPOCHS:
+        before = [event for event in measured if event["step"] < epoch * STEPS_PER_EPOCH]
+        found[str(epoch)] = {name: before[-1][name] for name in VALUES}
+    return found
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    results = report["results"]
+    seeds = [f"seed {result['seed']}" for result in results]
+    lines = [
+        *heading(f"The gradient noise scale in training: digits, batch {BATCH}, measured at each step", report),
+        "In images; a dash where the mean gradient cannot be told from its noise. There are "
+        f"{report['training_images']:,} training images. The machine may have been shared: nothing here is a time.",
+        "",
+        f"| after epoch | {' | '.join(seeds)} |",
+        f"|---|{'---|' * len(seeds)}",
+    ]
+    for epoch in map(str, AFTER_EPOCHS):
+        scales = [result["after_epoch"][epoch]["noise_scale"] for result in results]
+        lines.append(f"| {epoch} | {' | '.join('–' if scale is None else f'{scale:,.0f}' for scale in scales)} |")
+    lines += [
+        "",
+        "tr(Σ) of the gradient of one image, and |G|², whose ratio that is:",
+        "",
+        f"| after epoch | {' | '.join(seeds)} |",
+        f"|---|{'---|' * len(seeds)}",
+    ]
+    for epoch in map(str, AFTER_EPOCHS):
+        values = [result["after_epoch"][epoch] for result in results]
+        pairs = [f"{value['gradient_variance']:.3g} / {value['gradient_norm_squared']:.2g}" for value in values]
+        lines.append(f"| {epoch} | {' | '.join(pairs)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
