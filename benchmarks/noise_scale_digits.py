@@ -79,7 +79,7 @@ def format_report(report: dict[str, Any]) -> str:
     lines = [
         *heading(f"The gradient noise scale in training: digits, batch {BATCH}, measured at each step", report),
         "In images; a dash where the mean gradient cannot be told from its noise. There are "
-        f"{report['training_images']:,} training images. The machine may have been shared: nothing here is a time.",
+        f"{report['training_images']:,} training images. Nothing here is a time: the machine did other work, too.",
         "",
         f"| after epoch | {' | '.join(seeds)} |",
         f"|---|{'---|' * len(seeds)}",

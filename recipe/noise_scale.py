@@ -115,7 +115,8 @@ def in_words(found: Mapping[str, Any], global_batch: int, train_images: int | No
     elif scale is None:
         lines.append("no number: the gradients of the micro-batches are too alike to show their noise")
     else:
-        lines.append(f"about {_two_digits(scale)} images: the gradient of such a batch is half signal, half noise")
+        size = _two_digits(scale)
+        lines.append(f"about {size} images at the end: the gradient of such a batch is half signal, half noise")
         if train_images is not None and scale > train_images:
             lines.append(f"more than the {train_images:,} training images: by this measure no batch is too large")
         lines.append(_beside(scale, global_batch, train_images))

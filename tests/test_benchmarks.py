@@ -16,6 +16,7 @@ from benchmarks import (
     hardware_independence,
     input_pipeline,
     noise_scale_cost,
+    noise_scale_digits,
     on_device,
     scaling,
     update_magnitude,
@@ -171,6 +172,25 @@ def test_noise_scale_cost_compares_no_different_training() -> None:
     noise_scale_cost.check_same({"does not measure": loop(1.0), "listens": loop(1.0)})
     with pytest.raises(RuntimeError, match="the loop that measures does not train as"):
         noise_scale_cost.check_same({"does not measure": loop(1.0), "measures": loop(1.0 + 1e-6)})
+
+
+def test_noise_scale_digits_takes_what_was_measured_last_within_an_epoch() -> None:
+    def event(step: int) -> dict[str, object]:
+        values = {"noise_scale": None if step == 29 else 10.0 * step, "gradient_variance": 2.0}
+        return {"event": "noise_scale", "step": step, "gradient_norm_squared": 0.5} | values
+
+    events = [event(step) for step in range(80) if step != 19]  # a measurement that was not finite
+    found = noise_scale_digits.after_epochs([*events, {"event": "step", "step": 79}])
+    scales = {epoch: values["noise_scale"] for epoch, values in found.items()}
+    assert scales == {"5": 90, "10": 180, "15": None, "20": 390, "25": 490, "30": 590, "35": 690, "40": 790}
+
+
+def test_noise_scale_digits_shows_what_it_has_written() -> None:
+    file = ROOT / "benchmarks/results/noise_scale_digits_cpu.json"
+    report = json.loads(file.read_text())
+    assert noise_scale_digits.format_report(report) == file.with_suffix(".md").read_text()
+    report["results"][0]["after_epoch"]["5"]["noise_scale"] = None
+    assert "| 5 | – | " in noise_scale_digits.format_report(report)
 
 
 def test_update_magnitude_compares_moves_as_on_a_parabola() -> None:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         "whose steps hold other images are compared by epoch. A run may be in progress.",
         epilog="Exit code: 0 if as far as both have come it is the same training, with the same losses and accuracies "
         "to the last bit, wherever and however it ran; 1 if not; 2 if a folder cannot be read; 3 if nothing tells yet, "
-        "because there is no step that both have done.",
+        "because there is no step (of other batch sizes: no epoch) that both have done.",
     )
     parser.add_argument("a", type=Path, metavar="RUN_A", help="output folder of a run")
     parser.add_argument("b", type=Path, metavar="RUN_B", help="output folder of another")
