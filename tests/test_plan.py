@@ -357,6 +357,33 @@ def test_text_of_the_papers_run() -> None:
     assert max(map(len, text.splitlines())) <= 110
 
 
+def test_the_text_says_how_images_come() -> None:
+    def images(cores: int | None, **changes: Any) -> str:
+        text = " ".join(format_plan(make_plan(config(**changes), 32, cores)).split())
+        return text.partition(" images random")[2].partition(" steps ")[0]
+
+    share = "loader processes: a rank's share of the cores less one"
+    assert images(None) == f" resized crops of 224 px, half of them mirrored; {share}"
+    assert images(4) == " resized crops of 224 px, half of them mirrored; 3 loader processes a rank"
+    written = images(None, recipe__data__workers=1, recipe__data__flip=False)
+    assert written == " resized crops of 224 px; 1 loader process a rank"
+    for crop, words in (("padded", "224 px, shifted by up to 28; no"), ("none", "224 px, uncropped; no")):
+        plan = make_plan(config(recipe__data__crop=crop, recipe__data__workers=0, recipe__data__flip=False), 32)
+        assert f"images          {words} loader processes" in format_plan(plan)
+
+
+def test_the_text_says_how_often_the_noise_scale_is_measured() -> None:
+    few = config(recipe__noise_scale__enabled=True, recipe__noise_scale__every_steps=1500)
+    text = " ".join(format_plan(make_plan(few, 32)).split())  # 14,040 steps
+    assert "noise scale measured every 1,500 steps, 10 times in all" in text
+    assert "noise scale: 10 measurements instead of about 20: it may be far off; with" in text
+    assert "every_steps = 738 there are enough" in text
+    often = format_plan(make_plan(config(recipe__noise_scale__enabled=True), 32))
+    assert "noise scale     measured every 10 steps, 1,404 times in all" in often
+    assert "may be far off" not in often
+    assert "noise scale" not in format_plan(make_plan(config(), 32))
+
+
 def test_the_text_says_where_gamma_does_not_begin_with_zero() -> None:
     assert "γ" not in format_plan(make_plan(config(), 32))
     assert "γ = 1 at the blocks' ends, too" in format_plan(make_plan(config(recipe__model__zero_init_last=False), 32))
