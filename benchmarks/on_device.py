@@ -108,7 +108,7 @@ def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
     sources |= {name: one.epoch for name, one in loaders.items()}
 
     model = build_model(config.model.name, config.model.num_classes, config.seed, "local", config.model.zero_init_last)
-    model = model.to(device, firsts[0].images.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(device, firsts[0].images.dtype).to(memory_format=torch.channels_last)
     seconds: dict[str, list[float]] = {name: [] for name in sources}
     for epoch in range(arguments.rounds + 1):
         for name, source in sources.items():
