@@ -41,6 +41,7 @@ from benchmarks.report import context, heading, write
 from recipe.commands.pack import pack
 from recipe.data import ImageDataset, TrainLoader
 from recipe.data.augment import random_resized_box, sample_rng
+from recipe.data.folder_index import index_folder
 from recipe.data.imagefolder import ImageFiles
 from recipe.data.pack import PackedImages, open_pack
 
@@ -138,7 +139,8 @@ def packed(path: Path, image_size: int) -> PackedImages:
 
 def data_set(listing: ImageFolder, image_size: int) -> ImageFiles:
     """The recipe's own."""
-    return ImageFiles(listing, image_size=image_size, crop="random_resized", flip=True, seed=SEED, on_bad_image="stop")
+    folder = index_folder(str(listing.root))
+    return ImageFiles(folder, image_size=image_size, crop="random_resized", flip=True, seed=SEED, on_bad_image="stop")
 
 
 class Reference(Dataset[Tensor]):

@@ -18,11 +18,11 @@ from types import FrameType
 import numpy as np
 import numpy.typing as npt
 import PIL
-from torchvision.datasets import ImageFolder
 
 from recipe.commands.pack_progress import Progress
 from recipe.commands.pack_shards import UNFINISHED, Record, Source, pack_shards, share_out, write_whole
 from recipe.commands.pack_verify import verify
+from recipe.data.folder_index import FolderIndex
 from recipe.data.imagefolder import list_imagefolder
 from recipe.data.pack_format import (
     HEADER,
@@ -147,9 +147,10 @@ def _check_destination(destination: Path) -> None:
         raise ValueError(f"DST {destination} holds {', '.join(others[:5])}, and no pack; name a new or an empty folder")
 
 
-def _sources(folder: ImageFolder) -> list[Source]:
+def _sources(folder: FolderIndex) -> list[Source]:
     prefix, sources = os.path.join(folder.root, ""), []
-    for path, label in folder.samples:
+    for index, label in enumerate(folder.labels.tolist()):
+        path = folder.path(index)
         try:
             status = os.stat(path)
         except OSError as error:

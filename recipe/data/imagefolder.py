@@ -1,14 +1,11 @@
-"""A folder of images, a folder a class: torchvision's ImageFolder, with errors that a user can act on."""
+"""A folder of images, a folder a class, as torchvision's ImageFolder has it, with errors that a user can act on."""
 
-import os
 from pathlib import Path
-
-import numpy as np
-from torchvision.datasets import ImageFolder
 
 from recipe.data.augment import Crop
 from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage
 from recipe.data.decode import UNREADABLE, Decoded, decode
+from recipe.data.folder_index import FolderIndex, index_folder
 from recipe.data.pack_format import HEADER
 
 
@@ -17,7 +14,7 @@ class ImageFiles(ImageDataset):
 
     def __init__(
         self,
-        folder: ImageFolder,
+        folder: FolderIndex,
         *,
         image_size: int,
         crop: Crop,
@@ -26,7 +23,7 @@ class ImageFiles(ImageDataset):
         on_bad_image: OnBadImage,
     ) -> None:
         super().__init__(
-            folder.targets,
+            folder.labels,
             len(folder.classes),
             image_size=image_size,
             crop=crop,
@@ -34,11 +31,8 @@ class ImageFiles(ImageDataset):
             seed=seed,
             on_bad_image=on_bad_image,
         )
-        self.class_names: list[str] = folder.classes
-        self._root = str(folder.root)
-        # One array, for the same reason as the labels are a tensor: a million strings are a quarter of a GB.
-        prefix = os.path.join(self._root, "")
-        self._paths = np.array([os.fsencode(path.removeprefix(prefix)) for path, _ in folder.samples])
+        self.class_names = folder.classes
+        self._folder = folder
 
     def image(self, index: int) -> Decoded:
         path = self.name(index)
@@ -51,7 +45,7 @@ class ImageFiles(ImageDataset):
             ) from error
 
     def name(self, index: int) -> str:
-        return os.path.join(self._root, os.fsdecode(self._paths[index]))
+        return self._folder.path(index)
 
 
 def open_imagefolder(
@@ -73,7 +67,7 @@ def open_imagefolder(
     return train, validation
 
 
-def list_imagefolder(path: Path) -> tuple[ImageFolder, ImageFolder]:
+def list_imagefolder(path: Path) -> tuple[FolderIndex, FolderIndex]:
     """Return what (``path/train``, ``path/val`` or else ``path/test``) hold, of the same classes; no file is read.
 
     Raises:
@@ -97,16 +91,15 @@ def list_imagefolder(path: Path) -> tuple[ImageFolder, ImageFolder]:
     return train, validation
 
 
-def _list(root: Path) -> ImageFolder:
+def _list(root: Path) -> FolderIndex:
     try:
-        folder = ImageFolder(root, allow_empty=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"{root} holds no class; it should hold a folder a class") from error
+        folder = index_folder(str(root))
     except OSError as error:
         raise ValueError(f"{root} cannot be listed: {error}") from error
-    if empty := set(range(len(folder.classes))) - set(folder.targets):
-        names = {folder.classes[index] for index in empty}
-        raise ValueError(f"{root} holds no image of {_some(names)}; fill or remove these folders")
+    if not folder.classes:
+        raise ValueError(f"{root} holds no class; it should hold a folder a class")
+    if empty := {name for name, count in zip(folder.classes, folder.counts, strict=True) if count == 0}:
+        raise ValueError(f"{root} holds no image of {_some(empty)}; fill or remove these folders")
     return folder
 
 

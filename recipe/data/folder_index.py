@@ -1,0 +1,220 @@
+"""Which images lie below a folder, a folder a class, in the order of torchvision's ImageFolder; kept between runs.
+
+Every rank lists the folder when it starts, all 1.28 million files of ImageNet. So what a scan has found is kept in the
+user's cache, with a digest of the state of every folder that it looked into: any name that comes, goes or changes below
+them changes the times of one, and the scan is made anew.
+"""
+
+import hashlib
+import os
+import socket
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+FORMAT = 1
+SMALLEST_KEPT_IMAGES = 10_000
+"""Fewer are listed in about the time in which a file is read."""
+SETTLED_SECONDS = 2.0
+"""A second change within the granularity of a folder's time, which is 2 s at worst (FAT), would not be seen."""
+
+
+@dataclass(frozen=True, eq=False)
+class FolderIndex:
+    """The images below ``root``, class by class.
+
+    Args:
+        root: The folder, as it was named.
+        classes: The names of its folders, sorted.
+        counts: int64, the number of images of each class.
+        names: uint8, the images' paths relative to ``root``, each ended by a zero byte. One array: a million strings
+            are a quarter of a GB, and are copied by and by into forked workers, as reference counts change.
+    """
+
+    root: str
+    classes: list[str]
+    counts: npt.NDArray[np.int64]
+    names: npt.NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @cached_property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """The class of each image."""
+        return np.repeat(np.arange(len(self.classes)), self.counts)
+
+    def path(self, index: int) -> str:
+        """The path of an image."""
+        start = int(self._ends[index - 1]) + 1 if index else 0
+        return os.path.join(self.root, os.fsdecode(self.names[start : int(self._ends[index])].tobytes()))
+
+    @cached_property
+    def _ends(self) -> npt.NDArray[np.int64]:
+        return np.flatnonzero(self.names == 0)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """What a scan depends on: ``paths``, relative to the root, by a digest of their state before it looked at them.
+
+    They are all the folders, and links that do not lead to one but may some day, as to a disk that is not mounted.
+    ``newest_ns`` is the latest time of any folder, in nanoseconds since 1970.
+    """
+
+    paths: list[str]
+    sha256: bytes
+    newest_ns: int
+
+
+def index_folder(root: str) -> FolderIndex:
+    """The images below a folder, by the cache if nothing has changed, else by a scan.
+
+    Raises:
+        OSError: A folder below ``root`` cannot be listed.
+    """
+    cache = _cache_file(root)
+    index = _read(cache, root)
+    if index is None:
+        started_ns = time.time_ns()
+        index, watched = scan(root)
+        settled = watched.newest_ns + SETTLED_SECONDS * 1e9 < started_ns
+        # Of the ranks of a host, which all scan, one writes.
+        if settled and len(index) >= SMALLEST_KEPT_IMAGES and (os.environ.get("LOCAL_RANK") or "0") == "0":
+            _keep(cache, index, watched)
+    return index
+
+
+def scan(root: str) -> tuple[FolderIndex, _Watched]:
+    """List a folder as torchvision's ImageFolder does, which does not tell what folders it has looked into.
+
+    Raises:
+        OSError: A folder below ``root`` cannot be listed, where torchvision would leave out what is in it.
+    """
+    before: dict[str, os.stat_result | None] = {}
+
+    def look(folder: str) -> list[os.DirEntry[str]]:
+        path = os.path.join(root, folder)
+        before[folder] = os.stat(path)
+        with os.scandir(path) as entries:
+            found = list(entries)
+        for entry in found:
+            if entry.is_symlink() and not _is_folder(entry):
+                before[os.path.join(folder, entry.name)] = None
+        return found
+
+    classes = sorted(entry.name for entry in look("") if entry.is_dir())
+    counts, names = [], bytearray()
+    for name in classes:
+        images: dict[str, list[str]] = {}
+        pending = [name]
+        while pending:
+            folder = pending.pop()
+            files = []
+            for entry in look(folder):
+                if _is_folder(entry):
+                    pending.append(os.path.join(folder, entry.name))
+                elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                    files.append(entry.name)
+            images[folder] = sorted(files)
+        paths = [os.path.join(folder, file) for folder in sorted(images) for file in images[folder]]
+        counts.append(len(paths))
+        names += _joined(paths)
+    index = FolderIndex(root, classes, np.array(counts, np.int64), np.frombuffer(bytes(names), np.uint8))
+    newest_ns = max(max(status.st_mtime_ns, status.st_ctime_ns) for status in before.values() if status is not None)
+    return index, _Watched(list(before), _digest(before.values()), newest_ns)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle
+        return False
+
+
+def _status(path: str) -> os.stat_result | None:
+    """That of a folder; None if there is no folder."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status if stat.S_ISDIR(status.st_mode) else None
+
+
+def _digest(folders: Iterable[os.stat_result | None]) -> bytes:
+    """The SHA-256 of what changes with the names in folders. A device's number may be another after each mount."""
+    digest = hashlib.sha256()
+    for status in folders:
+        state = status and (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        digest.update(repr(state).encode())
+    return digest.digest()
+
+
+def _joined(names: list[str]) -> bytes:
+    return os.fsencode("".join(f"{name}\0" for name in names))
+
+
+def _split(names: npt.NDArray[np.uint8]) -> list[str]:
+    return os.fsdecode(names.tobytes()).split("\0")[:-1]
+
+
+def _cache_file(root: str) -> Path | None:
+    """Where the index of a folder is kept; None for a user without a home.
+
+    A name a host: the same path may be another disk there, or have other inodes.
+    """
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    key = (FORMAT, IMG_EXTENSIONS, sys.getfilesystemencoding(), socket.gethostname(), os.path.realpath(root))
+    return caches / "large-batch-recipe" / f"images-{hashlib.sha256(ascii(key).encode()).hexdigest()}.npz"
+
+
+def _read(cache: Path | None, root: str) -> FolderIndex | None:
+    """What is kept of a folder, if that is still its state."""
+    if cache is None:
+        return None
+    try:
+        # Not mapped: whoever clears a cache on a network file system would kill the runs that have it mapped. Each
+        # array has a CRC-32, which is looked at here.
+        with cache.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            watched = _split(file["watched"])
+            if _digest(_status(os.path.join(root, path)) for path in watched) != file["sha256"].tobytes():
+                return None
+            index = FolderIndex(root, _split(file["classes"]), file["counts"], file["names"])
+        return index if len(index.counts) == len(index.classes) and index.counts.sum() == len(index) else None
+    except Exception:  # numpy and zipfile have many for what is damaged, or something else
+        return None
+
+
+def _keep(cache: Path | None, index: FolderIndex, watched: _Watched) -> None:
+    """Keep an index, whole or not at all; where nothing can be written, the next run scans again."""
+    if cache is None:
+        return
+    with suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, unfinished = tempfile.mkstemp(".unfinished", f"{cache.stem}.", cache.parent)
+        try:
+            with open(descriptor, "wb") as file:
+                np.savez(
+                    file,
+                    watched=np.frombuffer(_joined(watched.paths), np.uint8),
+                    sha256=np.frombuffer(watched.sha256, np.uint8),
+                    classes=np.frombuffer(_joined(index.classes), np.uint8),
+                    counts=index.counts,
+                    names=index.names,
+                )
+            os.replace(unfinished, cache)
+        finally:
+            Path(unfinished).unlink(missing_ok=True)
