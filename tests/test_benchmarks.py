@@ -19,8 +19,11 @@ from benchmarks import (
     noise_scale_digits,
     on_device,
     scaling,
+    startup,
+    timed_train,
     update_magnitude,
 )
+from recipe.data import folder_index
 from tests.launch import ROOT
 
 
@@ -266,3 +269,22 @@ def test_input_pipeline_predicts_what_the_narrower_side_lets_through() -> None:
 
     assert predicted(500, 1e-4) == 8000
     assert predicted(500, 2e-4) == 5000
+
+
+def test_startup_times_parts_and_lists_the_same_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_index, "SMALLEST_KEPT_IMAGES", 0)
+    file = tmp_path / "startup.json"
+    words = ["--launches", "python", "--rounds", "1", "--images", "100", "--image-folders", "3"]
+    assert startup.main([*words, "--folder", str(tmp_path), "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    (found,) = report["seconds_to_first_step"].values()
+    assert list(found["parts"]) == list(timed_train.ORDER)
+    assert all(seconds >= 0 for seconds in found["parts"].values())
+    for part in (timed_train.LAUNCH, timed_train.IMPORTS, timed_train.STEP, "deepspeed.initialize"):
+        assert found["parts"][part] > 0.01
+    assert found["whole"] == [pytest.approx(sum(found["parts"].values()))]
+    assert set(report["listing"]["seconds"]) == {"torchvision", "scan", "kept"}
+    assert capsys.readouterr().out == file.with_suffix(".md").read_text()
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []

@@ -1,6 +1,7 @@
 """Real runs of ``recipe/train.py``: what they write, how they end, and what they refuse."""
 
 import fcntl
+import gc
 import json
 import os
 import pty
@@ -12,12 +13,15 @@ import sys
 import termios
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import timm
 import torch
 from PIL import Image
 
+from recipe.train import parse_arguments
+from recipe.train import run as train_here
 from tests.golden import FP64, GOLDEN
 from tests.launch import DIGITS, ROOT, SHORT, command, environment, events, losses, train, train_ok
 
@@ -139,6 +143,19 @@ def test_the_config_is_validated_before_torch_is_imported() -> None:
     program = "import sys, recipe.train; print([m for m in ('torch', 'deepspeed') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_garbage_is_looked_for_among_what_the_libraries_have_made(tmp_path: Path) -> None:
+    words = ["--deepspeed_config", "ds_configs/cifar10_b1024.json", "--data", str(tmp_path / "nowhere")]
+    threads, frozen = torch.get_num_threads(), gc.get_freeze_count()
+    try:
+        with mock.patch.dict(os.environ):
+            assert train_here(parse_arguments([*words, "--output", str(tmp_path / "run")])) == 2
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > frozen + 100_000
+    finally:
+        gc.unfreeze()
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
