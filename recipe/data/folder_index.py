@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,6 @@ SETTLED_SECONDS = 2.0
 """A second change within the granularity of a folder's time, which is 2 s at worst (FAT), would not be seen."""
 
 
-@dataclass(frozen=True, eq=False)
 class FolderIndex:
     """The images below ``root``, class by class.
 
@@ -41,15 +39,19 @@ class FolderIndex:
             are a quarter of a GB, and are copied by and by into forked workers, as reference counts change.
     """
 
-    root: str
-    classes: list[str]
-    counts: npt.NDArray[np.int64]
-    names: npt.NDArray[np.uint8]
+    def __init__(
+        self, root: str, classes: list[str], counts: npt.NDArray[np.int64], names: npt.NDArray[np.uint8]
+    ) -> None:
+        self.root = root
+        self.classes = classes
+        self.counts = counts
+        self.names = names
+        self._ends = np.flatnonzero(names == 0)
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    @cached_property
+    @property
     def labels(self) -> npt.NDArray[np.int64]:
         """The class of each image."""
         return np.repeat(np.arange(len(self.classes)), self.counts)
@@ -58,10 +60,6 @@ class FolderIndex:
         """The path of an image."""
         start = int(self._ends[index - 1]) + 1 if index else 0
         return os.path.join(self.root, os.fsdecode(self.names[start : int(self._ends[index])].tobytes()))
-
-    @cached_property
-    def _ends(self) -> npt.NDArray[np.int64]:
-        return np.flatnonzero(self.names == 0)
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def scan(root: str) -> tuple[FolderIndex, _Watched]:
         paths = [os.path.join(folder, file) for folder in sorted(images) for file in images[folder]]
         counts.append(len(paths))
         names += _joined(paths)
-    index = FolderIndex(root, classes, np.array(counts, np.int64), np.frombuffer(bytes(names), np.uint8))
+    index = FolderIndex(root, classes, np.array(counts, np.int64), np.frombuffer(names, np.uint8))
     newest_ns = max(max(status.st_mtime_ns, status.st_ctime_ns) for status in before.values() if status is not None)
     return index, _Watched(list(before), _digest(before.values()), newest_ns)
 
