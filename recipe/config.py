@@ -192,8 +192,13 @@ class Recipe(Section):
     schedule: Schedule
     """an object with epochs and what else differs from the paper"""
 
-    precision: Literal["fp64"] | None = None
-    """ "fp64" trains in double precision, for checks in which rounding must not matter; null: as fp16 and bf16 say"""
+    precision: Literal["fp32", "fp64"] | None = None
+    """ "fp32" keeps GPUs from rounding factors to TF32, "fp64" trains in double precision, for checks in which rounding
+    must not matter; null: as fp16 and bf16 say, and else fp32 with TF32"""
+
+    cudnn_benchmark: bool = False
+    """true or false: whether cuDNN tries out which of its algorithms are the fastest, which may be others in a resumed
+    run; false takes only those that give the same bits again"""
 
     checkpoint: Checkpoint = Checkpoint()
     """an object with every_steps, every_minutes, keep_last and keep_best"""
@@ -264,8 +269,10 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "fp16.auto_cast", "the loop hands images over in the model's precision itself", "write false"
     if config.fp16.enabled and config.bf16.enabled:
         yield "bf16.enabled", "fp16 is enabled, too", "enable one of the two"
-    if config.recipe.precision == "fp64" and (config.fp16.enabled or config.bf16.enabled or zero.stage):
-        yield "recipe.precision", "fp16, bf16 or a ZeRO stage is enabled, too", "remove it, or them"
+    if config.recipe.precision is not None and (config.fp16.enabled or config.bf16.enabled):
+        yield "recipe.precision", "fp16 or bf16 is enabled, too", "remove it, or them"
+    if config.recipe.precision == "fp64" and zero.stage:
+        yield "recipe.precision", "a ZeRO stage is enabled, too", "remove it, or that"
     if config.recipe.noise_scale.enabled and zero.stage:
         yield (
             "recipe.noise_scale.enabled",

@@ -33,7 +33,7 @@ OTHER_KEYS = frozenset((
     "activation_checkpointing", "aio", "autotuning", "checkpoint", "compile", "data_efficiency",
     "data_parallel_size", "data_types", "datastates_ckpt", "disable_python_gc", "expert_parallel",
     "hybrid_engine", "log_level", "managed_gradient_accumulation", "pipeline",
-    "seq_parallel_communication_data_type", "sequence_parallel_size", "tensor_parallel", "timers",
+    "seq_parallel_communication_data_type", "sequence_parallel_size", "tensor_parallel",
     "use_data_before_expert_parallelism", "vocabulary_size", "weight_quantization",
 ))
 REMOVED_KEYS = frozenset((
@@ -259,6 +259,19 @@ class CommsLogger(PassedOn):
     debug: bool = False
 
 
+class ThroughputTimer(Section):
+    enabled: bool = False
+    """true or false: whether DeepSpeed measures its speed, for which it waits for the GPU twice a micro-batch; false,
+    because the recipe measures it without (DeepSpeed's default is true)"""
+
+    synchronized: bool = True
+
+
+class Timers(Section):
+    throughput: ThroughputTimer = ThroughputTimer()
+    """an object with enabled and synchronized"""
+
+
 class DeepSpeedConfig(Section):
     """The top level without the recipe's section."""
 
@@ -307,6 +320,9 @@ class DeepSpeedConfig(Section):
     disable_allgather: bool = False
     zero_allow_untested_optimizer: bool = False
     zero_force_ds_cpu_optimizer: bool = True
+    timers: Timers = Timers()
+    """an object with throughput"""
+
     wall_clock_breakdown: bool = False
     memory_breakdown: bool = False
     dump_state: bool = False

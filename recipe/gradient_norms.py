@@ -36,7 +36,7 @@ class GradientNorms:
         if not self._due():
             return None
         micro_batches = torch.stack(self._micro_batches)
-        mean = _norm_squared([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+        mean = norm_squared([parameter.grad for parameter in self._parameters if parameter.grad is not None])
         self._micro_batches = []
         # Each micro-batch's part of the mean is so many times smaller than its own gradient.
         own = micro_batches.mean() * len(micro_batches) ** 2
@@ -52,12 +52,12 @@ class GradientNorms:
         self._arriving.append(gradient.detach())
 
     def _end_of_pass(self) -> None:
-        self._micro_batches.append(_norm_squared(self._arriving))
+        self._micro_batches.append(norm_squared(self._arriving))
         self._arriving = []
 
 
 @torch.no_grad()
-def _norm_squared(gradients: list[Tensor]) -> Tensor:
+def norm_squared(gradients: list[Tensor]) -> Tensor:
     """Of all of them as one vector; a scalar, float64. The norms of parameters are taken in fp32 at least."""
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
     return torch.stack(torch._foreach_norm(gradients, 2, dtype=dtype)).double().square().sum()

@@ -102,7 +102,10 @@ def make_buckets(parameters: list[nn.Parameter], dtype: torch.dtype, bucket_byte
     for run in runs:
         message = torch.empty(sum(parameter.numel() for parameter in run), dtype=dtype, device=run[0].device)
         pieces = message.split([parameter.numel() for parameter in run])
-        parts = [piece.view(parameter.shape) for piece, parameter in zip(pieces, run, strict=True)]
+        # In the memory format of the gradients, or each would be copied by a kernel of its own.
+        parts = [
+            piece.as_strided(parameter.shape, parameter.stride()) for piece, parameter in zip(pieces, run, strict=True)
+        ]
         buckets.append(Bucket(run, message, parts, len(run)))
     return buckets
 

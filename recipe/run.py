@@ -22,6 +22,7 @@ from recipe.data.seeds import derive_seed
 from recipe.engine import join_process_group, set_loudness, start_engine
 from recipe.gradient_norms import GradientNorms
 from recipe.interruption import Interrupted
+from recipe.kernels import choose_kernels
 from recipe.loop import evaluate, train_epoch
 from recipe.manifest import CHECKPOINTS, PLAN
 from recipe.meeting import Meeting
@@ -65,7 +66,9 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     """
     output, started = run.output, time.monotonic()
     set_loudness(verbose or asks_for_details(run.plan))
-    timeout = timedelta(seconds=run.plan.config.recipe.distributed.timeout_seconds)
+    recipe = run.plan.config.recipe
+    choose_kernels(tf32=recipe.precision is None, cudnn_benchmark=recipe.cudnn_benchmark)
+    timeout = timedelta(seconds=recipe.distributed.timeout_seconds)
     join_process_group(run.device, timeout, meeting)
     run = settle_micro_batch(run)
     plan = run.plan
@@ -99,7 +102,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     train_loader, validation_loader = open_loaders(run, next(engine.module.parameters()).dtype)
     gradient_norms = listen_to_gradients(engine, plan)
 
-    every_minutes = plan.config.recipe.checkpoint.every_minutes
+    every_minutes = recipe.checkpoint.every_minutes
     save_every = None if every_minutes is None else timedelta(minutes=every_minutes)
     with Requests(save_every, timeout) as requests:
 

@@ -105,6 +105,7 @@ def test_what_is_not_written_is_the_papers() -> None:
     }
     assert config.scheduler.params.warmup_type == "linear"
     assert config.gradient_clipping == 0
+    assert not config.timers.throughput.enabled
     assert config.recipe.model_dump() == {
         "model": {"name": "resnet18", "num_classes": 10, "zero_init_last": True},
         "max_micro_batch_size": 256,
@@ -137,6 +138,7 @@ def test_what_is_not_written_is_the_papers() -> None:
         },
         "checkpoint": {"every_steps": None, "every_minutes": None, "keep_last": 2, "keep_best": True},
         "precision": None,
+        "cudnn_benchmark": False,
         "noise_scale": {"enabled": False, "every_steps": 10},
         "distributed": {"timeout_seconds": 120},
         "seed": 0,
@@ -492,6 +494,14 @@ def test_refuses_a_wrong_value(key: str, value: Any, message: str) -> None:
             "bf16.enabled = true: fp16 is enabled, too; enable one of the two",
         ),
         (
+            {"fp16.enabled": True, "recipe.precision": "fp32"},
+            'recipe.precision = "fp32": fp16 or bf16 is enabled, too; remove it, or them',
+        ),
+        (
+            {"zero_optimization.stage": 1, "recipe.precision": "fp64"},
+            'recipe.precision = "fp64": a ZeRO stage is enabled, too; remove it, or that',
+        ),
+        (
             {"zero_optimization.compute_grad_norm": False},
             "zero_optimization.compute_grad_norm = false: only ZeRO stages 1 and 2",
         ),
@@ -633,6 +643,7 @@ def test_refuses_an_override(small: Path, override: str, message: str) -> None:
 def test_every_field_of_ours_says_what_belongs_there() -> None:
     ours: list[type[sections.Section]] = [
         sections.Optimizer,
+        sections.Timers,
         sections.OptimizerParams,
         sections.Scheduler,
         sections.WarmupParams,

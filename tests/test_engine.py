@@ -1,6 +1,6 @@
 """The engine on real ranks against plain PyTorch on the joined batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipe.scaling import RateSchedule
 from tests.ranks import run_ranks
@@ -74,6 +75,7 @@ def new_engine(
         "gradient_accumulation_steps": accumulation,
         "train_micro_batch_size_per_gpu": batch // accumulation // world_size,
         "gradient_clipping": 0.0,
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,
         "optimizer": {
             "type": "SGD",
@@ -145,23 +147,54 @@ def test_updates_equal_plain_pytorch_on_the_whole_batch(world_size: int, stage: 
             assert relative_error(update, expected) < 2e-6
 
 
-def _trained_in_fp16_and_bf16(rank: int, world_size: int) -> dict[str, list[dict]]:
-    return {
-        precision: _trained(rank, world_size, 6, 16, 2, {precision: {"enabled": True}})
-        for precision in ("fp16", "bf16")
-    }
+class Waits(TorchDispatchMode):
+    """Counts how often a value is asked from the device, for which the host waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+PRECISIONS = {
+    "fp32": {},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2}},  # grows at the third update
+    "bf16": {"bf16": {"enabled": True, "check_grad_overflow": False}},
+}
+
+
+def _trained_in_three_precisions(rank: int, world_size: int) -> dict[str, tuple[list[dict], int]]:
+    """The weights after each of six steps, and how often the host waited for the device in them."""
+    found = {}
+    for name, sections in PRECISIONS.items():
+        engine = new_engine(world_size, 16, 2, **sections)
+        history, waits = [master_weights(engine)], Waits()
+        for step in range(6):
+            with waits:
+                train_step(engine, rank, world_size, step, 16)
+            history.append(master_weights(engine))
+        found[name] = history, waits.count
+    return found
 
 
 def test_half_precisions_change_rounding_not_the_method() -> None:
     """Invariant 7: the first update equals fp32's within the precision's rounding; later steps stay close.
 
     Weights, activations and gradients are each rounded to a relative 2^-11 (fp16) or 2^-8 (bf16) and pass through two
-    layers; 4 roundings bound the whole first update.
+    layers; 4 roundings bound the whole first update. Only fp16's overflows must be known on the host.
     """
+    (found,) = run_ranks(1, _trained_in_three_precisions)
+    assert_as_in_fp32(found)
+    assert {name: waits for name, (_, waits) in found.items()} == {"fp32": 0, "fp16": 6, "bf16": 0}
+
+
+def assert_as_in_fp32(found: dict[str, tuple[list[dict], int]]) -> None:
     reference = updates(plain_training(6, 16))
-    (histories,) = run_ranks(1, _trained_in_fp16_and_bf16)
     for precision, rounding in (("fp16", 2**-11), ("bf16", 2**-8)):
-        measured = updates(histories[precision])
+        measured = updates(found[precision][0])
         assert relative_error(measured[0], reference[0]) < 4 * rounding
         for update, expected in zip(measured, reference, strict=True):
             assert relative_error(update, expected) < 16 * rounding
@@ -267,6 +300,46 @@ def test_every_update_uses_the_rate_of_the_closed_form_also_after_a_resume(tmp_p
         "log": [0.1, 0.3, 0.41699250014423124, 0.5, 0.5, 0.5, 0.05, 0.05, 0.05],
     }
     assert found == {name: pytest.approx(rates, rel=1e-12) for name, rates in expected.items()}
+
+
+def _trained_in_both_memory_formats(rank: int, world_size: int, folder: str) -> dict[str, list[list[dict]]]:
+    """Weights before and after four steps: contiguous, channels_last, and resumed from the other's checkpoint."""
+    from recipe import checkpoint
+    from recipe.engine import use_channels_last
+    from recipe.manifest import find
+
+    def train(precision: str, turned: Sequence[bool]) -> list[dict]:
+        history = []
+        for launch, channels_last in enumerate(turned):
+            engine = new_engine(world_size, 8, 2, **PRECISIONS[precision])
+            if channels_last:
+                use_channels_last(engine)
+            path = Path(folder, f"{precision} {turned}")
+            if launch:
+                checkpoint.load_newest(engine, find(path))
+            for step in range(4 // len(turned)):
+                history += [master_weights(engine)] if not step and not launch else []
+                train_step(engine, rank, world_size, engine.global_steps, 8)
+                history.append(master_weights(engine))
+            kernel = engine.module[0].weight
+            (momentum,) = [s["momentum_buffer"] for w, s in engine.optimizer.state.items() if w.dim() == 4]
+            assert kernel.is_contiguous(memory_format=torch.channels_last) == channels_last
+            assert momentum.stride() == kernel.stride()
+            path.mkdir(exist_ok=True)
+            checkpoint.save(engine, path, top1=None, client_state={}, plan="{}", training_sha256="")
+        return history
+
+    orders = [(False,), (True,), (False, True), (True, False)]
+    return {precision: [train(precision, turned) for turned in orders] for precision in PRECISIONS}
+
+
+def test_the_memory_format_changes_nothing_nor_does_a_resume_in_the_other(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, _trained_in_both_memory_formats, str(tmp_path))
+    for precision, rounding in (("fp32", 1e-6), ("fp16", 2**-11), ("bf16", 2**-8)):
+        reference, *others = [updates(history) for history in found[precision]]
+        for other in others:
+            for update, expected in zip(other, reference, strict=True):
+                assert relative_error(update, expected) < 16 * rounding
 
 
 def _with_an_unused_weight(rank: int, world_size: int) -> Tensor:
