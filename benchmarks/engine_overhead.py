@@ -4,7 +4,7 @@ Each rank is one process that runs several loops over the same batches, in turn 
 that whatever slows the machine slows all of them:
 
 - recipe: ``recipe.loop.train_epoch`` on DeepSpeed's engine, as in a run, without telemetry and loading of data;
-- plain: forward, backward and optimizer of PyTorch; on several ranks one all-reduce of all gradients;
+- plain: forward, backward and fused SGD of PyTorch; on several ranks one all-reduce of all gradients;
 - ddp, on several ranks: ``DistributedDataParallel``, silent (``no_sync``) on all but the last micro-batch;
 - timm, on one rank: plain, with the model as timm makes it, that is with ``torch.nn.BatchNorm2d``.
 
@@ -64,7 +64,7 @@ class Loop(NamedTuple):
 
     def weights(self) -> Tensor:
         """All weights in one vector."""
-        return parameters_to_vector(p for group in self.optimizer.param_groups for p in group["params"]).detach()
+        return torch.cat([p.detach().reshape(-1) for group in self.optimizer.param_groups for p in group["params"]])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +95,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="resnet18", help="timm's name (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=64, help="pixels a side (default: %(default)s)")
     parser.add_argument("--micro-batch", type=int, default=32, help="images a rank (default: %(default)s)")
-    parser.add_argument("--accumulation", type=int, nargs="+", default=[1, 8], help="one measurement each")
+    parser.add_argument("--accumulation", type=int, nargs="+", default=[1, 8, 32], help="one measurement each")
     parser.add_argument("--steps", type=int, default=40, help="timed rounds (default: %(default)s)")
     parser.add_argument("--world-size", type=int, nargs="+", default=[1], help="one after the other; not with torchrun")
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
@@ -230,12 +230,17 @@ def synthetic_batches(arguments: argparse.Namespace, accumulation: int, device: 
 
 
 def recipe_loop(
-    model: nn.Module, batches: list[Batch], precision: str, measured: Callable[[], bool] | None = None
+    model: nn.Module,
+    batches: list[Batch],
+    precision: str,
+    measured: Callable[[], bool] | None = None,
+    compiled: bool = False,
 ) -> Loop:
     """The recipe's own loop on its engine; ``measured`` says of which steps the gradients' norms are taken."""
     from recipe.engine import start_engine
     from recipe.gradient_norms import GradientNorms
-    from recipe.loop import train_epoch
+    from recipe.kernels import compile_training
+    from recipe.loop import cross_entropy, train_epoch
 
     micro_batch = len(batches[0].labels)
     config: dict[str, Any] = {
@@ -243,6 +248,7 @@ def recipe_loop(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": len(batches),
         "gradient_clipping": 0.0,
+        "timers": {"throughput": {"enabled": False}},  # as in all shipped configs
         "optimizer": {
             "type": "SGD",
             "params": {"lr": RATE, "momentum": MOMENTUM, "nesterov": True, "weight_decay": WEIGHT_DECAY},
@@ -251,11 +257,12 @@ def recipe_loop(
     if precision == "fp16":
         config["fp16"] = {"enabled": True, "initial_scale_power": LOSS_SCALE_POWER}
     elif precision == "bf16":
-        config["bf16"] = {"enabled": True}
+        config["bf16"] = {"enabled": True, "check_grad_overflow": False}
     constant_rate = RateSchedule(RATE, RATE, "none", 0, "linear", (), 0.1)
     engine = start_engine(model, parameter_groups(model, WEIGHT_DECAY), config, constant_rate)
     norms = None if measured is None else GradientNorms(engine.module.parameters(), measured)
-    steps = train_epoch(engine, itertools.cycle(batches), norms)
+    loss_function = compile_training(engine.module, cross_entropy) if compiled else cross_entropy
+    steps = train_epoch(engine, itertools.cycle(batches), norms, loss_function)
     return Loop(lambda: next(steps), engine.basic_optimizer)
 
 
@@ -263,7 +270,7 @@ def plain_loop(model: nn.Module, batches: list[Batch], precision: str) -> Loop:
     """The same in PyTorch; ``DistributedDataParallel`` averages the gradients itself."""
     model.train()
     ddp = isinstance(model, DistributedDataParallel)
-    optimizer = SGD(parameter_groups(model, WEIGHT_DECAY), lr=RATE, momentum=MOMENTUM, nesterov=True)
+    optimizer = SGD(parameter_groups(model, WEIGHT_DECAY), lr=RATE, momentum=MOMENTUM, nesterov=True, fused=True)
     device = batches[0].images.device.type
     scaler = torch.amp.GradScaler(device, init_scale=2.0**LOSS_SCALE_POWER, enabled=precision == "fp16")
     world_size = dist.get_world_size()
@@ -301,14 +308,23 @@ def compare_training(loops: dict[str, Loop], start: Tensor, precision: str) -> d
     for name, loop in loops.items():
         if name == "plain":
             continue
-        difference = float((loop.weights() - start - update).norm() / update.norm())
-        if not difference <= ROUNDING[precision]:
-            raise RuntimeError(
-                f"{name} does not train as plain does: after {WARM_UP_STEPS} steps their updates differ by "
-                f"{difference:.2g}, more than {precision}'s rounding explains ({ROUNDING[precision]:g})"
-            )
-        differences[name] = difference
+        differences[name] = check_update(name, loop.weights() - start, update, precision)
     return differences
+
+
+def check_update(name: str, update: Tensor, reference: Tensor, precision: str) -> float:
+    """By what part of ``reference``, plain PyTorch's update, another's differs.
+
+    Raises:
+        RuntimeError: by more than rounding.
+    """
+    difference = float((update - reference).norm() / reference.norm())
+    if not difference <= ROUNDING[precision]:
+        raise RuntimeError(
+            f"{name} does not train as plain does: their updates differ by {difference:.2g}, more than "
+            f"{precision}'s rounding explains ({ROUNDING[precision]:g})"
+        )
+    return difference
 
 
 def timed(step: Callable[[], object], device: torch.device) -> float:

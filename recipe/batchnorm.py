@@ -65,7 +65,7 @@ class BatchNorm(nn.BatchNorm2d):
         self.process_group = process_group
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()
-        self.collected: list[tuple[Tensor, Tensor]] = []
+        self.collected: Tensor | None = None  # sums of means and of variances, and how many: (2 C + 1,)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
@@ -118,7 +118,9 @@ class BatchNorm(nn.BatchNorm2d):
                 var = batch_var * (count / (count - 1))
                 y = _Normalise.apply(x, weight, bias, mean, batch_var, count, self.eps, group)
         if self.track_running_stats:
-            self.collected.append((mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0)))
+            own = torch.cat([mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0), mean.new_ones(1)])
+            # One tensor: torch.compile would make a graph for every length that a list has.
+            self.collected = own if self.collected is None else self.collected + own
         return y
 
     def count_step(self) -> float:

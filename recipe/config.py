@@ -196,6 +196,10 @@ class Recipe(Section):
     """ "fp32" keeps GPUs from rounding factors to TF32, "fp64" trains in double precision, for checks in which rounding
     must not matter; null: as fp16 and bf16 say, and else fp32 with TF32"""
 
+    compile: bool = False
+    """true or false: whether torch.compile makes kernels of its own for model and loss, for which the first steps take
+    minutes; other roundings, the same training"""
+
     cudnn_benchmark: bool = False
     """true or false: whether cuDNN tries out which of its algorithms are the fastest, which may be others in a resumed
     run; false takes only those that give the same bits again"""
@@ -273,6 +277,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "recipe.precision", "fp16 or bf16 is enabled, too", "remove it, or them"
     if config.recipe.precision == "fp64" and zero.stage:
         yield "recipe.precision", "a ZeRO stage is enabled, too", "remove it, or that"
+    if config.recipe.compile and zero.stage == 3:
+        yield "recipe.compile", "ZeRO stage 3 gathers weights layer by layer, between kernels", "write false"
     if config.recipe.noise_scale.enabled and zero.stage:
         yield (
             "recipe.noise_scale.enabled",

@@ -13,6 +13,7 @@ from torch import Tensor
 from recipe.data import Batch
 from recipe.engine import backward, loss_scale
 from recipe.gradient_norms import GradientNorms
+from recipe.kernels import Loss
 from recipe.running_averages import update_running_averages
 
 
@@ -51,8 +52,16 @@ class Validation:
     decoded_by_pil: int = 0
 
 
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss of a micro-batch, in fp32 at least."""
+    return F.cross_entropy(_at_least_fp32(logits), labels)
+
+
 def train_epoch(
-    engine: DeepSpeedEngine, batches: Iterable[Batch], gradient_norms: GradientNorms | None = None
+    engine: DeepSpeedEngine,
+    batches: Iterable[Batch],
+    gradient_norms: GradientNorms | None = None,
+    loss_function: Loss = cross_entropy,
 ) -> Iterator[Step]:
     """Train on micro-batches as they come; yield after each optimizer step.
 
@@ -66,7 +75,7 @@ def train_epoch(
     asked = time.perf_counter()
     for batch in batches:
         data_wait_seconds += time.perf_counter() - asked
-        loss = F.cross_entropy(_at_least_fp32(engine(batch.images)), batch.labels)
+        loss = loss_function(engine(batch.images), batch.labels)
         losses.append(loss.detach())
         bad_images += batch.bad_images
         decoded_by_pil += batch.decoded_by_pil

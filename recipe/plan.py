@@ -96,6 +96,16 @@ def make_plan(config: Config, world_size: int, cores_per_rank: int | None = None
             "to compare",
             _smaller_micro_batch_remedy(config),
         )
+    statistics = recipe.batchnorm.statistics
+    if recipe.compile and (
+        statistics > micro_batch if isinstance(statistics, int) else statistics == "global" and world_size > 1
+    ):
+        raise config.source.refusal(
+            "recipe.compile",
+            "batch norm's statistics come from several ranks, and compiled code would end at every layer to ask them",
+            'write false, or for recipe.batchnorm.statistics "local" or a number of images up to a micro-batch\'s, '
+            f"{micro_batch}",
+        )
     train_images, validation_images = _data_set_sizes(config)
     if config.train_batch_size > train_images:
         raise config.source.refusal(

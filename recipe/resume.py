@@ -26,6 +26,7 @@ FREE_TO_CHANGE = (
     "comet",
     "flops_profiler",
     "comms_logger",
+    "recipe.compile",
     "recipe.cudnn_benchmark",
     "recipe.max_micro_batch_size",
     "recipe.data.path",

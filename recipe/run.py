@@ -22,8 +22,8 @@ from recipe.data.seeds import derive_seed
 from recipe.engine import join_process_group, set_loudness, start_engine
 from recipe.gradient_norms import GradientNorms
 from recipe.interruption import Interrupted
-from recipe.kernels import choose_kernels
-from recipe.loop import evaluate, train_epoch
+from recipe.kernels import choose_kernels, compile_training
+from recipe.loop import cross_entropy, evaluate, train_epoch
 from recipe.manifest import CHECKPOINTS, PLAN
 from recipe.meeting import Meeting
 from recipe.micro_batch import CPU_MICRO_BATCH, largest_on_cpu, largest_on_gpu
@@ -82,6 +82,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
         deepspeed_config(plan, output),
         plan.schedule,
     )
+    loss_function = compile_training(engine.module, cross_entropy) if recipe.compile else cross_entropy
     history, messages = resume(engine, run)
     telemetry = Telemetry(
         output,
@@ -136,7 +137,8 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
                     break
                 telemetry.start_clock()
                 expect_step()
-                for step in train_epoch(engine, watch.awaited(train_loader.epoch(epoch, first_step)), gradient_norms):
+                batches = watch.awaited(train_loader.epoch(epoch, first_step))
+                for step in train_epoch(engine, batches, gradient_norms, loss_function):
                     telemetry.step(step)
                     history.bad_images |= set(step.bad_images)
                     history.decoded_by_pil += step.decoded_by_pil

@@ -14,21 +14,24 @@ def update_running_averages(model: nn.Module, discard: bool = False) -> None:
     Every rank calls it after every optimizer step; one collective in all. ``discard`` forgets the step's statistics: an
     update that overflowed leaves the running averages alone, too. Does nothing for "global" and "local".
     """
-    modules = [module for module in model.modules() if isinstance(module, BatchNorm) and module.collected]
-    collected = [[torch.stack(parts).mean(0) for parts in zip(*m.collected, strict=True)] for m in modules]
-    for module in modules:
-        module.collected = []
-    if discard or not modules:
+    collected = {
+        module: module.collected
+        for module in model.modules()
+        if isinstance(module, BatchNorm) and module.collected is not None
+    }
+    for module in collected:
+        module.collected = None
+    if discard or not collected:
         return
-    means = torch.cat([part for parts in collected for part in parts])
+    means = torch.cat([sums[:-1] / sums[-1] for sums in collected.values()])
     ranks = world_size_of(None)
     if ranks > 1:
         # Each rank has as many groups, or shares in them, as any other: the mean of means is the mean.
         dist.all_reduce(means)
         means /= ranks
-    sizes = [module.num_features for module in modules for _ in range(2)]
+    sizes = [module.num_features for module in collected for _ in range(2)]
     parts = iter(means.split(sizes))
-    for module in modules:
+    for module in collected:
         share = module.count_step()
         for buffer in (module.running_mean, module.running_var):
             assert buffer is not None

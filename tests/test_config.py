@@ -138,6 +138,7 @@ def test_what_is_not_written_is_the_papers() -> None:
         },
         "checkpoint": {"every_steps": None, "every_minutes": None, "keep_last": 2, "keep_best": True},
         "precision": None,
+        "compile": False,
         "cudnn_benchmark": False,
         "noise_scale": {"enabled": False, "every_steps": 10},
         "distributed": {"timeout_seconds": 120},
@@ -500,6 +501,10 @@ def test_refuses_a_wrong_value(key: str, value: Any, message: str) -> None:
         (
             {"zero_optimization.stage": 1, "recipe.precision": "fp64"},
             'recipe.precision = "fp64": a ZeRO stage is enabled, too; remove it, or that',
+        ),
+        (
+            {"zero_optimization.stage": 3, "recipe.compile": True},
+            "recipe.compile = true: ZeRO stage 3 gathers weights layer by layer, between kernels; write false",
         ),
         (
             {"zero_optimization.compute_grad_norm": False},

@@ -124,6 +124,15 @@ def test_a_noise_scale_needs_two_sizes_of_batch(changes: dict[str, Any], remedy:
         make_plan(config(**changes), 2)
 
 
+def test_compiled_code_knows_one_rank() -> None:
+    for statistics, world_size, micro_batch in (("global", 2, 256), (32, 512, 16)):
+        error = refusal(world_size, recipe__compile=True, recipe__batchnorm__statistics=statistics)
+        assert error.key == "recipe.compile"
+        assert error.remedy.endswith(f"up to a micro-batch's, {micro_batch}")
+    for statistics, world_size in (("global", 1), ("local", 2), (32, 256)):
+        make_plan(config(recipe__compile=True, recipe__batchnorm__statistics=statistics), world_size)
+
+
 def test_fitting_micro_batches() -> None:
     assert fitting_micro_batches(48, 2, "global") == [24, 12, 8, 6, 4, 3, 2, 1]
     assert fitting_micro_batches(48, 2, 8) == [24, 8, 4]  # three groups, one, and half of one on each of two ranks
