@@ -65,7 +65,9 @@ class OverlappedReduction:
             bucket.work.wait()
             if self._after != 1:
                 bucket.message.mul_(self._after)
-            torch._foreach_copy_(fill_in_gradients(bucket.parameters), bucket.parts)
+            for parameter, part in zip(bucket.parameters, bucket.parts, strict=True):
+                # A part of the message itself, which is in no one's way until the gradients of the next step are there.
+                parameter.grad = part.to(parameter.dtype)
             bucket.work, bucket.missing = None, len(bucket.parameters)
         self._next = 0
 
