@@ -156,10 +156,8 @@ def test_channels_last_is_kept_from_the_first_layer_to_the_last(precision: str, 
     assert formats == dict.fromkeys(formats, (dtype, True, True))
 
 
-@pytest.mark.parametrize("config", ["resnet50_b8192", "resnet50_b8192_bf16"])
-def test_resnet50_trains_and_validates(config: str, tmp_path: Path) -> None:
+def _train_resnet50(config: str, output: Path, *overrides: str) -> None:
     """Twenty steps of two micro-batches of 64, as train.py is run; synthetic images are the same at every step."""
-    output = tmp_path / "run"
     launcher = Path(sys.executable).with_name("deepspeed")
     train_ok(
         *("--deepspeed_config", f"ds_configs/{config}.json", "--output", str(output)),
@@ -171,8 +169,29 @@ def test_resnet50_trains_and_validates(config: str, tmp_path: Path) -> None:
         "--set=recipe.data.train_images=2570",
         "--set=recipe.data.validation_images=100",
         "--set=recipe.schedule.epochs=1",
+        *overrides,
         ranks=1 if launcher.exists() else None,
     )
+
+
+def test_the_same_run_gives_the_same_bits(tmp_path: Path) -> None:
+    for name in ("once", "again"):
+        _train_resnet50("resnet50_b8192", tmp_path / name)
+    assert losses(tmp_path / "once") == losses(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [
+        ("resnet50_b8192", ()),
+        ("resnet50_b8192_bf16", ()),
+        ("resnet50_b8192", ("--set=recipe.compile=true", "--set=recipe.cudnn_benchmark=true")),
+        ("resnet50_b8192_n32", ("--set=recipe.compile=true",)),
+    ],
+)
+def test_resnet50_trains_and_validates(config: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    _train_resnet50(config, output, *overrides)
     steps, (validation,) = events(output, "step"), events(output, "validation")
     assert [step["step"] for step in steps] == list(range(20))
     # 0.1 · 128 / 256, and no warmup up to a batch of 256
