@@ -11,7 +11,8 @@ of the originals, and of each ``--short-side``.
 Then whole loaders with worker processes, the recipe's and a DataLoader of torchvision's reference, in turn; beside
 their images a second stands what the main process itself pays for an image, which no worker takes from it and which
 bounds any number of workers: to take a batch that a worker collated (and on a GPU to pin it), and to have it on the
-device, mirrored and normalised, which a CPU does itself and a GPU is only told to.
+device, mirrored and normalised, which a CPU does itself and a GPU is only told to. ``--decoders`` adds loaders whose
+JPEGs are decoded there, and how far their pixels are from the recipe's own, in training and validation.
 
     python -m benchmarks.input_pipeline --images DIR --json benchmarks/results/input_pipeline_cpu.json
 
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,10 +41,13 @@ from torchvision.transforms import functional
 
 from benchmarks.report import context, heading, write
 from recipe.commands.pack import pack
-from recipe.data import ImageDataset, TrainLoader
+from recipe.data import EncodedImages, ImageDataset, Samples, TrainLoader, open_decoder
 from recipe.data.augment import random_resized_box, sample_rng
+from recipe.data.datasets import Key
+from recipe.data.encoded import Decoder
 from recipe.data.folder_index import index_folder
 from recipe.data.imagefolder import ImageFiles
+from recipe.data.loader import collate
 from recipe.data.pack import PackedImages, open_pack
 
 SEED = 0
@@ -64,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = Path(temporary) / "made_up"
             make_images(folder, arguments.made_up)
         listing = ImageFolder(str(folder))
+        decoders, missing = open_decoders(arguments)
+        if "dali" in decoders:
+            before["versions"]["nvidia-dali-cuda130"] = version("nvidia-dali-cuda130")
         packs = make_packs(folder, Path(temporary) / "packs", arguments.short_sides)
         report = before | {
             "settings": {
@@ -75,9 +83,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "device": arguments.device,
             },
             "one_thread": one_thread(listing, packs, arguments.image_size, arguments.rounds),
+            "decoders_missing": missing,
+            "decoders": {
+                name: differences(data_set(listing, arguments.image_size), decoder, arguments.device)
+                for name, decoder in decoders.items()
+            },
             "loaders": [
                 loaders(
-                    listing, arguments.image_size, arguments.micro_batch, workers, arguments.rounds, arguments.device
+                    listing,
+                    decoders,
+                    arguments.image_size,
+                    arguments.micro_batch,
+                    workers,
+                    arguments.rounds,
+                    arguments.device,
                 )
                 for workers in arguments.workers
             ],
@@ -101,6 +120,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="passes over the images (default: %(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="one measurement each (default: 1 2)")
     parser.add_argument("--micro-batch", type=int, default=32, help="images a batch (default: %(default)s)")
+    parser.add_argument(
+        "--decoders", nargs="+", choices=["gpu", "dali"], default=[], help="whose loaders are measured, too"
+    )
     parser.add_argument("--device", default="cpu", help="where the loaders' batches go (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
     return parser.parse_args(argv)
@@ -219,35 +241,78 @@ def pack_name(short_side: int) -> str:
     return f"pack {short_side}" if short_side else "pack"
 
 
+def open_decoders(arguments: argparse.Namespace) -> tuple[dict[str, Decoder], dict[str, str]]:
+    """Those that run here, and why the others do not."""
+    decoders, missing = {}, {}
+    for name in arguments.decoders:
+        try:
+            decoders[name] = open_decoder(
+                name, arguments.image_size, torch.device(arguments.device), threads=max(arguments.workers)
+            )
+        except ValueError as error:
+            missing[name] = str(error)
+    return decoders, missing
+
+
+def differences(images: ImageFiles, decoder: Decoder, device: str) -> dict[str, dict[str, float]]:
+    """Grey levels between the pixels of ``decoder`` and the workers', in views of training and of validation."""
+    decoded = EncodedImages(images, decoder, torch.device(device))
+    keys: dict[str, list[Key]] = {
+        "training": [(0, index) for index in range(len(images))],
+        "validation": list(range(len(images))),
+    }
+    apart = {}
+    for part, of_part in keys.items():
+        means, most = [], 0
+        for key in of_part:
+            ours = decoded.on_device(collate(decoded.together, [decoded[key]])).images[0].cpu()
+            levels = (ours.int() - images[key].image.int()).abs()
+            means.append(float(levels.float().mean()))
+            most = max(most, int(levels.max()))
+        apart[part] = {"mean": sum(means) / len(means), "mean_of_worst_image": max(means), "most": most}
+    return apart
+
+
 def loaders(
-    listing: ImageFolder, image_size: int, micro_batch: int, workers: int, rounds: int, device: str
+    listing: ImageFolder,
+    decoders: dict[str, Decoder],
+    image_size: int,
+    micro_batch: int,
+    workers: int,
+    rounds: int,
+    device: str,
 ) -> dict[str, Any]:
     """Images a second of whole loaders, in turn, and the CPU time an image of the process that takes the batches."""
-    recipe = TrainLoader(
-        data_set(listing, image_size),
-        global_batch=micro_batch,
-        micro_batch=micro_batch,
-        rank=0,
-        world_size=1,
-        seed=SEED,
-        workers=workers,
-        device=device,
-        dtype=torch.float32 if device == "cpu" else torch.float16,
-        mean=MEAN,
-        std=STD,
-    )
+    images = data_set(listing, image_size)
+    ours: dict[str, Samples] = {"recipe": images}
+    ours |= {f"recipe, {name}": EncodedImages(images, d, torch.device(device)) for name, d in decoders.items()}
+    recipes = {
+        name: TrainLoader(
+            samples,
+            global_batch=micro_batch,
+            micro_batch=micro_batch,
+            rank=0,
+            world_size=1,
+            seed=SEED,
+            workers=workers,
+            device=device,
+            dtype=torch.float32 if device == "cpu" else torch.float16,
+            mean=MEAN,
+            std=STD,
+        )
+        for name, samples in ours.items()
+    }
     theirs: DataLoader[Tensor] = DataLoader(
         Reference(listing, image_size), micro_batch, shuffle=True, drop_last=True, num_workers=workers,
         persistent_workers=True,
     )  # fmt: skip
-    passes: dict[str, Callable[[int], Iterator[Any]]] = {
-        "torchvision": lambda epoch: iter(theirs),
-        "recipe": lambda epoch: recipe.epoch(epoch),
-        "recipe, taken": lambda epoch: recipe.host_batches(),
-    }
+    passes: dict[str, Callable[[int], Iterator[Any]]] = {"torchvision": lambda epoch: iter(theirs)}
+    for name, loader in recipes.items():
+        passes[name] = loader.epoch
+        passes[f"{name}, taken"] = lambda epoch, loader=loader: loader.host_batches()  # type: ignore[misc]
     images_per_second: dict[str, list[float]] = {name: [] for name in passes}
     main_process: dict[str, list[float]] = {name: [] for name in passes}
-    images = len(listing) // micro_batch * micro_batch
+    count = len(listing) // micro_batch * micro_batch
     for epoch in range(rounds + 1):
         for name, one_pass in passes.items():
             started, cpu = time.perf_counter(), time.process_time()
@@ -256,9 +321,10 @@ def loaders(
             if device != "cpu":
                 torch.cuda.synchronize(device)
             if epoch:  # the first one starts the workers
-                images_per_second[name].append(images / (time.perf_counter() - started))
-                main_process[name].append((time.process_time() - cpu) / images)
-    recipe.close()
+                images_per_second[name].append(count / (time.perf_counter() - started))
+                main_process[name].append((time.process_time() - cpu) / count)
+    for loader in recipes.values():
+        loader.close()
     return {
         "workers": workers,
         "images_per_second": {name: median(values) for name, values in images_per_second.items()},
@@ -307,13 +373,30 @@ def format_report(report: dict[str, Any]) -> str:
     where = "fp32 on the CPU" if settings["device"] == "cpu" else "fp16 on the GPU"
     for case in report["loaders"]:
         speed, cost = case["images_per_second"], case["main_process_seconds_per_image"]
-        take = 1e6 * cost["recipe, taken"]
-        lines += [
+        lines.append(
             f"| DataLoader of torchvision's reference, uint8 | {case['workers']} | {speed['torchvision']:,.0f} | "
-            f"{1e6 * cost['torchvision']:.0f} | not done |",
-            f"| recipe, {where} | {case['workers']} | {speed['recipe']:,.0f} | {take:.0f} | "
-            f"{max(0.0, 1e6 * cost['recipe'] - take):.0f} |",
+            f"{1e6 * cost['torchvision']:.0f} | not done |"
+        )
+        for name in speed:
+            if f"{name}, taken" in cost:
+                take = 1e6 * cost[f"{name}, taken"]
+                lines.append(
+                    f"| {name}, {where} | {case['workers']} | {speed[name]:,.0f} | {take:.0f} | "
+                    f"{max(0.0, 1e6 * cost[name] - take):.0f} |"
+                )
+    if report["decoders"]:
+        lines += [
+            "",
+            "| decoder | views of | grey levels from the workers' pixels: mean | mean of the worst image | most |",
+            "|---|---|---|---|---|",
         ]
+    for name, parts in report["decoders"].items():
+        for part, apart in parts.items():
+            lines.append(
+                f"| {name} | {part} | {apart['mean']:.3f} | {apart['mean_of_worst_image']:.3f} | {apart['most']} |"
+            )
+    for problem in report["decoders_missing"].values():
+        lines += ["", f"Not measured: {problem}."]
     return "\n".join(
         [
             *lines,

@@ -105,6 +105,10 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] | Auto = "auto"
     """loader processes per GPU, a whole number >= 0, or "auto": from the CPU cores at hand"""
 
+    decoder: Literal["cpu", "gpu", "dali"] = "cpu"
+    """what decodes, crops and resizes the JPEGs of an imagefolder or a pack: "cpu" (the workers), "gpu" (nvJPEG and
+    torch) or "dali" (NVIDIA's package, on a CPU, too); the crops are the same, the pixels nearly so"""
+
     on_device: bool = False
     """true or false: whether all images are decoded at the start and live, cut and mirrored there, on the device; for
     data of CIFAR's size. digits always do; what is trained is the same to the bit"""
@@ -293,6 +297,10 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "recipe.data.path", f"{data.source} data has no folder", 'remove it, or write "source": "imagefolder"'
     if data.source == "synthetic" and data.on_device:
         yield "recipe.data.on_device", "synthetic data is made there", "remove it"
+    if data.decoder != "cpu" and data.source not in FOLDERS:
+        yield "recipe.data.decoder", f"{data.source} data holds no JPEGs", 'write "cpu"'
+    if data.decoder != "cpu" and data.on_device:
+        yield "recipe.data.decoder", "with on_device true all is decoded once, by the CPU", 'write "cpu"'
     for name, images in ("train_images", data.train_images), ("validation_images", data.validation_images):
         if data.source != "digits" and images == "auto":
             yield f"recipe.data.{name}", f'"auto" is not for {data.source}', "write the number of images"

@@ -13,7 +13,7 @@ from torch import nn
 
 from recipe.batchnorm import BatchNorm
 from recipe.config import ConfigError
-from recipe.data import HeldImages, ImageDataset, open_datasets
+from recipe.data import EncodedImages, HeldImages, ImageDataset, Samples, open_datasets, open_decoder
 from recipe.lock import lock
 from recipe.model import build_model
 from recipe.plan import Plan
@@ -30,7 +30,7 @@ class Run:
     output: Path
     device: torch.device
     model: nn.Module
-    datasets: tuple[ImageDataset, ImageDataset] | tuple[HeldImages, HeldImages] | None
+    datasets: tuple[Samples, Samples] | None
     start: Start
     lock_file: IO[str] | None
 
@@ -77,14 +77,15 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
     return Run(plan, output, device, model, datasets, start, lock_file)
 
 
-def open_data(
-    plan: Plan, device: torch.device
-) -> tuple[ImageDataset, ImageDataset] | tuple[HeldImages, HeldImages] | None:
+def open_data(plan: Plan, device: torch.device) -> tuple[Samples, Samples] | None:
     """Training and validation data, of the sizes and classes that the config says; None for synthetic data."""
     recipe, data = plan.config.recipe, plan.config.recipe.data
     if data.source == "synthetic":
         return None
-    datasets = open_datasets(
+    decoder = None
+    if data.decoder != "cpu":
+        decoder = open_decoder(data.decoder, data.image_size, device, threads=max(1, plan.workers))
+    training, validation = open_datasets(
         data.source,
         data.path,
         image_size=data.image_size,
@@ -93,11 +94,12 @@ def open_data(
         seed=recipe.seed,
         on_bad_image=data.on_bad_image,
     )
-    check_datasets(plan, *datasets)
+    check_datasets(plan, training, validation)
+    if decoder is not None:
+        return EncodedImages(training, decoder, device), EncodedImages(validation, decoder, device)
     if data.on_device or data.source == "digits":
-        training, validation = datasets
         return HeldImages(training, device, training=True), HeldImages(validation, device, training=False)
-    return datasets
+    return training, validation
 
 
 def samples_averaged(plan: Plan) -> int:

@@ -128,7 +128,7 @@ def format_summary(summary: dict[str, Any], output: Path) -> str:
     if summary["bad_images"]:
         fields.append(("bad images", f"{len(summary['bad_images'])} could not be read, listed in summary.json"))
     if summary.get("decoded_by_pil"):
-        slow = f"{summary['decoded_by_pil']:,} times by PIL: no JPEG, or one that the faster simplejpeg does not take"
+        slow = f"{summary['decoded_by_pil']:,} times by PIL: no JPEG, or one that the faster decoder does not take"
         fields.append(("decoded", slow))
     ranks_option = "" if summary["world_size"] == 1 else f"--num_gpus {summary['world_size']} "
     if summary["hosts"] > 1:

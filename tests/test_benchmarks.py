@@ -265,7 +265,7 @@ def test_input_pipeline_compares_pixels_and_speed(tmp_path: Path, capsys: pytest
     file = tmp_path / "input.json"
     threads = torch.get_num_threads()
     words = ["--made-up", "8", "--image-size", "64", "--rounds", "1", "--workers", "1", "--micro-batch", "4"]
-    words += ["--short-sides", "300", "--json"]
+    words += ["--short-sides", "300", "--decoders", "gpu", "dali", "--json"]
     try:
         assert input_pipeline.main([*words, str(file)]) == 0
     finally:
@@ -282,6 +282,10 @@ def test_input_pipeline_compares_pixels_and_speed(tmp_path: Path, capsys: pytest
     assert case["workers"] == 1
     assert min(case["images_per_second"].values()) > 0
     assert "simplejpeg" in report["versions"]
+    assert set(report["decoders"]) | set(report["decoders_missing"]) == {"gpu", "dali"}
+    assert 'Not measured: recipe.data.decoder = "gpu": there is no CUDA GPU' in file.with_suffix(".md").read_text()
+    for apart in report["decoders"].values():
+        assert 0 < apart["training"]["mean"] <= apart["training"]["mean_of_worst_image"] < 1
     assert capsys.readouterr().out.endswith(file.with_suffix(".md").read_text())
 
 

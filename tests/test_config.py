@@ -121,6 +121,7 @@ def test_what_is_not_written_is_the_papers() -> None:
             "mean": "auto",
             "std": "auto",
             "workers": "auto",
+            "decoder": "cpu",
             "on_device": False,
             "on_bad_image": "stop",
         },
@@ -525,6 +526,19 @@ def test_refuses_a_wrong_value(key: str, value: Any, message: str) -> None:
         (
             {"recipe.data.source": "synthetic", "recipe.data.on_device": True},
             "recipe.data.on_device = true: synthetic data is made there; remove it",
+        ),
+        (
+            {"recipe.data.decoder": "dali"},
+            'recipe.data.decoder = "dali": digits data holds no JPEGs; write "cpu"',
+        ),
+        (
+            {
+                "recipe.data.source": "pack",
+                "recipe.data.path": "pack",
+                "recipe.data.on_device": True,
+                "recipe.data.decoder": "gpu",
+            },
+            'recipe.data.decoder = "gpu": with on_device true all is decoded once, by the CPU; write "cpu"',
         ),
         (
             {"recipe.data.source": "synthetic", "recipe.data.train_images": 8},

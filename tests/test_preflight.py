@@ -50,6 +50,14 @@ def test_a_precision_that_the_device_does_not_know_is_refused(monkeypatch: pytes
             ],
             "recipe.data.path: there is no folder nowhere",
         ),
+        pytest.param(
+            [
+                'recipe.data={"source": "imagefolder", "path": "nowhere", "image_size": 32, "train_images": 1442, '
+                '"validation_images": 355, "decoder": "gpu"}'
+            ],
+            'recipe.data.decoder = "gpu": there is no CUDA GPU; write "cpu", or "dali"',
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
         # test_resnet halves an image five times.
         (
             ["recipe.data.image_size=16", "recipe.max_micro_batch_size=1"],

@@ -10,7 +10,7 @@ import pytest
 from recipe.config import read_config
 from recipe.plan import Plan, make_plan
 from recipe.plan_text import plan_json
-from recipe.resume import Start, choose_start, differing_keys, statistics_change, training_sha256
+from recipe.resume import Start, choose_start, differing_keys, is_free_to_change, statistics_change, training_sha256
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "ds_configs/digits_b512.json"
@@ -63,6 +63,7 @@ def test_a_resumed_run_may_not_change_what_is_trained() -> None:
     assert differences("recipe.schedule.decay_epochs=[20, 30]") == [
         "recipe.schedule.decay_epochs was [20.0, 30.0, 36.0], is [20.0, 30.0]"
     ]
+    assert not is_free_to_change("recipe.data.decoder")  # its pixels are others
     # The rate follows the batch, and is named too.
     assert [text.split()[0] for text in differences("train_batch_size=1024")] == [
         "train_batch_size",

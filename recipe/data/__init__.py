@@ -5,8 +5,10 @@ from typing import Literal
 
 from recipe.data.augment import Crop
 from recipe.data.batch import Batch
-from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage
+from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage, Samples
+from recipe.data.decoders import open_decoder
 from recipe.data.digits import open_digits
+from recipe.data.encoded import EncodedImages
 from recipe.data.held import HeldImages
 from recipe.data.imagefolder import open_imagefolder
 from recipe.data.loader import TrainLoader, ValidationLoader
@@ -16,12 +18,15 @@ from recipe.data.synthetic import SyntheticLoader
 __all__ = [
     "BadImageError",
     "Batch",
+    "EncodedImages",
     "HeldImages",
     "ImageDataset",
+    "Samples",
     "SyntheticLoader",
     "TrainLoader",
     "ValidationLoader",
     "open_datasets",
+    "open_decoder",
 ]
 
 

@@ -50,37 +50,31 @@ def random_resized_box(rng: random.Random, height: int, width: int) -> tuple[int
 
 
 class View(NamedTuple):
-    """What one epoch takes out of a training image: a box, and whether it is mirrored.
+    """What is taken out of an image: a box of it, resized, and of that a square window; all in pixels.
 
-    For the crop ``random_resized`` the box lies in the image, in its pixels, and is resized to ``image_size``; for the
-    others it is a square of ``image_size`` in the resized image, beyond whose border all is black.
+    Beyond the border of the resized box the window is black.
     """
 
     top: int
     left: int
     height: int
     width: int
-    mirrored: bool
+    resized_height: int
+    resized_width: int
+    window_top: int = 0
+    window_left: int = 0
+    mirrored: bool = False
 
 
 def draw_view(rng: random.Random, height: int, width: int, *, image_size: int, crop: Crop, flip: bool) -> View:
     """Return the view that ``rng`` draws of an image of (height, width) pixels; ``flip`` mirrors half of them."""
-    top, left, box_height, box_width = 0, 0, image_size, image_size
+    box, window = (0, 0, height, width), (0, 0)
     if crop == "random_resized":
-        top, left, box_height, box_width = random_resized_box(rng, height, width)
+        box = random_resized_box(rng, height, width)
     elif crop == "padded":
         margin = image_size // 8
-        top, left = (_below(rng, 2 * margin + 1) - margin for _ in range(2))
-    return View(top, left, box_height, box_width, flip and rng.random() < 0.5)
-
-
-def cut(pixels: Tensor, view: View, *, image_size: int, crop: Crop) -> Tensor:
-    """Return the view, uint8 (image_size, image_size, 3). Mirroring is left to the device."""
-    if crop == "random_resized":
-        top, left, height, width, _ = view
-        return resize(pixels[top : top + height, left : left + width], image_size, image_size)
-    resized = resize(pixels, image_size, image_size)
-    return resized if crop == "none" else _shifted(resized, view.top, view.left)
+        window = _below(rng, 2 * margin + 1) - margin, _below(rng, 2 * margin + 1) - margin
+    return View(*box, image_size, image_size, *window, flip and rng.random() < 0.5)
 
 
 def evaluation_short_side(image_size: int, crop: Crop) -> int:
@@ -88,24 +82,37 @@ def evaluation_short_side(image_size: int, crop: Crop) -> int:
     return round(image_size * 256 / 224) if crop == "random_resized" else image_size
 
 
-def evaluation_view(pixels: Tensor, *, image_size: int, crop: Crop) -> Tensor:
-    """Return the image, uint8 (image_size, image_size, 3), nothing drawn.
+def evaluation_view(height: int, width: int, *, image_size: int, crop: Crop) -> View:
+    """Return what is seen of an image of (height, width) pixels, nothing drawn.
 
     After ``random_resized`` training it is the centre of the image resized to a short side of 256/224 of
     ``image_size`` (the paper's 224 of 256); else the whole image.
     """
     if crop != "random_resized":
-        return resize(pixels, image_size, image_size)
-    height, width = pixels.shape[:2]
+        return View(0, 0, height, width, image_size, image_size)
     short_side = evaluation_short_side(image_size, crop)
     # As torchvision's Resize and CenterCrop count: the long side is cut off, the margin rounded.
-    height, width = (
+    resized_height, resized_width = (
         int(short_side * side / min(height, width)) if side > min(height, width) else short_side
         for side in (height, width)
     )
-    view = resize(pixels, height, width)
-    top, left = (round((side - image_size) / 2) for side in (height, width))
-    return view[top : top + image_size, left : left + image_size]
+    top, left = (round((side - image_size) / 2) for side in (resized_height, resized_width))
+    return View(0, 0, height, width, resized_height, resized_width, top, left)
+
+
+def cut(pixels: Tensor, view: View, image_size: int) -> Tensor:
+    """Return the view of an image, uint8 (image_size, image_size, 3). Mirroring is left to the device."""
+    box = pixels[view.top : view.top + view.height, view.left : view.left + view.width]
+    resized = resize(box, view.resized_height, view.resized_width)
+    rows = slice(max(0, view.window_top), view.window_top + image_size)
+    columns = slice(max(0, view.window_left), view.window_left + image_size)
+    window = resized[rows, columns]
+    if window.shape[:2] == (image_size, image_size):
+        return window
+    top, left = max(0, -view.window_top), max(0, -view.window_left)
+    padded = window.new_zeros(image_size, image_size, 3)
+    padded[top : top + window.shape[0], left : left + window.shape[1]] = window
+    return padded
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -113,18 +120,17 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
     if pixels.shape[:2] == (height, width):
         return pixels
     planes = pixels.unsqueeze(0).permute(0, 3, 1, 2)  # in memory as it was: channels_last, which torch's kernel likes
-    resized = F.interpolate(planes, (height, width), mode="bilinear", antialias=True)
+    if pixels.device.type == "cpu":
+        resized = F.interpolate(planes, (height, width), mode="bilinear", antialias=True)
+    else:
+        resized = _resized_in_float(planes, height, width)
     return resized.permute(0, 2, 3, 1).squeeze(0)
 
 
-def _shifted(pixels: Tensor, top: int, left: int) -> Tensor:
-    """What a window as large as ``pixels`` sees from (top, left): black beyond the border."""
-    height, width = pixels.shape[:2]
-    view = torch.zeros_like(pixels)
-    view[max(0, -top) : height - max(0, top), max(0, -left) : width - max(0, left)] = pixels[
-        max(0, top) : height + min(0, top), max(0, left) : width + min(0, left)
-    ]
-    return view
+def _resized_in_float(planes: Tensor, height: int, width: int) -> Tensor:
+    """As CUDA must, which has no such kernel for uint8."""
+    resized = F.interpolate(planes.float(), (height, width), mode="bilinear", antialias=True)
+    return resized.round_().to(torch.uint8)
 
 
 def _below(rng: random.Random, bound: int) -> int:

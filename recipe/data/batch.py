@@ -2,9 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class HostBatch(NamedTuple):
+    """What a worker sends: a NamedTuple, because DataLoader pins its tensors."""
+
+    images: Any
+    """What the data set makes uint8 (m, S, S, 3) of, on the device."""
+    labels: Tensor
+    weights: Tensor
+    mirrored: Tensor
+    bad_images: list[str]
+    decoded_by_pil: int
 
 
 @dataclass(frozen=True, eq=False)

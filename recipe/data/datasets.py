@@ -2,15 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
-from recipe.data.augment import Crop, cut, draw_view, evaluation_view, sample_rng
+from recipe.data.augment import Crop, View, cut, draw_view, evaluation_view, sample_rng
+from recipe.data.batch import HostBatch
 from recipe.data.decode import Decoded
 from recipe.data.sampler import PADDING
 
@@ -26,8 +26,8 @@ _HOPELESS = 100
 class Sample(NamedTuple):
     """One image of a batch."""
 
-    image: Tensor
-    """uint8 (S, S, 3), not yet mirrored; of ``HeldImages`` its place on the device."""
+    image: Any
+    """uint8 (S, S, 3), not yet mirrored, where the data set does not leave it to the device to make that."""
     label: int
     weight: float = 1.0
     """0.0 for a blank that must not count."""
@@ -46,7 +46,25 @@ class BadImageError(ValueError):
     """
 
 
-class ImageDataset(Dataset[Sample], ABC):
+class Samples(Dataset[Sample], ABC):
+    """What a loader takes: samples by key in a worker, and in the main process the way from a batch to its pixels."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, key: Key) -> Sample: ...
+
+    def together(self, images: list[Any]) -> Any:
+        """Return a batch's ``Sample.image`` as they travel: a tensor, or a named tuple of tensors."""
+        return default_collate(images)
+
+    def on_device(self, batch: HostBatch) -> HostBatch:
+        """Return the batch with images of uint8 (m, S, S, 3)."""
+        return batch
+
+
+class ImageDataset(Samples):
     """Labelled images, by key.
 
     Args:
@@ -92,9 +110,20 @@ class ImageDataset(Dataset[Sample], ABC):
     def name(self, index: int) -> str:
         """Return what a message calls image ``index``."""
 
-    def on_device(self, images: Tensor) -> Tensor:
-        """Return the pixels of a batch of ``Sample.image``, uint8 (m, S, S, 3), where the samples have them already."""
-        return images
+    def file(self, index: int) -> bytes:
+        """Return the file that holds image ``index``, where there is one; b"" where there is none.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        return b""
+
+    def view(self, key: tuple[int, int] | int, height: int, width: int) -> View:
+        """Return what ``key`` sees of an image of (height, width) pixels."""
+        if isinstance(key, int):
+            return evaluation_view(height, width, image_size=self.image_size, crop=self.crop)
+        rng = sample_rng(self.seed, *key)
+        return draw_view(rng, height, width, image_size=self.image_size, crop=self.crop, flip=self.flip)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -112,11 +141,10 @@ class ImageDataset(Dataset[Sample], ABC):
         return self._training_sample(*key)
 
     def _training_sample(self, epoch: int, index: int) -> Sample:
-        # The random numbers stay those of the image that was asked for.
-        rng = sample_rng(self.seed, epoch, index)
         (pixels, by_pil), source = self.readable_from(index)
-        view = draw_view(rng, *pixels.shape[:2], image_size=self.image_size, crop=self.crop, flip=self.flip)
-        image = cut(pixels, view, image_size=self.image_size, crop=self.crop)
+        # The random numbers stay those of the image that was asked for.
+        view = self.view((epoch, index), *pixels.shape[:2])
+        image = cut(pixels, view, self.image_size)
         bad_image = "" if source == index else self.name(index)
         return Sample(image, int(self.labels[source]), 1.0, view.mirrored, bad_image, by_pil)
 
@@ -127,8 +155,8 @@ class ImageDataset(Dataset[Sample], ABC):
             if self._on_bad_image == "stop":
                 raise
             return self._blank(self.name(index))
-        view = evaluation_view(pixels, image_size=self.image_size, crop=self.crop)
-        return Sample(view, int(self.labels[index]), by_pil=by_pil)
+        view = self.view(index, *pixels.shape[:2])
+        return Sample(cut(pixels, view, self.image_size), int(self.labels[index]), by_pil=by_pil)
 
     def readable_from(self, index: int) -> tuple[Decoded, int]:
         """Return image ``index``, or where it is bad and may be skipped the next readable one, and its index.

@@ -14,6 +14,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What PIL raises for damaged files: its UnidentifiedImageError is an OSError, a broken PNG a SyntaxError."""
 
 _JPEG = b"\xff\xd8"
+_JPEG_END = b"\xff\xd9"
 
 
 class Decoded(NamedTuple):
@@ -43,6 +44,17 @@ def decode(file: bytes) -> Decoded:
         except ValueError:
             pass
     return Decoded(_decode_by_pil(file), by_pil=True)
+
+
+def plain_jpeg_size(file: bytes) -> tuple[int, int] | None:
+    """Return (height, width) of a JPEG of a usual kind that ends where its data does, None for all else."""
+    if not file.startswith(_JPEG) or not file.endswith(_JPEG_END):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(file)
+    except ValueError:
+        return None
+    return (height, width) if colours in ("YCbCr", "Gray") and height * width <= _largest() else None
 
 
 def _largest() -> int:

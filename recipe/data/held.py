@@ -6,20 +6,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from recipe.data.augment import draw_view, resize, sample_rng
-from recipe.data.datasets import ImageDataset, Key, Sample
+from recipe.data.augment import View, resize
+from recipe.data.batch import HostBatch
+from recipe.data.datasets import ImageDataset, Key, Sample, Samples
 from recipe.data.sampler import PADDING
 
 _SHARE = 0.5
 """Of the memory that is free; the rest is for training."""
 
+_CUT = View(0, 0, 0, 0, 0, 0)
+"""Of what is held as it is seen."""
 
-class HeldImages(Dataset[Sample]):
+
+class HeldImages(Samples):
     """The images of a data set on a device; every sample is that of the data set, to the bit.
 
-    ``Sample.image`` is the image's place, int64 (5,): its row, and the box of its view.
+    ``Sample.image`` is the image's place, int64 (10,): its row, and its view.
 
     Args:
         dataset: What is held. All of it is read now, on all cores.
@@ -32,10 +35,8 @@ class HeldImages(Dataset[Sample]):
     """
 
     def __init__(self, dataset: ImageDataset, device: torch.device, *, training: bool) -> None:
+        self._dataset = dataset
         self._crop = dataset.crop if training else "none"
-        self._image_size = dataset.image_size
-        self._flip = dataset.flip
-        self._seed = dataset.seed
 
         def read(index: int) -> Sample:
             if not training:
@@ -62,7 +63,7 @@ class HeldImages(Dataset[Sample]):
                     )
                 images[index] = sample.image
                 row = index if sample.weight else PADDING
-                self._samples.append(sample._replace(image=torch.tensor([row, 0, 0, 0, 0])))
+                self._samples.append(sample._replace(image=torch.tensor([row, *_CUT])))
         self._images = images.to(device)
 
     def __len__(self) -> int:
@@ -71,24 +72,21 @@ class HeldImages(Dataset[Sample]):
     def __getitem__(self, key: Key) -> Sample:
         """Return the sample of ``key``."""
         if key == PADDING:
-            return Sample(torch.tensor([PADDING, 0, 0, 0, 0]), 0, 0.0)
+            return Sample(torch.tensor([PADDING, *_CUT]), 0, 0.0)
         if isinstance(key, int):
             return self._samples[key]
-        epoch, index = key
-        rng = sample_rng(self._seed, epoch, index)
-        height, width = self._images.shape[1:3]
-        *box, mirrored = draw_view(rng, height, width, image_size=self._image_size, crop=self._crop, flip=self._flip)
-        return self._samples[index]._replace(image=torch.tensor([index, *box]), mirrored=mirrored)
+        view = self._dataset.view(key, *self._images.shape[1:3])
+        place = torch.tensor([key[1], *view])
+        return self._samples[key[1]]._replace(image=place, mirrored=view.mirrored)
 
-    def on_device(self, places: Tensor) -> Tensor:
-        """Return the views at ``places``, int64 (m, 5), as uint8 (m, S, S, 3)."""
-        places = places.to(self._images.device, non_blocking=True)
-        rows, boxes = places[:, 0], places[:, 1:]
+    def on_device(self, batch: HostBatch) -> HostBatch:
+        places = batch.images.to(self._images.device, non_blocking=True)
+        rows, views = places[:, 0], places[:, 1:]
         if self._crop == "random_resized":
-            return resized_boxes(self._images[rows], boxes, self._image_size)
+            return batch._replace(images=resized_boxes(self._images[rows], views[:, :4], self._dataset.image_size))
         if self._crop == "padded":
-            return _windows(self._images, rows, boxes)
-        return self._images[rows]
+            return batch._replace(images=_windows(self._images, rows, views[:, 6:8]))
+        return batch._replace(images=self._images[rows])
 
 
 def resized_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:

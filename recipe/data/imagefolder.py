@@ -34,14 +34,17 @@ class ImageFiles(ImageDataset):
         self.class_names = folder.classes
         self._folder = folder
 
+    def file(self, index: int) -> bytes:
+        with open(self.name(index), "rb") as file:
+            return file.read()
+
     def image(self, index: int) -> Decoded:
-        path = self.name(index)
         try:
-            with open(path, "rb") as file:
-                return decode(file.read())
+            return decode(self.file(index))
         except UNREADABLE as error:
             raise BadImageError(
-                f'{path}: not a readable image ({error}); mend it, or set recipe.data.on_bad_image to "skip"'
+                f"{self.name(index)}: not a readable image ({error}); mend it, or set recipe.data.on_bad_image to "
+                '"skip"'
             ) from error
 
     def name(self, index: int) -> str:

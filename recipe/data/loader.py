@@ -7,15 +7,14 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler
 
-from recipe.data.batch import Batch, Normalise
-from recipe.data.datasets import BadImageError, ImageDataset, Sample
-from recipe.data.held import HeldImages
+from recipe.data.batch import Batch, HostBatch, Normalise
+from recipe.data.datasets import BadImageError, Sample, Samples
 from recipe.data.sampler import TrainSampler, ValidationSampler
 from recipe.interruption import SIGNALS
 
@@ -26,23 +25,12 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-class HostBatch(NamedTuple):
-    """What a worker sends: a NamedTuple, because DataLoader pins its tensors."""
-
-    images: Tensor
-    labels: Tensor
-    weights: Tensor
-    mirrored: Tensor
-    bad_images: list[str]
-    decoded_by_pil: int
-
-
 class _Loader:
     """What training and validation share: worker processes, the way to the device, the end."""
 
     def __init__(
         self,
-        dataset: ImageDataset | HeldImages,
+        dataset: Samples,
         sampler: Sampler,
         *,
         workers: int,
@@ -79,7 +67,7 @@ class _Loader:
             self._dataset,
             batch_sampler=self._sampler,
             num_workers=self._workers,
-            collate_fn=_collate,
+            collate_fn=partial(collate, self._dataset.together),
             pin_memory=self._device.type == "cuda",
             # DataLoader draws a seed for its workers; without a generator, from the global state.
             generator=torch.Generator(),
@@ -128,10 +116,10 @@ class _Loader:
 
     def on_device(self, host: HostBatch) -> Batch:
         """Make of what a worker sends what training takes."""
-        # Interleaved pixels become torch's channels_last without a copy.
-        images = self._dataset.on_device(host.images).movedim(-1, 1)
+        host = self._dataset.on_device(host)
         return Batch(
-            self._normalise(images, host.mirrored),
+            # Interleaved pixels become torch's channels_last without a copy.
+            self._normalise(host.images.movedim(-1, 1), host.mirrored),
             host.labels.to(self._device, non_blocking=True),
             host.weights.to(self._device, non_blocking=True),
             tuple(host.bad_images),
@@ -181,7 +169,7 @@ class TrainLoader(_Loader):
 
     def __init__(
         self,
-        dataset: ImageDataset | HeldImages,
+        dataset: Samples,
         *,
         global_batch: int,
         micro_batch: int,
@@ -236,7 +224,7 @@ class ValidationLoader(_Loader):
 
     def __init__(
         self,
-        dataset: ImageDataset | HeldImages,
+        dataset: Samples,
         *,
         micro_batch: int,
         rank: int,
@@ -265,9 +253,10 @@ class ValidationLoader(_Loader):
         yield from self._batches()
 
 
-def _collate(samples: list[Sample]) -> HostBatch:
+def collate(together: Callable[[list[Any]], Any], samples: list[Sample]) -> HostBatch:
+    """Return a worker's samples as they travel."""
     return HostBatch(
-        default_collate([sample.image for sample in samples]),
+        together([sample.image for sample in samples]),
         torch.tensor([sample.label for sample in samples]),
         torch.tensor([sample.weight for sample in samples]),
         torch.tensor([sample.mirrored for sample in samples]),

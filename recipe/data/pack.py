@@ -70,19 +70,23 @@ class PackedImages(ImageDataset):
             except OSError as error:
                 raise ValueError(f"{path}: {error.strerror}; mend it, or make the pack anew") from error
 
-    def image(self, index: int) -> Decoded:
+    def file(self, index: int) -> bytes:
         row = self._images[index]
-        offset, size = int(row["offset"]), int(row["bytes"])
+        size = int(row["bytes"])
+        file = os.pread(self._files[row["shard"]], size, int(row["offset"]))
+        if len(file) < size:
+            raise OSError(f"the shard ends {size - len(file):,} bytes too early")
+        return file
+
+    def image(self, index: int) -> Decoded:
         try:
-            file = os.pread(self._files[row["shard"]], size, offset)
-            if len(file) < size:
-                raise OSError(f"the shard ends {size - len(file):,} bytes too early")
-            return decode(file)
+            return decode(self.file(index))
         except UNREADABLE as error:
+            row = self._images[index]
             raise BadImageError(
-                f"{self.name(index)}, {size:,} bytes at {offset:,}: not a readable image ({error}); python -m recipe "
-                f"pack --verify {self._folder.parent} tells whether the shard is damaged; pack a mended folder anew, "
-                'or set recipe.data.on_bad_image to "skip"'
+                f"{self.name(index)}, {row['bytes']:,} bytes at {row['offset']:,}: not a readable image ({error}); "
+                f"python -m recipe pack --verify {self._folder.parent} tells whether the shard is damaged; pack a "
+                'mended folder anew, or set recipe.data.on_bad_image to "skip"'
             ) from error
 
     def name(self, index: int) -> str:

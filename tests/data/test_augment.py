@@ -16,8 +16,13 @@ AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 def training_view(image, rng, *, image_size, crop, flip):
     view = draw_view(rng, *image.shape[:2], image_size=image_size, crop=crop, flip=flip)
-    square = cut(image, view, image_size=image_size, crop=crop)
+    square = cut(image, view, image_size)
     return square.flip(1) if view.mirrored else square
+
+
+def whole_view(image, *, image_size, crop):
+    view = evaluation_view(*image.shape[:2], image_size=image_size, crop=crop)
+    return cut(image, view, image_size)
 
 
 def numbers(*key: int) -> list[float]:
@@ -137,7 +142,7 @@ def test_padded_crops_shift_by_up_to_an_eighth_over_black():
 def test_images_of_another_size_are_resized_whole(crop):
     image = picture(3, width=50, height=20)
     whole = Resize((16, 16))(image)
-    assert nearly_equal(evaluation_view(pixels(image), image_size=16, crop=crop), whole)
+    assert nearly_equal(whole_view(pixels(image), image_size=16, crop=crop), whole)
     if crop == "none":
         view = training_view(pixels(image), sample_rng(0, 0, 0), image_size=16, crop=crop, flip=False)
         assert nearly_equal(view, whole)
@@ -148,7 +153,7 @@ def test_images_of_another_size_are_resized_whole(crop):
 def test_evaluation_of_random_resized_training_is_the_centre(image_size, short_side, width, height):
     image = picture(4, width=width, height=height)
     expected = CenterCrop(image_size)(Resize(short_side)(image))
-    assert nearly_equal(evaluation_view(pixels(image), image_size=image_size, crop="random_resized"), expected)
+    assert nearly_equal(whole_view(pixels(image), image_size=image_size, crop="random_resized"), expected)
 
 
 def test_half_of_the_images_are_mirrored():
@@ -164,5 +169,5 @@ def test_global_random_states_are_left_alone():
     before = rng_states()
     for crop in ("random_resized", "padded", "none"):
         training_view(pixels(picture()), sample_rng(0, 0, 0), image_size=16, crop=crop, flip=True)
-        evaluation_view(pixels(picture()), image_size=16, crop=crop)
+        whole_view(pixels(picture()), image_size=16, crop=crop)
     assert rng_states() == before

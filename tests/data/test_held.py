@@ -6,11 +6,17 @@ import torch
 from recipe.data import BadImageError, HeldImages, TrainLoader, ValidationLoader, open_datasets
 from recipe.data.augment import resize
 from recipe.data.held import resized_boxes
+from recipe.data.loader import collate
 from recipe.data.sampler import PADDING
 from tests.data.images import MEAN, STD, Pictures, picture, pixels, write_folder
 
 CPU = torch.device("cpu")
 LOADER = {"device": "cpu", "dtype": torch.float32, "mean": MEAN, "std": STD, "rank": 0, "world_size": 1}
+
+
+def seen(held, sample):
+    """The pixels of one sample."""
+    return held.on_device(collate(held.together, [sample])).images[0]
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (30, 41), (9, 100)])
@@ -58,7 +64,7 @@ def test_bad_images_are_replaced_or_left_out_as_from_the_folder(tmp_path):
         held = HeldImages(part, CPU, training=training)
         for key in [(1, index) for index in range(6)] if training else [*range(6), PADDING]:
             expected, ours = part[key], held[key]
-            assert torch.equal(held.on_device(ours.image[None])[0], expected.image), key
+            assert torch.equal(seen(held, ours), expected.image), key
             assert ours._replace(image=None) == expected._replace(image=None)
     with pytest.raises(BadImageError, match=r"2\.jpg: not a readable image"):
         HeldImages(open_datasets("imagefolder", folder, 16, "padded", True, 0, "stop")[1], CPU, training=False)
@@ -68,7 +74,7 @@ def test_images_of_several_sizes_are_refused_where_boxes_are_cut_out_of_them():
     with pytest.raises(ValueError, match=r"on_device = true: picture 1 has 30 × 21 pixels, picture 0 has 30 × 20; ran"):
         HeldImages(Pictures(), CPU, training=True)
     padded = HeldImages(Pictures(crop="padded"), CPU, training=True)
-    assert padded.on_device(torch.stack([padded[0, 5].image])).shape == (1, 16, 16, 3)
+    assert seen(padded, padded[0, 5]).shape == (16, 16, 3)
 
 
 def test_more_than_half_of_the_memory_is_refused_before_all_is_read(monkeypatch):

@@ -49,6 +49,7 @@ def test_every_sample_is_the_folders_bit_for_bit(folder, packed):
         assert len(ours) == len(theirs) == 4 + 13 + len(ODD)
         assert ours.classes == theirs.classes == 3
         for index in range(len(theirs)):
+            assert ours.file(index) == theirs.file(index)
             for key in (index, (0, index), (5, index)):
                 mine, expected = ours[key], theirs[key]
                 assert torch.equal(mine.image, expected.image), theirs.name(index)

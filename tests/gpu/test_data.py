@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from recipe.data import SyntheticLoader, TrainLoader, ValidationLoader
-from tests.data.images import MEAN, STD, Pictures
+from recipe.data import EncodedImages, SyntheticLoader, TrainLoader, ValidationLoader, open_datasets, open_decoder
+from recipe.data.loader import collate
+from tests.data.images import MEAN, STD, Pictures, picture
 
 pytestmark = pytest.mark.gpu
 
@@ -80,3 +81,65 @@ def test_synthetic_batches_are_made_on_the_gpu():
     assert torch.equal(first.images, last.images)
     assert sum(float(batch.weights.sum()) for batch in loader.batches()) == 5
     assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.filterwarnings("ignore:.*image decoding and encoding capabilities:DeprecationWarning")
+@pytest.mark.parametrize("crop", ["random_resized", "padded", "none"])
+@pytest.mark.parametrize(("name", "subsampling", "mean", "most"), [
+    ("gpu", "4:4:4", 0.7, 4),
+    ("gpu", "4:2:0", 2, 16),  # nvJPEG repeats colours; libjpeg-turbo doing so is 0.9 off on average, at most 4
+    ("dali", "4:4:4", 0.7, 40),  # the rim is what is furthest off
+    ("dali", "4:2:0", 1, 40),
+])  # fmt: skip
+def test_pixels_decoded_on_the_gpu_are_nearly_those_of_the_cpu(tmp_path, name, subsampling, mean, most, crop):
+    if name == "dali":
+        pytest.importorskip("nvidia.dali", reason="needs DALI: pip install nvidia-dali-cuda130")
+    for part in ("train", "val"):
+        (tmp_path / part / "c0").mkdir(parents=True)
+        for number in range(9):
+            image = picture(number, width=200, height=150 + number, mode="L" if number == 8 else "RGB")
+            settings = {"progressive": number == 7} | ({"subsampling": subsampling} if number < 8 else {})
+            image.save(tmp_path / part / "c0" / f"{number}.jpg", quality=90, **settings)
+    plain = open_datasets("imagefolder", tmp_path, 32, crop, True, 0, "stop")
+    device = torch.device("cuda")
+    decoder = open_decoder(name, 32, device, threads=2)
+    for part, keys in ((plain[0], [(0, index) for index in range(9)]), (plain[1], range(9))):
+        on_gpu = EncodedImages(part, decoder, device)
+        ours = on_gpu.on_device(collate(on_gpu.together, [on_gpu[key] for key in keys]))
+        theirs = collate(part.together, [part[key] for key in keys])
+        assert ours.images.device.type == "cuda"
+        assert ours.decoded_by_pil == 0
+        assert torch.equal(ours.labels, theirs.labels)
+        assert torch.equal(ours.mirrored, theirs.mirrored)
+        difference = (ours.images.cpu().int() - theirs.images.int()).abs()
+        assert float(difference.float().mean()) < mean
+        assert int(difference.max()) <= most
+
+
+@pytest.mark.filterwarnings("ignore:.*image decoding and encoding capabilities:DeprecationWarning")
+@pytest.mark.parametrize("name", ["gpu", "dali"])
+def test_loaders_give_what_the_gpu_decodes(tmp_path, name):
+    """On its stream beside the others', with workers and pinned memory; what it refuses comes from the CPU."""
+    if name == "dali":
+        pytest.importorskip("nvidia.dali", reason="needs DALI: pip install nvidia-dali-cuda130")
+    for part in ("train", "val"):
+        (tmp_path / part / "c0").mkdir(parents=True)
+        for number in range(12):
+            picture(number, width=200, height=150).save(tmp_path / part / "c0" / f"{number}.jpg", subsampling="4:4:4")
+        picture(12, mode="CMYK").save(tmp_path / part / "c0" / "12.jpg")
+    plain = open_datasets("imagefolder", tmp_path, 32, "random_resized", True, 0, "stop")
+    device = torch.device("cuda")
+    decoder = open_decoder(name, 32, device, threads=2)
+    common = {"micro_batch": 4, "rank": 0, "world_size": 1, "dtype": torch.float32, "mean": MEAN, "std": STD}
+    seen = []
+    for datasets, workers in ((plain, 0), ([EncodedImages(part, decoder, device) for part in plain], 2)):
+        train = TrainLoader(datasets[0], global_batch=4, seed=1, workers=workers, device="cuda", **common)
+        validation = ValidationLoader(datasets[1], workers=workers, device="cuda", **common)
+        seen.append([batch for epoch in range(5) for batch in train.epoch(epoch)] + list(validation.batches()))
+        train.close()
+        validation.close()
+    for theirs, ours in zip(*seen, strict=True):
+        assert torch.equal(ours.labels, theirs.labels)
+        assert torch.equal(ours.weights, theirs.weights)
+        levels = (ours.images - theirs.images).abs() * 255 * torch.tensor(STD, device=device).view(3, 1, 1)
+        assert float(levels.mean()) < 0.7

@@ -1,0 +1,122 @@
+"""What decodes JPEGs other than the workers' simplejpeg: nvJPEG by way of torchvision, and NVIDIA's DALI."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import simplejpeg
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from recipe.data.augment import View, cut
+from recipe.data.encoded import Decoder
+
+
+def open_decoder(name: Literal["gpu", "dali"], image_size: int, device: torch.device, *, threads: int) -> Decoder:
+    """Return a decoder that has decoded a first image; ``threads`` of this process are for DALI.
+
+    Raises:
+        ValueError: This machine lacks what it needs.
+    """
+    if name == "gpu" and device.type != "cuda":
+        raise ValueError('recipe.data.decoder = "gpu": there is no CUDA GPU; write "cpu", or "dali"')
+    decoder: Decoder = NvJpeg(image_size, device) if name == "gpu" else Dali(image_size, device, threads)
+    file = simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))
+    try:
+        decoder([torch.frombuffer(bytearray(file), dtype=torch.uint8)], [View(0, 0, 16, 16, image_size, image_size)])
+    except ImportError as error:
+        raise ValueError(
+            f'recipe.data.decoder = "{name}": {error}; pip install nvidia-dali-cuda130, or write "cpu"'
+        ) from error
+    except RuntimeError as error:
+        raise ValueError(f'recipe.data.decoder = "{name}": it does not run here: {error}; write "cpu"') from error
+    return decoder
+
+
+class NvJpeg:
+    """torchvision's nvJPEG decodes, torch cuts and resizes.
+
+    Where a JPEG has fewer pixels of colour than of brightness, each is repeated; libjpeg-turbo interpolates.
+    """
+
+    def __init__(
+        self, image_size: int, device: torch.device, decode: Callable[..., list[Tensor]] = decode_jpeg
+    ) -> None:
+        self._image_size = image_size
+        self._device = device
+        self._decode = decode
+
+    def __call__(self, files: Sequence[Tensor], views: Sequence[View]) -> list[Tensor]:
+        """See ``Decoder``."""
+        decoded = self._decode(list(files), mode=ImageReadMode.RGB, device=self._device)
+        return [cut(planes.movedim(0, -1), view, self._image_size) for planes, view in zip(decoded, views, strict=True)]
+
+
+class Dali:
+    """DALI decodes the box alone, with colours as libjpeg-turbo interpolates them, and resizes it.
+
+    It does not round between rows and columns, and at the rim repeats the last pixel where PIL leaves out what is
+    beyond it.
+    """
+
+    def __init__(self, image_size: int, device: torch.device, threads: int) -> None:
+        self._image_size = image_size
+        self._device = device
+        self._threads = threads
+        self._pipeline: Any = None
+        self._largest_batch = 0
+
+    def __call__(self, files: Sequence[Tensor], views: Sequence[View]) -> Sequence[Tensor]:
+        """See ``Decoder``."""
+        from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
+
+        if self._pipeline is None or len(files) > self._largest_batch:
+            self._largest_batch = max(len(files), self._largest_batch)
+            self._pipeline = self._new_pipeline()
+        inputs = {
+            "files": [file.numpy() for file in files],
+            "starts": [np.array(view[:2], np.int32) for view in views],
+            "shapes": [np.array(view[2:4], np.int32) for view in views],
+            "sizes": [np.array(view[4:6], np.float32) for view in views],
+            "windows": [np.array(view[6:8], np.int32) for view in views],
+        }
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        try:
+            (views_made,) = self._pipeline.run(stream, **inputs)
+        except RuntimeError:
+            self._pipeline = None  # "Current pipeline object is no longer valid."
+            raise
+        made: Tensor = to_torch_tensor(views_made.as_tensor(), copy=True)
+        return made.unbind()
+
+    def _new_pipeline(self) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        on_gpu = self._device.type == "cuda"
+        pipeline = Pipeline(
+            self._largest_batch,
+            num_threads=self._threads,
+            device_id=self._device.index if on_gpu else None,
+            prefetch_queue_depth=1,
+        )
+        with pipeline:
+            files, starts, shapes, sizes, windows = (
+                fn.external_source(name=name) for name in ("files", "starts", "shapes", "sizes", "windows")
+            )
+            boxes = fn.decoders.image_slice(
+                files,
+                start=starts,
+                shape=shapes,
+                axes=(0, 1),
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.RGB,
+                adjust_orientation=False,
+                jpeg_fancy_upsampling=True,
+            )
+            resized = fn.resize(boxes, size=sizes, interp_type=types.INTERP_TRIANGULAR)
+            square = (self._image_size, self._image_size)
+            pipeline.set_outputs(
+                fn.slice(resized, start=windows, shape=square, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
+            )
+        return pipeline
