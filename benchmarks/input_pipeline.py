@@ -12,7 +12,8 @@ Then whole loaders with worker processes, the recipe's and a DataLoader of torch
 their images a second stands what the main process itself pays for an image, which no worker takes from it and which
 bounds any number of workers: to take a batch that a worker collated (and on a GPU to pin it), and to have it on the
 device, mirrored and normalised, which a CPU does itself and a GPU is only told to. ``--decoders`` adds loaders whose
-JPEGs are decoded there, and how far their pixels are from the recipe's own, in training and validation.
+JPEGs are decoded there, and how far their pixels are from the workers', in training and validation. Without a GPU
+libjpeg-turbo stands in for nvJPEG's pixels: it repeats the colours of JPEGs that have fewer of them.
 
     python -m benchmarks.input_pipeline --images DIR --json benchmarks/results/input_pipeline_cpu.json
 
@@ -30,6 +31,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
 from timm.data import create_transform
@@ -37,6 +39,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
+from torchvision.io import ImageReadMode
 from torchvision.transforms import functional
 
 from benchmarks.report import context, heading, write
@@ -44,6 +47,7 @@ from recipe.commands.pack import pack
 from recipe.data import EncodedImages, ImageDataset, Samples, TrainLoader, open_decoder
 from recipe.data.augment import random_resized_box, sample_rng
 from recipe.data.datasets import Key
+from recipe.data.decoders import NvJpeg
 from recipe.data.encoded import Decoder
 from recipe.data.folder_index import index_folder
 from recipe.data.imagefolder import ImageFiles
@@ -86,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "decoders_missing": missing,
             "decoders": {
                 name: differences(data_set(listing, arguments.image_size), decoder, arguments.device)
-                for name, decoder in decoders.items()
+                for name, decoder in (decoders | stand_ins(missing, arguments.image_size)).items()
             },
             "loaders": [
                 loaders(
@@ -252,6 +256,16 @@ def open_decoders(arguments: argparse.Namespace) -> tuple[dict[str, Decoder], di
         except ValueError as error:
             missing[name] = str(error)
     return decoders, missing
+
+
+def stand_ins(missing: dict[str, str], image_size: int) -> dict[str, Decoder]:
+    """What nvJPEG's way with colours alone makes of the pixels, by libjpeg-turbo, where there is no GPU."""
+
+    def repeat_colours(files: list[Tensor], mode: ImageReadMode, device: torch.device) -> list[Tensor]:
+        decoded = (simplejpeg.decode_jpeg(file.numpy().tobytes(), fastupsample=True) for file in files)
+        return [torch.from_numpy(pixels).movedim(-1, 0) for pixels in decoded]
+
+    return {"stand-in for gpu": NvJpeg(image_size, torch.device("cpu"), repeat_colours)} if "gpu" in missing else {}
 
 
 def differences(images: ImageFiles, decoder: Decoder, device: str) -> dict[str, dict[str, float]]:

@@ -128,8 +128,8 @@ def format_summary(summary: dict[str, Any], output: Path) -> str:
     if summary["bad_images"]:
         fields.append(("bad images", f"{len(summary['bad_images'])} could not be read, listed in summary.json"))
     if summary.get("decoded_by_pil"):
-        slow = f"{summary['decoded_by_pil']:,} times by PIL: no JPEG, or one that the faster decoder does not take"
-        fields.append(("decoded", slow))
+        slow = f"{summary['decoded_by_pil']:,} times by the slower decoder: no JPEG, or one that"
+        fields.append(("decoded", f"{slow} the faster one does not take"))
     ranks_option = "" if summary["world_size"] == 1 else f"--num_gpus {summary['world_size']} "
     if summary["hosts"] > 1:
         ranks_option = "--hostfile … "

@@ -49,7 +49,16 @@ class NvJpeg:
 
     def __call__(self, files: Sequence[Tensor], views: Sequence[View]) -> list[Tensor]:
         """See ``Decoder``."""
-        decoded = self._decode(list(files), mode=ImageReadMode.RGB, device=self._device)
+        # torchvision decodes on a stream of its own, into memory of the current one: it waits neither for what that
+        # still does with it, nor after an error for what is still written into it.
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        try:
+            decoded = self._decode(list(files), mode=ImageReadMode.RGB, device=self._device)
+        except RuntimeError:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            raise
         return [cut(planes.movedim(0, -1), view, self._image_size) for planes, view in zip(decoded, views, strict=True)]
 
 
