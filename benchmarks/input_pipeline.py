@@ -39,7 +39,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
-from torchvision.io import ImageReadMode
 from torchvision.transforms import functional
 
 from benchmarks.report import context, heading, write
@@ -261,7 +260,7 @@ def open_decoders(arguments: argparse.Namespace) -> tuple[dict[str, Decoder], di
 def stand_ins(missing: dict[str, str], image_size: int) -> dict[str, Decoder]:
     """What nvJPEG's way with colours alone makes of the pixels, by libjpeg-turbo, where there is no GPU."""
 
-    def repeat_colours(files: list[Tensor], mode: ImageReadMode, device: torch.device) -> list[Tensor]:
+    def repeat_colours(files: list[Tensor], mode: str, device: torch.device) -> list[Tensor]:
         decoded = (simplejpeg.decode_jpeg(file.numpy().tobytes(), fastupsample=True) for file in files)
         return [torch.from_numpy(pixels).movedim(-1, 0) for pixels in decoded]
 

@@ -7,7 +7,6 @@ import numpy as np
 import simplejpeg
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from recipe.data.augment import View, cut
 from recipe.data.encoded import Decoder
@@ -21,16 +20,23 @@ def open_decoder(name: Literal["gpu", "dali"], image_size: int, device: torch.de
     """
     if name == "gpu" and device.type != "cuda":
         raise ValueError('recipe.data.decoder = "gpu": there is no CUDA GPU; write "cpu", or "dali"')
-    decoder: Decoder = NvJpeg(image_size, device) if name == "gpu" else Dali(image_size, device, threads)
     file = simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))
     try:
+        decoder: Decoder
+        if name == "gpu":
+            # Deprecated since torchvision 0.29, in favour of torchcodec, which is no dependency here.
+            from torchvision.io import decode_jpeg
+
+            decoder = NvJpeg(image_size, device, decode_jpeg)
+        else:
+            decoder = Dali(image_size, device, threads)
         decoder([torch.frombuffer(bytearray(file), dtype=torch.uint8)], [View(0, 0, 16, 16, image_size, image_size)])
     except ImportError as error:
-        raise ValueError(
-            f'recipe.data.decoder = "{name}": {error}; pip install nvidia-dali-cuda130, or write "cpu"'
-        ) from error
+        remedy = "another torchvision" if name == "gpu" else "nvidia-dali-cuda130"
+        raise ValueError(f'recipe.data.decoder = "{name}": {error}; pip install {remedy}, or write "cpu"') from error
     except RuntimeError as error:
-        raise ValueError(f'recipe.data.decoder = "{name}": it does not run here: {error}; write "cpu"') from error
+        problem = " ".join(str(error).split())
+        raise ValueError(f'recipe.data.decoder = "{name}": it does not run here: {problem}; write "cpu"') from error
     return decoder
 
 
@@ -40,9 +46,7 @@ class NvJpeg:
     Where a JPEG has fewer pixels of colour than of brightness, each is repeated; libjpeg-turbo interpolates.
     """
 
-    def __init__(
-        self, image_size: int, device: torch.device, decode: Callable[..., list[Tensor]] = decode_jpeg
-    ) -> None:
+    def __init__(self, image_size: int, device: torch.device, decode: Callable[..., list[Tensor]]) -> None:
         self._image_size = image_size
         self._device = device
         self._decode = decode
@@ -54,7 +58,7 @@ class NvJpeg:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         try:
-            decoded = self._decode(list(files), mode=ImageReadMode.RGB, device=self._device)
+            decoded = self._decode(list(files), mode="RGB", device=self._device)
         except RuntimeError:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
@@ -106,7 +110,7 @@ class Dali:
         pipeline = Pipeline(
             self._largest_batch,
             num_threads=self._threads,
-            device_id=self._device.index if on_gpu else None,
+            device_id=torch.empty(0, device=self._device).device.index,  # None for a CPU
             prefetch_queue_depth=1,
         )
         with pipeline:
