@@ -62,29 +62,29 @@ def test_the_shipped_table_is_what_the_models_say(path: Path) -> None:
         ("test_resnet", 10, 128, "fp32"),
     ],
 )
-def test_a_training_step_allocates_what_the_plan_predicts(
+def test_a_forward_pass_keeps_what_the_plan_predicts(
     name: str, classes: int, micro_batch: int, precision: str, record_property: Any
 ) -> None:
-    """Torch's own account of every allocation, at the peak of a forward and backward pass on a CPU."""
+    """Torch's own account of every allocation: what is not freed when a forward pass on a CPU is over.
+
+    Not the peak of the backward pass, where a convolution's workspace is what the CPU and its threads ask for.
+    """
     facts, dtype = SHIPPED[name, classes], DTYPES[precision]
     model = build_model(name, classes, seed=0, statistics="local")
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-        parameter.grad = torch.zeros_like(parameter)
     images = torch.zeros(micro_batch, 3, facts.image_size, facts.image_size, dtype=dtype)
     labels = torch.zeros(micro_batch, dtype=torch.long)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        F.cross_entropy(model(images).float(), labels).backward()
+        loss = F.cross_entropy(model(images).float(), labels)
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    allocated = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        allocated += event.nbytes()
-        peak = max(peak, allocated)
-    predicted = micro_batch * facts.saved_bytes[precision] + 2 * dtype.itemsize * facts.largest_parameter
-    error = predicted / peak - 1
+    kept = images.nbytes + sum(event.nbytes() for event in events)
+    assert loss.requires_grad
+    predicted = micro_batch * facts.saved_bytes[precision]
+    error = predicted / kept - 1
     record_property("error", error)
-    print(f"{name}, {precision}, {micro_batch} images: {predicted:,} B predicted, {peak:,} B at the peak, {error:+.1%}")
-    assert abs(error) < 0.12
+    print(f"{name}, {precision}, {micro_batch} images: {predicted:,} B predicted, {kept:,} B kept, {error:+.1%}")
+    assert abs(error) < 0.005
 
 
 def test_memory_by_part() -> None:
