@@ -1,6 +1,7 @@
 """``python -m recipe COMMAND``: finds the command and hands over."""
 
 import importlib
+import io
 import sys
 
 COMMANDS = {
@@ -16,6 +17,9 @@ COMMANDS = {
 
 def main() -> int:
     """Run the command that is named first; return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without × shall see the rest
     arguments = sys.argv[1:]
     if arguments and arguments[0] in COMMANDS:
         command = importlib.import_module(f"recipe.commands.{arguments[0]}")

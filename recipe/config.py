@@ -54,8 +54,8 @@ class Model(Section):
     name: str = Field(min_length=1)
     """timm's name of a model, such as "resnet50" """
 
-    num_classes: int = Field(ge=2)
-    """the number of classes, a whole number >= 2"""
+    num_classes: int = Field(ge=2, le=10_000_000)
+    """the number of classes, a whole number from 2 to 10,000,000"""
 
     zero_init_last: bool = True
     """true or false: whether the last batch norm of each residual block of a ResNet begins with gamma = 0, as the

@@ -105,4 +105,5 @@ def _unknown_name(name: str) -> str:
         if plain == name
         else "must be the plain name of a timm architecture, without hub address, path or pretrained tag"
     )
-    return f'recipe.model.name = "{name}": {reason}' + (f'; did you mean "{close[0]}"?' if close else "")
+    remedy = f'did you mean "{close[0]}"?' if close else "timm.list_models() in Python lists those that it has"
+    return f'recipe.model.name = "{name}": {reason}; {remedy}'

@@ -97,6 +97,8 @@ def too_few(measurements: int, total_steps: int, every_steps: int) -> str | None
     enough_every = (total_steps - 1) // (ENOUGH - 1)  # the most steps between as many within the run
     text = f"{measurements} measurement{'' if measurements == 1 else 's'} instead of about {ENOUGH}: it may be far off"
     if not enough_every:
+        if every_steps > 1:
+            text += f"; with recipe.noise_scale.every_steps = 1 there are {total_steps}"
         return f"{text}; a run of {total_steps} steps has no more"
     if enough_every < every_steps:
         text += f"; with recipe.noise_scale.every_steps = {enough_every} there are enough"

@@ -124,18 +124,29 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool)
 
 def training_sha256(plan: dict[str, Any]) -> str:
     """A digest of all that a plan says of what is trained, and of nothing that says where or how."""
-    trained = sorted((key, value) for key, value in leaves(plan) if not is_free_to_change(key))
+    trained = sorted(_trained(plan).items())
     return hashlib.sha256(json.dumps(trained).encode()).hexdigest()
 
 
 def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """``key was a, is b`` for each key of two plans that says another training."""
-    old, new = dict(leaves(before)), dict(leaves(now))
+    old, new = _trained(before), _trained(now)
     return [
         f"{key} was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"
         for key in {**old, **new}
-        if old.get(key) != new.get(key) and not is_free_to_change(key)
+        if old.get(key) != new.get(key)
     ]
+
+
+def _trained(plan: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in leaves(switched_on(plan)) if not is_free_to_change(key)}
+
+
+def switched_on(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan without sections that are turned off: they say as much as sections that are not there."""
+    return {
+        key: value for key, value in plan.items() if not (isinstance(value, dict) and value.get("enabled") is False)
+    }
 
 
 def is_free_to_change(key: str) -> bool:

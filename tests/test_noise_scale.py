@@ -137,6 +137,7 @@ def test_how_often_to_measure(total_steps: int) -> None:
         assert text.endswith(f"with recipe.noise_scale.every_steps = {often[-1]} there are enough")
         assert too_few(planned_measurements(total_steps, often[-1]), total_steps, often[-1]) is None
     else:
+        assert f"; with recipe.noise_scale.every_steps = 1 there are {total_steps}; a run" in text
         assert text.endswith(f"; a run of {total_steps} steps has no more")
 
 

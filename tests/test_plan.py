@@ -121,7 +121,7 @@ def test_a_noise_scale_needs_two_sizes_of_batch(changes: dict[str, Any], remedy:
     assert error.remedy.startswith(remedy)
     if "recipe__batchnorm__statistics" not in changes:
         make_plan(config(**changes, train_micro_batch_size_per_gpu=128), 1)
-        make_plan(config(**changes), 2)
+        make_plan(config(**changes, recipe__batchnorm__statistics=32), 2)
 
 
 def test_compiled_code_knows_one_rank() -> None:
@@ -381,13 +381,32 @@ def test_the_text_says_how_images_come() -> None:
         assert f"images          {words} loader processes" in format_plan(plan)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "statistics", "fits"),
+    [(1, "global", True), (2, "global", False), (2, "local", True), (2, 32, True), (32, 256, True), (32, 512, False)],
+)
+def test_what_needs_a_rank_on_its_own_is_refused_where_batch_norm_spans_several(
+    world_size: int, statistics: Any, fits: bool
+) -> None:
+    for key in ("recipe__compile", "recipe__noise_scale__enabled"):
+        changes = {key: True, "recipe__batchnorm__statistics": statistics}
+        if fits:
+            make_plan(config(**changes), world_size)
+        else:
+            error = refusal(world_size, **changes)
+            assert error.key == key.replace("__", ".")
+            assert error.problem.startswith("batch norm's statistics come from several ranks, and ")
+            assert error.remedy.endswith("a number of images up to a micro-batch's, 256")
+
+
 def test_the_text_says_how_often_the_noise_scale_is_measured() -> None:
-    few = config(recipe__noise_scale__enabled=True, recipe__noise_scale__every_steps=1500)
+    local = {"recipe__noise_scale__enabled": True, "recipe__batchnorm__statistics": 32}
+    few = config(**local, recipe__noise_scale__every_steps=1500)
     text = " ".join(format_plan(make_plan(few, 32)).split())  # 14,040 steps
     assert "noise scale measured every 1,500 steps, 10 times in all" in text
     assert "noise scale: 10 measurements instead of about 20: it may be far off; with" in text
     assert "every_steps = 738 there are enough" in text
-    often = format_plan(make_plan(config(recipe__noise_scale__enabled=True), 32))
+    often = format_plan(make_plan(config(**local), 32))
     assert "noise scale     measured every 10 steps, 1,404 times in all" in often
     assert "may be far off" not in often
     assert "noise scale" not in format_plan(make_plan(config(), 32))

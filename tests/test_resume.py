@@ -78,6 +78,9 @@ def test_the_digest_tells_trainings_apart_as_the_keys_do() -> None:
         return training_sha256(json.loads(plan_json(plan(*overrides, world_size=world_size))))
 
     assert digest("recipe.max_micro_batch_size=64", "recipe.data.workers=2", world_size=2) == digest()
+    assert digest("fp16.enabled=false", "bf16.enabled=false") == digest()
+    assert digest("bf16.enabled=true") != digest()
+    assert differences("fp16.enabled=false") == []
     assert digest("recipe.seed=1") != digest()
     assert digest("recipe.schedule.decay_epochs=[20, 30]") != digest()
 

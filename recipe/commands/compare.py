@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recipe.commands.run_files import Column, RunFiles, read_run
-from recipe.resume import NEVER_TO_CHANGE, is_free_to_change, leaves
+from recipe.resume import NEVER_TO_CHANGE, is_free_to_change, leaves, switched_on
 from recipe.strict_json import ABSENT, printable
 
 SAME, DIFFERENT, REFUSED, NOT_TOLD_YET = 0, 1, 2, 3
@@ -73,7 +73,7 @@ def compare(a: RunFiles, b: RunFiles) -> tuple[list[str], int]:
 
 def plan_differences(a: RunFiles, b: RunFiles) -> tuple[list[Difference], list[Difference]]:
     """What of two plans changes the training, and what says only where or how it runs."""
-    keys_a, keys_b = (dict(leaves(run.plan)) for run in (a, b))
+    keys_a, keys_b = (dict(leaves(switched_on(run.plan))) for run in (a, b))
     found = _differing(keys_a, keys_b)
     changed = [difference for difference in found if not is_free_to_change(difference.key)]
     images_a, images_b = _batchnorm_images(a), _batchnorm_images(b)

@@ -111,8 +111,10 @@ def facts_of(plan: Plan, inspects: bool) -> ModelFacts | None:
         return inspect_model(model.name, model.num_classes, plan.config.recipe.data.image_size)
     except ValueError as error:
         message = str(error)
-        if isinstance(error, ConfigError) or message.startswith("recipe."):
+        if isinstance(error, ConfigError):
             raise
+        if message.startswith("recipe."):
+            raise ValueError(f"{plan.config.source.file}: {message}") from error
         raise plan.config.source.refusal("recipe.model.name", message, "choose another model or image size") from error
 
 
@@ -147,7 +149,7 @@ def draw(plans: Sequence[Plan], path: Path) -> list[Path]:
     Raises:
         ValueError: they cannot be, or matplotlib is not installed.
     """
-    if not path.name or path.name == "..":
+    if not path.name or path.name == ".." or path.is_dir():
         raise ValueError(f'--plot "{path}": no file; write one such as plan.png')
     try:
         return draw_rates(plans, path)
