@@ -205,6 +205,7 @@ def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, 
             remedy += '; or write "auto" for train_micro_batch_size_per_gpu and gradient_accumulation_steps'
         raise config.source.refusal("train_batch_size", f"it cannot be shared out as {product}", remedy)
     share = batch // world_size
+    ranks = f"{world_size} rank{'' if world_size == 1 else 's'}"
     n = config.recipe.batchnorm.statistics
     fitting = fitting_micro_batches(batch, world_size, n)
     written = share // accumulation if isinstance(accumulation, int) else micro
@@ -216,7 +217,7 @@ def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, 
             raise config.source.refusal(
                 "recipe.batchnorm.statistics",
                 f"no micro-batch up to {largest} (recipe.max_micro_batch_size) holds groups of {n} samples or, on "
-                f"{world_size} ranks, makes them up",
+                f"{ranks}, makes them up",
                 _fitting_remedy(fitting, batch, n, world_size),
             )
     elif written in fitting:
@@ -225,7 +226,7 @@ def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, 
         raise config.source.refusal(
             "train_micro_batch_size_per_gpu",
             f"micro-batches of {written} neither hold groups of {n} samples (recipe.batchnorm.statistics) nor, on "
-            f"{world_size} ranks, make them up",
+            f"{ranks}, make them up",
             _fitting_remedy(fitting, batch, n, world_size),
         )
     return size, share // size

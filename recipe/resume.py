@@ -165,16 +165,21 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
+def batchnorm_images(plan: dict[str, Any]) -> int | None:
+    """Images that batch norm's statistics come from; None if the plan does not say."""
+    keys = dict(leaves(plan))
+    statistics, accumulation = keys.get("recipe.batchnorm.statistics"), keys.get("gradient_accumulation_steps")
+    if statistics == "global":  # those of a micro-batch of every rank
+        return int(keys["train_batch_size"]) // accumulation if isinstance(accumulation, int) and accumulation else None
+    found = keys.get("train_micro_batch_size_per_gpu") if statistics == "local" else statistics
+    return found if isinstance(found, int) else None
+
+
 def statistics_change(plan: Plan, start: Start) -> list[str]:
     """What other ranks or another micro-batch mean for batch norm over all ranks' or each rank's micro-batch."""
     statistics = plan.config.recipe.batchnorm.statistics
-    before = (start.earlier_plan or {}).get("train_micro_batch_size_per_gpu")
-    if isinstance(statistics, int) or not isinstance(before, int):
-        return []
-    now = plan.micro_batch
-    if statistics == "global":
-        before, now = before * start.checkpoints[0].world_size, now * plan.world_size
-    if before == now:
+    before, now = (batchnorm_images(of) for of in (start.earlier_plan or {}, json.loads(plan_json(plan))))
+    if isinstance(statistics, int) or before is None or before == now:
         return []
     return [
         f'batch norm\'s statistics ("{statistics}") now come from {now} images, before from {before}: the training '

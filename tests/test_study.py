@@ -156,7 +156,7 @@ def test_a_case_changes_what_the_study_changes_and_the_seed_is_the_runs(tmp_path
         (
             {"cases": [{"name": "a", "set": {"train_batch_size": 200, "recipe.batchnorm.statistics": 32}}]},
             'case "a": recipe.batchnorm.statistics = 32: no micro-batch up to 128 (recipe.max_micro_batch_size) holds '
-            "groups of 32 samples or, on 1 ranks, makes them up; the nearest train_batch_size that can: 192 or 224, ",
+            "groups of 32 samples or, on 1 rank, makes them up; the nearest train_batch_size that can: 192 or 224, ",
         ),
         ({"cases": [{"name": "a", "label": "a"}] * 2}, 'cases[0].name = "a": another case has this name'),
         (
@@ -320,9 +320,9 @@ def test_a_setting_that_differs_is_a_column_and_never_common(tmp_path: Path) -> 
     shown = {"batchnorm_statistics": 16, "crop": "none", "image_size": 12, "model": "test_vit", "momentum": 0.8}
     shown |= {"decay_epochs": [1.0, 2.0], "precision": "bf16"}
     written = {key: settings[key] for key in ("recipe.data.flip", "optimizer.params.nesterov", "gradient_clipping")}
-    other = all_settings(two.of_case("other")[0])
-    assert {name: other[name] for name in differing(two.trainings)} == shown | written
     results = read_results(two, tmp_path)
+    other = all_settings(results[2])
+    assert {name: other[name] for name in differing(results)} == shown | written
     report = format_report(two, results, [], "…", [])
     lines = {line.partition(" ")[2].partition(" ")[0]: line for line in report.splitlines() if line}
     cells = dict(zip(lines["case"].split(" | "), lines["other"].split(" | "), strict=True))
@@ -416,6 +416,45 @@ def test_a_folder_with_another_training_is_refused(tmp_path: Path) -> None:
     check_output(before, tmp_path)
     with pytest.raises(ValueError, match=r"seed-3 holds another training: recipe\.schedule\.epochs was 2, is 3; name"):
         check_output(now, tmp_path)
+    (folder / "plan.json").write_text("[]")
+    check_output(now, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "split", "images"),
+    [
+        ("global", {"world_size": 2}, "were 128, are 256"),
+        ("local", {"micro_batch": 64}, "were 128, are 64"),
+        ("global", {"world_size": 2, "micro_batch": 64}, None),
+        ("local", {"world_size": 2}, None),
+        (32, {"micro_batch": 64}, None),
+    ],
+)
+def test_another_split_is_another_training_or_stated_as_it_was(
+    tmp_path: Path, statistics: str | int, split: dict[str, int], images: str | None
+) -> None:
+    """256 images on one rank are two micro-batches of 128."""
+
+    def split_into(world_size: int, micro_batch: int) -> Study:
+        settings = {"train_batch_size": 256, "recipe.batchnorm.statistics": statistics}
+        settings["train_micro_batch_size_per_gpu"] = micro_batch
+        cases = [{"name": "a", "set": settings}, {"name": "b", "set": settings}]
+        return read_study(write(tmp_path, raw_study(cases=cases, figures=[])), world_size)
+
+    before, now = split_into(1, 128), split_into(**{"world_size": 1, "micro_batch": 128} | split)
+    for training in before.trainings:
+        complete(training, tmp_path, [3.0])
+        (tmp_path / training.folder / "plan.json").write_text(plan_json(training.plan))
+    if images is not None:
+        with pytest.raises(ValueError, match=f"another training: images in recipe.batchnorm.statistics {images}; name"):
+            check_output(now, tmp_path)
+        return
+    check_output(now, tmp_path)
+    assert "accumulation steps 2," in format_report(now, read_results(now, tmp_path), [], "…", [])
+    (tmp_path / now.trainings[0].folder / "plan.json").write_text(plan_json(now.trainings[0].plan))
+    steps = now.trainings[0].plan.accumulation
+    report = format_report(now, read_results(now, tmp_path), [], "…", [])
+    assert ("accumulation steps 2," in report) if steps == 2 else (f"| a | {steps} or 2 | 3.00 ± 0.00 |" in report)
 
 
 def test_a_run_is_the_command_that_a_person_would_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

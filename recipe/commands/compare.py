@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recipe.commands.run_files import Column, RunFiles, read_run
-from recipe.resume import NEVER_TO_CHANGE, is_free_to_change, leaves, switched_on
+from recipe.resume import NEVER_TO_CHANGE, batchnorm_images, is_free_to_change, leaves, switched_on
 from recipe.strict_json import ABSENT, printable
 
 SAME, DIFFERENT, REFUSED, NOT_TOLD_YET = 0, 1, 2, 3
@@ -76,7 +76,7 @@ def plan_differences(a: RunFiles, b: RunFiles) -> tuple[list[Difference], list[D
     keys_a, keys_b = (dict(leaves(switched_on(run.plan))) for run in (a, b))
     found = _differing(keys_a, keys_b)
     changed = [difference for difference in found if not is_free_to_change(difference.key)]
-    images_a, images_b = _batchnorm_images(a), _batchnorm_images(b)
+    images_a, images_b = batchnorm_images(a.plan), batchnorm_images(b.plan)
     statistics = "recipe.batchnorm.statistics"
     if images_a != images_b and keys_a.get(statistics) == keys_b.get(statistics):
         # Then it is ranks and micro-batch that decide what is trained.
@@ -219,14 +219,6 @@ def _table(title: str, rows: Sequence[Sequence[str]]) -> list[str]:
 def _progress(run: RunFiles) -> str:
     done = f"{run.steps_done:,} of {_count(run.total_steps, 'step')}"
     return f"{done}, {'not complete' if run.summary is None else 'complete'}"
-
-
-def _batchnorm_images(run: RunFiles) -> int | None:
-    """Images that batch norm's statistics come from; None if the plan does not say."""
-    statistics = dict(leaves(run.plan)).get("recipe.batchnorm.statistics")
-    if statistics == "global":
-        return run.micro_batch * run.world_size
-    return run.micro_batch if statistics == "local" else statistics
 
 
 def _number(loss: float) -> str:

@@ -80,10 +80,8 @@ def wall_seconds(launches: Sequence[Launch]) -> float:
 def _table(study: Study, results: Sequence[Result]) -> list[str]:
     """A row a case; of the settings those that differ, the others on a line before it."""
     of_cases = [[result for result in results if result.training.case == case] for case in study.file.cases]
-    names = differing(runs[0].training for runs in of_cases)
-    common = [
-        f"{_words(name)} {_shown(value)}" for name, value in settings(study.trainings[0]).items() if name not in names
-    ]
+    names = differing(results)
+    common = [f"{_words(name)} {_shown(value)}" for name, value in settings(results[0]).items() if name not in names]
     compares = any(case.paper for case in study.file.cases)
     head = ["case", *map(_words, names), "median error, %", "final error, %"]
     head += ["the paper's, ImageNet"] if compares else []
@@ -94,9 +92,9 @@ def _table(study: Study, results: Sequence[Result]) -> list[str]:
         f"|{'---|' * len(head)}",
     ]
     for case, runs in zip(study.file.cases, of_cases, strict=True):
-        values = all_settings(runs[0].training)
+        values = [all_settings(run) for run in runs]
         median = spread(run.median_error for run in runs)
-        cells = [str(case), *(_shown(values.get(name)) for name in names)]
+        cells = [str(case), *(" or ".join(dict.fromkeys(_shown(of.get(name)) for of in values)) for name in names)]
         cells += [", ".join(filter(None, [str(median), missing(runs)])), str(spread(run.final_error for run in runs))]
         lines.append(f"| {' | '.join(cells + ([case.paper or ''] if compares else []))} |")
     return lines

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.commands.study_file import Study, Training
-from recipe.commands.study_runs import Launch, State, diverged_at, ending, read_launches, was_interrupted
+from recipe.commands.study_runs import Launch, State, diverged_at, ending, read_launches, read_plan, was_interrupted
 from recipe.metrics import steps_done
 from recipe.plan_text import plan_json
 from recipe.resume import leaves
@@ -35,7 +35,8 @@ NAMES = {
     "recipe.schedule.decay_factor": "decay_factor",
     "recipe.schedule.weight_decay_rule": "weight_decay_rule",
 }
-# Keys that a table tells by what comes of them (``settings``), and the seed.
+# Keys that a table tells by what comes of them (``settings``), the seed, and the loader's processes, which change no
+# image and are more or fewer on each machine.
 RESOLVED = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -53,17 +54,21 @@ RESOLVED = (
     "recipe.schedule.warmup_epochs",
     "zero_allow_untested_optimizer",
     "recipe.seed",
+    "recipe.data.workers",
 )
 
 
 @dataclass(frozen=True)
 class Result:
-    """A run. Errors are top-1 validation errors in per cent, None unless it is complete; the median is that of the
+    """A run. ``keys`` are those of the plan by which it began, or else of the one that it will have.
+
+    Errors are top-1 validation errors in per cent, None unless it is complete; the median is that of the
     last five epochs, the paper's convention (§5.1), or of all where it has fewer. ``reason`` says why it is not
     complete. ``seconds`` and ``cpu_seconds`` add up all of its launches, None where those of one are not known.
     """
 
     training: Training
+    keys: dict[str, Any]
     state: State
     reason: str
     median_error: float | None
@@ -113,15 +118,14 @@ def last_epochs(trainings: Iterable[Training]) -> str:
     return f"the last {' to '.join(map(str, dict.fromkeys([counts[0], counts[-1]])))} epochs"
 
 
-def settings(training: Training) -> dict[str, Any]:
+def settings(result: Result) -> dict[str, Any]:
     """What a run was trained with: what a reader looks for first, much in the words of the config."""
-    plan, rules = training.plan, training.plan.config.recipe.schedule
-    keys = dict(leaves(json.loads(plan_json(plan))))
+    plan, rules = result.training.plan, result.training.plan.config.recipe.schedule
     warmup, start = plan.schedule.warmup, plan.schedule.start_rate
     return {
         "global_batch": plan.global_batch,
-        "accumulation_steps": "auto" if plan.assumes_micro_batch else plan.accumulation,
-        **{name: keys.get(key) for key, name in NAMES.items()},
+        "accumulation_steps": result.keys.get("gradient_accumulation_steps"),
+        **{name: result.keys.get(key) for key, name in NAMES.items()},
         "precision": plan.precision,
         "peak_rate": float(f"{plan.schedule.peak_rate:.6g}"),
         "warmup": warmup if warmup == "none" or start == rules.reference_lr else f"{warmup} from {start:g}",
@@ -131,22 +135,22 @@ def settings(training: Training) -> dict[str, Any]:
     }
 
 
-def all_settings(training: Training) -> dict[str, Any]:
+def all_settings(result: Result) -> dict[str, Any]:
     """``settings``, and every other key of the plan; of those that follow from others, none."""
-    keys = leaves(json.loads(plan_json(training.plan)))
-    return settings(training) | {key: value for key, value in keys if key not in NAMES and key not in RESOLVED}
+    others = {key: value for key, value in result.keys.items() if key not in NAMES and key not in RESOLVED}
+    return settings(result) | others
 
 
-def differing(trainings: Iterable[Training]) -> list[str]:
-    """The names in ``all_settings`` that not all trainings have alike; a key that one of them lacks is one of these."""
-    found = [all_settings(training) for training in trainings]
+def differing(results: Iterable[Result]) -> list[str]:
+    """The names in ``all_settings`` that not all runs have alike; a key that one of them lacks is one of these."""
+    found = [all_settings(result) for result in results]
     names = dict.fromkeys(name for values in found for name in values)
     return [name for name in names if any(values.get(name) != found[0].get(name) for values in found)]
 
 
 def write_csv(results: Sequence[Result], file: Path) -> None:
     """One line a run."""
-    names = [*settings(results[0].training), *differing(result.training for result in results)]
+    names = [*settings(results[0]), *differing(results)]
     with file.open("w", encoding="utf-8", newline="") as stream:
         rows = [_row(result, list(dict.fromkeys(names))) for result in results]
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
@@ -161,7 +165,7 @@ def _row(result: Result, names: Sequence[str]) -> dict[str, Any]:
         "best_error_percent": result.best_error,
     }
     seconds = {"wall_seconds": result.seconds, "cpu_seconds": result.cpu_seconds}
-    values = all_settings(result.training)
+    values = all_settings(result)
     return {
         "case": result.training.case.name,
         "seed": result.training.seed,
@@ -177,8 +181,13 @@ def _result(training: Training, output: Path, launches: Sequence[Launch]) -> Res
     summary = read_summary(output / training.folder)
     own = [launch for launch in launches if (launch.case, launch.seed) == (training.case.name, training.seed)]
     state, reason = _state(training, output, own)
+    begun = read_plan(training, output)
+    keys = dict(leaves(json.loads(plan_json(training.plan)) if begun is None else begun))
+    if begun is None and training.plan.assumes_micro_batch:
+        keys["gradient_accumulation_steps"] = "auto"
     return Result(
         training=training,
+        keys=keys,
         state=state,
         reason=reason,
         median_error=None if summary is None else float(summary["median_error_last_epochs"]),

@@ -17,16 +17,16 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 from recipe.commands.study_file import Case, Study, Training
 from recipe.commands.study_progress import Progress
 from recipe.interruption import heeded
 from recipe.lock import is_locked
 from recipe.manifest import PLAN
-from recipe.metrics import has_diverged, read_events, steps_done
+from recipe.metrics import has_diverged, parse_object, read_events, steps_done
 from recipe.plan_text import plan_json
-from recipe.resume import differing_keys
+from recipe.resume import batchnorm_images, differing_keys
 from recipe.strict_json import printable
 from recipe.summary import read_summary
 
@@ -136,6 +136,14 @@ def diverged_at(folder: Path) -> int | None:
     return None
 
 
+def read_plan(training: Training, output: Path) -> dict[str, Any] | None:
+    """The plan by which a training has begun; None if there is none that can be read."""
+    try:
+        return parse_object((output / training.folder / PLAN).read_bytes())
+    except OSError:
+        return None
+
+
 def check_output(study: Study, output: Path) -> None:
     """Refuse an output in which a folder holds another training than the study's.
 
@@ -143,12 +151,14 @@ def check_output(study: Study, output: Path) -> None:
         ValueError: it names the folder and the keys that differ.
     """
     for training in study.trainings:
-        file = output / training.folder / PLAN
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        before, now = read_plan(training, output), json.loads(plan_json(training.plan))
+        if before is None:
             continue  # it has not begun, or the run itself has a word to say
-        differences = differing_keys(before, json.loads(plan_json(training.plan)))
+        differences = differing_keys(before, now)
+        if not differences and not training.plan.assumes_micro_batch:
+            images = [batchnorm_images(plan) for plan in (before, now)]
+            if images[0] != images[1]:
+                differences = [f"images in recipe.batchnorm.statistics were {images[0]}, are {images[1]}"]
         if differences:
             raise ValueError(
                 f"{study.path}: {output / training.folder} holds another training: {', '.join(differences)}; name "
