@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -546,6 +547,27 @@ def test_what_one_case_is_refused_for_stops_no_other(tmp_path: Path, monkeypatch
     # What is wrong with a folder, as another training in it, is that run's alone.
     runner = run_with(monkeypatch, many, tmp_path / "folder", 'echo "recipe: $0 holds another training"; exit 2')
     assert len(runner.failures) == 6
+
+
+def test_a_launch_that_a_killed_study_left_is_waited_for_before_it_has_locked_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher may be gone already: what it has started holds the log as well."""
+    monkeypatch.setattr("recipe.commands.study_runs.command", lambda *_: ["sh", "-c", "sleep 60 & exit"])
+    one = study(tmp_path, seeds=[0], cases=[{"name": "a"}], figures=[])
+    with Progress(1, 0, 1, 0) as progress:
+        killed, again = (Runner(one, tmp_path, Where(None, 1), progress) for _ in range(2))
+        again._pending = list(one.trainings)
+        killed._start(one.trainings[0])
+        (running,) = killed._running
+        assert running.process.wait(timeout=20) == 0
+        assert again._next() is None
+        os.killpg(running.process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while (training := again._next()) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert training is one.trainings[0]
 
 
 def test_the_last_word_is_the_last_launchs(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 What has become of a training is told by its folder alone: a launcher's exit code proves nothing.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -228,7 +230,7 @@ class Runner:
         """
         for training in list(self._pending):
             folder = self.output / training.folder
-            if is_locked(folder):
+            if _is_under_way(folder):
                 self.progress.wait_for(folder)
                 continue
             self._pending.remove(training)
@@ -246,6 +248,8 @@ class Runner:
         launch = Launch(training.case.name, training.seed, today, now, None, None, load)
         self._write_down(launch)
         with (folder / LAUNCH_LOG).open("ab") as log:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever inherits the file holds it, too
             log.write(f"{PROMPT}{shlex.join(words)}\n".encode())
             log.flush()
             process = subprocess.Popen(
@@ -343,6 +347,18 @@ def read_launches(output: Path) -> list[Launch]:
             continue  # half written
         launches[launch.case, launch.seed, launch.started] = launch  # its end stands for its start
     return list(launches.values())
+
+
+def _is_under_way(folder: Path) -> bool:
+    """Whether a run writes to its folder, or is a launch that has not got that far: it holds the log it was given."""
+    try:
+        with (folder / LAUNCH_LOG).open("rb") as log:
+            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # it has never been launched, or a file system without locks
+    return is_locked(folder)
 
 
 def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
