@@ -6,6 +6,7 @@ Python's json lets a repeated key, NaN and infinity pass; DeepSpeed reads Hjson,
 import difflib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ def read_text(path: Path, siblings: str) -> str:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         problem, remedy = f"not UTF-8 at byte {error.start}", "save it as UTF-8"
-    except OSError as error:
-        problem, remedy = (error.strerror or str(error)).lower(), _nearby(path, siblings)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        problem, remedy = (getattr(error, "strerror", None) or str(error)).lower(), _nearby(path, siblings)
     else:
         if text.startswith("\ufeff"):
             problem, remedy = "begins with a byte-order mark", "save it as UTF-8 without one"
@@ -57,8 +58,8 @@ def read_text(path: Path, siblings: str) -> str:
 
 
 def _nearby(path: Path, siblings: str) -> str:
-    folder = path if path.is_dir() else path.parent
-    if not folder.is_dir():
+    folder = path if os.path.isdir(path) else path.parent  # Path.is_dir() raises where a name is too long
+    if not os.path.isdir(folder):
         return f"{folder} is not a folder"
     names = sorted(file.name for file in folder.glob(siblings))
     close = difflib.get_close_matches(path.name, names, n=1)

@@ -152,13 +152,30 @@ def test_a_case_changes_what_the_study_changes_and_the_seed_is_the_runs(tmp_path
         ({"cases": [{"name": "a", "label": "a", "lable": "a"}]}, 'cases[0].lable = "a": unknown key; did you mean'),
         (
             {"cases": [{"name": "../a", "label": "a"}]},
-            'cases[0].name = "../a": not of this form; expected the name of the case and of its folder, of letters,',
+            'cases[0].name = "../a": not of this form; expected the name of the case and of its folder, of at most',
         ),
         (
             {"cases": [{"name": "a", "set": {"train_batch_size": 200, "recipe.batchnorm.statistics": 32}}]},
             'case "a": recipe.batchnorm.statistics = 32: no micro-batch up to 128 (recipe.max_micro_batch_size) holds '
             "groups of 32 samples or, on 1 rank, makes them up; the nearest train_batch_size that can: 192 or 224, ",
         ),
+        (
+            {"cases": [{"name": "a" * 256}]},
+            "not of this form; expected the name of the case and of its folder, of at most 255 letters,",
+        ),
+        *(
+            ({"cases": [{"name": name}]}, f'cases[0].name = "{name}": a file of the study is called so; give the case')
+            for name in ("results.csv", "results.md", "curves.png", "beside_baseline.svg", "launches.jsonl")
+        ),
+        (
+            {"set": {"recipe.seed=4": 3}},
+            'study.json: set = "recipe.seed=4": no key has a =; write "recipe.seed": VALUE',
+        ),
+        (
+            {"config": "a\0b"},
+            'config = "a\\u0000b": {here}/a\\u0000b: embedded null byte; the path is relative to {here}',
+        ),
+        ({"config": "a" * 256}, "file name too long; the path is relative to {here}; {here} holds study.json"),
         ({"cases": [{"name": "a", "label": "a"}] * 2}, 'cases[0].name = "a": another case has this name'),
         (
             {"cases": [{"name": "a", "label": "a", "set": {"recipe.schedule.wramup": "none"}}]},
@@ -259,6 +276,11 @@ def write_launch(output: Path, **values: Any) -> None:
         file.write(json.dumps(launch | values) + "\n")
 
 
+def test_a_bar_ends_no_cell_of_the_table(tmp_path: Path) -> None:
+    one = study(tmp_path, cases=[{"name": "a", "label": "|η|", "paper": "1 | 2"}], seeds=[0], figures=[])
+    assert "\n| \\|η\\| | not started |  | 1 \\| 2 |\n" in format_report(one, read_results(one, tmp_path), [], "…", [])
+
+
 def test_an_overflow_that_fp16_skips_is_no_divergence(tmp_path: Path) -> None:
     training = study(tmp_path).trainings[0]
     diverge(training, tmp_path)
@@ -275,8 +297,9 @@ def test_the_csv_has_a_line_a_run_and_the_report_a_row_a_case(tmp_path: Path) ->
     write_launch(tmp_path, cpu_seconds=None)  # a signal ended it
     write_launch(tmp_path, started=100.0, wall_seconds=None, cpu_seconds=None)
     write_launch(tmp_path, started=100.0)  # the end of the same
-    with (tmp_path / "launches.jsonl").open("a") as file:
-        file.write("{")
+    write_launch(tmp_path, started=200.0, date=None)  # damaged
+    with (tmp_path / "launches.jsonl").open("ab") as file:
+        file.write(b"[]\n\xff\n{")
     results, launches = read_results(two, tmp_path), read_launches(tmp_path)
     write_csv(results, tmp_path / "results.csv")
     with (tmp_path / "results.csv").open() as file:
@@ -419,6 +442,23 @@ def test_a_folder_with_another_training_is_refused(tmp_path: Path) -> None:
         check_output(now, tmp_path)
     (folder / "plan.json").write_text("[]")
     check_output(now, tmp_path)
+
+
+def test_an_output_is_one_studys_however_that_is_edited(tmp_path: Path) -> None:
+    first, other = study(tmp_path), study(tmp_path, title="Another\n", cases=[{"name": "a"}], figures=[])
+    edited = study(tmp_path, paper="no more", cases=[*raw_study()["cases"], {"name": "a"}])
+    write_launch(tmp_path)
+    write_launch(tmp_path, case="a")
+    launches = read_launches(tmp_path)
+    assert "time: 1.0 minutes with all launches" in format_report(
+        other, read_results(other, tmp_path), launches, "…", []
+    )
+    (tmp_path / "results.md").write_text(format_report(first, read_results(first, tmp_path), launches, "…", [None]))
+    check_output(edited, tmp_path)
+    with pytest.raises(ValueError, match=r'results.md is of another study, "Two batches"; name another --output, or'):
+        check_output(other, tmp_path)
+    (tmp_path / "results.md").write_text(format_report(other, read_results(other, tmp_path), launches, "…", []))
+    check_output(other, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from recipe.commands.figure import new_figure
 from recipe.commands.study_figures import draw_figures
-from recipe.commands.study_file import Study, read_study
+from recipe.commands.study_file import CSV, REPORT, Study, read_study
 from recipe.commands.study_progress import Progress
 from recipe.commands.study_report import format_report
 from recipe.commands.study_results import read_results, write_csv
@@ -18,7 +18,6 @@ from recipe.interruption import say
 from recipe.lock import lock
 
 COMPLETE, FAILED = 0, 1
-CSV, REPORT = "results.csv", "results.md"
 
 
 def main(argv: Sequence[str]) -> int:

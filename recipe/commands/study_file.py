@@ -6,26 +6,29 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
 from recipe.config import parse_config, read_config
 from recipe.deepspeed_sections import Section
 from recipe.plan import Plan, make_plan
-from recipe.strict_json import ABSENT, ConfigError, apply_override, parse_json, read_text
+from recipe.strict_json import ABSENT, ConfigError, apply_override, parse_json, printable, read_text
 from recipe.strict_sections import validate
 
 SEED = "recipe.seed"
+CSV, REPORT, LAUNCHES = "results.csv", "results.md", "launches.jsonl"
 
 Text = Annotated[str, Field(min_length=1)]
 Overrides = dict[str, Any]
+Draw = Literal["error_by_batch_size", "beside_baseline", "curves"]
+FILES = (CSV, REPORT, LAUNCHES, *(f"{draw}.{kind}" for draw in get_args(Draw) for kind in ("png", "svg")))
 
 
 class Case(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """the name of the case and of its folder, of letters, digits, dots, dashes and underscores, a letter or a digit
-    first"""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$")]
+    """the name of the case and of its folder, of at most 255 letters, digits, dots, dashes and underscores, a letter or
+    a digit first"""
 
     label: Text | None = None
     """what tables and pictures call the case, a string, or null: its name"""
@@ -41,7 +44,7 @@ class Case(Section):
 
 
 class Figure(Section):
-    draw: Literal["error_by_batch_size", "beside_baseline", "curves"]
+    draw: Draw
     """ "error_by_batch_size" (the paper's Figure 1), "beside_baseline" (Figure 2: a panel a case, each with the
     baseline) or "curves" (Figure 4: all cases over the epochs)"""
 
@@ -110,6 +113,11 @@ class Study:
     file: StudyFile
     trainings: tuple[Training, ...]
 
+    @property
+    def heading(self) -> str:
+        """The first line of its report."""
+        return printable(f"# {self.file.title}")
+
     def of_case(self, name: str) -> list[Training]:
         """The runs of one case, one a seed."""
         return [training for training in self.trainings if training.case.name == name]
@@ -176,6 +184,9 @@ def _contradictions(file: StudyFile) -> Iterator[tuple[str, Any, str, str]]:
     """Key, value, problem and remedy of what keys say that only together are wrong."""
     for number, name in _repeated([case.name for case in file.cases]):
         yield f"cases[{number}].name", name, "another case has this name", "give each its own"
+    for number, case in enumerate(file.cases):
+        if case.name in FILES:
+            yield f"cases[{number}].name", case.name, "a file of the study is called so", "give the case another name"
     for number, seed in _repeated(file.seeds):
         yield f"seeds[{number}]", seed, "it is listed twice", "list each seed once"
     for number, drawn in _repeated([figure.draw for figure in file.figures]):
@@ -183,6 +194,9 @@ def _contradictions(file: StudyFile) -> Iterator[tuple[str, Any, str, str]]:
     for key, changes in (("", file.set), *((f"cases[{i}].", case.set) for i, case in enumerate(file.cases))):
         if SEED in changes:
             yield f"{key}set.{SEED}", changes[SEED], "the seeds are the study's", 'list it under "seeds"'
+        for name in changes:
+            if "=" in name:
+                yield f"{key}set", name, "no key has a =", f'write "{name.partition("=")[0]}": VALUE'
     names = [case.name for case in file.cases]
     for number, figure in enumerate(file.figures):
         for name in figure.cases:

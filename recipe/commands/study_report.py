@@ -14,11 +14,11 @@ def format_report(
     study: Study, results: Sequence[Result], launches: Sequence[Launch], command: str, pictures: Sequence[Path | None]
 ) -> str:
     """The report; ``pictures`` lie beside it, one for each figure, or None where there is nothing to draw."""
-    file = study.file
+    file, names = study.file, {case.name for case in study.file.cases}
     lines = [
-        f"# {file.title}",
+        study.heading,
         "",
-        *_circumstances(results, launches, command),
+        *_circumstances(results, [one for one in launches if one.case in names], command),
         "",
         *([f"The paper: {file.paper}", ""] if file.paper else []),
         *_table(study, results),
@@ -88,7 +88,7 @@ def _table(study: Study, results: Sequence[Result]) -> list[str]:
     lines = [
         f"All cases: {', '.join(common)}; all else as in `{study.config}` with what `{study.path}` changes.",
         "",
-        f"| {' | '.join(head)} |",
+        _row(head),
         f"|{'---|' * len(head)}",
     ]
     for case, runs in zip(study.file.cases, of_cases, strict=True):
@@ -96,8 +96,14 @@ def _table(study: Study, results: Sequence[Result]) -> list[str]:
         median = spread(run.median_error for run in runs)
         cells = [str(case), *(" or ".join(dict.fromkeys(_shown(of.get(name)) for of in values)) for name in names)]
         cells += [", ".join(filter(None, [str(median), missing(runs)])), str(spread(run.final_error for run in runs))]
-        lines.append(f"| {' | '.join(cells + ([case.paper or ''] if compares else []))} |")
+        lines.append(_row(cells + ([case.paper or ""] if compares else [])))
     return lines
+
+
+def _row(cells: Sequence[str]) -> str:
+    """A row of a table; GitHub takes a bar for the end of a cell unless it is escaped."""
+    escaped = [cell.replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 def _words(name: str) -> str:

@@ -21,7 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from recipe.commands.study_file import Case, Study, Training
+from pydantic import TypeAdapter, ValidationError
+
+from recipe.commands.study_file import LAUNCHES, REPORT, Case, Study, Training
 from recipe.commands.study_progress import Progress
 from recipe.interruption import heeded
 from recipe.lock import is_locked
@@ -32,7 +34,7 @@ from recipe.resume import batchnorm_images, differing_keys
 from recipe.strict_json import printable
 from recipe.summary import read_summary
 
-LAUNCH_LOG, LAUNCHES = "launch.log", "launches.jsonl"
+LAUNCH_LOG = "launch.log"
 PROMPT = "$ "  # before the command, with which the log of each launch begins
 SCRIPT = Path(__file__).parents[1] / "train.py"
 REFUSED = 2  # the exit code of a run whose input was refused
@@ -112,6 +114,9 @@ class Launch:
     failure: str | None = None
 
 
+_LAUNCH = TypeAdapter(Launch)
+
+
 @dataclass
 class _Running:
     training: Training
@@ -147,11 +152,19 @@ def read_plan(training: Training, output: Path) -> dict[str, Any] | None:
 
 
 def check_output(study: Study, output: Path) -> None:
-    """Refuse an output in which a folder holds another training than the study's.
+    """Refuse an output that holds another study's report, or in which a folder holds another training than this one's.
 
     Raises:
-        ValueError: it names the folder and the keys that differ.
+        ValueError: it names the report, or the folder and the keys that differ.
     """
+    report = output / REPORT
+    if report.is_file():
+        title, *_ = report.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+        if title and title != study.heading:
+            raise ValueError(
+                f'{study.path}: {report} is of another study, "{printable(title.removeprefix("# "))}"; name another '
+                "--output, or, if only the title has changed, remove that file"
+            )
     for training in study.trainings:
         before, now = read_plan(training, output), json.loads(plan_json(training.plan))
         if before is None:
@@ -336,15 +349,15 @@ class Runner:
 def read_launches(output: Path) -> list[Launch]:
     """All launches of a study, the earliest first."""
     try:
-        lines = (output / LAUNCHES).read_text(encoding="utf-8").splitlines()
+        lines = (output / LAUNCHES).read_bytes().splitlines()
     except OSError:
         return []
     launches = {}
     for line in lines:
         try:
-            launch = Launch(**json.loads(line))
-        except (ValueError, TypeError):
-            continue  # half written
+            launch = _LAUNCH.validate_json(line)
+        except ValidationError:
+            continue  # half written, or damaged
         launches[launch.case, launch.seed, launch.started] = launch  # its end stands for its start
     return list(launches.values())
 
