@@ -399,6 +399,20 @@ def test_every_kind_of_picture_is_drawn_where_there_is_something_to_draw(tmp_pat
     ]
 
 
+def test_labels_and_titles_are_drawn_as_they_are(tmp_path: Path) -> None:
+    """None is a formula, which $\\etahat$ could not be, and none is hidden, as matplotlib does with what begins so."""
+    title, labels = "$\\etahat$ 日", ["_η $\\etahat$", "two $ for $\\frac{1"]
+    cases = [raw_study()["cases"][number] | {"label": label} for number, label in enumerate(labels)]
+    odd = study(tmp_path, cases=cases, figures=[figure | {"title": title} for figure in FIGURES])
+    for training in odd.trainings:
+        complete(training, tmp_path, [50.0, 20.0])
+    results = read_results(odd, tmp_path)
+    assert all(draw_figures(odd, results, tmp_path))
+    figure = study_figures._curves(odd.file.figures[0], {"small": results[:2], "large": results[2:]}, tmp_path)
+    assert figure.get_suptitle() == "$\\etahat$ \\u65e5: mean and range over the seeds"
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == labels
+
+
 def test_a_run_that_diverges_leaves_the_frame_with_a_cross_and_the_legend_says_so(tmp_path: Path) -> None:
     """Mean losses: 1, 1/2, 1/3 of the run that is whole; 2 = (1.5 + 2.5) / 2, then infinity of the other."""
     both = study(tmp_path, figures=FIGURES)

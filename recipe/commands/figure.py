@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipe.strict_json import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -44,6 +46,23 @@ def set_log_scale(axes: "Axes") -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 2000 * low else (1,)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(_tick)
+
+
+def drawable(text: str) -> str:
+    """Characters that the font lacks, as escapes: boxes would all look alike."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return "".join(c if ord(c) in known else f"\\u{ord(c):04x}" for c in printable(text))
+
+
+def add_legend(parent: "Axes | Figure", handles: Sequence[Any], labels: Sequence[str], **options: Any) -> None:
+    """A legend that says the labels as they are."""
+    legend = parent.legend(handles, [str(number) for number in range(len(labels))], frameon=False, **options)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        # Not given to legend(), which hides labels that begin with an underscore; a $ in a name is no formula.
+        text.set_parse_math(False)
+        text.set_text(label)
 
 
 def line_styles(curves: "Sequence[tuple[ArrayLike, ArrayLike]]") -> list[Any]:

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from recipe.commands.figure import COLOURS, line_styles, new_figure, save_figure, set_log_scale
+from recipe.commands.figure import COLOURS, add_legend, drawable, line_styles, new_figure, save_figure, set_log_scale
 from recipe.commands.plan_cost import (
     CONTEXT_BYTES,
     activation_bytes,
@@ -226,9 +226,8 @@ def draw_rates(plans: Sequence[Plan], path: Path) -> list[Path]:
     for one, epochs in [(whole, max(plan.epochs for plan in plans)), *((one, 1.6 * warm) for one in enlarged)]:
         curves = [_rate_curve(plan, min(plan.total_steps, math.ceil(epochs * plan.steps_per_epoch))) for plan in plans]
         for plan, curve, colour, style in zip(plans, curves, COLOURS, line_styles(curves), strict=False):
-            # A $ would begin a formula.
-            file = textwrap.shorten(Path(printable(plan.config.source.file)).name, 70, placeholder=" …")
-            name = f"{file}: batch {plan.global_batch:,}".replace("$", r"\$")
+            file = textwrap.shorten(Path(drawable(plan.config.source.file)).name, 70, placeholder=" …")
+            name = f"{file}: batch {plan.global_batch:,}"
             one.plot(*curve, color=colour, linestyle=style, label=name, drawstyle="steps-post", linewidth=1.6)
         one.set_xlim(0, max(x[-1] for x, _ in curves))
     for one in (whole, *enlarged):
@@ -241,12 +240,9 @@ def draw_rates(plans: Sequence[Plan], path: Path) -> list[Path]:
     whole.set(title="The whole run" + (", logarithmic" if logarithmic else ""))
     for one in enlarged:
         one.set(title="The warmup, enlarged, linear")
-    # Handed over: of curves with labels that begin with an underscore a legend shows none by itself.
     handles = [Line2D([], [], color=line.get_color()) for line in whole.get_lines()]
-    texts = [line.get_label() for line in whole.get_lines()]
-    legend = figure.legend(handles, [""] * len(texts), loc="outside lower center", ncols=1, frameon=False)
-    for entry, text in zip(legend.get_texts(), texts, strict=True):
-        entry.set_text(str(text))
+    labels = [str(line.get_label()) for line in whole.get_lines()]
+    add_legend(figure, handles, labels, loc="outside lower center", ncols=1)
     return save_figure(figure, path)
 
 

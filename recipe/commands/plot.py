@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recipe.commands.figure import COLOURS, line_styles, new_figure, save_figure, set_log_scale
+from recipe.commands.figure import COLOURS, add_legend, drawable, line_styles, new_figure, save_figure, set_log_scale
 from recipe.commands.run_files import Column, RunFiles, distinct_names, read_run
 from recipe.strict_json import printable
 
@@ -110,7 +110,7 @@ def draw(runs: Sequence[RunFiles]) -> "Figure":
     if not any(run.events["noise_scale"]["step"].size for run in runs):
         noise.remove()
     smoothing = f"mean over ± {half_width:.2g} epochs (faint: each step)"
-    _add_legend(figure, labels, smoothing if any(half_widths) else None)
+    _name_runs(figure, labels, smoothing if any(half_widths) else None)
     return figure
 
 
@@ -229,21 +229,13 @@ def _told_apart(curves: Sequence[tuple[Column, Column]]) -> list[dict[str, Any]]
 
 def _label(run: RunFiles, name: str) -> str:
     """A run's name in the legend, in lines that the picture has room for."""
-    label = _drawable(name)
+    label = drawable(name)
     if run.summary is None:
         label += f" ({run.steps_done / run.steps_per_epoch:.4g} of {run.total_steps // run.steps_per_epoch} epochs)"
     return textwrap.fill(label, LEGEND_CHARACTERS)
 
 
-def _drawable(text: str) -> str:
-    """Characters that the font lacks, as escapes: boxes would all look alike."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    known = get_font(findfont(FontProperties())).get_charmap()
-    return "".join(c if ord(c) in known else f"\\u{ord(c):04x}" for c in printable(text))
-
-
-def _add_legend(figure: "Figure", labels: Sequence[str], smoothing: str | None) -> None:
+def _name_runs(figure: "Figure", labels: Sequence[str], smoothing: str | None) -> None:
     """Name the runs, and say how their curves are smoothed, if they are."""
     from matplotlib.lines import Line2D
 
@@ -252,14 +244,5 @@ def _add_legend(figure: "Figure", labels: Sequence[str], smoothing: str | None) 
         handles.append(Line2D([], [], color="0.3"))
         labels = [*labels, smoothing]
     longest = max(len(line) for label in labels for line in label.split("\n"))
-    legend = figure.legend(
-        handles,
-        [str(number) for number in range(len(labels))],
-        loc="outside upper left",
-        ncols=max(1, min(len(labels), LEGEND_CHARACTERS // (longest + 8))),
-        frameon=False,
-    )
-    for text, label in zip(legend.get_texts(), labels, strict=True):
-        # Not given to legend(), which hides labels that begin with an underscore; a $ in a name is no formula.
-        text.set_parse_math(False)
-        text.set_text(label)
+    columns = max(1, min(len(labels), LEGEND_CHARACTERS // (longest + 8)))
+    add_legend(figure, handles, labels, loc="outside upper left", ncols=columns)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipe.commands.figure import COLOURS, new_figure, save_figure
+from recipe.commands.figure import COLOURS, add_legend, drawable, new_figure, save_figure
 from recipe.commands.study_file import Figure, Study
 from recipe.commands.study_results import Result, last_epochs, missing, spread
 from recipe.metrics import read_events
@@ -98,7 +98,7 @@ def _error_by_batch_size(asked: Figure, cases: dict[str, list[Result]], output: 
         _plain_numbers(axes)
     of = last_epochs(run.training for name in asked.cases for run in cases[name])
     axes.set(xlabel="global batch", ylabel=f"{VALIDATION_ERROR}: median of {of},\nmean ± std over the seeds")
-    axes.set_title(asked.title, pad=12)
+    axes.set_title(drawable(asked.title), pad=12, parse_math=False)
     axes.legend(frameon=False, loc="upper left")
     return figure
 
@@ -113,7 +113,7 @@ def _beside_baseline(asked: Figure, cases: dict[str, list[Result]], output: Path
         panel.sharey(panels[0])
     drawn = [_draw(panel, _within_frame([baseline, line])) for panel, line in zip(panels, others, strict=True)]
     panels[0].set_ylabel(TRAINING_LOSS)
-    figure.suptitle(f"{asked.title}: {OVER_SEEDS}")
+    figure.suptitle(f"{drawable(asked.title)}: {OVER_SEEDS}", parse_math=False)
     return figure if any(drawn) else None
 
 
@@ -124,7 +124,7 @@ def _curves(asked: Figure, cases: dict[str, list[Result]], output: Path) -> Any:
     errors = _draw(right, [_errors(cases[name], output) for name in asked.cases])
     left.set_ylabel(TRAINING_LOSS)
     right.set_ylabel(VALIDATION_ERROR)
-    figure.suptitle(f"{asked.title}: {OVER_SEEDS}")
+    figure.suptitle(f"{drawable(asked.title)}: {OVER_SEEDS}", parse_math=False)
     return figure if losses or errors else None
 
 
@@ -134,7 +134,7 @@ def _draw(axes: "Axes", lines: Sequence[Line]) -> bool:
     """
     from matplotlib.ticker import MaxNLocator
 
-    drawn = False
+    drawn, handles = False, []
     for number, line in enumerate(lines):
         colour = COLOURS[number % len(COLOURS)]
         epochs = range(1, max((len(curve.values) for curve in line.curves), default=0) + 1)
@@ -146,7 +146,7 @@ def _draw(axes: "Axes", lines: Sequence[Line]) -> bool:
         }
         means = [statistics.mean(at) for at in known.values()]
         marker = "o" if len(known) == 1 else None  # a line of one point is none
-        axes.plot(list(known), means, color=colour, linewidth=1.6, marker=marker, label=line.label)
+        handles += axes.plot(list(known), means, color=colour, linewidth=1.6, marker=marker)
         lowest, highest = [min(at) for at in known.values()], [max(at) for at in known.values()]
         axes.fill_between(list(known), lowest, highest, color=colour, alpha=0.15)
         for curve in line.curves:
@@ -158,7 +158,7 @@ def _draw(axes: "Axes", lines: Sequence[Line]) -> bool:
     if drawn:
         axes.set_yscale("log")
         _plain_numbers(axes)
-    axes.legend(frameon=False)
+    add_legend(axes, handles, [line.label for line in lines])
     return drawn
 
 
@@ -219,7 +219,7 @@ def _left_in(run: Result, events: Sequence[dict[str, Any]]) -> int | None:
 
 
 def _label(runs: Sequence[Result]) -> str:
-    return _legend(str(runs[0].training.case), missing(runs))
+    return _legend(drawable(str(runs[0].training.case)), missing(runs))
 
 
 def _legend(name: str, without: str) -> str:
