@@ -2,7 +2,10 @@
 
 import importlib
 import io
+import signal
 import sys
+
+from recipe.interruption import say
 
 COMMANDS = {
     "plan": "what a config will do, before anything runs",
@@ -22,8 +25,12 @@ def main() -> int:
             stream.reconfigure(errors="replace")  # a terminal without × shall see the rest
     arguments = sys.argv[1:]
     if arguments and arguments[0] in COMMANDS:
-        command = importlib.import_module(f"recipe.commands.{arguments[0]}")
-        return int(command.main(arguments[1:]))
+        try:
+            command = importlib.import_module(f"recipe.commands.{arguments[0]}")
+            return int(command.main(arguments[1:]))
+        except KeyboardInterrupt:  # where the command had nothing to finish
+            say("ended by SIGINT")
+            return 128 + signal.SIGINT
     listing = "".join(f"  {name:<8} {purpose}\n" for name, purpose in COMMANDS.items())
     print(f"usage: python -m recipe COMMAND …\n\n{listing}", file=sys.stderr, end="")
     return 0 if arguments in (["-h"], ["--help"]) else 2

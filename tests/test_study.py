@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks.launch import ROOT, environment
+from recipe.__main__ import main as recipe_command
 from recipe.commands import study as command
 from recipe.commands import study_figures
 from recipe.commands.figure import new_figure
@@ -536,6 +537,18 @@ def test_the_folder_of_the_data_is_every_cases(tmp_path: Path) -> None:
     trainings = read_study(ROOT / "ds_configs/studies/warmup_cifar10.json", 8, data="/data/cifar10").trainings
     assert {training.plan.config.recipe.data.path for training in trainings} == {"/data/cifar10"}
     assert {training.plan.micro_batch * training.plan.accumulation * 8 for training in trainings} == {256, 8192}
+
+
+def test_ctrl_c_before_anything_runs_is_told_on_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "read_study", interrupt)
+    monkeypatch.setattr(sys, "argv", ["recipe", "study", "study.json"])
+    assert recipe_command() == 130
+    assert capsys.readouterr().err == "recipe: ended by SIGINT\n"
 
 
 def test_jobs_are_for_one_machine(capsys: pytest.CaptureFixture[str]) -> None:
