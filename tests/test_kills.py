@@ -18,10 +18,11 @@ pytestmark = pytest.mark.slow
 
 SEED = 20261123
 KILLS = {
-    Setting(1, "fp32"): ("window", "checkpoint", "prune", "clock"),
+    Setting(1, "fp32"): ("window", "checkpoint", "prune", "clock", "metrics", "published", "summary"),
     # Running averages that differ from rank to rank, and that DeepSpeed saves of rank 0 alone.
     Setting(2, "fp32", statistics="local"): ("step", "files", "validation", "last", "window"),
-    Setting(1, "fp16"): ("window", "metrics", "publish", "published", "summary"),
+    # In which CPUs take minutes for what they do in seconds in fp32.
+    Setting(1, "fp16"): ("publish",),
 }
 
 

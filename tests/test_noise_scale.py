@@ -330,7 +330,8 @@ def test_a_real_run_measures_and_trains_the_same(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_averages(tmp_path: Path) -> None:
     all_checkpoints = ("--set=recipe.checkpoint.every_steps=1", "--set=recipe.checkpoint.keep_last=6")
-    arguments = (*RUN, *MEASURED, *all_checkpoints, "--output", str(tmp_path))
+    local = "--set=recipe.batchnorm.statistics=local"
+    arguments = (*RUN, *MEASURED, local, *all_checkpoints, "--output", str(tmp_path))
     train_ok(*arguments, ranks=2)
     lines = events(tmp_path, "noise_scale")
     # As if it had been killed before it saved step 4, and had gone on writing lines.
