@@ -31,7 +31,7 @@ def run(output: Path, ranks: int, micro_batch: int, workers: int, *overrides: st
 
 
 def test_the_same_training_on_any_hardware(tmp_path: Path) -> None:
-    """Six combinations in which every number of ranks, micro-batch and number of workers occurs, and one on the way."""
+    """Five combinations in which all numbers of ranks and workers and all micro-batches occur, and one on the way."""
     reference = run(tmp_path / "reference", 1, 32, 0, FP64)
     assert len(losses(reference)) == 50
     # As if it had been killed in the last epoch, and goes on elsewhere.
@@ -40,10 +40,9 @@ def test_the_same_training_on_any_hardware(tmp_path: Path) -> None:
     (tmp_path / "resumed/checkpoints/step-00000050/manifest.json").unlink()
     for ranks, micro_batch, workers, name in (
         (1, 128, 2, "a"),
-        (2, 16, 0, "b"),
-        (2, 64, 2, "c"),
-        (4, 64, 0, "d"),
-        (4, 16, 2, "e"),
+        (2, 64, 2, "b"),
+        (4, 64, 0, "c"),
+        (4, 16, 2, "d"),
         (2, 16, 2, "resumed"),
     ):
         other = run(tmp_path / name, ranks, micro_batch, workers, FP64)
