@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import scipy.stats
 import torch
 
-from benchmarks.launch import ROOT, deepspeed_command, environment
+from benchmarks.launch import ROOT, direct_command, environment
 from benchmarks.report import context, heading, write
 
 BATCH, STEPS_PER_EPOCH = 512, 2
@@ -108,7 +108,7 @@ class Runs:
         overrides = [f"--set={key}={json.dumps(value)}" for key, value in values.items()]
         config = ("--deepspeed_config", "ds_configs/digits_b512.json")
         done = subprocess.run(
-            deepspeed_command(split.ranks, script, *config, "--output", str(output), *overrides),
+            direct_command(split.ranks, script, *config, "--output", str(output), *overrides),
             cwd=ROOT,
             env=environment(**variables),
             capture_output=True,

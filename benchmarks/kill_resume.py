@@ -43,6 +43,7 @@ class Setting(NamedTuple):
     precision: str
     workers: int = 0
     statistics: str = "global"
+    model: str = "test_resnet"
 
     @property
     def micro_batch(self) -> int:
@@ -57,6 +58,7 @@ class Setting(NamedTuple):
             "recipe.max_micro_batch_size": self.micro_batch,
             "recipe.data.workers": self.workers,
             "recipe.batchnorm.statistics": self.statistics,
+            "recipe.model.name": self.model,
             "recipe.schedule.epochs": EPOCHS,
             "recipe.schedule.decay_epochs": [3],
             "recipe.checkpoint.every_steps": SAVE_EVERY,

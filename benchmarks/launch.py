@@ -8,15 +8,40 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+# Their exit code is that of the last one that failed.
+START_RANKS = """
+for ((rank = 0; rank < WORLD_SIZE; rank++)); do RANK=$rank LOCAL_RANK=$rank "$@" & ranks+=($!); done
+for pid in "${ranks[@]}"; do wait "$pid" || code=$?; done
+exit "${code:-0}"
+"""
+
+
 def deepspeed_command(ranks: int, script: str, *arguments: str) -> list[str]:
     """``deepspeed`` of this Python's environment, on a port that nobody listens at."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    return [launcher, "--master_port", str(port), "--num_gpus", str(ranks), script, *arguments]
+    return [launcher, "--master_port", str(_free_port()), "--num_gpus", str(ranks), script, *arguments]
+
+
+def direct_command(ranks: int, script: str, *arguments: str) -> list[str]:
+    """The ranks alone, for what no launcher has a part in: ``deepspeed`` imports torch twice before it starts them."""
+    python = [sys.executable, script, *arguments]
+    if ranks == 1:
+        return python
+    return ["env", *_meeting_place(ranks), "bash", "-c", START_RANKS, "ranks", *python]
 
 
 def environment(**variables: str) -> dict[str, str]:
     """This process's environment without what an outer launch may have left, one thread a rank."""
     inherited = {name: os.environ[name] for name in os.environ.keys() - {"RANK", "LOCAL_RANK", "WORLD_SIZE"}}
     return inherited | {"OMP_NUM_THREADS": "1"} | variables
+
+
+def _meeting_place(ranks: int) -> list[str]:
+    sizes = [f"{name}={ranks}" for name in ("WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")]
+    return [*sizes, "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={_free_port()}"]
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port

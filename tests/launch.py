@@ -1,12 +1,15 @@
-"""Starts real training runs, by the ``deepspeed`` CLI or plain Python, and reads what they leave."""
+"""Starts real training runs, by the ``deepspeed`` CLI or their ranks alone, and reads what they leave."""
 
+import atexit
+import functools
 import json
+import shutil
 import subprocess
-import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launch import ROOT, deepspeed_command, environment
+from benchmarks.launch import ROOT, deepspeed_command, direct_command, environment
 
 __all__ = ["ROOT", "environment"]
 
@@ -18,19 +21,17 @@ SHORT = (
 )  # six steps of the digits config
 
 
-def command(*arguments: str, ranks: int | None, script: str = "recipe/train.py") -> list[str]:
-    """The command line of a run on ``ranks`` ranks by the launcher; None starts one rank without it."""
-    if ranks is None:
-        return [sys.executable, script, *arguments]
-    return deepspeed_command(ranks, script, *arguments)
+def command(*arguments: str, ranks: int = 1, launcher: bool = False, script: str = "recipe/train.py") -> list[str]:
+    """The command line of a run on ``ranks`` ranks, by ``deepspeed`` or without a launcher."""
+    return (deepspeed_command if launcher else direct_command)(ranks, script, *arguments)
 
 
 def train(
-    *arguments: str, ranks: int | None = None, script: str = "recipe/train.py", **variables: str
+    *arguments: str, ranks: int = 1, launcher: bool = False, script: str = "recipe/train.py", **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; give its exit code and output."""
     return subprocess.run(
-        command(*arguments, ranks=ranks, script=script),
+        command(*arguments, ranks=ranks, launcher=launcher, script=script),
         cwd=ROOT,
         env=environment(**variables),
         capture_output=True,
@@ -40,11 +41,26 @@ def train(
     )
 
 
-def train_ok(*arguments: str, ranks: int | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+def train_ok(
+    *arguments: str, ranks: int = 1, launcher: bool = False, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """``train``, insisting that the run is complete."""
-    done = train(*arguments, ranks=ranks, **variables)
+    done = train(*arguments, ranks=ranks, launcher=launcher, **variables)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done
+
+
+def complete_run(output: Path) -> None:
+    """Put there a complete run of the six steps of ``SHORT``, with its newest two checkpoints and the best."""
+    shutil.copytree(_short_run(), output, dirs_exist_ok=True)
+
+
+@functools.cache
+def _short_run() -> Path:
+    output = Path(tempfile.mkdtemp(), "run")
+    atexit.register(shutil.rmtree, output.parent)
+    train_ok("--deepspeed_config", DIGITS, "--output", str(output), *SHORT)
+    return output
 
 
 def events(output: Path, kind: str) -> list[dict[str, Any]]:

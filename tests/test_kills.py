@@ -21,8 +21,8 @@ KILLS = {
     Setting(1, "fp32"): ("window", "checkpoint", "prune", "clock", "metrics", "published", "summary"),
     # Running averages that differ from rank to rank, and that DeepSpeed saves of rank 0 alone.
     Setting(2, "fp32", statistics="local"): ("step", "files", "validation", "last", "window"),
-    # In which CPUs take minutes for what they do in seconds in fp32.
-    Setting(1, "fp16"): ("publish",),
+    # In which CPUs take minutes for what they do in seconds in fp32; for this model a third of them.
+    Setting(1, "fp16", model="test_efficientnet"): ("publish",),
 }
 
 

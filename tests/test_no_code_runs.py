@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.launch import DIGITS, SHORT, train, train_ok
+from tests.launch import DIGITS, SHORT, complete_run, train, train_ok
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def rewrite(checkpoint: Path, state: dict[str, Any]) -> None:
 def test_a_checkpoint_with_a_payload_runs_nothing_and_an_older_one_is_taken(tmp_path: Path) -> None:
     output, marker = tmp_path / "run", tmp_path / "marker"
     arguments = ("--deepspeed_config", DIGITS, "--output", str(output), *SHORT)
-    train_ok(*arguments)
+    complete_run(output)
     (output / "summary.json").unlink()
     checkpoint = output / "checkpoints/step-00000006"
     file = checkpoint / "mp_rank_00_model_states.pt"
@@ -60,9 +60,11 @@ def test_a_checkpoint_with_a_payload_runs_nothing_and_an_older_one_is_taken(tmp_
 def test_where_no_checkpoint_can_be_loaded_the_run_fails_and_says_why(tmp_path: Path) -> None:
     output = tmp_path / "run"
     arguments = ("--deepspeed_config", DIGITS, "--output", str(output), *SHORT)
-    train_ok(*arguments, "--set=recipe.checkpoint.keep_last=1", "--set=recipe.checkpoint.keep_best=false")
+    complete_run(output)
     (output / "summary.json").unlink()
-    (checkpoint,) = (output / "checkpoints").iterdir()
+    checkpoint, *older = sorted((output / "checkpoints").iterdir(), reverse=True)
+    for folder in older:
+        shutil.rmtree(folder)
     rewrite(checkpoint, {"module": {}, "payload": Payload(tmp_path / "marker")})
     done = train(*arguments)
     assert done.returncode == 1

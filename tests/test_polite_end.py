@@ -72,7 +72,7 @@ def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
 
 def test_a_run_outlives_who_reads_its_output(tmp_path: Path) -> None:
     with subprocess.Popen(
-        command("--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT, ranks=None),
+        command("--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -103,7 +103,7 @@ def test_ranks_whose_launcher_goes_while_they_start_end_too(tmp_path: Path) -> N
             time.sleep(0.2)
 
     long = ("--set=recipe.schedule.epochs=1000", "--set=recipe.data.image_size=8")
-    words = command("--deepspeed_config", DIGITS, "--output", str(tmp_path), *long, ranks=2)
+    words = command("--deepspeed_config", DIGITS, "--output", str(tmp_path), *long, ranks=2, launcher=True)
     log = tmp_path.with_suffix(".printed").open("w")
     with log, subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=log, stderr=log) as launcher:
         try:

@@ -1,6 +1,7 @@
 """Invariant 6: whatever lies in the folder of a run, it goes on from the newest checkpoint that is whole."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from recipe.manifest import damage, find
-from tests.launch import DIGITS, SHORT, events, losses, train, train_ok
+from tests.launch import DIGITS, SHORT, complete_run, events, losses, train, train_ok
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +19,7 @@ WEIGHTS = "mp_rank_00_model_states.pt"
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     output = tmp_path_factory.mktemp("undisturbed")
-    train_ok("--deepspeed_config", DIGITS, "--output", str(output), *SHORT)
+    complete_run(output)
     return losses(output)
 
 
@@ -54,8 +55,10 @@ def test_damaged_checkpoints_are_named_and_an_older_one_is_taken(tmp_path: Path,
 def test_a_damaged_checkpoint_does_not_push_out_what_is_written_after_it(tmp_path: Path) -> None:
     """Only it is there, and one is kept: the run begins anew, and what it then saves is what stays."""
     arguments = ("--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT, "--set=recipe.checkpoint.keep_last=1")
-    train_ok(*arguments, "--set=recipe.checkpoint.keep_best=false")
+    complete_run(tmp_path)
     (tmp_path / "summary.json").unlink()
+    for step in (2, 4):
+        shutil.rmtree(tmp_path / f"checkpoints/step-0000000{step}", ignore_errors=True)
     os.truncate(tmp_path / "checkpoints/step-00000006" / WEIGHTS, 1000)
     ended = train(
         *(*arguments, "--set=recipe.checkpoint.keep_best=false"),
@@ -68,26 +71,25 @@ def test_a_damaged_checkpoint_does_not_push_out_what_is_written_after_it(tmp_pat
 
 def test_dropout_goes_on_as_it_would_have(tmp_path: Path) -> None:
     """timm's ghostnet has dropout, whose masks come from torch's generator and from no checkpoint."""
-    arguments = ("--deepspeed_config", DIGITS, *SHORT, "--set=recipe.model.name=ghostnet_050")
-    train_ok(*arguments, "--output", str(tmp_path / "whole"))
-    ended = (
-        "--output",
-        str(tmp_path / "ended"),
-        "--set=recipe.checkpoint.every_steps=1",
+    arguments = ("--deepspeed_config", DIGITS, *SHORT, "--output", str(tmp_path))
+    arguments += (
+        "--set=recipe.model.name=ghostnet_050",
+        "--set=recipe.checkpoint.every_steps=3",
         "--set=recipe.checkpoint.keep_last=9",
     )
-    train_ok(*arguments, *ended)
-    (tmp_path / "ended/summary.json").unlink()
-    for step in (4, 5, 6):
-        (tmp_path / f"ended/checkpoints/step-0000000{step}/manifest.json").unlink(missing_ok=True)
-    done = train_ok(*arguments, *ended)
-    assert "resumed from" in done.stdout
-    assert losses(tmp_path / "ended") == losses(tmp_path / "whole")
+    train_ok(*arguments)
+    whole = losses(tmp_path)
+    (tmp_path / "summary.json").unlink()
+    for step in (4, 6):
+        (tmp_path / f"checkpoints/step-0000000{step}/manifest.json").unlink()
+    done = train_ok(*arguments)
+    assert "step-00000003, 3 steps done" in done.stdout
+    assert losses(tmp_path) == whole
 
 
 def test_a_run_that_must_resume_does_not_begin_anew(tmp_path: Path) -> None:
     arguments = ("--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT)
-    train_ok(*arguments)
+    complete_run(tmp_path)
     (tmp_path / "summary.json").unlink()
     for checkpoint in (tmp_path / "checkpoints").iterdir():
         os.truncate(checkpoint / WEIGHTS, 1000)
@@ -100,7 +102,7 @@ def test_a_run_that_must_resume_does_not_begin_anew(tmp_path: Path) -> None:
 
 def test_a_change_that_is_accepted_goes_on(tmp_path: Path, undisturbed: list[float]) -> None:
     arguments = ("--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT)
-    train_ok(*arguments)
+    complete_run(tmp_path)
     longer = (*arguments, "--set=recipe.schedule.epochs=4")
     refused = train(*longer)
     assert refused.returncode == 2

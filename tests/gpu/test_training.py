@@ -170,7 +170,7 @@ def _train_resnet50(config: str, output: Path, *overrides: str) -> None:
         "--set=recipe.data.validation_images=100",
         "--set=recipe.schedule.epochs=1",
         *overrides,
-        ranks=1 if launcher.exists() else None,
+        launcher=launcher.exists(),
     )
 
 
