@@ -15,21 +15,36 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# A rank is a fork of a process that has imported these: importing takes longer than most that ranks do here. CUDA does
+# not survive a fork once the imports have looked for devices.
+START_METHOD = "spawn" if torch.cuda.is_available() else "forkserver"
+mp.get_context("forkserver").set_forkserver_preload(["deepspeed", "timm", "recipe.engine"])
+
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call ``function(rank, world_size, *args)`` on every rank; return what each gave, in rank order.
 
     ``function`` is a module-level function and what it returns must be picklable; the default process group is ready
     when it starts. An exception on any rank is raised here with that rank's traceback. A rank that fails takes the
-    others down, and one of these may be the one that is raised here; so each rank also writes to stderr, which pytest
-    shows, how it failed or where it stood when it was ended.
+    others down, and one of these may be the one that is raised here; so each rank also tells how it failed, or where it
+    stood when it was ended, and all of it goes to stderr, which pytest shows.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank_main, (world_size, function, args, folder), nprocs=world_size)
+        try:
+            mp.start_processes(
+                _rank_main, (world_size, function, args, folder), nprocs=world_size, start_method=START_METHOD
+            )
+        except Exception:
+            for words in sorted(Path(folder).glob("*.stderr")):
+                sys.stderr.write(words.read_text())
+            raise
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)]
 
 
 def _rank_main(rank: int, world_size: int, function: Callable[..., Any], args: tuple, folder: str) -> None:
+    # The process that this one is a fork of has the stderr of another test.
+    words = os.open(Path(folder, f"{rank}.stderr"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(words, sys.stderr.fileno())
     faulthandler.enable()
     faulthandler.register(signal.SIGTERM, chain=True)  # how torch ends the other ranks
     torch.set_num_threads(1)
