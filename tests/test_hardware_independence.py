@@ -20,7 +20,6 @@ FIXED_N = (
     "--set=recipe.schedule.decay_epochs=[8]",
 )  # 50 steps, 5 an epoch
 FP64 = "--set=recipe.precision=fp64"
-RANKS, MICRO_BATCHES, WORKERS = (1, 2, 4), (16, 32, 64, 128), (0, 2)
 
 
 def run(output: Path, ranks: int, micro_batch: int, workers: int, *overrides: str) -> Path:
@@ -31,7 +30,7 @@ def run(output: Path, ranks: int, micro_batch: int, workers: int, *overrides: st
 
 
 def test_the_same_training_on_any_hardware(tmp_path: Path) -> None:
-    """Five combinations in which all numbers of ranks and workers and all micro-batches occur, and one on the way."""
+    """Four combinations in which all numbers of ranks and workers and all micro-batches occur, and one on the way."""
     reference = run(tmp_path / "reference", 1, 32, 0, FP64)
     assert len(losses(reference)) == 50
     # As if it had been killed in the last epoch, and goes on elsewhere.
@@ -40,10 +39,9 @@ def test_the_same_training_on_any_hardware(tmp_path: Path) -> None:
     (tmp_path / "resumed/checkpoints/step-00000050/manifest.json").unlink()
     for ranks, micro_batch, workers, name in (
         (1, 128, 2, "a"),
-        (2, 64, 2, "b"),
+        (2, 16, 2, "b"),
         (4, 64, 0, "c"),
-        (4, 16, 2, "d"),
-        (2, 16, 2, "resumed"),
+        (2, 64, 2, "resumed"),
     ):
         other = run(tmp_path / name, ranks, micro_batch, workers, FP64)
         name = f"{name}: {ranks} ranks, micro-batch {micro_batch}, {workers} workers"
