@@ -85,16 +85,9 @@ class BatchNorm(nn.BatchNorm2d):
         ranks = self._ranks() if self.training else 1
         if ranks == 1:
             return F.batch_norm(x, mean, var, weight, bias, self.training or mean is None, share, self.eps)
-        group = self.process_group or dist.group.WORLD
-        if x.device.type != "cpu":
-            if mean is None:  # torch's kernel takes the dtype of the statistics from the running averages
-                mean, var = torch.zeros_like(weight), torch.ones_like(weight)
-            return TorchSyncBatchNorm.apply(x, weight, bias, mean, var, self.eps, share, group, ranks)
-        batch_mean, batch_var, count = _joined_statistics(x, group)
-        if mean is not None and var is not None:
-            mean.lerp_(batch_mean.to(mean.dtype), share)
-            var.lerp_((batch_var * (count / (count - 1))).to(var.dtype), share)
-        return _Normalise.apply(x, weight, bias, batch_mean, batch_var, count, self.eps, group)
+        if mean is None or var is None:
+            mean, var = torch.zeros_like(weight), torch.ones_like(weight)
+        return _over_ranks(x, weight, bias, mean, var, share, self.eps, self.process_group)
 
     def _normalise_groups(self, x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> Tensor:
         """Over groups of n samples: the micro-batch's, or the one that it makes up with other ranks'."""
@@ -109,14 +102,8 @@ class BatchNorm(nn.BatchNorm2d):
             ranks = world_size_of(self.process_group)
             if len(x) * ranks != n:
                 raise ValueError(f"batch norm over {n} samples cannot be had from {ranks} × {len(x)} of them")
-            groups, group = 1, self.process_group or dist.group.WORLD
-            mean, var = torch.zeros_like(weight), torch.ones_like(weight)
-            if x.device.type != "cpu":
-                y = TorchSyncBatchNorm.apply(x, weight, bias, mean, var, self.eps, 1.0, group, ranks)
-            else:
-                mean, batch_var, count = _joined_statistics(x, group)
-                var = batch_var * (count / (count - 1))
-                y = _Normalise.apply(x, weight, bias, mean, batch_var, count, self.eps, group)
+            groups, mean, var = 1, torch.zeros_like(weight), torch.ones_like(weight)
+            y = _over_ranks(x, weight, bias, mean, var, 1.0, self.eps, self.process_group)
         if self.track_running_stats:
             own = torch.cat([mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0), mean.new_ones(1)])
             # One tensor: torch.compile would make a graph for every length that a list has.
@@ -244,9 +231,21 @@ def _converted(module: _BatchNorm, statistics: Statistics, process_group: Group)
     return converted.train(module.training)
 
 
+def _over_ranks(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, share: float, eps: float, group: Group
+) -> Tensor:
+    """Normalise over the ranks of the group; their statistics get ``share`` in the running averages mean and var."""
+    if x.device.type != "cpu" and not torch.compiler.is_compiling():
+        return _NormaliseByKernels.apply(x, weight, bias, mean, var, eps, share, group or dist.group.WORLD)
+    batch_mean, batch_var, count = _joined_statistics(x, group)
+    mean.lerp_(batch_mean.to(mean.dtype), share)
+    var.lerp_((batch_var * (count / (count - 1))).to(var.dtype), share)
+    return _Normalise.apply(x, weight, bias, batch_mean, batch_var, count, eps, group)
+
+
 @torch.no_grad()
-def _joined_statistics(x: Tensor, group: Group) -> tuple[Tensor, Tensor, int]:
-    """Mean (C,), biased variance (C,), values a channel of all ranks' ``x``, bit-identical on every rank.
+def _joined_statistics(x: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (C,), biased variance (C,), values a channel (a scalar) of all ranks' ``x``, bit-identical on every rank.
 
     Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample
     variances", for any number of parts: n = Σ nᵢ, m = Σ nᵢ mᵢ / n, M2 = Σ (M2ᵢ + nᵢ (mᵢ − m)²).
@@ -262,18 +261,60 @@ def _joined_statistics(x: Tensor, group: Group) -> tuple[Tensor, Tensor, int]:
         m2 = deviation.square_().sum(dims).double()
     else:
         mean = m2 = x.new_zeros(channels, dtype=torch.float64)
-    part = torch.cat([mean, m2, mean.new_tensor([count])])
-    parts = part.new_empty(dist.get_world_size(group), len(part))
-    dist.all_gather(list(parts), part, group)
-
-    means, m2s, counts = parts.split([channels, channels, 1], dim=1)
-    total = int(counts.sum())
-    if total < 2:
+    means, m2s, counts = _gather(torch.cat([mean, m2, mean.new_full((1,), count)]), group)
+    total = counts.sum()
+    if not torch.compiler.is_compiling() and total < 2:  # in compiled code the host asks the device for nothing
         shape = tuple(x.shape)
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
     joined_mean = (counts * means).sum(0) / total
     joined_m2 = (m2s + counts * (means - joined_mean).square()).sum(0)
     return joined_mean.to(dtype), (joined_m2 / total).to(dtype), total
+
+
+def _gather(part: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """Two values a channel and one number (2 C + 1,) of every rank: (ranks, C), (ranks, C), (ranks, 1)."""
+    parts = part.new_empty(world_size_of(group) * len(part))  # flat, as gloo wants it
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # older torch
+    all_gather(parts, part, group)
+    channels = len(part) // 2
+    first, second, number = parts.view(-1, len(part)).split([channels, channels, 1], dim=1)
+    return first, second, number
+
+
+class _NormaliseByKernels(torch.autograd.Function):
+    """torch's SyncBatchNorm, which has kernels of its own on GPUs, without its waiting for the device at every layer.
+
+    It looks for ranks without samples (https://github.com/pytorch/pytorch/issues/78656). Here every rank has some.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        eps: float,
+        share: float,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        assert len(x), "a rank without samples"
+        if not _is_channels_last(x):
+            x = x.contiguous()
+        mean, invstd = torch.batch_norm_stats(x, eps)
+        means, invstds, counts = _gather(torch.cat([mean, invstd, mean.new_full((1,), x[:, 0].numel())]), group)
+        mean, invstd = torch.batch_norm_gather_stats_with_counts(
+            x, means, invstds, running_mean, running_var, share, eps, counts.flatten().to(running_mean.dtype)
+        )
+        ctx.save_for_backward(x, weight, mean, invstd, counts.to(torch.int32))
+        ctx.process_group = group
+        return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return TorchSyncBatchNorm.backward(ctx, dy)[:8]
 
 
 class _Normalise(torch.autograd.Function):
@@ -291,18 +332,18 @@ class _Normalise(torch.autograd.Function):
         bias: Tensor | None,
         mean: Tensor,
         var: Tensor,
-        count: int,
+        count: Tensor,
         eps: float,
         group: Group,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, var)
-        ctx.count, ctx.eps, ctx.group = count, eps, group
+        ctx.save_for_backward(x, weight, mean, var, count)
+        ctx.eps, ctx.group = eps, group
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var = ctx.saved_tensors
+        x, weight, mean, var, count = ctx.saved_tensors
         if len(x):
             _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
                 dy, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
@@ -313,7 +354,7 @@ class _Normalise(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             sums = torch.stack([dweight, dbias])  # Σ dy · x̂ and Σ dy of this rank
             dist.all_reduce(sums, group=ctx.group)
-            mean_dy_xhat, mean_dy = sums / ctx.count
+            mean_dy_xhat, mean_dy = sums / count
             invstd = (var + ctx.eps).rsqrt()
             scale = weight * invstd
             # In fp32, and rounded once: correcting a half dx would round twice.

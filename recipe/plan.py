@@ -97,20 +97,17 @@ def make_plan(config: Config, world_size: int, cores_per_rank: int | None = None
             _smaller_micro_batch_remedy(config),
         )
     statistics = recipe.batchnorm.statistics
-    if statistics > micro_batch if isinstance(statistics, int) else statistics == "global" and world_size > 1:
-        alone = (
+    spans_ranks = statistics > micro_batch if isinstance(statistics, int) else statistics == "global" and world_size > 1
+    if recipe.noise_scale.enabled and spans_ranks:
+        # What a rank has of it holds large parts that cancel out in the sum of all: measured on the digits, two ranks
+        # gave a variance of 1,749 where there was one of 138.
+        raise config.source.refusal(
+            "recipe.noise_scale.enabled",
+            "batch norm's statistics come from several ranks, and what a rank has of the gradient is no gradient of "
+            "its own images",
             'write false, or for recipe.batchnorm.statistics "local" or a number of images up to a micro-batch\'s, '
-            f"{micro_batch}"
+            f"{micro_batch}",
         )
-        several = "batch norm's statistics come from several ranks, and"
-        if recipe.compile:
-            problem = f"{several} compiled code would end at every layer to ask them"
-            raise config.source.refusal("recipe.compile", problem, alone)
-        if recipe.noise_scale.enabled:
-            # What a rank has of it holds large parts that cancel out in the sum of all: measured on the digits, two
-            # ranks gave a variance of 1,749 where there was one of 138.
-            problem = f"{several} what a rank has of the gradient is no gradient of its own images"
-            raise config.source.refusal("recipe.noise_scale.enabled", problem, alone)
     train_images, validation_images = _data_set_sizes(config)
     if config.train_batch_size > train_images:
         raise config.source.refusal(

@@ -1,5 +1,6 @@
 """What torch keeps for the process, and what compiled code computes."""
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from torch._dynamo.utils import counters
 from recipe.batchnorm import BatchNorm
 from recipe.kernels import Loss, choose_kernels, compile_training
 from recipe.running_averages import update_running_averages
+from tests.ranks import run_ranks
 
 backends = torch.backends
 
@@ -33,18 +35,18 @@ def test_the_settings_are_torchs(tf32: bool, benchmark: bool) -> None:
     assert (backends.cudnn.benchmark, backends.cudnn.deterministic) == (benchmark, not benchmark)
 
 
-def small_model() -> nn.Module:
+def small_model(n: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(
             *(nn.Conv2d(3, 4, 3), BatchNorm(4, statistics="global"), nn.ReLU()),
-            *(nn.Conv2d(4, 4, 3), BatchNorm(4, statistics=2), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)),
+            *(nn.Conv2d(4, 4, 3), BatchNorm(4, statistics=n), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)),
         )
 
 
-def trained(model: nn.Module, loss_function: Loss) -> list[Tensor]:
+def trained(model: nn.Module, loss_function: Loss, seed: int) -> list[Tensor]:
     """Losses, gradients and running averages of two steps of three micro-batches; then what validation says."""
-    seen, generator = [], torch.Generator().manual_seed(0)
+    seen, generator = [], torch.Generator().manual_seed(seed)
     images, labels = torch.randn(6, 4, 3, 8, 8, generator=generator), torch.randint(5, (6, 4), generator=generator)
     for micro_batch in range(6):
         loss = loss_function(model(images[micro_batch]), labels[micro_batch])
@@ -58,16 +60,22 @@ def trained(model: nn.Module, loss_function: Loss) -> list[Tensor]:
         return [*seen, model.eval()(images[0])]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore::DeprecationWarning")  # within torch.compile
-def test_compiled_code_trains_the_same_in_whole_graphs() -> None:
+def _trains_the_same_in_whole_graphs(rank: int, world_size: int) -> None:
     """A graph for the first micro-batch of a step, one for the others: running averages wait for its end."""
+    warnings.filterwarnings("ignore")  # within torch.compile
     torch._dynamo.reset()
     counters.clear()
-    model = small_model()
+    n = 4 * world_size if world_size > 1 else 2  # samples of all ranks, or half of this one's
+    model = small_model(n)
     names = list(model.state_dict())
-    found = trained(model, compile_training(model, F.cross_entropy))
+    found = trained(model, compile_training(model, F.cross_entropy), rank)
     assert list(model.state_dict()) == names
     assert counters["graph_break"] == {}
     assert counters["stats"]["unique_graphs"] == 2 + 2  # the loss, and validation
-    for ours, plain in zip(found, trained(small_model(), F.cross_entropy), strict=True):
+    for ours, plain in zip(found, trained(small_model(n), F.cross_entropy, rank), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_compiled_code_trains_the_same_in_whole_graphs(world_size: int) -> None:
+    run_ranks(world_size, _trains_the_same_in_whole_graphs)

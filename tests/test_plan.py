@@ -124,15 +124,6 @@ def test_a_noise_scale_needs_two_sizes_of_batch(changes: dict[str, Any], remedy:
         make_plan(config(**changes, recipe__batchnorm__statistics=32), 2)
 
 
-def test_compiled_code_knows_one_rank() -> None:
-    for statistics, world_size, micro_batch in (("global", 2, 256), (32, 512, 16)):
-        error = refusal(world_size, recipe__compile=True, recipe__batchnorm__statistics=statistics)
-        assert error.key == "recipe.compile"
-        assert error.remedy.endswith(f"up to a micro-batch's, {micro_batch}")
-    for statistics, world_size in (("global", 1), ("local", 2), (32, 256)):
-        make_plan(config(recipe__compile=True, recipe__batchnorm__statistics=statistics), world_size)
-
-
 def test_fitting_micro_batches() -> None:
     assert fitting_micro_batches(48, 2, "global") == [24, 12, 8, 6, 4, 3, 2, 1]
     assert fitting_micro_batches(48, 2, 8) == [24, 8, 4]  # three groups, one, and half of one on each of two ranks
@@ -385,18 +376,18 @@ def test_the_text_says_how_images_come() -> None:
     ("world_size", "statistics", "fits"),
     [(1, "global", True), (2, "global", False), (2, "local", True), (2, 32, True), (32, 256, True), (32, 512, False)],
 )
-def test_what_needs_a_rank_on_its_own_is_refused_where_batch_norm_spans_several(
+def test_the_noise_scale_is_refused_where_batch_norm_spans_several_ranks(
     world_size: int, statistics: Any, fits: bool
 ) -> None:
-    for key in ("recipe__compile", "recipe__noise_scale__enabled"):
-        changes = {key: True, "recipe__batchnorm__statistics": statistics}
-        if fits:
-            make_plan(config(**changes), world_size)
-        else:
-            error = refusal(world_size, **changes)
-            assert error.key == key.replace("__", ".")
-            assert error.problem.startswith("batch norm's statistics come from several ranks, and ")
-            assert error.remedy.endswith("a number of images up to a micro-batch's, 256")
+    changes = {"recipe__noise_scale__enabled": True, "recipe__batchnorm__statistics": statistics}
+    make_plan(config(recipe__compile=True, recipe__batchnorm__statistics=statistics), world_size)
+    if fits:
+        make_plan(config(**changes), world_size)
+    else:
+        error = refusal(world_size, **changes)
+        assert error.key == "recipe.noise_scale.enabled"
+        assert error.problem.startswith("batch norm's statistics come from several ranks, and ")
+        assert error.remedy.endswith("a number of images up to a micro-batch's, 256")
 
 
 def test_the_text_says_how_often_the_noise_scale_is_measured() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from recipe.batchnorm import _NormaliseByKernels
 from tests import test_batchnorm as on_cpu
 from tests.ranks import run_ranks
 
@@ -48,3 +49,21 @@ def ranks(request: pytest.FixtureRequest) -> list[dict[str, dict]]:
 @pytest.mark.parametrize("name", SEVERAL_RANKS)
 def test_two_ranks_are_plain_batch_norm_on_the_joined_batch(ranks: list[dict[str, dict]], name: str) -> None:
     on_cpu.assert_agrees(on_cpu.CASES[name], [rank[name] for rank in ranks])
+
+
+def _waits(rank: int, world: int) -> None:
+    group = dist.new_group(backend="nccl")
+    for form in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(4, 5, 3, 3, device="cuda").to(memory_format=form).requires_grad_()
+        weight, bias, mean, var = (
+            torch.ones(5, device="cuda").requires_grad_(grad) for grad in (True, True, False, False)
+        )
+        for mode in ("default", "error"):  # the first time makes NCCL's communicator
+            torch.cuda.set_sync_debug_mode(mode)
+            _NormaliseByKernels.apply(x, weight, bias, mean, var, 1e-5, 0.1, group).sum().backward()
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_host_does_not_wait_for_the_device() -> None:
+    """NCCL takes one rank on one GPU, which is enough to see: torch's SyncBatchNorm would wait on any number."""
+    run_ranks(1, _waits)
