@@ -39,6 +39,7 @@ def plan_fields(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
         ("global batch", _global_batch(plan)),
         ("data", _data(plan)),
         *_images(plan),
+        *_kernels(plan),
         ("steps", _steps(plan)),
         ("peak rate", _peak_rate(plan)),
         ("warmup", _warmup(plan)),
@@ -193,7 +194,18 @@ def _images(plan: Plan) -> list[tuple[str, str]]:
     workers = f"{_count(plan.workers, 'loader process', 'es')} a rank" if plan.workers else "no loader processes"
     if plan.assumes_workers:
         workers = "loader processes: a rank's share of the cores less one"
-    return [("images", f"{crop}{', half of them mirrored' if data.flip else ''}; {workers}")]
+    decoded = {"cpu": "", "gpu": ", decoded by nvJPEG", "dali": ", decoded by DALI"}[data.decoder]
+    held = ", all held on the device" if data.on_device else ""
+    return [("images", f"{crop}{', half of them mirrored' if data.flip else ''}{decoded}{held}; {workers}")]
+
+
+def _kernels(plan: Plan) -> list[tuple[str, str]]:
+    recipe, found = plan.config.recipe, []
+    if recipe.compile:
+        found.append("torch.compile's, which the first steps make: they may take minutes")
+    if recipe.cudnn_benchmark:
+        found.append("cuDNN's fastest, which another start may choose otherwise")
+    return [("kernels", "; ".join(found))] if found else []
 
 
 def _steps(plan: Plan) -> str:

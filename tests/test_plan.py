@@ -370,6 +370,18 @@ def test_the_text_says_how_images_come() -> None:
     for crop, words in (("padded", "224 px, shifted by up to 28; no"), ("none", "224 px, uncropped; no")):
         plan = make_plan(config(recipe__data__crop=crop, recipe__data__workers=0, recipe__data__flip=False), 32)
         assert f"images          {words} loader processes" in format_plan(plan)
+    dali = images(4, recipe__data__decoder="dali", recipe__data__flip=False)
+    assert dali == " resized crops of 224 px, decoded by DALI; 3 loader processes a rank"
+    held = format_plan(make_plan(config(recipe__data__crop="padded", recipe__data__on_device=True), 32, 4))
+    assert "half of them mirrored, all held on the device; 3 loader" in held
+
+
+def test_the_text_names_kernels_that_are_not_as_usual() -> None:
+    assert "kernels" not in format_plan(make_plan(config(), 32))
+    text = format_plan(make_plan(config(recipe__compile=True, recipe__cudnn_benchmark=True), 32))
+    assert (
+        "  kernels         torch.compile's, which the first steps make: they may take minutes; cuDNN's fastest," in text
+    )
 
 
 @pytest.mark.parametrize(
