@@ -4,8 +4,12 @@ import pytest
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    from tests.ranks import start_fork_server
+
+    torch.set_num_threads(1)  # threads that wait for each other on cores that others use take many times as long
     if torch.cuda.is_available():
         return
+    start_fork_server()
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))

@@ -8,6 +8,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# A rank is a fork of a process that has imported these: importing takes longer than most that ranks do here. CUDA does
-# not survive a fork once the imports have looked for devices.
+# CUDA does not survive a fork once deepspeed has looked for devices.
 START_METHOD = "spawn" if torch.cuda.is_available() else "forkserver"
-mp.get_context("forkserver").set_forkserver_preload(["deepspeed", "timm", "recipe.engine"])
+
+
+def start_fork_server() -> None:
+    """Start the process that ranks are forks of; importing takes longer than most that they do here.
+
+    Before any test does: ``recipe pack`` would start it with other imports, and with signals blocked.
+    """
+    mp.get_context("forkserver").set_forkserver_preload(["deepspeed", "timm", "recipe.engine"])
+    forkserver.ensure_running()
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
