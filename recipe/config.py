@@ -80,6 +80,10 @@ class Data(Section):
     path: str | None = Field(None, min_length=1)
     """the folder of an imagefolder or a pack, a string; null for the other sources"""
 
+    pack_short_side: Annotated[int, Field(ge=0)] = 0
+    """the short side in pixels to which the pack's larger images were resized, a whole number, as its pack.json says;
+    0: all images are the original bytes"""
+
     image_size: int = Field(ge=8, le=4096)
     """height and width of the images that the model sees, in pixels, a whole number from 8 to 4096"""
 
@@ -295,6 +299,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "recipe.data.path", f"{FOLDERS[data.source]} has no default", "write the path of the folder"
     if data.source not in FOLDERS and data.path is not None:
         yield "recipe.data.path", f"{data.source} data has no folder", 'remove it, or write "source": "imagefolder"'
+    if data.source != "pack" and data.pack_short_side:
+        yield "recipe.data.pack_short_side", f"{data.source} data is no pack", 'write 0, or "source": "pack"'
     if data.source == "synthetic" and data.on_device:
         yield "recipe.data.on_device", "synthetic data is made there", "remove it"
     if data.decoder != "cpu" and data.source not in FOLDERS:

@@ -179,6 +179,7 @@ def _global_batch(plan: Plan) -> str:
 def _data(plan: Plan) -> str:
     data = plan.config.recipe.data
     where = f"{data.source} in {printable(data.path)}" if data.path else data.source
+    where += f" (short side {data.pack_short_side})" if data.pack_short_side else ""
     return f"{where}: {plan.train_images:,} training images, {plan.validation_images:,} for validation"
 
 

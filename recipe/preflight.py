@@ -93,6 +93,7 @@ def open_data(plan: Plan, device: torch.device) -> tuple[Samples, Samples] | Non
         flip=data.flip,
         seed=recipe.seed,
         on_bad_image=data.on_bad_image,
+        pack_short_side=data.pack_short_side,
     )
     check_datasets(plan, training, validation)
     if decoder is not None:

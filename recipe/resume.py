@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from recipe.config import FOLDERS
 from recipe.manifest import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, find, unreadable
 from recipe.plan import Plan
 from recipe.plan_text import plan_json
@@ -102,8 +103,8 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool)
         if reason is not None
     ]
     newest = candidates[0]
-    if newest.training_sha256 != training_sha256(now):
-        messages.append(f"goes on with changes: {', '.join(_differences_from(newest, now))}")
+    if changes := _differences_from(newest, now):
+        messages.append(f"goes on with changes: {', '.join(changes)}")
     stage = plan.config.zero_optimization.stage if plan.config.zero_optimization is not None else 0
     if stage and newest.world_size != plan.world_size:
         raise ValueError(
@@ -123,34 +124,38 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool)
 
 
 def training_sha256(plan: dict[str, Any]) -> str:
-    """A digest of all that a plan says of what is trained, and of nothing that says where or how."""
-    trained = sorted(_trained(plan).items())
+    """A digest of the keys that say what is trained. Where two are the same, so is the training; else plans tell."""
+    trained = sorted((key, value) for key, value in stated(plan).items() if not _is_free_to_change(key))
     return hashlib.sha256(json.dumps(trained).encode()).hexdigest()
 
 
 def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """``key was a, is b`` for each key of two plans that says another training."""
-    old, new = _trained(before), _trained(now)
+    old, new = stated(before), stated(now)
     return [
         f"{key} was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"
         for key in {**old, **new}
-        if old.get(key) != new.get(key)
+        if not is_same_training(key, old.get(key), new.get(key))
     ]
 
 
-def _trained(plan: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in leaves(switched_on(plan)) if not is_free_to_change(key)}
+def stated(plan: dict[str, Any]) -> dict[str, Any]:
+    """The dotted keys of a plan with their values, without what says as much as if it were not there."""
+    on = {key: value for key, value in plan.items() if not (isinstance(value, dict) and value.get("enabled") is False)}
+    keys = dict(leaves(on))
+    if keys.get("recipe.data.pack_short_side") == 0:  # plans of earlier versions do not know it
+        del keys["recipe.data.pack_short_side"]
+    return keys
 
 
-def switched_on(plan: dict[str, Any]) -> dict[str, Any]:
-    """The plan without sections that are turned off: they say as much as sections that are not there."""
-    return {
-        key: value for key, value in plan.items() if not (isinstance(value, dict) and value.get("enabled") is False)
-    }
+def is_same_training(key: str, before: Any, now: Any) -> bool:
+    """Whether two values of a dotted key of a plan tell apart at most where or how runs run."""
+    if key == "recipe.data.source" and before in FOLDERS and now in FOLDERS:
+        return True  # the same images, unless a pack has another short side
+    return before == now or _is_free_to_change(key)
 
 
-def is_free_to_change(key: str) -> bool:
-    """Whether a dotted key of a plan says only where or how a run runs."""
+def _is_free_to_change(key: str) -> bool:
     return f"{key}.".startswith(tuple(f"{free}." for free in FREE_TO_CHANGE))
 
 
@@ -192,11 +197,13 @@ def _why_not_from(checkpoint: Checkpoint, now: dict[str, Any], accept_changes: b
     if checkpoint.training_sha256 == training_sha256(now):
         return None
     try:
-        differences = differing_keys(_plan_of(checkpoint), now)
+        before = _plan_of(checkpoint)
     except ValueError as error:
         return f"{checkpoint.path / PLAN} does not tell what it is of ({error})"
+    differences = differing_keys(before, now)
     if not differences:
-        return f"its {MANIFEST} and its {PLAN} contradict each other"
+        agree = checkpoint.training_sha256 == training_sha256(before)
+        return None if agree else f"its {MANIFEST} and its {PLAN} contradict each other"
     if not accept_changes:
         return "it is of another config, and --accept-changes was not given"
     counted = _counted_otherwise(differences)
@@ -208,6 +215,8 @@ def _counted_otherwise(differences: list[str]) -> list[str]:
 
 
 def _differences_from(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
+    if checkpoint.training_sha256 == training_sha256(now):
+        return []
     try:
         return differing_keys(_plan_of(checkpoint), now)
     except ValueError as error:

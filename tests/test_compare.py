@@ -19,9 +19,11 @@ def compared(a: Path, b: Path) -> tuple[str, bool]:
 
 
 def test_the_same_training_wherever_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a = write_run(tmp_path / "a", SAME, summary={})
+    from_folder = plan()
+    from_folder["recipe"]["data"]["source"] = "imagefolder"
+    a = write_run(tmp_path / "a", SAME, from_folder, summary={})
     of_plan = plan(train_micro_batch_size_per_gpu=4, csv_monitor={"enabled": True})
-    of_plan["recipe"]["data"]["workers"] = 3
+    of_plan["recipe"]["data"] |= {"workers": 3, "source": "pack", "pack_short_side": 0}
     longer = [*SAME, step(4, 9.0)]
     b = write_run(tmp_path / "b", longer, of_plan, {"device": "H100", "versions": {"torch": "2.15.0", "cuda": "13"}})
     assert main([str(a), str(b)]) == 0
@@ -34,11 +36,12 @@ B  {b}  5 of 40 steps, complete
 The plans say the same training.
 
 only where or how it runs
-                                  A  B
-  ranks                           1  2
-  train_micro_batch_size_per_gpu  8  4
-  recipe.data.workers             0  3
-  csv_monitor.enabled             –  true
+                                  A              B
+  ranks                           1              2
+  train_micro_batch_size_per_gpu  8              4
+  recipe.data.workers             0              3
+  recipe.data.source              "imagefolder"  "pack"
+  csv_monitor.enabled             –              true
 
 what it ran on
                   A         B
@@ -63,6 +66,7 @@ def test_from_which_step_on_losses_part(tmp_path: Path, capsys: pytest.CaptureFi
     losses_b = [1.0, 1.0000000000000002, 1.0000000005, 1.000000002, 0.998, 2.0, 1.0]
     of_plan = plan()
     of_plan["recipe"]["seed"] = 7
+    of_plan["recipe"]["data"]["pack_short_side"] = 352
     a = write_run(tmp_path / "a", [*map(step, range(7), losses_a), validation(3, 50.0)])
     b = write_run(tmp_path / "b", [*map(step, range(7), losses_b), validation(3, 50.0, loss=1.5)], of_plan)
     assert main([str(a), str(b)]) == 1
@@ -73,8 +77,9 @@ A  {a}  7 of 40 steps, not complete
 B  {b}  7 of 40 steps, not complete
 
 changes the training
-               A  B
-  recipe.seed  0  7
+                               A  B
+  recipe.seed                  0  7
+  recipe.data.pack_short_side  –  352
 
 training loss, 7 steps in common (apart: relative to the larger loss)
   first differs  step 1 (epoch 1): A 1.0, B 1.0000000000000002

@@ -123,6 +123,7 @@ def test_what_is_not_written_is_the_papers() -> None:
             "workers": "auto",
             "decoder": "cpu",
             "on_device": False,
+            "pack_short_side": 0,
             "on_bad_image": "stop",
         },
         "schedule": {
@@ -543,6 +544,10 @@ def test_refuses_a_wrong_value(key: str, value: Any, message: str) -> None:
         (
             {"recipe.data.source": "synthetic", "recipe.data.train_images": 8},
             'recipe.data.validation_images: "auto" is not for synthetic; write the number of images',
+        ),
+        (
+            {"recipe.data.pack_short_side": 352},
+            'recipe.data.pack_short_side = 352: digits data is no pack; write 0, or "source": "pack"',
         ),
         (
             {"recipe.schedule.decay_epochs": [30, 30]},

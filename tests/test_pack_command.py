@@ -18,10 +18,14 @@ from torchvision.transforms import functional
 
 from recipe.commands import pack as command
 from recipe.commands import pack_shards
+from recipe.commands.compare import main as compare
 from recipe.commands.host_probe import data as count_data
 from recipe.commands.host_report import Host, format_table
 from recipe.commands.pack import main, pack
+from recipe.config import read_config
 from recipe.data import open_datasets
+from recipe.plan import make_plan
+from recipe.preflight import open_data
 from tests.data.images import picture, write_folder
 from tests.launch import DIGITS, ROOT, environment, events, train_ok
 
@@ -329,6 +333,13 @@ def test_the_check_of_the_hosts_counts_a_pack(tmp_path: Path) -> None:
     assert f"2 classes, 6 + 6 images in pack {found['pack'][:8]}" in format_table([Host("node", 1, {"data": found})])
     with pytest.raises(ValueError, match="holds no whole pack"):
         count_data(str(tmp_path / "images"), "pack")
+    with pytest.raises(ValueError, match=r"pack_short_side = 352: .* is a pack of short side 0"):
+        count_data(str(tmp_path / "pack"), "pack", 352)
+    data = {"source": "pack", "path": str(tmp_path / "pack"), "pack_short_side": 352, "image_size": 32}
+    data |= {"train_images": 6, "validation_images": 6}
+    overrides = [f"recipe.data={json.dumps(data)}", "train_batch_size=4", "recipe.model.num_classes=2"]
+    with pytest.raises(ValueError, match=r"pack_short_side = 352: .* is a pack of short side 0"):
+        open_data(make_plan(read_config(DIGITS, overrides), 1), torch.device("cpu"))
 
 
 @pytest.mark.slow
@@ -349,6 +360,7 @@ def test_training_from_a_pack_is_training_from_the_folder(tmp_path: Path) -> Non
         told.append([(event["step"], event["loss"], event.get("top1")) for event in steps])
     assert told[0] == told[1]
     assert len(told[0]) == 8
+    assert compare([str(tmp_path / "imagefolder"), str(tmp_path / "pack")]) == 0
     states = [
         torch.load(tmp_path / source / "checkpoints/step-00000006/mp_rank_00_model_states.pt", weights_only=True)[
             "module"

@@ -10,7 +10,7 @@ import pytest
 from recipe.config import read_config
 from recipe.plan import Plan, make_plan
 from recipe.plan_text import plan_json
-from recipe.resume import Start, choose_start, differing_keys, is_free_to_change, statistics_change, training_sha256
+from recipe.resume import Start, choose_start, differing_keys, statistics_change, training_sha256
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "ds_configs/digits_b512.json"
@@ -63,7 +63,6 @@ def test_a_resumed_run_may_not_change_what_is_trained() -> None:
     assert differences("recipe.schedule.decay_epochs=[20, 30]") == [
         "recipe.schedule.decay_epochs was [20.0, 30.0, 36.0], is [20.0, 30.0]"
     ]
-    assert not is_free_to_change("recipe.data.decoder")  # its pixels are others
     # The rate follows the batch, and is named too.
     assert [text.split()[0] for text in differences("train_batch_size=1024")] == [
         "train_batch_size",
@@ -71,6 +70,29 @@ def test_a_resumed_run_may_not_change_what_is_trained() -> None:
         "scheduler.params.warmup_max_lr",
         "scheduler.params.warmup_num_steps",
     ]
+
+
+def test_a_pack_is_the_same_training_as_the_folder_if_its_pixels_are(tmp_path: Path) -> None:
+    def of(source: str, **data: object) -> Plan:
+        photos = {"source": source, "path": f"/{source}", "image_size": 32, "train_images": 999}
+        photos |= {"validation_images": 9} | data
+        return plan(f"recipe.data={json.dumps(photos)}")
+
+    folder, originals, smaller = of("imagefolder"), of("pack"), of("pack", pack_short_side=352)
+    # A checkpoint of a version that did not know the key.
+    checkpoint = leave_checkpoint(tmp_path, 4, folder)
+    earlier = json.loads((checkpoint / "plan.json").read_text())
+    assert earlier["recipe"]["data"].pop("pack_short_side") == 0
+    (checkpoint / "plan.json").write_text(json.dumps(earlier))
+    for same in (folder, originals):
+        start = choose_start(same, tmp_path, "auto", accept_changes=False)
+        assert (steps(start), start.messages) == ([4], ())
+    with pytest.raises(ValueError, match=r"another training: recipe.data.pack_short_side was null, is 352; name"):
+        choose_start(smaller, tmp_path, "auto", accept_changes=False)
+    texts = [json.loads(plan_json(one)) for one in (folder, originals, smaller, of("pack", pack_short_side=320))]
+    assert differing_keys(texts[1], texts[0]) == []
+    assert differing_keys(texts[2], texts[3]) == ["recipe.data.pack_short_side was 352, is 320"]
+    assert 'recipe.data.source was "digits", is "pack"' in differing_keys(json.loads(plan_json(plan())), texts[1])
 
 
 def test_the_digest_tells_trainings_apart_as_the_keys_do() -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recipe.commands.run_files import Column, RunFiles, read_run
-from recipe.resume import NEVER_TO_CHANGE, batchnorm_images, is_free_to_change, leaves, switched_on
+from recipe.resume import NEVER_TO_CHANGE, batchnorm_images, is_same_training, leaves, stated
 from recipe.strict_json import ABSENT, printable
 
 SAME, DIFFERENT, REFUSED, NOT_TOLD_YET = 0, 1, 2, 3
@@ -73,15 +73,19 @@ def compare(a: RunFiles, b: RunFiles) -> tuple[list[str], int]:
 
 def plan_differences(a: RunFiles, b: RunFiles) -> tuple[list[Difference], list[Difference]]:
     """What of two plans changes the training, and what says only where or how it runs."""
-    keys_a, keys_b = (dict(leaves(switched_on(run.plan))) for run in (a, b))
+    keys_a, keys_b = (stated(run.plan) for run in (a, b))
     found = _differing(keys_a, keys_b)
-    changed = [difference for difference in found if not is_free_to_change(difference.key)]
+    changed = [
+        difference
+        for difference in found
+        if not is_same_training(difference.key, keys_a.get(difference.key), keys_b.get(difference.key))
+    ]
+    free = [difference for difference in found if difference not in changed]
     images_a, images_b = batchnorm_images(a.plan), batchnorm_images(b.plan)
     statistics = "recipe.batchnorm.statistics"
     if images_a != images_b and keys_a.get(statistics) == keys_b.get(statistics):
         # Then it is ranks and micro-batch that decide what is trained.
         changed.append(Difference(f"images in {statistics}", str(images_a), str(images_b)))
-    free = [difference for difference in found if is_free_to_change(difference.key)]
     if a.world_size != b.world_size:
         free.insert(0, Difference("ranks", str(a.world_size), str(b.world_size)))
     return changed, free

@@ -91,14 +91,21 @@ def devices(precision: str) -> dict[str, Any]:
     return {"gpus": gpus, "knows_precision": precision not in supported or bool(supported[precision]())}
 
 
-def data(folder: str, source: str | None) -> dict[str, Any]:
+def data(folder: str, source: str | None, pack_short_side: int | None = None) -> dict[str, Any]:
     """Count an imagefolder or a pack as a run does; without a config the folder tells which it is."""
     from recipe.data import open_datasets
     from recipe.data.pack_format import HEADER
 
     is_pack = source == "pack" or (source is None and Path(folder, HEADER).is_file())
     train, validation = open_datasets(
-        "pack" if is_pack else "imagefolder", folder, 8, crop="none", flip=False, seed=0, on_bad_image="stop"
+        "pack" if is_pack else "imagefolder",
+        folder,
+        8,
+        crop="none",
+        flip=False,
+        seed=0,
+        on_bad_image="stop",
+        pack_short_side=pack_short_side,
     )
     counted = {"classes": train.classes, "train_images": len(train), "validation_images": len(validation)}
     # Its header has the SHA-256 of every file.

@@ -27,6 +27,7 @@ class Launch:
     config: str | None
     precision: str
     source: str | None
+    pack_short_side: int | None
     data: str | None
     expected_data: Mapping[str, int | None]
     output: str
@@ -126,7 +127,8 @@ async def _ask(
         await learn(host, "devices", IMPORT_SECONDS, trouble, remedy, precision=launch.precision)
         if launch.data is not None:
             remedy = "mend the folder, or name another --data"
-            await learn(host, "data", DATA_SECONDS, "the data", remedy, folder=launch.data, source=launch.source)
+            asked = {"folder": launch.data, "source": launch.source, "pack_short_side": launch.pack_short_side}
+            await learn(host, "data", DATA_SECONDS, "the data", remedy, **asked)
 
     await together(arrive)
     wrote = [host for host in hosts if "write_token" in host.facts]

@@ -92,7 +92,7 @@ def _launch(
 ) -> Launch:
     output = arguments.output or str(Path("runs", arguments.config.stem if arguments.config else ""))
     if config is None:
-        return Launch(None, "fp32", None, arguments.data, {}, output, arguments.port, variables)
+        return Launch(None, "fp32", None, None, arguments.data, {}, output, arguments.port, variables)
     plan = make_plan(config, world_size)
     data = config.recipe.data
     expected = {
@@ -101,7 +101,15 @@ def _launch(
         "validation_images": plan.validation_images,
     }
     return Launch(
-        str(arguments.config), plan.precision, data.source, data.path, expected, output, arguments.port, variables
+        str(arguments.config),
+        plan.precision,
+        data.source,
+        data.pack_short_side,
+        data.path,
+        expected,
+        output,
+        arguments.port,
+        variables,
     )
 
 

@@ -271,4 +271,5 @@ def _report(destination: Path, header: Header) -> None:
         f"{len(header.classes):,} classes, {len(header.train.shards) + len(header.validation.shards)} shards, "
         f"{size / 2**30:.2f} GiB; {header.train.resized + header.validation.resized:,} images resized, {len(bad):,} bad"
     )
-    print(f'to train from it: "source": "pack", and --data {destination}')
+    short_side = f'"pack_short_side": {header.making.short_side}, ' if header.making.short_side else ""
+    print(f'to train from it: "source": "pack", {short_side}and --data {destination}')

@@ -1,7 +1,7 @@
 """The data, a function of (seed, epoch, index): the same samples, crops and order on any hardware."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from recipe.data.augment import Crop
 from recipe.data.batch import Batch
@@ -38,6 +38,7 @@ def open_datasets(
     flip: bool,
     seed: int,
     on_bad_image: OnBadImage,
+    pack_short_side: int | None = None,
 ) -> tuple[ImageDataset, ImageDataset]:
     """Return (training, validation); needs no process group, so that what is wrong shows before one starts.
 
@@ -46,6 +47,7 @@ def open_datasets(
             what ``python -m recipe pack`` makes of one.
         path: The folder of "imagefolder" or "pack".
         image_size, crop, flip, seed, on_bad_image: See ``ImageDataset``.
+        pack_short_side: See ``open_pack``.
 
     Raises:
         ValueError: The folder is not what it should be; see ``open_imagefolder`` and ``open_pack``.
@@ -54,5 +56,7 @@ def open_datasets(
         return open_digits(image_size=image_size, crop=crop, flip=flip, seed=seed)
     if path is None:
         raise ValueError(f'recipe.data.path: missing; source "{source}" needs the folder that holds train/ and val/')
-    open_folder = open_pack if source == "pack" else open_imagefolder
-    return open_folder(path, image_size=image_size, crop=crop, flip=flip, seed=seed, on_bad_image=on_bad_image)
+    views: dict[str, Any] = {"image_size": image_size, "crop": crop, "flip": flip, "seed": seed}
+    if source == "pack":
+        return open_pack(path, **views, on_bad_image=on_bad_image, short_side=pack_short_side)
+    return open_imagefolder(path, **views, on_bad_image=on_bad_image)

@@ -97,13 +97,26 @@ class PackedImages(ImageDataset):
 
 
 def open_pack(
-    path: str | Path, *, image_size: int, crop: Crop, flip: bool, seed: int, on_bad_image: OnBadImage
+    path: str | Path,
+    *,
+    image_size: int,
+    crop: Crop,
+    flip: bool,
+    seed: int,
+    on_bad_image: OnBadImage,
+    short_side: int | None = None,
 ) -> tuple[PackedImages, PackedImages]:
     """Return (training, validation) from the folder of a pack, in the order of the ImageFolder that was packed.
 
+    Args:
+        path: The folder.
+        image_size, crop, flip, seed, on_bad_image: See ``ImageDataset``.
+        short_side: What its larger images were resized to, as who trains on it says; None if nobody says.
+
     Raises:
-        ValueError: There is no whole pack, a file is not as it was written, or its images are smaller than
-            validation resizes them to. ``python -m recipe pack --verify`` looks at every byte, this does not.
+        ValueError: There is no whole pack, a file is not as it was written, or its images have another short side,
+            or a smaller one than validation resizes them to. ``python -m recipe pack --verify`` looks at every byte,
+            this does not.
     """
     path = Path(path)
     if not (path / HEADER).is_file():
@@ -112,11 +125,16 @@ def open_pack(
             'or write "source": "imagefolder"'
         )
     header = read_header(path)
-    short_side, needed = header.making.short_side, evaluation_short_side(image_size, crop)
-    if 0 < short_side < needed:
+    packed_at, needed = header.making.short_side, evaluation_short_side(image_size, crop)
+    if 0 < packed_at < needed:
         raise ValueError(
-            f"recipe.data.path: {path} is a pack of short side {short_side}, but at recipe.data.image_size "
+            f"recipe.data.path: {path} is a pack of short side {packed_at}, but at recipe.data.image_size "
             f"{image_size} images are validated at {needed}; pack anew with --short-side {needed} or more"
+        )
+    if short_side is not None and short_side != packed_at:
+        raise ValueError(
+            f"recipe.data.pack_short_side = {short_side}: {path} is a pack of short side {packed_at}, whose pixels are "
+            f"others; write {packed_at}, or name another pack"
         )
     train, validation = (
         PackedImages(

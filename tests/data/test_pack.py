@@ -180,3 +180,13 @@ def test_images_that_are_smaller_than_validation_takes_them_are_refused(packed, 
     open_as("pack", tmp_path / "pack", image_size=224, crop="none")
     change(tmp_path / "pack/pack.json", making__short_side=256)
     open_as("pack", tmp_path / "pack", image_size=224)
+
+
+@pytest.mark.parametrize(("short_side", "stated"), [(0, 352), (352, 0), (352, 320)])
+def test_a_pack_of_another_short_side_than_is_stated_is_refused(packed, tmp_path, short_side, stated):
+    shutil.copytree(packed, tmp_path / "pack")
+    change(tmp_path / "pack/pack.json", making__short_side=short_side)
+    opening = ("pack", tmp_path / "pack", 16, "none", False, 0, "skip")
+    with pytest.raises(ValueError, match=rf"_side = {stated}: .* of short side {short_side}, .*write {short_side},"):
+        open_datasets(*opening, stated)
+    open_datasets(*opening, short_side)
