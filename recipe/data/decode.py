@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -43,7 +43,13 @@ def decode(file: bytes) -> Decoded:
                 return Decoded(torch.from_numpy(simplejpeg.decode_jpeg(file, colorspace="RGB")))
         except ValueError:
             pass
-    return Decoded(_decode_by_pil(file), by_pil=True)
+    if not file:
+        raise ValueError("the file is empty")
+    try:
+        return Decoded(_decode_by_pil(file), by_pil=True)
+    except UnidentifiedImageError:
+        # PIL's own message names the place in memory, another one each time.
+        raise UnidentifiedImageError("cannot identify image file") from None
 
 
 def plain_jpeg_size(file: bytes) -> tuple[int, int] | None:

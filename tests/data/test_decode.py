@@ -67,7 +67,17 @@ def test_what_a_camera_adds_behind_a_jpeg_is_ignored():
     assert torch.equal(decode(file + b"what a camera adds").pixels, by_pil(file))
 
 
-@pytest.mark.parametrize("file", [b"", b"\xff\xd8", b"\xff\xd8\xff\xe0 no image", b"text", encoded(picture())[:300]])
-def test_what_is_no_image_is_refused(file):
-    with pytest.raises(module.UNREADABLE):
+@pytest.mark.parametrize(
+    ("file", "problem"),
+    [
+        (b"", "the file is empty"),
+        (b"\xff\xd8", "cannot identify image file"),
+        (b"\xff\xd8\xff\xe0 no image", "Truncated File Read"),
+        (b"text", "cannot identify image file"),
+        (encoded(picture())[:300], "Truncated File Read"),
+    ],
+)
+def test_what_is_no_image_is_refused(file, problem):
+    with pytest.raises(module.UNREADABLE) as error:
         decode(file)
+    assert str(error.value) == problem
