@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 import signal
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,15 +100,17 @@ def _pixels(text: str) -> int:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Have a signal raise ``Interrupted``."""
+    """Have the first signal raise ``Interrupted``; the process ends with it, and others change nothing of how."""
+    came: list[int] = []
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted(signum)
+        came.append(signum)
+        if len(came) == 1:
+            raise Interrupted(signum)
 
     before = {signum: signal.signal(signum, interrupt) for signum in heeded()}
-    try:
-        yield
-    finally:
+    yield
+    if not came:
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
@@ -155,6 +158,8 @@ def _sources(folder: FolderIndex) -> list[Source]:
             status = os.stat(path)
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}; mend or remove it") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: not a regular file; remove it")  # to open a pipe would wait for a writer
         sources.append(Source(path.removeprefix(prefix), label, status.st_size, status.st_mtime_ns))
     return sources
 

@@ -114,7 +114,8 @@ def pack_shards(
             futures = [executor.submit(_pack_shard, shard, making) for shard in shards]
         done, waiting = set(), set(futures)
         while waiting:
-            over, waiting = wait(waiting, _LOOK_EVERY_SECONDS, FIRST_COMPLETED)
+            with _signals_wait():
+                over, waiting = wait(waiting, _LOOK_EVERY_SECONDS, FIRST_COMPLETED)
             done |= over
             for future in over:
                 future.result()
@@ -132,7 +133,10 @@ def pack_shards(
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Put signals off: an exception between the start of a process and the note that it was started would lose it."""
+    """Put signals off: an exception between the start of a process and the note that it was started would lose it.
+
+    One within ``wait`` would leave locks behind that ``shutdown`` needs.
+    """
     came: list[int] = []
     handlers = {signum: signal.signal(signum, lambda signum, frame: came.append(signum)) for signum in heeded()}
     # The processes inherit the mask: a Ctrl-C at the terminal reaches them, too, but it is this one that ends them.
