@@ -228,6 +228,12 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert pack(tmp_path / "images", tmp_path / "pack", 0) == 0
     assert main(["--verify", str(tmp_path / "pack")]) == 0
     assert capsys.readouterr().out.endswith(f"{tmp_path / 'pack'}: 8 files, whole\n")
+    header = tmp_path / "pack/pack.json"
+    text = header.read_text()
+    header.write_text(text.replace('"images": 6', '"images": 7'))
+    assert main(["--verify", str(tmp_path / "pack")]) == 1
+    assert f"damaged: {tmp_path}/pack/train/images.npy: not the index of 7 images of 2" in capsys.readouterr().out
+    header.write_text(text)
     shard = tmp_path / "pack/val/00000.tar"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -237,7 +243,11 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, capsys: pytest.CaptureFixtur
     shard.unlink()
     assert main(["--verify", str(tmp_path / "pack")]) == 1
     assert f"damaged: {shard}: No such file or directory\n" in capsys.readouterr().out
+    capsys.readouterr()
     assert main(["--verify", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"recipe: {tmp_path} holds no whole pack, which has a pack.json; make one by python -m recipe pack\n"
+    )
 
 
 def test_a_complete_pack_is_left_as_it_is_and_another_is_refused(

@@ -1,21 +1,21 @@
-"""Whether every byte of a pack is what was written."""
+"""Whether every byte of a pack is what was written, and its header that of its index."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from recipe.commands.pack_progress import Progress
-from recipe.data.pack_format import File, damage, read_header, sha256_of
+from recipe.data.pack_format import File, damage, open_index, read_header, sha256_of
 from recipe.interruption import Interrupted
 
 WHOLE, DAMAGED = 0, 1
 
 
 def verify(destination: Path) -> int:
-    """Compare every byte of a pack with what was written; return the exit code.
+    """Compare every byte of a pack with what was written, and the header with the index; return the exit code.
 
     Raises:
-        ValueError: there is no pack.
+        ValueError: there is no pack, or its header cannot be read.
     """
     header = read_header(destination)
     files = [(destination / part.folder / file.file, file) for part in header.parts for file in part.shards]
@@ -41,6 +41,12 @@ def verify(destination: Path) -> int:
             print(f"damaged: {path}: {problem}")
     if damaged:
         print(f"{destination}: {damaged} of {len(files)} files are damaged; copy them again, or make the pack anew")
+        return DAMAGED
+    try:
+        for part in header.parts:
+            open_index(destination, header, part)
+    except ValueError as error:
+        print(f"damaged: {error}")
         return DAMAGED
     print(f"{destination}: {len(files)} files, whole")
     return WHOLE

@@ -9,7 +9,7 @@ import numpy as np
 from recipe.data.augment import Crop, evaluation_short_side
 from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage
 from recipe.data.decode import UNREADABLE, Decoded, decode
-from recipe.data.pack_format import HEADER, IMAGE, IMAGES, NAMES, Header, Part, damage, load_array, read_header
+from recipe.data.pack_format import HEADER, Header, Part, damage, open_index, read_header
 from recipe.strict_json import printable
 
 
@@ -22,7 +22,7 @@ class PackedImages(ImageDataset):
         part: One of the header's two.
 
     Raises:
-        ValueError: A file is missing or has another size than was written, or an index is damaged.
+        ValueError: A file is missing or has another size than was written, or see ``open_index``.
     """
 
     def __init__(
@@ -41,15 +41,10 @@ class PackedImages(ImageDataset):
         for shard in part.shards:
             if problem := damage(folder / shard.file, shard):
                 raise ValueError(f"{folder / shard.file}: {problem}; copy it again, or make the pack anew")
-        indices = {file.file: file for file in part.indices}
         # Mapped, and no Python objects in them: forked workers, and the other ranks of the host, share them.
-        self._images = load_array(folder / IMAGES, indices[IMAGES], IMAGE)
-        self._names = load_array(folder / NAMES, indices[NAMES], np.uint8)
-        labels = self._images["label"].astype(np.int64)
-        if len(labels) != part.images or labels.max() >= len(header.classes):
-            raise ValueError(f"{folder / IMAGES}: not the index of {part.images:,} images; make the pack anew")
+        self._images, self._names = open_index(pack, header, part)
         super().__init__(
-            labels,
+            self._images["label"].astype(np.int64),
             len(header.classes),
             image_size=image_size,
             crop=crop,

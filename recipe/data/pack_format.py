@@ -14,11 +14,11 @@ The validation images lie likewise in ``val/`` or ``test/``. No array holds Pyth
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from recipe.deepspeed_sections import Count, Section, Size
 from recipe.strict_json import parse_json, read_text
@@ -107,13 +107,6 @@ class Header(Section):
     validation: Part
     """an object with folder, images, shards, indices and bad_images"""
 
-    @model_validator(mode="after")
-    def _indices_are_there(self) -> Self:
-        for part in (self.train, self.validation):
-            if not {IMAGES, NAMES} <= {file.file for file in part.indices}:
-                raise ValueError("without images.npy and names.npy")
-        return self
-
     @property
     def parts(self) -> tuple[Part, Part]:
         return self.train, self.validation
@@ -123,11 +116,41 @@ def read_header(pack: Path) -> Header:
     """The header of the pack in a folder.
 
     Raises:
-        ConfigError: it cannot be read, or is not one of this version.
+        ValueError: there is none, it cannot be read, or is not one of this version.
     """
     path = pack / HEADER
+    if not path.is_file():
+        raise ValueError(f"{pack} holds no whole pack, which has a {HEADER}; make one by python -m recipe pack")
     raw = parse_json(read_text(path, "*.json"), str(path))
-    return validate(Header, raw, str(path), "make the pack anew with python -m recipe pack")
+    header = validate(Header, raw, str(path), "make the pack anew with python -m recipe pack")
+    if header.train.folder != "train" or header.validation.folder == "train":
+        raise ValueError(f"{path}: train lies in train/, validation in val/ or test/; make the pack anew")
+    return header
+
+
+def open_index(pack: Path, header: Header, part: Part) -> tuple[npt.NDArray, npt.NDArray]:
+    """(images, names) of a part, mapped into memory.
+
+    Raises:
+        ValueError: they are not what was written, or not what the header speaks of.
+    """
+    folder, files = pack / part.folder, {file.file: file for file in part.indices}
+    for name in (IMAGES, NAMES):
+        if name not in files:
+            raise ValueError(f"{pack / HEADER}: {part.folder} has no {name}; make the pack anew")
+    images = load_array(folder / IMAGES, files[IMAGES], IMAGE)
+    names = load_array(folder / NAMES, files[NAMES], np.uint8)
+    if (
+        len(images) != part.images
+        or int(images["label"].max()) + 1 != len(header.classes)
+        or int(images["name_end"][-1]) != len(names)
+        or [shard.file for shard in part.shards] != list(map(shard_name, range(int(images["shard"].max()) + 1)))
+    ):
+        raise ValueError(
+            f"{folder / IMAGES}: not the index of {part.images:,} images of {len(header.classes):,} classes in "
+            f"{len(part.shards)} shards, of which {HEADER} speaks; make the pack anew"
+        )
+    return images, names
 
 
 def shard_name(number: int) -> str:

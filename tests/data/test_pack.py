@@ -141,7 +141,16 @@ def replace_index(pack, array):
         (lambda pack: change(pack / "pack.json", making__version=2), "{pack}/pack.json: making.version = 2: not 1;"),
         (lambda pack: change(pack / "pack.json", train__images=9), "{pack}/train/images.npy: not the index of 9 "),
         (lambda pack: change(pack / "pack.json", classes=["c0"]), "{pack}/train/images.npy: not the index of 21 "),
-        (lambda pack: change(pack / "pack.json", train__indices=[]), "{pack}/pack.json: "),
+        (lambda pack: change(pack / "pack.json", classes=[]), "{pack}/train/images.npy: not the index of 21 "),
+        (
+            lambda pack: change(pack / "pack.json", train__shards=[]),
+            "{pack}/train/images.npy: not the index of 21 images of 3 classes in 0 shards, of which pack.json speaks;",
+        ),
+        (lambda pack: change(pack / "pack.json", train__indices=[]), "{pack}/pack.json: train has no images.npy;"),
+        (
+            lambda pack: change(pack / "pack.json", validation=json.loads((pack / "pack.json").read_text())["train"]),
+            "{pack}/pack.json: train lies in train/, validation in val/ or test/; make the pack anew",
+        ),
         (lambda pack: (pack / "val/00000.tar").unlink(), "{pack}/val/00000.tar: No such file or directory; copy it"),
         (lambda pack: os.truncate(pack / "train/00000.tar", 512), "{pack}/train/00000.tar: 512 bytes, of "),
         (lambda pack: os.truncate(pack / "train/names.npy", 99), "{pack}/train/names.npy: 99 bytes, of "),
