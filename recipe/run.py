@@ -233,14 +233,14 @@ def resume(engine: DeepSpeedEngine, run: Run) -> tuple[History, list[str]]:
         CheckpointError: those that are whole cannot be loaded, or none is and the run must resume.
     """
     if not run.start.checkpoints:
-        return History(), list(run.start.messages)
+        return begin(run), list(run.start.messages)
     loaded, state, messages = checkpoint.load_newest(engine, run.start.checkpoints)
     messages = [*run.start.messages, *messages]
     if loaded is None:
         if run.start.must_resume:
             raise CheckpointError(f"--resume must: no checkpoint is whole: {'; '.join(messages)}")
         checkpoint.set_aside(run.start.checkpoints)
-        return History(), [*messages, "no whole checkpoint is left: training begins anew"]
+        return begin(run), [*messages, "no whole checkpoint is left: training begins anew"]
     restore_running_averages(engine.module, state["running_averages"])
     # Checkpoints of earlier versions do not know the noise scale.
     noise_scale = NoiseScale(**state.get("noise_scale", {}))
@@ -248,6 +248,12 @@ def resume(engine: DeepSpeedEngine, run: Run) -> tuple[History, list[str]]:
     history = History(state["validations"], set(state["bad_images"]), state["seconds"], noise_scale, decoded_by_pil)
     messages += statistics_change(run.plan, run.start)
     return history, [*messages, f"resumed from {loaded.path}, {engine.global_steps:,} steps done"]
+
+
+def begin(run: Run) -> History:
+    """The history of a run that begins; what every rank holds, all of it, was decoded for the run once."""
+    held = sum(part.decoded_by_pil for part in run.datasets or ())
+    return History(decoded_by_pil=held if dist.get_rank() == 0 else 0)
 
 
 def save(engine: DeepSpeedEngine, run: Run, history: History, seconds: float, top1: float | None) -> None:

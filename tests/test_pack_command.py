@@ -363,6 +363,8 @@ def test_the_check_of_the_hosts_counts_a_pack(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_training_from_a_pack_is_training_from_the_folder(tmp_path: Path) -> None:
     images = write_folder(tmp_path / "images", images=12)
+    for part in ("train", "val"):
+        picture(9).save(images / part / "c1/3.jpg", "PNG")
     assert pack(images, tmp_path / "pack", 0) == 0
     for source, path in (("imagefolder", images), ("pack", tmp_path / "pack")):
         data = {"source": source, "path": str(path), "image_size": 32, "train_images": 24, "validation_images": 24}
@@ -370,7 +372,7 @@ def test_training_from_a_pack_is_training_from_the_folder(tmp_path: Path) -> Non
             *("--deepspeed_config", DIGITS, "--output", str(tmp_path / source)),
             *("--set=train_batch_size=8", "--set=recipe.model.num_classes=2", "--set=recipe.schedule.epochs=2"),
             *("--set=recipe.schedule.decay_epochs=[1]", "--set=recipe.schedule.warmup_epochs=0"),
-            f"--set=recipe.data={json.dumps(data | {'workers': 1})}",
+            f"--set=recipe.data={json.dumps(data | {'workers': 1, 'on_device': source == 'imagefolder'})}",
         )
     told = []
     for source in ("imagefolder", "pack"):
@@ -379,6 +381,9 @@ def test_training_from_a_pack_is_training_from_the_folder(tmp_path: Path) -> Non
     assert told[0] == told[1]
     assert len(told[0]) == 8
     assert compare([str(tmp_path / "imagefolder"), str(tmp_path / "pack")]) == 0
+    summaries = [json.loads((tmp_path / source / "summary.json").read_text()) for source in ("imagefolder", "pack")]
+    # Two PNGs, on the device once and from the pack in each of two epochs.
+    assert [summary["decoded_by_pil"] for summary in summaries] == [2, 4]
     states = [
         torch.load(tmp_path / source / "checkpoints/step-00000006/mp_rank_00_model_states.pt", weights_only=True)[
             "module"

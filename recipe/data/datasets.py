@@ -49,6 +49,9 @@ class BadImageError(ValueError):
 class Samples(Dataset[Sample], ABC):
     """What a loader takes: samples by key in a worker, and in the main process the way from a batch to its pixels."""
 
+    decoded_by_pil = 0
+    """Images that PIL has decoded beforehand; no batch counts them again."""
+
     @abstractmethod
     def __len__(self) -> int: ...
 

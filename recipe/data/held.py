@@ -41,11 +41,11 @@ class HeldImages(Samples):
         def read(index: int) -> Sample:
             if not training:
                 return dataset[index]
-            (pixels, _), source = dataset.readable_from(index)
+            (pixels, by_pil), source = dataset.readable_from(index)
             if dataset.crop != "random_resized":
                 pixels = resize(pixels, dataset.image_size, dataset.image_size)
             bad_image = "" if source == index else dataset.name(index)
-            return Sample(pixels, int(dataset.labels[source]), bad_image=bad_image)
+            return Sample(pixels, int(dataset.labels[source]), bad_image=bad_image, by_pil=by_pil)
 
         first = read(0).image
         _check_memory(len(dataset), first, device)
@@ -63,7 +63,8 @@ class HeldImages(Samples):
                     )
                 images[index] = sample.image
                 row = index if sample.weight else PADDING
-                self._samples.append(sample._replace(image=torch.tensor([row, *_CUT])))
+                self._samples.append(sample._replace(image=torch.tensor([row, *_CUT]), by_pil=False))
+                self.decoded_by_pil += sample.by_pil
         self._images = images.to(device)
 
     def __len__(self) -> int:

@@ -58,6 +58,7 @@ def test_bad_images_are_replaced_or_left_out_as_from_the_folder(tmp_path):
     folder = write_folder(tmp_path)
     for part in ("train", "val"):
         (folder / part / "c0" / "2.jpg").write_bytes(b"no image")
+        picture(5).save(folder / part / "c1" / "1.jpg", "PNG")
     plain = open_datasets("imagefolder", folder, 16, "padded", True, 0, "skip")
     for part in plain:
         training = part is plain[0]
@@ -65,7 +66,8 @@ def test_bad_images_are_replaced_or_left_out_as_from_the_folder(tmp_path):
         for key in [(1, index) for index in range(6)] if training else [*range(6), PADDING]:
             expected, ours = part[key], held[key]
             assert torch.equal(seen(held, ours), expected.image), key
-            assert ours._replace(image=None) == expected._replace(image=None)
+            assert ours._replace(image=None) == expected._replace(image=None, by_pil=False)
+        assert held.decoded_by_pil == 1
     with pytest.raises(BadImageError, match=r"2\.jpg: not a readable image"):
         HeldImages(open_datasets("imagefolder", folder, 16, "padded", True, 0, "stop")[1], CPU, training=False)
 
