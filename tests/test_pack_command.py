@@ -17,11 +17,12 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
 
 from recipe.commands import pack as command
-from recipe.commands import pack_shards
+from recipe.commands import pack_progress, pack_shards
 from recipe.commands.compare import main as compare
 from recipe.commands.host_probe import data as count_data
 from recipe.commands.host_report import Host, format_table
 from recipe.commands.pack import main, pack
+from recipe.commands.pack_progress import Progress
 from recipe.config import read_config
 from recipe.data import open_datasets
 from recipe.plan import make_plan
@@ -255,6 +256,9 @@ def test_a_complete_pack_is_left_as_it_is_and_another_is_refused(
 ) -> None:
     words = [str(write_folder(tmp_path / "images")), str(tmp_path / "pack")]
     assert main(words) == 0
+    shards = [tmp_path / "pack" / part / "00000.tar" for part in ("train", "val")]
+    size = sum(shard.stat().st_size for shard in shards) / 2**20
+    assert f"2 shards, {size:.2f} MiB; 0 images" in capsys.readouterr().out
     before = contents(tmp_path / "pack")
     assert main(words) == 0
     assert "is complete already" in capsys.readouterr().out
@@ -324,6 +328,22 @@ def test_a_full_disk_is_told_in_one_line_and_the_same_command_goes_on(tmp_path: 
     assert process.returncode == 2
     assert said == f"recipe: {tmp_path / 'pack'}: File too large; mend that, and the same command goes on\n"
     assert pack(images, tmp_path / "pack", 0) == 0
+
+
+def test_a_log_has_a_line_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = 1000.0
+    monkeypatch.setattr(pack_progress.time, "monotonic", lambda: now)
+    progress, looks = Progress(1_281_167, 256), Progress(3 * 2**30, 9, unit="byte")
+    for seconds, images, shards in ((0, 500_000, 90), (61, 500_000, 90), (100, 530_000, 95), (122, 561_000, 99)):
+        now = 1000.0 + seconds
+        progress.show(images, shards)
+    looks.add(2**30)
+    assert capsys.readouterr().err == (
+        "500000 of 1281167 images, 8196.72 images/s, 01:35 left, 90 of 256 shards\n"
+        # 61,000 in 61 s, and 720,167 are left.
+        "561000 of 1281167 images, 1000.00 images/s, 12:00 left, 99 of 256 shards\n"
+        "1.07G of 3.22G bytes, 8.80M bytes/s, 04:04 left\n"
+    )
 
 
 def test_two_packs_at_once_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -271,10 +271,11 @@ def _report(destination: Path, header: Header) -> None:
     if len(bad) > BAD_IMAGES_SHOWN:
         print(f"… and {len(bad) - BAD_IMAGES_SHOWN:,} more; all stand in {destination / HEADER}")
     size = sum(shard.bytes for part in header.parts for shard in part.shards)
+    text = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
     print(
         f"{destination}: {header.train.images:,} training images, {header.validation.images:,} for validation, "
         f"{len(header.classes):,} classes, {len(header.train.shards) + len(header.validation.shards)} shards, "
-        f"{size / 2**30:.2f} GiB; {header.train.resized + header.validation.resized:,} images resized, {len(bad):,} bad"
+        f"{text}; {header.train.resized + header.validation.resized:,} images resized, {len(bad):,} bad"
     )
     short_side = f'"pack_short_side": {header.making.short_side}, ' if header.making.short_side else ""
     print(f'to train from it: "source": "pack", {short_side}and --data {destination}')

@@ -1,4 +1,4 @@
-"""How far a pack is: a bar, or lines where there is no terminal."""
+"""How far a pack is: a bar, or a line a minute where there is no terminal."""
 
 import sys
 import threading
@@ -24,7 +24,7 @@ class Progress:
         self._total, self._files, self._unit = total, files, unit
         self._done = 0
         self._lock = threading.Lock()
-        self._line_printed_at = time.monotonic()
+        self._line_printed_at, self._done_then = time.monotonic(), 0
         self._bar: tqdm[Any] | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, unit=f" {unit}s", unit_scale=unit == "byte", dynamic_ncols=True)
@@ -54,6 +54,16 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(files.removeprefix(", "), refresh=False)
             self._bar.update(self._done - self._bar.n)
-        elif time.monotonic() - self._line_printed_at > LINE_EVERY_SECONDS:
-            self._line_printed_at = time.monotonic()
-            print(f"{self._done / self._total:.0%} of the {self._unit}s{files}", file=sys.stderr, flush=True)
+        elif (seconds := time.monotonic() - self._line_printed_at) > LINE_EVERY_SECONDS:
+            # The rate since the line before: what an earlier launch has packed is done in no time.
+            line = tqdm.format_meter(
+                self._done,
+                self._total,
+                seconds,
+                rate=(self._done - self._done_then) / seconds,
+                unit=f" {self._unit}s",
+                unit_scale=self._unit == "byte",
+                bar_format="{n_fmt} of {total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left",
+            )
+            self._line_printed_at, self._done_then = time.monotonic(), self._done
+            print(f"{line}{files}", file=sys.stderr, flush=True)
