@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.report import context, heading, write
+from benchmarks.report import add_json, context, heading, made_folder, positive, write
 from recipe.data import SyntheticLoader
 from recipe.model import build_model, parameter_groups
 from recipe.scaling import RateSchedule
@@ -54,15 +54,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.checkpoint_cost", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="resnet50", help="timm's name (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels a side (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="images a step (default: %(default)s)")
-    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32")
-    parser.add_argument("--saves", type=int, default=7, help="checkpoints to write (default: %(default)s)")
+    parser.add_argument("--image-size", type=positive, default=224, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=16, help="images a step (default: %(default)s)")
+    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--saves", type=positive, default=7, help="checkpoints to write (default: %(default)s)")
     parser.add_argument(
-        "--images-per-second", type=float, nargs="+", default=[2_500, 20_000, 32_000], help="speeds to assume"
+        "--images-per-second",
+        type=float,
+        nargs="+",
+        default=[2_500, 20_000, 32_000],
+        help="speeds to assume (default: 2500 20000 32000)",
     )
-    parser.add_argument("--folder", type=Path, help="where checkpoints are written (default: the system's for such)")
-    parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
+    parser.add_argument(
+        "--folder", type=made_folder, help="where checkpoints are written (default: the system's for such)"
+    )
+    add_json(parser)
     return parser.parse_args(argv)
 
 

@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import SGD, Optimizer
 
-from benchmarks.report import context, heading, write
+from benchmarks.report import add_json, at_least, context, heading, positive, write
 from recipe.data import Batch, SyntheticLoader
 from recipe.model import build_model, parameter_groups
 from recipe.scaling import RateSchedule
@@ -93,16 +93,24 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; a combination that cannot run ends the program."""
     parser = argparse.ArgumentParser(prog="benchmarks.engine_overhead", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="resnet18", help="timm's name (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=64, help="pixels a side (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=int, default=32, help="images a rank (default: %(default)s)")
-    parser.add_argument("--accumulation", type=int, nargs="+", default=[1, 8, 32], help="one measurement each")
-    parser.add_argument("--steps", type=int, default=40, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--world-size", type=int, nargs="+", default=[1], help="one after the other; not with torchrun")
-    parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
-    parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
+    parser.add_argument("--image-size", type=positive, default=64, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=positive, default=32, help="images a rank (default: %(default)s)")
+    parser.add_argument(
+        "--accumulation", type=positive, nargs="+", default=[1, 8, 32], help="one measurement each (default: 1 8 32)"
+    )
+    parser.add_argument("--steps", type=at_least(2), default=40, help="timed rounds (default: %(default)s)")
+    parser.add_argument(
+        "--world-size",
+        type=positive,
+        nargs="+",
+        default=[1],
+        help="one after the other (default: 1); not with torchrun",
+    )
+    parser.add_argument(
+        "--precision", choices=list(DTYPES), default="fp32", help="of the training (default: %(default)s)"
+    )
+    add_json(parser)
     arguments = parser.parse_args(argv)
-    if arguments.steps < 2:
-        parser.error(f"--steps {arguments.steps}: a spread needs at least 2")
     if arguments.precision == "fp16" and not torch.cuda.is_available():
         parser.error("--precision fp16 needs a GPU")
     if torch.cuda.is_available() and "RANK" not in os.environ and max(arguments.world_size) > torch.cuda.device_count():

@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -48,7 +47,7 @@ from benchmarks.engine_overhead import (
     shown,
     synthetic_batches,
 )
-from benchmarks.report import context, heading, write
+from benchmarks.report import add_json, context, heading, positive, write
 from recipe.data import Batch
 from recipe.kernels import choose_kernels
 from recipe.model import build_model, parameter_groups
@@ -109,14 +108,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="benchmarks.gpu_throughput", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="resnet50", help="timm's name (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels a side (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=int, nargs="+", default=[64, 128, 256, 512], help="one table each")
-    parser.add_argument("--steps", type=int, default=30, help="timed steps a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--image-size", type=positive, default=224, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=positive, nargs="+", default=[64, 128, 256, 512], help="one table each")
+    parser.add_argument("--steps", type=positive, default=30, help="timed steps a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=3, help="(default: %(default)s)")
     parser.add_argument("--precision", choices=list(DTYPES), default="fp16" if gpu else "fp32")
     parser.add_argument("--loops", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--peak-tflops", type=float, help="of the GPU in this precision, where it is not known here")
-    parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
+    add_json(parser)
     arguments = parser.parse_args(argv)
     if arguments.rounds < 2:
         parser.error(f"--rounds {arguments.rounds}: a spread needs at least 2")

@@ -33,7 +33,7 @@ import scipy.stats
 import torch
 
 from benchmarks.launch import ROOT, direct_command, environment
-from benchmarks.report import context, heading, write
+from benchmarks.report import add_json, context, heading, positive, write
 
 BATCH, STEPS_PER_EPOCH = 512, 2
 N = 32
@@ -188,11 +188,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="benchmarks.hardware_independence", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--epochs", type=int, default=25, help="of two steps each (default: %(default)s)")
-    parser.add_argument("--splits", type=int, default=len(GRID), help="how many of the grid (default: all %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=25, help="of two steps each (default: %(default)s)")
+    parser.add_argument(
+        "--splits", type=positive, default=len(GRID), help="how many of the grid (default: all %(default)s)"
+    )
     parser.add_argument("--only-fp64", action="store_true", help="no more than the first of the four parts")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file for the results; table and plots come beside it")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time (default: %(default)s)")
+    add_json(parser, "table and plots come beside it")
     arguments = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(Path(folder), arguments.epochs, arguments.jobs)

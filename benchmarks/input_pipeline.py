@@ -41,7 +41,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional
 
-from benchmarks.report import context, heading, write
+from benchmarks.report import add_json, context, heading, positive, write
 from recipe.commands.pack import pack
 from recipe.data import EncodedImages, ImageDataset, Samples, TrainLoader, open_decoder
 from recipe.data.augment import random_resized_box, sample_rng
@@ -115,19 +115,23 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.input_pipeline", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=Path, help="folder with a folder of images a class (default: made up)")
-    parser.add_argument("--made-up", type=int, default=100, metavar="N", help="so many images (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels a side (default: %(default)s)")
     parser.add_argument(
-        "--short-sides", type=int, nargs="+", default=[400, 352, 320], metavar="PIXELS", help="a pack each"
+        "--made-up", type=positive, default=100, metavar="N", help="so many images (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="passes over the images (default: %(default)s)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="one measurement each (default: 1 2)")
-    parser.add_argument("--micro-batch", type=int, default=32, help="images a batch (default: %(default)s)")
+    parser.add_argument("--image-size", type=positive, default=224, help="pixels a side (default: %(default)s)")
+    parser.add_argument(
+        "--short-sides", type=positive, nargs="+", default=[400, 352, 320], metavar="PIXELS", help="a pack each"
+    )
+    parser.add_argument("--rounds", type=positive, default=5, help="passes over the images (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=positive, nargs="+", default=[1, 2], help="one measurement each (default: 1 2)"
+    )
+    parser.add_argument("--micro-batch", type=positive, default=32, help="images a batch (default: %(default)s)")
     parser.add_argument(
         "--decoders", nargs="+", choices=["gpu", "dali"], default=[], help="whose loaders are measured, too"
     )
     parser.add_argument("--device", default="cpu", help="where the loaders' batches go (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
+    add_json(parser)
     return parser.parse_args(argv)
 
 

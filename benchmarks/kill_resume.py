@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.killed_train import MOMENTS
 from benchmarks.launch import ROOT, deepspeed_command, environment
-from benchmarks.report import context, heading, write
+from benchmarks.report import add_json, context, heading, positive, write
 
 TIMEOUT_SECONDS = 600
 EPOCHS, STEPS_PER_EPOCH, SAVE_EVERY = 4, 5, 2
@@ -229,9 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.kill_resume", words)
     parser = argparse.ArgumentParser(prog="benchmarks.kill_resume", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=100, help="(default: %(default)s)")
+    parser.add_argument("--kills", type=positive, default=100, help="in all (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
+    add_json(parser)
     arguments = parser.parse_args(words)
     dice = random.Random(arguments.seed)
     settings = [Setting(1, "fp32"), Setting(2, "fp32"), Setting(1, "fp16")]

@@ -13,7 +13,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from benchmarks.engine_overhead import (
     synthetic_batches,
     timed,
 )
-from benchmarks.report import context, heading, write
+from benchmarks.report import add_json, at_least, context, heading, positive, write
 from recipe.config import NoiseScale
 from recipe.model import build_model
 from recipe.train import set_up_torch
@@ -72,12 +71,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.noise_scale_cost", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="resnet18", help="timm's name (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=64, help="pixels a side (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=int, default=32, help="images a rank (default: %(default)s)")
-    parser.add_argument("--accumulation", type=int, nargs="+", default=[1, 8], help="one measurement each")
-    parser.add_argument("--steps", type=int, default=40, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
-    parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
+    parser.add_argument("--image-size", type=positive, default=64, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=positive, default=32, help="images a rank (default: %(default)s)")
+    parser.add_argument(
+        "--accumulation", type=positive, nargs="+", default=[1, 8], help="one measurement each (default: 1 8)"
+    )
+    parser.add_argument("--steps", type=at_least(2), default=40, help="timed rounds (default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=list(DTYPES), default="fp32", help="of the training (default: %(default)s)"
+    )
+    add_json(parser)
     return parser.parse_args(argv)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.launch import ROOT, deepspeed_command, environment
-from benchmarks.report import context, heading, write
+from benchmarks.report import add_json, context, heading, positive, write
 from recipe.metrics import read_events
 from recipe.plan import DIGITS_IMAGES
 
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; print a table, and write it and the numbers if asked to."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="benchmarks.noise_scale_digits", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5, help="runs (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
+    parser.add_argument("--seeds", type=positive, default=5, help="runs (default: %(default)s)")
+    add_json(parser)
     arguments, before = parser.parse_args(words), context("benchmarks.noise_scale_digits", words)
     with tempfile.TemporaryDirectory() as folder:
         results = [measure(seed, Path(folder, str(seed))) for seed in range(arguments.seeds)]

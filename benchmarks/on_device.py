@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from benchmarks.report import context, heading, write
+from benchmarks.report import add_json, context, heading, positive, write
 from recipe.config import read_config
 from recipe.data import Batch, HeldImages, TrainLoader, open_datasets
 from recipe.model import build_model
@@ -42,11 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=Path("ds_configs/cifar10_b1024.json"), help="(%(default)s)")
     parser.add_argument("--data", type=Path, help="folder with train/ and val/ (default: made up)")
     parser.add_argument("--device", default="cpu", help="where the model is (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=8, help="a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=1, help="of the folder's and the held images' loader, each")
-    parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
+    parser.add_argument("--micro-batch", type=positive, default=64, help="(default: %(default)s)")
+    parser.add_argument("--batches", type=positive, default=8, help="a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=5, help="(default: %(default)s)")
+    parser.add_argument("--workers", type=positive, default=1, help="of the folder's and the held images' loader, each")
+    add_json(parser)
     arguments = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as temporary:
         data = arguments.data

@@ -1,10 +1,12 @@
-"""What every benchmark says beside its numbers: command, date, hardware and versions; and how it writes them."""
+"""What benchmarks share: options, and command, date, hardware and versions beside the numbers that they write."""
 
+import argparse
 import json
 import os
 import platform
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +17,49 @@ import torch
 from recipe.commands.machine import processor
 
 PACKAGES = ("torch", "deepspeed", "timm")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that counts something."""
+
+    def count(text: str) -> int:
+        number = int(text) if text.isdecimal() and len(text) < 10 else -1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to 999999999")
+        return number
+
+    return count
+
+
+positive = at_least(1)
+
+
+def made_folder(text: str) -> Path:
+    """The type of an option that names a folder to write into: it is made before anything is measured."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be made a folder: {error.strerror}") from None
+    if not os.access(text, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written to")
+    return Path(text)
+
+
+def add_json(parser: argparse.ArgumentParser, beside: str = "the table comes beside it, as .md") -> None:
+    """Give a benchmark its option ``--json``."""
+
+    def results(text: str) -> Path:
+        file = made_folder(str(Path(text).parent)) / Path(text).name
+        if file.suffix == ".md" or file.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} cannot be the JSON: a file's name is expected, not in .md")
+        return file
+
+    parser.add_argument("--json", type=results, metavar="FILE", help=f"file for the results; {beside}")
+
+
+def say(progress: str) -> None:
+    """Tell a person at the terminal how far it is; the tables alone go to standard output."""
+    print(progress, file=sys.stderr, flush=True)
 
 
 def context(module: str, words: Sequence[str], packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
@@ -52,6 +97,5 @@ def heading(title: str, report: dict[str, Any]) -> list[str]:
 
 def write(file: Path, report: dict[str, Any], table: str) -> None:
     """Write a report as JSON, and its Markdown beside it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     file.with_suffix(".md").write_text(table, encoding="utf-8")

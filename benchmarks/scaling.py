@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.launch import ROOT, deepspeed_command, environment
-from benchmarks.report import context, heading, write
+from benchmarks.report import add_json, context, heading, positive, write
 from benchmarks.scaling_rank import FOUND, MODEL
 from recipe.communication import Link, all_reduce_bytes, all_reduce_seconds, efficiency, exposed_seconds
 
@@ -120,11 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.scaling", words)
     parser = argparse.ArgumentParser(prog="benchmarks.scaling", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="on this machine (default: 1 2 4)")
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2, 4], help="on this machine (default: 1 2 4)")
     parser.add_argument("--hosts", nargs="*", default=[], metavar="RATE", help="rates of the links of 2 and 4 hosts")
-    parser.add_argument("--micro-batch", type=int, default=16, help="images a rank and step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=15, help="of each way to reduce (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
+    parser.add_argument(
+        "--micro-batch", type=positive, default=16, help="images a rank and step (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=positive, default=15, help="of each way to reduce (default: %(default)s)")
+    add_json(parser)
     arguments = parser.parse_args(words)
     cases: list[tuple[int, str | None]] = [(ranks, None) for ranks in arguments.ranks]
     cases += [(ranks, rate) for rate in arguments.hosts for ranks in (2, 4)]

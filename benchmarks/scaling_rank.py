@@ -28,10 +28,10 @@ WAYS = ("overlapped", "blocking", "none")
 def main() -> None:
     """Measure, and have rank 0 write what all found."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--micro-batch", type=int, required=True)
-    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--micro-batch", type=int, required=True, help="images a rank and step")
+    parser.add_argument("--steps", type=int, required=True, help="of each way to reduce")
     parser.add_argument("--folder", type=Path, required=True, help="an empty one that all ranks see")
-    parser.add_argument("--local_rank", type=int)
+    parser.add_argument("--local_rank", type=int, help="the launcher's, and not looked at")
     arguments = parser.parse_args()
     set_up_torch()
     import torch

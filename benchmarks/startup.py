@@ -23,7 +23,7 @@ from unittest import mock
 from torchvision.datasets import ImageFolder
 
 from benchmarks.launch import ROOT, deepspeed_command, environment
-from benchmarks.report import context, heading, write
+from benchmarks.report import add_json, at_least, context, heading, made_folder, positive, say, write
 from benchmarks.timed_train import ORDER
 from recipe.data import folder_index
 
@@ -57,12 +57,22 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.startup", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--launches", nargs="+", choices=LAUNCHES, default=list(LAUNCHES), help="(default: all)")
-    parser.add_argument("--rounds", type=int, default=5, help="of each, in turn (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=200_000, help="files to list (default: %(default)s)")
-    parser.add_argument("--image-folders", type=int, default=1000, help="they lie in (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="where they are made (default: the system's for such)")
-    parser.add_argument("--json", type=Path, help="file for the results; the table comes beside it, as .md")
-    return parser.parse_args(argv)
+    parser.add_argument("--rounds", type=positive, default=5, help="of each, in turn (default: %(default)s)")
+    parser.add_argument(
+        "--images",
+        type=at_least(folder_index.SMALLEST_KEPT_IMAGES),
+        default=200_000,
+        help="files to list, so many that the recipe keeps the list (default: %(default)s)",
+    )
+    parser.add_argument("--image-folders", type=positive, default=1000, help="they lie in (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=made_folder, help="where runs and files are made, for a while (default: the system's for such)"
+    )
+    add_json(parser)
+    arguments = parser.parse_args(argv)
+    if arguments.image_folders > arguments.images:
+        parser.error(f"--image-folders {arguments.image_folders}: of {arguments.images} images none may be empty")
+    return arguments
 
 
 def starts(folder: Path, launches: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
@@ -70,6 +80,7 @@ def starts(folder: Path, launches: Sequence[str], rounds: int) -> dict[str, dict
     times: dict[str, list[dict[str, float]]] = {launch: [] for launch in launches}
     for number in range(rounds):
         for launch in launches:
+            say(f"round {number + 1} of {rounds}: {NAMES[launch]}")
             times[launch].append(start(folder / f"{launch} {number}", LAUNCHES[launch]))
     return {
         launch: {
@@ -103,6 +114,7 @@ def start(output: Path, ranks: int | None) -> dict[str, float]:
 def listing(folder: Path, images: int, image_folders: int, rounds: int) -> dict[str, Any]:
     """Seconds to list so many images, each way; the same list each time."""
     root, caches = folder / "images", folder / "caches"
+    say(f"listing {images:,} files in {image_folders:,} folders")
     for number in range(image_folders):
         below = root / f"n{number:08}"
         below.mkdir(parents=True)

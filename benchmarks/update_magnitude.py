@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from benchmarks.report import context, heading, write
+from benchmarks.report import add_json, context, heading, positive, write
 from recipe.commands.figure import new_figure, save_figure
 from recipe.data.digits import open_digits
 from recipe.data.sampler import epoch_permutation
@@ -72,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.update_magnitude", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--draws", type=int, default=4, help="of images, for each k (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=2, help="runs at each batch (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file for the results; table and figures come beside it")
+    parser.add_argument("--draws", type=positive, default=4, help="of images, for each k (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=2, help="runs at each batch (default: %(default)s)")
+    add_json(parser, "table and figures come beside it")
     return parser.parse_args(argv)
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import pytest
@@ -26,6 +27,32 @@ from benchmarks import (
 )
 from recipe.data import folder_index
 from tests.launch import ROOT
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "words", "problem"),
+    [
+        (startup, "--rounds 0", "argument --rounds: expected a whole number from 1 to"),
+        (startup, "--images 9999", "argument --images: expected a whole number from 10000 to"),
+        (startup, "--images 10000 --image-folders 10001", "--image-folders 10001: of 10000 images none may be empty"),
+        (startup, "--folder {file}/below", "argument --folder: {file}/below cannot be made a folder: Not a directory"),
+        (startup, "--json {file}/below.json", "argument --json: {file} cannot be made a folder: File exists"),
+        (startup, "--json {folder}/table.md", "argument --json: {folder}/table.md cannot be the JSON"),
+        (startup, "--json {folder}", "argument --json: {folder} cannot be the JSON"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_a_line_before_anything_is(
+    benchmark: ModuleType, words: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = {"folder": tmp_path, "file": tmp_path / "file"}
+    paths["file"].touch()
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(words.format(**paths).split())
+    out, err = capsys.readouterr()
+    assert not out
+    assert (
+        f"benchmarks.{benchmark.__name__.rpartition('.')[2]}: error: {problem.format(**paths)}" in err.splitlines()[-1]
+    )
 
 
 def test_engine_overhead_writes_a_table_and_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -318,7 +345,8 @@ def test_startup_times_parts_and_lists_the_same_images(
     monkeypatch.setattr(folder_index, "SMALLEST_KEPT_IMAGES", 0)
     file = tmp_path / "startup.json"
     words = ["--launches", "python", "--rounds", "1", "--images", "100", "--image-folders", "3"]
-    assert startup.main([*words, "--folder", str(tmp_path), "--json", str(file)]) == 0
+    folder = tmp_path / "made" / "for it"
+    assert startup.main([*words, "--folder", str(folder), "--json", str(file)]) == 0
     report = json.loads(file.read_text())
     (found,) = report["seconds_to_first_step"].values()
     assert list(found["parts"]) == list(timed_train.ORDER)
@@ -328,4 +356,4 @@ def test_startup_times_parts_and_lists_the_same_images(
     assert found["whole"] == [pytest.approx(sum(found["parts"].values()))]
     assert set(report["listing"]["seconds"]) == {"torchvision", "scan", "kept"}
     assert capsys.readouterr().out == file.with_suffix(".md").read_text()
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    assert list(folder.iterdir()) == []
