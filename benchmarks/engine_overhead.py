@@ -320,8 +320,8 @@ def compare_training(loops: dict[str, Loop], start: Tensor, precision: str) -> d
     return differences
 
 
-def check_update(name: str, update: Tensor, reference: Tensor, precision: str) -> float:
-    """By what part of ``reference``, plain PyTorch's update, another's differs.
+def check_update(name: str, update: Tensor, reference: Tensor, precision: str, than: str = "plain") -> float:
+    """By what part of ``reference``, the update of the loop ``than``, another's differs.
 
     Raises:
         RuntimeError: by more than rounding.
@@ -329,7 +329,7 @@ def check_update(name: str, update: Tensor, reference: Tensor, precision: str) -
     difference = float((update - reference).norm() / reference.norm())
     if not difference <= ROUNDING[precision]:
         raise RuntimeError(
-            f"{name} does not train as plain does: their updates differ by {difference:.2g}, more than "
+            f"{name} does not train as {than} does: their updates differ by {difference:.2g}, more than "
             f"{precision}'s rounding explains ({ROUNDING[precision]:g})"
         )
     return difference

@@ -8,10 +8,15 @@ All train timm's model from the same weights on the same synthetic batch, with t
 - recipe: ``recipe.loop.train_epoch`` on DeepSpeed's engine as the configs have it, with ``recipe.cudnn_benchmark``, and
   with ``recipe.compile`` too.
 
-They run one after the other, each anew in every round, so that each has the memory for itself. The updates of their
-first steps are compared: they must train the same, up to rounding.
+Of each micro-batch they are made, and compiled, once, and then take turns. A loop that waits keeps its weights, its
+momentum and its images, for ResNet-50 some hundred MiB, and gives back what its steps take; the memory of a loop is
+counted without that of the others. The updates of their first steps are compared: they must train
+the same, up to rounding. What raises, or trains otherwise, stands in the table with its reason, and the exit code is 1.
+Table and JSON are written after each micro-batch.
 
     python -m benchmarks.gpu_throughput --json benchmarks/results/gpu_throughput.json
+
+Without a GPU the defaults are small, and show that the program runs.
 """
 
 import argparse
@@ -47,14 +52,17 @@ from benchmarks.engine_overhead import (
     shown,
     synthetic_batches,
 )
-from benchmarks.report import add_json, context, heading, positive, write
+from benchmarks.report import add_json, at_least, context, heading, positive, say, write
 from recipe.data import Batch
 from recipe.kernels import choose_kernels
 from recipe.model import build_model, parameter_groups
 from recipe.train import set_up_torch
 
 WARM_UP_STEPS = 5
+TURN_STEPS = 2  # not timed, at the beginning of a turn: they take the memory that the loop before has given back
 NOT_ON_GPU = "not run on GPU"
+DOES_NOT_FIT = "does not fit"
+LONGEST_IN_TABLE = 200  # characters of a reason; the JSON has all of it
 # NVIDIA's data sheets, without sparsity, in 10^12 operations a second; fp32 is TF32's.
 PEAK_TFLOPS = {
     "A100": {"fp16": 312.0, "bf16": 312.0, "fp32": 156.0},
@@ -72,53 +80,83 @@ class Contender(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure; print a table, and write it and a JSON if asked to."""
+    """Measure; print a table, and write it and a JSON if asked to; return 1 if a loop has failed, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     arguments, where = parse_arguments(words), context("benchmarks.gpu_throughput", words)
     set_up_torch()
     from recipe.engine import join_process_group, set_loudness
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        say("There is no GPU: the numbers of this run say nothing about one, only that the program runs.")
     set_loudness(verbose=False)
     join_process_group(device, TIMEOUT)
     flops = flops_an_image(arguments.model, arguments.image_size)
     peak = arguments.peak_tflops or peak_tflops(where["hardware"].get("gpu", ""), arguments.precision)
-    results = [
-        result
-        for micro_batch in arguments.micro_batch
-        for result in measure(arguments, micro_batch, device, flops, peak)
-    ]
-    dist.destroy_process_group()
+    keys = ("model", "image_size", "precision", "steps", "rounds")
     report = where | {
-        "settings": {key: getattr(arguments, key) for key in ("model", "image_size", "precision", "steps", "rounds")},
+        "settings": {key: getattr(arguments, key) for key in keys},
         "flops_an_image": flops,
         "peak_tflops": peak,
-        "results": results,
-        "goals": goals(results) if device.type == "cuda" else NOT_ON_GPU,
+        "results": [],
     }
-    table = format_report(report)
-    print(table, end="")
-    if arguments.json is not None:
-        write(arguments.json, report, table)
-    return 0
+    code = 0
+    try:
+        for micro_batch in arguments.micro_batch:
+            report["results"] += measure(arguments, micro_batch, device, flops, peak)
+            torch.compiler.reset()
+            report["goals"] = goals(report["results"]) if device.type == "cuda" else NOT_ON_GPU
+            if arguments.json is not None:
+                write(arguments.json, report, format_report(report))
+    except KeyboardInterrupt:
+        say(f"interrupted at micro-batch {micro_batch}, of which nothing is kept")
+        code = 130
+    dist.destroy_process_group()
+    if report["results"]:
+        print(format_report(report), end="")
+    return code or int(failed(report["results"]))
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; the defaults are a GPU's where there is one."""
     gpu = torch.cuda.is_available()
+    sizes = [64, 128, 256, 512] if gpu else [8]
     parser = argparse.ArgumentParser(prog="benchmarks.gpu_throughput", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="resnet50", help="timm's name (default: %(default)s)")
-    parser.add_argument("--image-size", type=positive, default=224, help="pixels a side (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=positive, nargs="+", default=[64, 128, 256, 512], help="one table each")
-    parser.add_argument("--steps", type=positive, default=30, help="timed steps a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=positive, default=3, help="(default: %(default)s)")
-    parser.add_argument("--precision", choices=list(DTYPES), default="fp16" if gpu else "fp32")
-    parser.add_argument("--loops", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--model", default="resnet50" if gpu else "resnet18", help="timm's name (default: %(default)s)")
+    parser.add_argument(
+        "--image-size", type=positive, default=224 if gpu else 32, help="pixels a side (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--micro-batch",
+        type=positive,
+        nargs="+",
+        default=sizes,
+        help=f"one measurement each (default: {' '.join(map(str, sizes))})",
+    )
+    parser.add_argument(
+        "--steps", type=positive, default=30 if gpu else 3, help="timed steps a round (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=at_least(2), default=3 if gpu else 2, help="of each loop, in turn (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=list(DTYPES),
+        default="fp16" if gpu else "fp32",
+        help="of the training (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--loops",
+        nargs="+",
+        choices=list(CONTENDERS),
+        default=list(CONTENDERS),
+        help="the first one's update is what the others' are compared with (default: all)",
+    )
     parser.add_argument("--peak-tflops", type=float, help="of the GPU in this precision, where it is not known here")
     add_json(parser)
     arguments = parser.parse_args(argv)
-    if arguments.rounds < 2:
-        parser.error(f"--rounds {arguments.rounds}: a spread needs at least 2")
+    if not timm.is_model(arguments.model):
+        parser.error(f"--model {arguments.model}: timm has no model of this name")
     if arguments.precision == "fp16" and not gpu:
         parser.error("--precision fp16 needs a GPU")
     return arguments
@@ -127,29 +165,48 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def measure(
     arguments: argparse.Namespace, micro_batch: int, device: torch.device, flops: float, peak: float | None
 ) -> list[dict[str, Any]]:
-    """Time the loops with batches of ``micro_batch``; one that does not fit has no numbers."""
+    """Time the loops with batches of ``micro_batch``; one that does not fit, or fails, has a reason and no numbers."""
+    loops: dict[str, Loop] = {}
     seconds: dict[str, list[float]] = {name: [] for name in arguments.loops}
     memory: dict[str, int] = {}
-    too_large = set()
-    reference: Tensor | None = None
+    problems: dict[str, str] = {}
+    reference: tuple[Tensor, str] | None = None
+
+    def set_up(name: str) -> None:
+        nonlocal reference
+        loops[name], update, memory[name] = make_loop(CONTENDERS[name], arguments, micro_batch, device)
+        reference = reference or (update, name)
+        check_update(name, update, reference[0], arguments.precision, than=reference[1])
+
+    def time_round(name: str) -> None:
+        seconds[name].append(time_steps(loops[name], arguments.steps, device))
+        say(f"  {micro_batch * arguments.steps / seconds[name][-1]:,.1f} images/s")
+
+    def attempt(turn: Callable[[str], None], name: str, what: str) -> None:
+        say(f"micro-batch {micro_batch}, {what}: {name}")
+        try:
+            release(device)
+            choose_kernels(tf32=True, cudnn_benchmark=CONTENDERS[name].cudnn_benchmark)
+            turn(name)
+        except torch.OutOfMemoryError:
+            problems[name] = DOES_NOT_FIT
+        except Exception as error:  # of a compiler, cuDNN or DeepSpeed: the other loops go on
+            problems[name] = f"{type(error).__name__}: {error}"
+        if name in problems:
+            loops.pop(name, None)
+            say(f"  {problems[name]}")
+
+    for name in seconds:
+        attempt(set_up, name, "set up")
     for round_ in range(arguments.rounds):
-        for name in arguments.loops[:: 1 if round_ % 2 == 0 else -1]:
-            if name in too_large:
-                continue
-            try:
-                update, elapsed, memory[name] = run_loop(CONTENDERS[name], arguments, micro_batch, device)
-            except torch.OutOfMemoryError:
-                too_large.add(name)
-                continue
-            finally:
-                release(device)
-            reference = update if reference is None else reference
-            check_update(name, update, reference, arguments.precision)
-            seconds[name].append(elapsed)
+        for name in list(loops)[:: 1 if round_ % 2 == 0 else -1]:
+            attempt(time_round, name, f"round {round_ + 1} of {arguments.rounds}")
     results = []
-    for name in arguments.loops:
+    for name in seconds:
         result: dict[str, Any] = {"micro_batch": micro_batch, "loop": name, "images_per_second": None}
-        if name not in too_large:
+        if name in problems:
+            result["problem"] = problems[name]
+        else:
             speed = quartiles([micro_batch * arguments.steps / value for value in seconds[name]])
             result["images_per_second"] = speed
             result["peak_memory_bytes"] = memory[name] if device.type == "cuda" else None
@@ -158,13 +215,14 @@ def measure(
     return results
 
 
-def run_loop(
+def make_loop(
     contender: Contender, arguments: argparse.Namespace, micro_batch: int, device: torch.device
-) -> tuple[Tensor, float, int]:
-    """The update of the first step, the seconds of all timed steps, and the most memory in bytes that they took."""
-    choose_kernels(tf32=True, cudnn_benchmark=contender.cudnn_benchmark)
+) -> tuple[Loop, Tensor, int]:
+    """A loop that has warmed up, the update of its first step, and the most memory in bytes that it took by itself."""
+    others = 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated()
     model = build_model(arguments.model, CLASSES, seed=0, statistics="global")
     if not contender.recipes_model:
         as_timm_makes_it = timm.create_model(arguments.model, num_classes=CLASSES)
@@ -179,12 +237,19 @@ def run_loop(
     for _ in range(WARM_UP_STEPS):
         loop.step()
     synchronize(device)
-    started = time.perf_counter()
-    for _ in range(arguments.steps):
+    return loop, update, torch.cuda.max_memory_allocated() - others if device.type == "cuda" else 0
+
+
+def time_steps(loop: Loop, steps: int, device: torch.device) -> float:
+    """Seconds of so many steps."""
+    for _ in range(TURN_STEPS):
         loop.step()
     synchronize(device)
-    elapsed = time.perf_counter() - started
-    return update, elapsed, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    started = time.perf_counter()
+    for _ in range(steps):
+        loop.step()
+    synchronize(device)
+    return time.perf_counter() - started
 
 
 def bare_loop(model: nn.Module, batches: list[Batch], precision: str, compiled: bool = False) -> Loop:
@@ -263,12 +328,12 @@ def torchvision_loop(model: nn.Module, batches: list[Batch], precision: str) -> 
 
 CONTENDERS = {
     "bare": Contender(bare_loop, cudnn_benchmark=True),
-    "bare, compiled": Contender(partial(bare_loop, compiled=True), cudnn_benchmark=True),
+    "bare+compile": Contender(partial(bare_loop, compiled=True), cudnn_benchmark=True),
     "timm": Contender(timm_loop, cudnn_benchmark=True),
     "torchvision": Contender(torchvision_loop, cudnn_benchmark=True),
     "recipe": Contender(recipe_loop, cudnn_benchmark=False, recipes_model=True),
-    "recipe, cudnn_benchmark": Contender(recipe_loop, cudnn_benchmark=True, recipes_model=True),
-    "recipe, cudnn_benchmark, compile": Contender(
+    "recipe+cudnn_benchmark": Contender(recipe_loop, cudnn_benchmark=True, recipes_model=True),
+    "recipe+compile+cudnn_benchmark": Contender(
         partial(recipe_loop, compiled=True), cudnn_benchmark=True, recipes_model=True
     ),
 }
@@ -294,7 +359,7 @@ def goals(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         best: dict[str, float] = {}
         for result in results:
             if result["micro_batch"] == micro_batch and result["images_per_second"] is not None:
-                kind = result["loop"].partition(",")[0]
+                kind = result["loop"].partition("+")[0]
                 best[kind] = max(best.get(kind, 0.0), result["images_per_second"]["median"])
         if "recipe" in best:
             ratios[str(micro_batch)] = {
@@ -303,14 +368,18 @@ def goals(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return ratios
 
 
+def failed(results: list[dict[str, Any]]) -> bool:
+    """Whether a loop has raised, or trained otherwise than the first; one that does not fit has done neither."""
+    return any(result.get("problem", DOES_NOT_FIT) != DOES_NOT_FIT for result in results)
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def release(device: torch.device) -> None:
-    """Give a loop's memory back: the next one is measured as if it were alone."""
-    torch.compiler.reset()
+    """Give back what the steps of a loop took: the next one has it for itself."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -331,7 +400,8 @@ def format_report(report: dict[str, Any]) -> str:
     for result in report["results"]:
         speed = result["images_per_second"]
         if speed is None:
-            lines.append(f"| {result['micro_batch']} | {result['loop']} | does not fit | | |")
+            problem = " ".join(result["problem"].split()).replace("|", "\\|")
+            lines.append(f"| {result['micro_batch']} | {result['loop']} | {problem[:LONGEST_IN_TABLE]} | | |")
             continue
         memory, share = result["peak_memory_bytes"], result["share_of_peak"]
         lines.append(

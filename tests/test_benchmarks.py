@@ -32,6 +32,10 @@ from tests.launch import ROOT
 @pytest.mark.parametrize(
     ("benchmark", "words", "problem"),
     [
+        (gpu_throughput, "--micro-batch -1", "argument --micro-batch: expected a whole number from 1 to"),
+        (gpu_throughput, "--steps 0", "argument --steps: expected a whole number from 1 to"),
+        (gpu_throughput, "--rounds 1", "argument --rounds: expected a whole number from 2 to"),
+        (gpu_throughput, "--model resnet19", "--model resnet19: timm has no model of this name"),
         (startup, "--rounds 0", "argument --rounds: expected a whole number from 1 to"),
         (startup, "--images 9999", "argument --images: expected a whole number from 10000 to"),
         (startup, "--images 10000 --image-folders 10001", "--image-folders 10001: of 10000 images none may be empty"),
@@ -99,33 +103,61 @@ def test_engine_overhead_compares_no_different_work() -> None:
         engine_overhead.compare_training({"recipe": loop(float("nan")), "plain": loop(1.0)}, start, "fp32")
 
 
-def test_gpu_throughput_trains_the_same_in_every_loop(tmp_path: Path) -> None:
+# Loops that fail beside those that are measured, and a Ctrl-C at the second micro-batch.
+THROUGHPUT = """
+import sys
+from benchmarks import gpu_throughput as program
+def raises(model, batches, precision):
+    raise ValueError("no compiler\\nfor a | b")
+def half(model, batches, precision):
+    if len(batches[0].labels) == 4:
+        raise KeyboardInterrupt
+    loop = program.bare_loop(model, batches, precision)
+    for group in loop.optimizer.param_groups:
+        group["lr"] /= 2
+    return loop
+program.CONTENDERS["bare+compile"] = program.Contender(raises, cudnn_benchmark=False)
+program.CONTENDERS["half"] = program.Contender(half, cudnn_benchmark=False)
+sys.exit(program.main(sys.argv[1:]))
+"""
+
+
+def test_gpu_throughput_trains_the_same_in_every_loop_and_keeps_what_it_has(tmp_path: Path) -> None:
     file = tmp_path / "throughput.json"
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "benchmarks.gpu_throughput", "--model", "test_resnet", "--image-size", "32"),
-            *("--micro-batch", "8", "--steps", "1", "--rounds", "2", "--precision", "fp32", "--peak-tflops", "1"),
-            *("--loops", "bare", "timm", "torchvision", "recipe", "--json", str(file)),
+            *(sys.executable, "-c", THROUGHPUT, "--model", "test_resnet", "--image-size", "32"),
+            *("--micro-batch", "8", "4", "--steps", "1", "--rounds", "2", "--precision", "fp32", "--peak-tflops", "1"),
+            *("--loops", "bare", "bare+compile", "half", "timm", "torchvision", "recipe", "--json", str(file)),
         ],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 130, done.stderr
     report, table = json.loads(file.read_text()), file.with_suffix(".md").read_text()
     assert done.stdout == table
-    assert [result["loop"] for result in report["results"]] == ["bare", "timm", "torchvision", "recipe"]
-    for result in report["results"]:
+    measured = [result for result in report["results"] if "problem" not in result]
+    assert [result["loop"] for result in measured] == ["bare", "timm", "torchvision", "recipe"]
+    for result in measured:
+        assert result["micro_batch"] == 8
         speed = result["images_per_second"]["median"]
         assert result["share_of_peak"] == pytest.approx(report["flops_an_image"] * speed / 1e12)
+    problems = {result["loop"]: result["problem"] for result in report["results"] if "problem" in result}
+    assert problems["bare+compile"] == "ValueError: no compiler\nfor a | b"
+    assert problems["half"].startswith("RuntimeError: half does not train as bare does: their updates differ by 0.5,")
+    assert "| 8 | bare+compile | ValueError: no compiler for a \\| b | | |" in table.splitlines()
+    for line in ("8, set up: bare+compile", "8, round 2 of 2: recipe", "4, set up: half"):
+        assert f"micro-batch {line}" in done.stderr.splitlines()
     if not torch.cuda.is_available():
         assert report["goals"] == "not run on GPU"
         assert "fp32 – not run on GPU" in table.splitlines()[0]
+        assert "There is no GPU" in done.stderr
 
 
 def test_gpu_throughput_sets_the_recipes_best_beside_the_others_best() -> None:
-    speeds = {"bare": 100, "bare, compiled": 200, "timm": 80, "torchvision": None, "recipe": 150, "recipe, x": 198}
+    speeds = {"bare": 100, "bare+compile": 200, "timm": 80, "torchvision": None, "recipe": 150, "recipe+x": 198}
     results = [
         {"micro_batch": 64, "loop": loop, "images_per_second": None if speed is None else {"median": speed}}
         for loop, speed in speeds.items()
@@ -133,6 +165,8 @@ def test_gpu_throughput_sets_the_recipes_best_beside_the_others_best() -> None:
     assert gpu_throughput.goals(results) == {"64": {"recipe ÷ bare": 0.99, "recipe ÷ timm": 198 / 80}}
     assert gpu_throughput.peak_tflops("NVIDIA H100 80GB HBM3", "bf16") == 989.4
     assert gpu_throughput.peak_tflops("another", "bf16") is None
+    assert not gpu_throughput.failed([*results, {"problem": gpu_throughput.DOES_NOT_FIT}])
+    assert gpu_throughput.failed([*results, {"problem": "RuntimeError: …"}])
 
 
 def test_checkpoint_cost_writes_shares_of_an_epoch(tmp_path: Path) -> None:
