@@ -10,9 +10,9 @@ All train timm's model from the same weights on the same synthetic batch, with t
 
 Of each micro-batch they are made, and compiled, once, and then take turns. A loop that waits keeps its weights, its
 momentum and its images, for ResNet-50 some hundred MiB, and gives back what its steps take; the memory of a loop is
-counted without that of the others. The updates of their first steps are compared: they must train
-the same, up to rounding. What raises, or trains otherwise, stands in the table with its reason, and the exit code is 1.
-Table and JSON are written after each micro-batch.
+counted without that of the others. The updates of their first steps are compared: they must train the same, up to
+rounding. What raises, or trains otherwise, stands in the table with its reason, and the exit code is 1. Table and JSON
+are written after each micro-batch.
 
     python -m benchmarks.gpu_throughput --json benchmarks/results/gpu_throughput.json
 

@@ -21,6 +21,8 @@ DIR holds a folder a class; without it, JPEGs are made up, and the ratios are th
 """
 
 import argparse
+import contextlib
+import io
 import sys
 import tempfile
 import time
@@ -41,7 +43,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional
 
-from benchmarks.report import add_json, context, heading, positive, write
+from benchmarks.report import add_json, context, heading, positive, say, write
 from recipe.commands.pack import pack
 from recipe.data import EncodedImages, ImageDataset, Samples, TrainLoader, open_decoder
 from recipe.data.augment import random_resized_box, sample_rng
@@ -52,6 +54,7 @@ from recipe.data.folder_index import index_folder
 from recipe.data.imagefolder import ImageFiles
 from recipe.data.loader import collate
 from recipe.data.pack import PackedImages, open_pack
+from recipe.data.pack_format import read_header
 
 SEED = 0
 PREDICTED_WORKERS = 16
@@ -70,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = arguments.images
         if folder is None:
             folder = Path(temporary) / "made_up"
+            say(f"making up {arguments.made_up:,} images")
             make_images(folder, arguments.made_up)
         listing = ImageFolder(str(folder))
         decoders, missing = open_decoders(arguments)
@@ -120,7 +124,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--image-size", type=positive, default=224, help="pixels a side (default: %(default)s)")
     parser.add_argument(
-        "--short-sides", type=positive, nargs="+", default=[400, 352, 320], metavar="PIXELS", help="a pack each"
+        "--short-sides",
+        type=positive,
+        nargs="+",
+        default=[400, 352, 320],
+        metavar="PIXELS",
+        help="a pack each (default: 400 352 320)",
     )
     parser.add_argument("--rounds", type=positive, default=5, help="passes over the images (default: %(default)s)")
     parser.add_argument(
@@ -128,11 +137,22 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--micro-batch", type=positive, default=32, help="images a batch (default: %(default)s)")
     parser.add_argument(
-        "--decoders", nargs="+", choices=["gpu", "dali"], default=[], help="whose loaders are measured, too"
+        "--decoders",
+        nargs="+",
+        choices=["gpu", "dali"],
+        default=[],
+        help="whose loaders are measured, too (default: none)",
     )
     parser.add_argument("--device", default="cpu", help="where the loaders' batches go (default: %(default)s)")
     add_json(parser)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    try:
+        images = arguments.made_up if arguments.images is None else len(ImageFolder(arguments.images))
+    except OSError as error:
+        parser.error(f"--images {arguments.images}: {error.strerror or error}; a folder of images a class is expected")
+    if images < arguments.micro_batch:
+        parser.error(f"--micro-batch {arguments.micro_batch}: a batch needs as many images, and there are {images}")
+    return arguments
 
 
 def make_images(folder: Path, count: int) -> None:
@@ -156,7 +176,10 @@ def make_packs(folder: Path, destination: Path, short_sides: Sequence[int]) -> d
         (both / part).symlink_to(folder.resolve(), target_is_directory=True)
     packs = {short_side: destination / str(short_side) for short_side in (0, *short_sides)}
     for short_side, path in packs.items():
-        pack(both, path, short_side)
+        with contextlib.redirect_stdout(io.StringIO()):  # how to train from a pack that will soon be gone
+            pack(both, path, short_side)
+        training = read_header(path).train  # the other part is the same
+        say(f"{pack_name(short_side)}: {training.resized:,} of {training.images:,} images resized")
     return packs
 
 
@@ -219,6 +242,7 @@ def one_thread(listing: ImageFolder, packs: dict[int, Path], image_size: int, ro
     seconds: dict[str, list[float]] = {name: [0.0] * rounds for name in pipelines}
     mean_difference, largest_difference = dict.fromkeys(ours, 0.0), dict.fromkeys(ours, 0)
     for epoch in range(-1, rounds):  # the first pass warms up: files into memory, tables into caches
+        say(f"one thread: pass {epoch + 2} of {rounds + 1}")
         for index in range(len(listing)):
             views = {}
             for name, view in pipelines.items():
@@ -331,6 +355,7 @@ def loaders(
     main_process: dict[str, list[float]] = {name: [] for name in passes}
     count = len(listing) // micro_batch * micro_batch
     for epoch in range(rounds + 1):
+        say(f"loaders with {workers} workers: pass {epoch + 1} of {rounds + 1}")
         for name, one_pass in passes.items():
             started, cpu = time.perf_counter(), time.process_time()
             for _ in one_pass(epoch):

@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from benchmarks.report import add_json, context, heading, positive, write
+from benchmarks.report import add_json, context, heading, positive, say, write
 from recipe.config import read_config
 from recipe.data import Batch, HeldImages, TrainLoader, open_datasets
+from recipe.data.imagefolder import list_imagefolder
 from recipe.model import build_model
 
 ALONE, HELD, FOLDER = "one batch again and again", "held on the device", "read from the folder"
@@ -38,16 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure; print a table, and write it and a JSON if asked to."""
     words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.on_device", words, ("torch", "timm", "simplejpeg"))
-    parser = argparse.ArgumentParser(prog="benchmarks.on_device", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", type=Path, default=Path("ds_configs/cifar10_b1024.json"), help="(%(default)s)")
-    parser.add_argument("--data", type=Path, help="folder with train/ and val/ (default: made up)")
-    parser.add_argument("--device", default="cpu", help="where the model is (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=positive, default=64, help="(default: %(default)s)")
-    parser.add_argument("--batches", type=positive, default=8, help="a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=positive, default=5, help="(default: %(default)s)")
-    parser.add_argument("--workers", type=positive, default=1, help="of the folder's and the held images' loader, each")
-    add_json(parser)
-    arguments = parser.parse_args(words)
+    arguments = parse_arguments(words)
     with tempfile.TemporaryDirectory() as temporary:
         data = arguments.data
         if data is None:
@@ -63,6 +55,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json is not None:
         write(arguments.json, report, table)
     return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; what cannot be measured ends the program."""
+    parser = argparse.ArgumentParser(prog="benchmarks.on_device", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path("ds_configs/cifar10_b1024.json"),
+        help="whose model and crops (default: %(default)s)",
+    )
+    parser.add_argument("--data", type=Path, help="folder with train/ and val/ (default: made up)")
+    parser.add_argument("--device", default="cpu", help="where the model is (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=positive, default=64, help="images a batch (default: %(default)s)")
+    parser.add_argument("--batches", type=positive, default=8, help="in a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=5, help="of each loop, in turn (default: %(default)s)")
+    parser.add_argument("--workers", type=positive, default=1, help="processes of each loader (default: %(default)s)")
+    add_json(parser)
+    arguments = parser.parse_args(argv)
+    images = arguments.micro_batch * arguments.batches
+    try:
+        model = read_config(arguments.config).recipe.model
+        if arguments.data is not None:
+            training, _ = list_imagefolder(arguments.data)
+            if len(training) < images:
+                raise ValueError(
+                    f"{len(training)} training images in {arguments.data}; --batches {arguments.batches} of "
+                    f"--micro-batch {arguments.micro_batch} need {images}"
+                )
+            if len(training.classes) > model.num_classes:
+                raise ValueError(
+                    f"{len(training.classes)} classes in {arguments.data}, {model.num_classes} in {arguments.config}"
+                )
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
 
 
 def make_images(folder: Path, count: int) -> None:
@@ -82,6 +110,7 @@ def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
     precise = device.type == "cpu"
     size, crop, flip = config.data.image_size, config.data.crop, config.data.flip
     folder, _ = open_datasets("imagefolder", data, size, crop, flip, config.seed, "stop")
+    say(f"decoding {len(folder):,} images")
     started = time.perf_counter()
     held = HeldImages(folder, device, training=True)
     seconds_to_hold = time.perf_counter() - started
@@ -111,6 +140,7 @@ def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
     model = model.to(device, firsts[0].images.dtype).to(memory_format=torch.channels_last)
     seconds: dict[str, list[float]] = {name: [] for name in sources}
     for epoch in range(arguments.rounds + 1):
+        say(f"round {epoch} of {arguments.rounds}" if epoch else "warming up")
         for name, source in sources.items():
             taken = timed(model, islice(source(epoch), arguments.batches), device)
             if epoch:  # the first one starts the workers and warms up
@@ -156,6 +186,8 @@ def format_report(report: dict[str, Any]) -> str:
             f"| {name} | {speed:,.0f} | {results['ratio'][name]:.3f} |"
             for name, speed in results["images_per_second"].items()
         ),
+        "",
+        "Images/s are medians of the rounds, and the last column is the median of the rounds' ratios.",
     ]
     return "\n".join(lines) + "\n"
 

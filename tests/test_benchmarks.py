@@ -36,6 +36,25 @@ from tests.launch import ROOT
         (gpu_throughput, "--steps 0", "argument --steps: expected a whole number from 1 to"),
         (gpu_throughput, "--rounds 1", "argument --rounds: expected a whole number from 2 to"),
         (gpu_throughput, "--model resnet19", "--model resnet19: timm has no model of this name"),
+        (input_pipeline, "--made-up 0", "argument --made-up: expected a whole number from 1 to"),
+        (input_pipeline, "--workers 1 0", "argument --workers: expected a whole number from 1 to"),
+        (input_pipeline, "--made-up 31", "--micro-batch 32: a batch needs as many images, and there are 31"),
+        (input_pipeline, "--images {folder}/no", "--images {folder}/no: No such file or directory; a folder of images"),
+        (input_pipeline, "--images {folder}/empty", "--images {folder}/empty: Couldn't find any class folder in"),
+        (input_pipeline, "--images {folder}", "--images {folder}: Found no valid file for the classes empty"),
+        (
+            input_pipeline,
+            "--images {folder}/two/train",
+            "--micro-batch 32: a batch needs as many images, and there are 2",
+        ),
+        (on_device, "--batches 0", "argument --batches: expected a whole number from 1 to"),
+        (on_device, "--config {folder}/no.json", "{folder}/no.json"),
+        (on_device, "--data {folder}/no", "there is no folder {folder}/no; it should hold train/ and val/"),
+        (
+            on_device,
+            "--data {folder}/two",
+            "2 training images in {folder}/two; --batches 8 of --micro-batch 64",
+        ),
         (startup, "--rounds 0", "argument --rounds: expected a whole number from 1 to"),
         (startup, "--images 9999", "argument --images: expected a whole number from 10000 to"),
         (startup, "--images 10000 --image-folders 10001", "--image-folders 10001: of 10000 images none may be empty"),
@@ -50,6 +69,10 @@ def test_what_cannot_be_measured_is_refused_in_a_line_before_anything_is(
 ) -> None:
     paths = {"folder": tmp_path, "file": tmp_path / "file"}
     paths["file"].touch()
+    (tmp_path / "empty").mkdir()
+    for image in ("train/a/0.jpg", "train/b/1.jpg", "val/a/2.jpg", "val/b/3.jpg"):
+        (tmp_path / "two" / image).parent.mkdir(parents=True)
+        (tmp_path / "two" / image).touch()
     with pytest.raises(SystemExit, match="2"):
         benchmark.main(words.format(**paths).split())
     out, err = capsys.readouterr()
@@ -286,10 +309,14 @@ def test_noise_scale_digits_takes_what_was_measured_last_within_an_epoch() -> No
     assert scales == {"5": 90, "10": 180, "15": None, "20": 390, "25": 490, "30": 590, "35": 690, "40": 790}
 
 
-def test_noise_scale_digits_shows_what_it_has_written() -> None:
-    file = ROOT / "benchmarks/results/noise_scale_digits_cpu.json"
-    report = json.loads(file.read_text())
-    assert noise_scale_digits.format_report(report) == file.with_suffix(".md").read_text()
+@pytest.mark.parametrize("program", [noise_scale_digits, on_device])
+def test_a_committed_table_is_what_the_program_makes_of_its_numbers(program: ModuleType) -> None:
+    file = ROOT / f"benchmarks/results/{program.__name__.rpartition('.')[2]}_cpu.json"
+    assert program.format_report(json.loads(file.read_text())) == file.with_suffix(".md").read_text()
+
+
+def test_noise_scale_digits_shows_where_nothing_was_measured() -> None:
+    report = json.loads((ROOT / "benchmarks/results/noise_scale_digits_cpu.json").read_text())
     report["results"][0]["after_epoch"]["5"]["noise_scale"] = None
     assert "| 5 | – | " in noise_scale_digits.format_report(report)
 
@@ -347,7 +374,10 @@ def test_input_pipeline_compares_pixels_and_speed(tmp_path: Path, capsys: pytest
     assert 'Not measured: recipe.data.decoder = "gpu": there is no CUDA GPU' in file.with_suffix(".md").read_text()
     for apart in report["decoders"].values():
         assert 0 < apart["training"]["mean"] <= apart["training"]["mean_of_worst_image"] < 1
-    assert capsys.readouterr().out.endswith(file.with_suffix(".md").read_text())
+    out, err = capsys.readouterr()
+    assert out == file.with_suffix(".md").read_text()
+    for line in ("pack: 0 of 8 images resized", "pack 300: 8 of 8 images resized", "one thread: pass 2 of 2"):
+        assert line in err.splitlines()
 
 
 def test_on_device_trains_on_the_same_images_with_and_without_the_folder(
@@ -361,7 +391,9 @@ def test_on_device_trains_on_the_same_images_with_and_without_the_folder(
     assert results["same_images"]
     assert results["ratio"][on_device.ALONE] == 1
     assert min(results["images_per_second"].values()) > 0
-    assert capsys.readouterr().out.endswith(file.with_suffix(".md").read_text())
+    out, err = capsys.readouterr()
+    assert out == file.with_suffix(".md").read_text()
+    assert err.splitlines()[-3:] == ["decoding 8 images", "warming up", "round 1 of 1"]
 
 
 def test_input_pipeline_predicts_what_the_narrower_side_lets_through() -> None:
