@@ -122,7 +122,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     sizes = [64, 128, 256, 512] if gpu else [8]
     parser = argparse.ArgumentParser(prog="benchmarks.gpu_throughput", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="resnet50" if gpu else "resnet18", help="timm's name (default: %(default)s)")
+    parser.add_argument(
+        "--model", default="resnet50" if gpu else "test_resnet", help="timm's name (default: %(default)s)"
+    )
     parser.add_argument(
         "--image-size", type=positive, default=224 if gpu else 32, help="pixels a side (default: %(default)s)"
     )
