@@ -25,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -243,8 +243,12 @@ def recipe_loop(
     precision: str,
     measured: Callable[[], bool] | None = None,
     compiled: bool = False,
+    stream: Iterable[Batch] | None = None,
 ) -> Loop:
-    """The recipe's own loop on its engine; ``measured`` says of which steps the gradients' norms are taken."""
+    """The recipe's own loop on its engine; ``measured`` says of which steps the gradients' norms are taken.
+
+    It trains on ``batches`` again and again, or on those of ``stream``, which are as large and as many a step.
+    """
     from recipe.engine import start_engine
     from recipe.gradient_norms import GradientNorms
     from recipe.kernels import compile_training
@@ -270,7 +274,7 @@ def recipe_loop(
     engine = start_engine(model, parameter_groups(model, WEIGHT_DECAY), config, constant_rate)
     norms = None if measured is None else GradientNorms(engine.module.parameters(), measured)
     loss_function = compile_training(engine.module, cross_entropy) if compiled else cross_entropy
-    steps = train_epoch(engine, itertools.cycle(batches), norms, loss_function)
+    steps = train_epoch(engine, stream or itertools.cycle(batches), norms, loss_function)
     return Loop(lambda: next(steps), engine.basic_optimizer)
 
 

@@ -6,25 +6,30 @@ All train timm's model from the same weights on the same synthetic batch, with t
 - timm: what its ``train.py --channels-last --amp`` does in a step, with its optimizer and its ``NativeScaler``;
 - torchvision: what its ``references/classification/train.py --amp`` does, which asks for loss and accuracy each time;
 - recipe: ``recipe.loop.train_epoch`` on DeepSpeed's engine as the configs have it, with ``recipe.cudnn_benchmark``, and
-  with ``recipe.compile`` too.
+  with ``recipe.compile`` too;
+- jpegs, with ``--images``: the last of the recipe's loops, on training crops of JPEGs that worker processes read and
+  decode meanwhile.
 
 Of each micro-batch they are made, and compiled, once, and then take turns. A loop that waits keeps its weights, its
 momentum and its images, for ResNet-50 some hundred MiB, and gives back what its steps take; the memory of a loop is
-counted without that of the others. The updates of their first steps are compared: they must train the same, up to
-rounding. What raises, or trains otherwise, stands in the table with its reason, and the exit code is 1. Table and JSON
-are written after each micro-batch.
+counted without that of the others. The updates of their first steps are compared, but for the JPEGs': they must train
+the same, up to rounding. What raises, or trains otherwise, stands in the table with its reason, and the exit code is 1.
+Table and JSON are written after each micro-batch.
 
-    python -m benchmarks.gpu_throughput --json benchmarks/results/gpu_throughput.json
+    python -m benchmarks.gpu_throughput --images /data/imagenet/train --json benchmarks/results/gpu_throughput.json
 
 Without a GPU the defaults are small, and show that the program runs.
 """
 
 import argparse
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain, count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -53,13 +58,19 @@ from benchmarks.engine_overhead import (
     synthetic_batches,
 )
 from benchmarks.report import add_json, at_least, context, heading, positive, say, write
-from recipe.data import Batch
+from recipe.data import Batch, TrainLoader
+from recipe.data.folder_index import index_folder
+from recipe.data.imagefolder import ImageFiles
+from recipe.data.loader import PREFETCHED
 from recipe.kernels import choose_kernels
 from recipe.model import build_model, parameter_groups
+from recipe.plan import PIXEL_MEAN_STD
 from recipe.train import set_up_torch
 
 WARM_UP_STEPS = 5
 TURN_STEPS = 2  # not timed, at the beginning of a turn: they take the memory that the loop before has given back
+READ_AHEAD = 2  # batches a worker, torch's default
+JPEGS, RECIPE = "jpegs", "recipe"
 NOT_ON_GPU = "not run on GPU"
 DOES_NOT_FIT = "does not fit"
 LONGEST_IN_TABLE = 200  # characters of a reason; the JSON has all of it
@@ -77,6 +88,7 @@ class Contender(NamedTuple):
     make: Callable[[nn.Module, list[Batch], str], Loop]
     cudnn_benchmark: bool
     recipes_model: bool = False
+    waiting_batches: int = 0  # which the loader has got ready while others had their turns: they are not timed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,6 +166,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=list(CONTENDERS),
         help="the first one's update is what the others' are compared with (default: all)",
     )
+    parser.add_argument(
+        "--images", type=Path, help="folder with a folder of JPEGs a class, on which the recipe is measured, too"
+    )
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=max(1, cores - 1),
+        help="processes that read JPEGs (default: the cores less one, %(default)s)",
+    )
     parser.add_argument("--peak-tflops", type=float, help="of the GPU in this precision, where it is not known here")
     add_json(parser)
     arguments = parser.parse_args(argv)
@@ -161,6 +183,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--model {arguments.model}: timm has no model of this name")
     if arguments.precision == "fp16" and not gpu:
         parser.error("--precision fp16 needs a GPU")
+    if arguments.images is not None:
+        if not any(name.startswith(RECIPE) for name in arguments.loops):
+            parser.error("--images: the recipe trains on them, and --loops has none of its loops")
+        try:
+            images = len(index_folder(str(arguments.images)))
+        except (OSError, ValueError) as error:
+            parser.error(f"--images {arguments.images}: {error}; a folder of images a class is expected")
+        if images < max(arguments.micro_batch):
+            parser.error(f"--micro-batch {max(arguments.micro_batch)}: --images has only {images}")
     return arguments
 
 
@@ -168,27 +199,33 @@ def measure(
     arguments: argparse.Namespace, micro_batch: int, device: torch.device, flops: float, peak: float | None
 ) -> list[dict[str, Any]]:
     """Time the loops with batches of ``micro_batch``; one that does not fit, or fails, has a reason and no numbers."""
+    contenders = {name: CONTENDERS[name] for name in arguments.loops}
+    if arguments.images is not None:
+        last = [name for name in arguments.loops if name.startswith(RECIPE)][-1]
+        contenders[last.replace(RECIPE, JPEGS)] = on_jpegs(CONTENDERS[last], arguments, micro_batch, device)
     loops: dict[str, Loop] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in arguments.loops}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     memory: dict[str, int] = {}
     problems: dict[str, str] = {}
     reference: tuple[Tensor, str] | None = None
 
     def set_up(name: str) -> None:
         nonlocal reference
-        loops[name], update, memory[name] = make_loop(CONTENDERS[name], arguments, micro_batch, device)
+        loops[name], update, memory[name] = make_loop(contenders[name], arguments, micro_batch, device)
         reference = reference or (update, name)
-        check_update(name, update, reference[0], arguments.precision, than=reference[1])
+        if not name.startswith(JPEGS):
+            check_update(name, update, reference[0], arguments.precision, than=reference[1])
 
     def time_round(name: str) -> None:
-        seconds[name].append(time_steps(loops[name], arguments.steps, device))
+        untimed = TURN_STEPS + contenders[name].waiting_batches
+        seconds[name].append(time_steps(loops[name], untimed, arguments.steps, device))
         say(f"  {micro_batch * arguments.steps / seconds[name][-1]:,.1f} images/s")
 
     def attempt(turn: Callable[[str], None], name: str, what: str) -> None:
         say(f"micro-batch {micro_batch}, {what}: {name}")
         try:
             release(device)
-            choose_kernels(tf32=True, cudnn_benchmark=CONTENDERS[name].cudnn_benchmark)
+            choose_kernels(tf32=True, cudnn_benchmark=contenders[name].cudnn_benchmark)
             turn(name)
         except torch.OutOfMemoryError:
             problems[name] = DOES_NOT_FIT
@@ -242,9 +279,42 @@ def make_loop(
     return loop, update, torch.cuda.max_memory_allocated() - others if device.type == "cuda" else 0
 
 
-def time_steps(loop: Loop, steps: int, device: torch.device) -> float:
-    """Seconds of so many steps."""
-    for _ in range(TURN_STEPS):
+def on_jpegs(contender: Contender, arguments: argparse.Namespace, micro_batch: int, device: torch.device) -> Contender:
+    """The same loop of the recipe on images of the folder; their labels are its classes."""
+
+    mean, std = PIXEL_MEAN_STD["imagefolder"]
+
+    def make(model: nn.Module, batches: list[Batch], precision: str) -> Loop:
+        images = ImageFiles(
+            index_folder(str(arguments.images)),
+            image_size=arguments.image_size,
+            crop="random_resized",
+            flip=True,
+            seed=0,
+            on_bad_image="skip",
+        )
+        loader = TrainLoader(
+            images,
+            global_batch=micro_batch,
+            micro_batch=micro_batch,
+            rank=0,
+            world_size=1,
+            seed=0,
+            workers=arguments.workers,
+            device=device,
+            dtype=batches[0].images.dtype,
+            mean=mean,
+            std=std,
+        )
+        # mypy does not know that the recipe's contenders take a stream.
+        return contender.make(model, batches, precision, stream=chain.from_iterable(map(loader.epoch, count())))  # type: ignore[call-arg]
+
+    return contender._replace(make=make, waiting_batches=READ_AHEAD * arguments.workers + PREFETCHED)
+
+
+def time_steps(loop: Loop, untimed: int, steps: int, device: torch.device) -> float:
+    """Seconds of so many steps, after some that do not count."""
+    for _ in range(untimed):
         loop.step()
     synchronize(device)
     started = time.perf_counter()
@@ -363,10 +433,12 @@ def goals(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             if result["micro_batch"] == micro_batch and result["images_per_second"] is not None:
                 kind = result["loop"].partition("+")[0]
                 best[kind] = max(best.get(kind, 0.0), result["images_per_second"]["median"])
-        if "recipe" in best:
+        if RECIPE in best:
             ratios[str(micro_batch)] = {
-                f"recipe ÷ {kind}": best["recipe"] / speed for kind, speed in best.items() if kind != "recipe"
+                f"recipe ÷ {kind}": best[RECIPE] / speed for kind, speed in best.items() if kind not in (RECIPE, JPEGS)
             }
+            if JPEGS in best:
+                ratios[str(micro_batch)]["jpegs ÷ recipe"] = best[JPEGS] / best[RECIPE]
     return ratios
 
 
@@ -413,7 +485,7 @@ def format_report(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"{settings['rounds']} rounds of {settings['steps']} steps. Goals: the recipe's best loop over "
-        "the best bare one at least 0.98, over timm's and torchvision's above 1.",
+        "the best bare one at least 0.98, over timm's and torchvision's above 1; from JPEGs at least 0.95 of it.",
     ]
     if on_gpu:
         for micro_batch, ratios in report["goals"].items():

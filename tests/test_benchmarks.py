@@ -147,11 +147,13 @@ sys.exit(program.main(sys.argv[1:]))
 
 def test_gpu_throughput_trains_the_same_in_every_loop_and_keeps_what_it_has(tmp_path: Path) -> None:
     file = tmp_path / "throughput.json"
+    input_pipeline.make_images(tmp_path / "images", 12)
     done = subprocess.run(
         [
             *(sys.executable, "-c", THROUGHPUT, "--model", "test_resnet", "--image-size", "32"),
             *("--micro-batch", "8", "4", "--steps", "1", "--rounds", "2", "--precision", "fp32", "--peak-tflops", "1"),
             *("--loops", "bare", "bare+compile", "half", "timm", "torchvision", "recipe", "--json", str(file)),
+            *("--images", str(tmp_path / "images"), "--workers", "1"),
         ],
         cwd=ROOT,
         capture_output=True,
@@ -162,7 +164,7 @@ def test_gpu_throughput_trains_the_same_in_every_loop_and_keeps_what_it_has(tmp_
     report, table = json.loads(file.read_text()), file.with_suffix(".md").read_text()
     assert done.stdout == table
     measured = [result for result in report["results"] if "problem" not in result]
-    assert [result["loop"] for result in measured] == ["bare", "timm", "torchvision", "recipe"]
+    assert [result["loop"] for result in measured] == ["bare", "timm", "torchvision", "recipe", "jpegs"]
     for result in measured:
         assert result["micro_batch"] == 8
         speed = result["images_per_second"]["median"]
@@ -181,11 +183,14 @@ def test_gpu_throughput_trains_the_same_in_every_loop_and_keeps_what_it_has(tmp_
 
 def test_gpu_throughput_sets_the_recipes_best_beside_the_others_best() -> None:
     speeds = {"bare": 100, "bare+compile": 200, "timm": 80, "torchvision": None, "recipe": 150, "recipe+x": 198}
+    speeds["jpegs+x"] = 99
     results = [
         {"micro_batch": 64, "loop": loop, "images_per_second": None if speed is None else {"median": speed}}
         for loop, speed in speeds.items()
     ]
-    assert gpu_throughput.goals(results) == {"64": {"recipe ÷ bare": 0.99, "recipe ÷ timm": 198 / 80}}
+    assert gpu_throughput.goals(results) == {
+        "64": {"recipe ÷ bare": 0.99, "recipe ÷ timm": 198 / 80, "jpegs ÷ recipe": 0.5}
+    }
     assert gpu_throughput.peak_tflops("NVIDIA H100 80GB HBM3", "bf16") == 989.4
     assert gpu_throughput.peak_tflops("another", "bf16") is None
     assert not gpu_throughput.failed([*results, {"problem": gpu_throughput.DOES_NOT_FIT}])
