@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -83,7 +84,7 @@ def start_engine(
         if engine.dp_world_size == 1:
             # DeepSpeed would copy all gradients into one buffer and back, for their mean over a single rank: a fifth of
             # a step of resnet18 on a CPU.
-            engine.allreduce_gradients = lambda: fill_in_gradients(engine.module.parameters())
+            engine.allreduce_gradients = partial(fill_in_gradients, list(engine.module.parameters()))
         elif deepspeed_config.get("zero_optimization", {}).get("overlap_comm") is not False:
             overlap_reduction(engine)
     for optimizer_group, group in zip(engine.basic_optimizer.param_groups, filled, strict=True):
