@@ -98,7 +98,7 @@ class Digits:
         vector_to_parameters(weights, self.model.parameters())
         loss = F.cross_entropy(self.model(self.images[indices]), self.labels[indices])
         parts = torch.autograd.grad(loss, list(self.model.parameters()))
-        update_running_averages(self.model, discard=True)
+        update_running_averages(self.model, discard=torch.tensor(True))
         return parameters_to_vector(parts)
 
     def full_norm_squared(self, weights: Tensor) -> float:
@@ -125,7 +125,7 @@ class Digits:
                     group["lr"] = rate.rate(step)
                 optimizer.zero_grad()
                 F.cross_entropy(model(self.images[indices]), self.labels[indices]).backward()
-                update_running_averages(model, discard=True)
+                update_running_averages(model, discard=torch.tensor(True))
                 optimizer.step()
                 step += 1
             weights = parameters_to_vector(model.parameters()).detach()

@@ -110,11 +110,11 @@ class BatchNorm(nn.BatchNorm2d):
             self.collected = own if self.collected is None else self.collected + own
         return y
 
-    def count_step(self) -> float:
-        """Count this step; return the share of its statistics in the running averages."""
+    def count_step(self, counts: Tensor | int = 1) -> float:
+        """Count this step, or none if ``counts`` is 0; return the share of its statistics in the running averages."""
         assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.num_batches_tracked.add_(counts)
+        return 1.0 / max(1.0, float(self.num_batches_tracked)) if self.momentum is None else self.momentum
 
     def _ranks(self) -> int:
         return world_size_of(self.process_group) if self.statistics == "global" else 1

@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from recipe import manifest
+from recipe.half_precision import read_overflows
 from recipe.manifest import PLAN, Checkpoint
 
 UNFINISHED = ".unfinished"
@@ -53,6 +54,7 @@ def save(
     Raises:
         CheckpointError: it could not be written; the older ones are as they were.
     """
+    read_overflows(engine)
     tag = f"step-{engine.global_steps:08d}"
     unfinished = folder / UNFINISHED
     if dist.get_rank() == 0:

@@ -16,7 +16,7 @@ from deepspeed.utils import groups, logger
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, distributed_c10d
 
-from recipe.half_precision import update_together
+from recipe.half_precision import loss_scale, update_together
 from recipe.meeting import Meeting, use_an_own_address
 from recipe.overlap import OverlappedReduction, fill_in_gradients
 from recipe.scaling import RateSchedule
@@ -95,7 +95,7 @@ def start_engine(
             for master, value in zip(masters, values, strict=True):
                 master.data.copy_(value)
         bf16 = deepspeed_config.get("bf16", {})
-        update_together(engine.optimizer, engine.fp16_enabled() or bf16.get("check_grad_overflow", True))
+        update_together(engine, engine.fp16_enabled() or bf16.get("check_grad_overflow", True))
     return engine
 
 
@@ -151,13 +151,8 @@ def backward(engine: DeepSpeedEngine, loss: Tensor) -> None:
     """
     if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
         scale = loss_scale(engine) / engine.gradient_accumulation_steps()
-        loss.register_hook(lambda gradient: torch.full_like(gradient, scale))
+        loss.register_hook(lambda gradient: scale.to(gradient.dtype))
     engine.backward(loss)
-
-
-def loss_scale(engine: DeepSpeedEngine) -> float:
-    """The factor by which gradients are scaled at present; 1 without fp16."""
-    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
 
 
 def set_loudness(verbose: bool) -> None:

@@ -22,13 +22,13 @@ class GradientNorms:
         for parameter in self._parameters:
             parameter.register_hook(self._arrived)
 
-    def take(self, scale: float) -> Tensor | None:
+    def take(self, scale: Tensor) -> Tensor | None:
         """Two squared norms, float64: the mean over this rank's micro-batches, and that of the gradient in place.
 
         Call it once a step, when the gradients are averaged and before the optimizer uses them up.
 
         Args:
-            scale: The loss scale: the gradients are so many times too large.
+            scale: The loss scale, float64 (): the gradients are so many times too large.
 
         Returns:
             None if the step is not to be measured.

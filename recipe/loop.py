@@ -11,8 +11,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from recipe.data import Batch
-from recipe.engine import backward, loss_scale
+from recipe.engine import backward
 from recipe.gradient_norms import GradientNorms
+from recipe.half_precision import loss_scale, overflowed
 from recipe.kernels import Loss
 from recipe.running_averages import update_running_averages
 
@@ -22,18 +23,18 @@ class Step:
     """An optimizer step as one rank saw it.
 
     ``step`` counts from 0 over the whole run; ``lr`` is the rate that the update used; ``loss`` is a scalar on the
-    device, the mean over this rank's share of the global batch, before the update; ``loss_scale`` the scale that the
-    gradients had; ``skipped`` says that they overflowed and the update was left out; ``data_wait_seconds`` is the time
-    spent waiting for the loader; ``decoded_by_pil`` counts the images that the slower decoder took;
-    ``gradient_norms``, on the device, is what ``GradientNorms.take`` says, None where it was not asked or the gradients
-    overflowed.
+    device, the mean over this rank's share of the global batch, before the update; ``loss_scale``, float64 () on the
+    device, the scale that the gradients had; ``skipped``, bool () on the device, says that they overflowed and the
+    update was left out, None that they cannot have; ``data_wait_seconds`` is the time spent waiting for the loader;
+    ``decoded_by_pil`` counts the images that the slower decoder took; ``gradient_norms``, on the device, is what
+    ``GradientNorms.take`` says, of no use where the gradients overflowed, and None where it was not asked.
     """
 
     step: int
     lr: float
     loss: Tensor
-    loss_scale: float
-    skipped: bool
+    loss_scale: Tensor
+    skipped: Tensor | None
     data_wait_seconds: float
     bad_images: tuple[str, ...]
     decoded_by_pil: int = 0
@@ -88,9 +89,8 @@ def train_epoch(
             # DeepSpeed leaves its scheduler behind when fp16 skips an update; the rate follows the data seen.
             engine.lr_scheduler.step(engine.global_steps)
             mean_loss = torch.stack(losses).mean()
-            skipped = not engine.was_step_applied()
+            skipped = overflowed(engine)
             update_running_averages(engine.module, discard=skipped)
-            norms = None if skipped else norms
             yield Step(step, lr, mean_loss, scale, skipped, data_wait_seconds, tuple(bad_images), decoded_by_pil, norms)
             losses, bad_images, data_wait_seconds, decoded_by_pil = [], [], 0.0, 0
         asked = time.perf_counter()

@@ -21,6 +21,7 @@ from recipe.data import BadImageError, SyntheticLoader, TrainLoader, ValidationL
 from recipe.data.seeds import derive_seed
 from recipe.engine import join_process_group, set_loudness, start_engine
 from recipe.gradient_norms import GradientNorms
+from recipe.half_precision import read_overflows
 from recipe.interruption import Interrupted
 from recipe.kernels import choose_kernels, compile_training
 from recipe.loop import cross_entropy, evaluate, train_epoch
@@ -164,6 +165,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
             validation_loader.close()
             telemetry.close()
 
+    read_overflows(engine)
     history.seconds += time.monotonic() - started
     best = manifest.best(manifest.find(output / CHECKPOINTS))
     summary = summarise(

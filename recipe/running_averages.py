@@ -8,11 +8,12 @@ from recipe.batchnorm import BatchNorm, Group, world_size_of
 
 
 @torch.no_grad()
-def update_running_averages(model: nn.Module, discard: bool = False) -> None:
+def update_running_averages(model: nn.Module, discard: Tensor | None = None) -> None:
     """Take the mean over all groups of n samples of an optimizer step into the running averages, in place.
 
-    Every rank calls it after every optimizer step; one collective in all. ``discard`` forgets the step's statistics: an
-    update that overflowed leaves the running averages alone, too. Does nothing for "global" and "local".
+    Every rank calls it after every optimizer step; one collective in all. ``discard``, bool () on the device, forgets
+    the step's statistics: an update that overflowed leaves the running averages alone, too. Does nothing for "global"
+    and "local".
     """
     collected = {
         module: module.collected
@@ -21,7 +22,7 @@ def update_running_averages(model: nn.Module, discard: bool = False) -> None:
     }
     for module in collected:
         module.collected = None
-    if discard or not collected:
+    if not collected:
         return
     means = torch.cat([sums[:-1] / sums[-1] for sums in collected.values()])
     ranks = world_size_of(None)
@@ -29,13 +30,16 @@ def update_running_averages(model: nn.Module, discard: bool = False) -> None:
         # Each rank has as many groups, or shares in them, as any other: the mean of means is the mean.
         dist.all_reduce(means)
         means /= ranks
-    sizes = [module.num_features for module in collected for _ in range(2)]
-    parts = iter(means.split(sizes))
-    for module in collected:
-        share = module.count_step()
-        for buffer in (module.running_mean, module.running_var):
-            assert buffer is not None
-            buffer.lerp_(next(parts).to(buffer.dtype), share)
+    buffers = [
+        buffer for module in collected for buffer in (module.running_mean, module.running_var) if buffer is not None
+    ]
+    if discard is not None:
+        # An average of itself and itself stays as it is, whatever an overflow has left in the statistics.
+        means = torch.where(discard, torch.cat(buffers).to(means.dtype), means)
+    shares = [share for module in collected for share in [module.count_step(1 if discard is None else ~discard)] * 2]
+    parts = means.split([len(buffer) for buffer in buffers])
+    for buffer, mean, share in zip(buffers, parts, shares, strict=True):
+        buffer.lerp_(mean.to(buffer.dtype), share)
 
 
 @torch.no_grad()

@@ -92,7 +92,8 @@ class Telemetry:
         if not self._pending:
             return
         means = _mean_over_ranks(torch.stack([step.loss for step in self._pending]))
-        noise_scales = self._take_gradient_norms()
+        scales, skips = _overflows(self._pending)
+        noise_scales = self._take_gradient_norms(skips)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         self.training_seconds += seconds
@@ -100,8 +101,8 @@ class Telemetry:
         images_per_second = len(self._pending) * self.global_batch / seconds
         data_wait = sum(step.data_wait_seconds for step in self._pending) / seconds
         if self.writer is not None:
-            for step, loss in zip(self._pending, means, strict=True):
-                self._write_step(self.writer, step, loss, images_per_second, data_wait)
+            for step, loss, scale, skipped in zip(self._pending, means, scales, skips, strict=True):
+                self._write_step(self.writer, step, loss, scale, skipped, images_per_second, data_wait)
                 if step.step in noise_scales:
                     self._write_noise_scale(self.writer, step.step, noise_scales[step.step])
             last = self._pending[-1]
@@ -110,8 +111,8 @@ class Telemetry:
                 f"epoch {last.step // self.steps_per_epoch + 1}/{self.epochs}",
                 f"loss {means[-1]:.3f}, rate {last.lr:.4g}, {images_per_second:,.0f} images/s",
             )
-        for step, loss in zip(self._pending, means, strict=True):
-            if has_diverged(_finite(loss), step.skipped, step.loss_scale):
+        for step, loss, scale, skipped in zip(self._pending, means, scales, skips, strict=True):
+            if has_diverged(_finite(loss), skipped, scale):
                 raise FloatingPointError(
                     f"the loss of step {step.step} is {loss}: training has diverged at rate {step.lr:g}"
                 )
@@ -166,9 +167,13 @@ class Telemetry:
         if self.writer is not None:
             self.writer.close()
 
-    def _take_gradient_norms(self) -> dict[int, dict[str, float | None]]:
+    def _take_gradient_norms(self, skips: list[bool]) -> dict[int, dict[str, float | None]]:
         """Take what the pending steps measured into the noise scale; return its values after each, by step."""
-        measured = {step.step: step.gradient_norms for step in self._pending if step.gradient_norms is not None}
+        measured = {
+            step.step: step.gradient_norms
+            for step, skipped in zip(self._pending, skips, strict=True)
+            if step.gradient_norms is not None and not skipped
+        }
         if not measured:
             return {}
         own = torch.stack(list(measured.values()))
@@ -189,7 +194,14 @@ class Telemetry:
         self.monitor([(f"Train/Samples/{name}", value, samples) for name, value in values.items() if value is not None])
 
     def _write_step(
-        self, writer: "Writer", step: Step, loss: float, images_per_second: float, data_wait: float
+        self,
+        writer: "Writer",
+        step: Step,
+        loss: float,
+        loss_scale: float,
+        skipped: bool,
+        images_per_second: float,
+        data_wait: float,
     ) -> None:
         epoch, samples = step.step // self.steps_per_epoch, (step.step + 1) * self.global_batch
         writer.event(
@@ -202,14 +214,14 @@ class Telemetry:
                 "loss": _finite(loss),
                 "images_per_second": round(images_per_second, 1),
                 "data_wait": round(data_wait, 4),
-                "loss_scale": step.loss_scale,
-                "skipped": step.skipped,
+                "loss_scale": loss_scale,
+                "skipped": skipped,
             }
         )
-        skipped = f", update skipped: overflow at loss scale {step.loss_scale:g}" if step.skipped else ""
+        overflow = f", update skipped: overflow at loss scale {loss_scale:g}" if skipped else ""
         writer.log(
             f"epoch {epoch + 1}/{self.epochs}, step {step.step}: loss {loss:.4f}, rate {step.lr:.5g}, "
-            f"{images_per_second:,.0f} images/s, {data_wait:.0%} waiting for data{skipped}"
+            f"{images_per_second:,.0f} images/s, {data_wait:.0%} waiting for data{overflow}"
         )
         self.monitor([("Train/Samples/train_loss", loss, samples)])
 
@@ -329,6 +341,15 @@ def _mean_over_ranks(values: Tensor) -> list[float]:
         total = total + other
     means: list[float] = (total / len(ranks)).tolist()
     return means
+
+
+def _overflows(steps: list[Step]) -> tuple[list[float], list[bool]]:
+    """The loss scale of each step, and whether it was skipped, from the device."""
+    skips = [torch.zeros_like(step.loss) if step.skipped is None else step.skipped for step in steps]
+    scales, skipped = torch.stack(
+        [torch.stack([step.loss_scale for step in steps]), torch.stack([skip.double() for skip in skips])]
+    ).tolist()
+    return scales, [bool(skip) for skip in skipped]
 
 
 def _finite(value: float) -> float | None:

@@ -132,10 +132,10 @@ def test_half_parameters_beside_fp32_buffers() -> None:
 def test_a_skipped_update_leaves_the_running_averages_alone() -> None:
     module = BatchNorm(CHANNELS, statistics=N)
     module(torch.full((N, CHANNELS, 2, 2), torch.inf))
-    update_running_averages(module, discard=True)
+    update_running_averages(module, discard=torch.tensor(True))
     assert torch.equal(module.running_mean, torch.zeros(CHANNELS))
     module(torch.randn(N, CHANNELS, 2, 2))
-    update_running_averages(module)
+    update_running_averages(module, discard=torch.tensor(False))
     assert module.running_mean.isfinite().all()
     assert int(module.num_batches_tracked) == 1
 

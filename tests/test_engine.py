@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,11 +185,11 @@ def test_half_precisions_change_rounding_not_the_method() -> None:
     """Invariant 7: the first update equals fp32's within the precision's rounding; later steps stay close.
 
     Weights, activations and gradients are each rounded to a relative 2^-11 (fp16) or 2^-8 (bf16) and pass through two
-    layers; 4 roundings bound the whole first update. Only fp16's overflows must be known on the host.
+    layers; 4 roundings bound the whole first update. No precision waits for the device.
     """
     (found,) = run_ranks(1, _trained_in_three_precisions)
     assert_as_in_fp32(found)
-    assert {name: waits for name, (_, waits) in found.items()} == {"fp32": 0, "fp16": 6, "bf16": 0}
+    assert {name: waits for name, (_, waits) in found.items()} == dict.fromkeys(PRECISIONS, 0)
 
 
 def assert_as_in_fp32(found: dict[str, tuple[list[dict], int]]) -> None:
@@ -220,6 +221,7 @@ def test_fp16_stays_right_when_deepspeed_mends_its_loss_scale() -> None:
 
 def _trained_with_an_overflow(rank: int, world_size: int, overflow_at: int) -> dict[str, Any]:
     from recipe.data import Batch
+    from recipe.half_precision import read_overflows
     from recipe.loop import train_epoch
 
     schedule = RateSchedule(0.1, 0.4, "gradual", 6, "linear", (), 0.1)
@@ -238,7 +240,8 @@ def _trained_with_an_overflow(rank: int, world_size: int, overflow_at: int) -> d
             torch.equal(before, state["momentum_buffer"])
             for before, state in zip(momentum, engine.optimizer.state.values(), strict=True)
         )
-        seen.append((result.step, result.skipped, unchanged, result.lr, engine.optimizer.loss_scale))
+        read_overflows(engine)
+        seen.append((result.step, bool(result.skipped), unchanged, result.lr, engine.optimizer.loss_scale))
     return {"seen": seen, "skipped_steps": engine.skipped_steps, "history": master_weights(engine)}
 
 
@@ -254,6 +257,30 @@ def test_an_overflow_skips_its_update_and_loses_nothing_else() -> None:
         (4, False, False, pytest.approx(0.30), scale / 2),
     ]
     assert result["skipped_steps"] == 1
+
+
+def test_the_loss_scale_on_the_device_follows_deepspeeds_own_rule() -> None:
+    from deepspeed.runtime.fp16.loss_scaler import LossScaleConfig
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    from recipe.half_precision import LossScale
+
+    def new_optimizer() -> Any:
+        rule = {"init_scale": 4.0, "scale_window": 3, "min_scale": 0.5, "delayed_shift": 1}
+        config = LossScaleConfig(torch.float16, True, 1.0, rule)
+        return SimpleNamespace(loss_scale_config=config, verbose=False)
+
+    deepspeeds, ours = new_optimizer(), new_optimizer()
+    scale = LossScale(ours, torch.device("cpu"))
+    # Grows after three updates, falls to its minimum, and counts anew from the last overflow.
+    overflows = [*[False] * 9, True, *[False] * 5, True, *[True] * 7, *[False] * 12]
+    for overflowed in overflows:
+        FP16_UnfusedOptimizer._update_scale(deepspeeds, overflowed)
+        scale.update(torch.tensor(overflowed))
+        ours.loss_scale_config.cur_iter += 1
+        assert float(scale.value) == deepspeeds.loss_scale_config.cur_scale
+    assert scale.to_host() == sum(overflows)
+    assert ours.loss_scale_config == deepspeeds.loss_scale_config
 
 
 SCHEDULES = {

@@ -17,7 +17,8 @@ from tests.ranks import run_ranks
 
 
 def step(number: int, loss: float, *, skipped: bool = False, loss_scale: float = 1.0) -> Step:
-    return Step(number, 0.1 * (number + 1), torch.tensor(loss), loss_scale, skipped, 0.0, ())
+    scale = torch.tensor(loss_scale, dtype=torch.float64)
+    return Step(number, 0.1 * (number + 1), torch.tensor(loss), scale, torch.tensor(skipped), 0.0, ())
 
 
 def telemetry(output: Path, steps_per_print: int = 2, events: list | None = None) -> Telemetry:
