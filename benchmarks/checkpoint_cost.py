@@ -24,7 +24,7 @@ import torch.distributed as dist
 from benchmarks.report import add_json, context, heading, made_folder, positive, write
 from recipe.data import SyntheticLoader
 from recipe.model import build_model, parameter_groups
-from recipe.scaling import RateSchedule
+from recipe.plan import RateSchedule
 from recipe.train import set_up_torch
 
 IMAGES_PER_EPOCH = 1_281_167
@@ -74,9 +74,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds of a training step, and of saving, checking and loading a checkpoint: each the median of all."""
-    from recipe import checkpoint, manifest
-    from recipe.engine import join_process_group, set_loudness, start_engine
-    from recipe.loop import train_epoch
+    from recipe.checkpoints import checkpoint, manifest
+    from recipe.engine import join_process_group, set_loudness, start_engine, train_epoch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     set_loudness(verbose=False)

@@ -43,7 +43,7 @@ from torch.optim import SGD, Optimizer
 from benchmarks.report import add_json, at_least, context, heading, positive, write
 from recipe.data import Batch, SyntheticLoader
 from recipe.model import build_model, parameter_groups
-from recipe.scaling import RateSchedule
+from recipe.plan import RateSchedule
 from recipe.train import set_up_torch
 
 CLASSES = 1000
@@ -249,10 +249,7 @@ def recipe_loop(
 
     It trains on ``batches`` again and again, or on those of ``stream``, which are as large and as many a step.
     """
-    from recipe.engine import start_engine
-    from recipe.gradient_norms import GradientNorms
-    from recipe.kernels import compile_training
-    from recipe.loop import cross_entropy, train_epoch
+    from recipe.engine import GradientNorms, compile_training, cross_entropy, start_engine, train_epoch
 
     micro_batch = len(batches[0].labels)
     config: dict[str, Any] = {

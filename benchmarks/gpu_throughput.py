@@ -58,11 +58,8 @@ from benchmarks.engine_overhead import (
     synthetic_batches,
 )
 from benchmarks.report import add_json, at_least, context, heading, positive, say, write
-from recipe.data import Batch, TrainLoader
-from recipe.data.folder_index import index_folder
-from recipe.data.imagefolder import ImageFiles
-from recipe.data.loader import PREFETCHED
-from recipe.kernels import choose_kernels
+from recipe.data import PREFETCHED, Batch, ImageFiles, TrainLoader, index_folder
+from recipe.engine import choose_kernels
 from recipe.model import build_model, parameter_groups
 from recipe.plan import PIXEL_MEAN_STD
 from recipe.train import set_up_torch

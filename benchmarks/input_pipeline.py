@@ -44,17 +44,25 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional
 
 from benchmarks.report import add_json, context, heading, positive, say, write
-from recipe.commands.pack import pack
-from recipe.data import EncodedImages, ImageDataset, Samples, TrainLoader, open_decoder
-from recipe.data.augment import random_resized_box, sample_rng
-from recipe.data.datasets import Key
-from recipe.data.decoders import NvJpeg
-from recipe.data.encoded import Decoder
-from recipe.data.folder_index import index_folder
-from recipe.data.imagefolder import ImageFiles
-from recipe.data.loader import collate
-from recipe.data.pack import PackedImages, open_pack
-from recipe.data.pack_format import read_header
+from recipe.commands.pack.command import pack
+from recipe.data import (
+    Decoder,
+    EncodedImages,
+    ImageDataset,
+    ImageFiles,
+    Key,
+    NvJpeg,
+    PackedImages,
+    Samples,
+    TrainLoader,
+    collate,
+    index_folder,
+    open_decoder,
+    open_pack,
+    random_resized_box,
+    read_header,
+    sample_rng,
+)
 
 SEED = 0
 PREDICTED_WORKERS = 16

@@ -62,7 +62,9 @@ def kill_at(moment: str, trigger: Trigger) -> None:
     import torch
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from recipe import manifest, run, telemetry
+    from recipe import run
+    from recipe.checkpoints import manifest
+    from recipe.reporting import telemetry
 
     def before(function: Callable[..., Any]) -> Callable[..., Any]:
         def killed(*args: Any, **kwargs: Any) -> Any:

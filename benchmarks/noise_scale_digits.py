@@ -16,8 +16,8 @@ from typing import Any
 
 from benchmarks.launch import ROOT, deepspeed_command, environment
 from benchmarks.report import add_json, context, heading, positive, write
-from recipe.metrics import read_events
 from recipe.plan import DIGITS_IMAGES
+from recipe.reporting import read_events
 
 CONFIG = "ds_configs/digits_b512.json"
 BATCH, STEPS_PER_EPOCH = 512, 2

@@ -28,8 +28,7 @@ from torch import nn
 
 from benchmarks.report import add_json, context, heading, positive, say, write
 from recipe.config import read_config
-from recipe.data import Batch, HeldImages, TrainLoader, open_datasets
-from recipe.data.imagefolder import list_imagefolder
+from recipe.data import Batch, HeldImages, TrainLoader, list_imagefolder, open_datasets
 from recipe.model import build_model
 
 ALONE, HELD, FOLDER = "one batch again and again", "held on the device", "read from the folder"

@@ -2,7 +2,7 @@
 
 resnet18 trains on the digits by the recipe's own loop under the ``deepspeed`` launcher, with as many images a rank on
 any number of ranks. Steps take turns: the recipe's, which reduces the gradients within the backward pass; DeepSpeed's,
-which reduces after it; and one that leaves the reduction out. The model (``recipe/communication.py``) gets the link as
+which reduces after it; and one that leaves the reduction out. The model (``recipe/plan/communication.py``) gets the link as
 it is measured around the ring of ranks, and predicts the all-reduce; beside it stands what one takes that all ranks
 begin together. With ``--hosts`` the ranks are also put on hosts made of namespaces, one each, whose links are
 limited to given rates (needs root, and what ``tests/multinode`` needs). The same model then says what large clusters
@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.launch import ROOT, deepspeed_command, environment
 from benchmarks.report import add_json, context, heading, positive, write
 from benchmarks.scaling_rank import FOUND, MODEL
-from recipe.communication import Link, all_reduce_bytes, all_reduce_seconds, efficiency, exposed_seconds
+from recipe.plan import Link, all_reduce_bytes, all_reduce_seconds, efficiency, exposed_seconds
 
 SCRIPT = "benchmarks/scaling_rank.py"
 TIMEOUT_SECONDS = 600

@@ -83,8 +83,7 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from recipe.engine import start_engine
-    from recipe.loop import train_epoch
+    from recipe.engine import start_engine, train_epoch
     from recipe.model import parameter_groups
     from recipe.preflight import prepare
     from recipe.run import deepspeed_config, open_loaders

@@ -36,7 +36,8 @@ def time_parts(given: float, file: Path) -> None:
     """Have the parts timed, and the process end after the first step."""
     import torch.distributed as dist
 
-    from recipe import meeting, preflight, run
+    from recipe import preflight, run
+    from recipe.distributed import rendezvous as meeting
 
     modules: dict[str, Any] = {"preflight": preflight, "meeting": meeting, "run": run}
     seconds = dict.fromkeys(ORDER, 0.0)

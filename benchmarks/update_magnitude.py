@@ -27,12 +27,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from benchmarks.report import add_json, context, heading, positive, write
 from recipe.commands.figure import new_figure, save_figure
-from recipe.data.digits import open_digits
-from recipe.data.sampler import epoch_permutation
-from recipe.model import build_model, parameter_groups
-from recipe.plan import PIXEL_MEAN_STD
-from recipe.running_averages import update_running_averages
-from recipe.scaling import RateSchedule, scaled_rate
+from recipe.data import epoch_permutation, open_digits
+from recipe.model import build_model, parameter_groups, update_running_averages
+from recipe.plan import PIXEL_MEAN_STD, RateSchedule, scaled_rate
 from recipe.train import set_up_torch
 
 IMAGE_SIZE, CLASSES = 16, 10

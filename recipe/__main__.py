@@ -5,7 +5,7 @@ import io
 import signal
 import sys
 
-from recipe.interruption import say
+from recipe.distributed import say
 
 COMMANDS = {
     "plan": "what a config will do, before anything runs",

@@ -11,13 +11,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from recipe.batchnorm import BatchNorm
+from recipe.checkpoints import Resume, Start, choose_start, lock
 from recipe.config import ConfigError
 from recipe.data import EncodedImages, HeldImages, ImageDataset, Samples, open_datasets, open_decoder
-from recipe.lock import lock
-from recipe.model import build_model
+from recipe.model import BatchNorm, build_model
 from recipe.plan import Plan
-from recipe.resume import Resume, Start, choose_start
 
 MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 

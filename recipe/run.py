@@ -1,7 +1,9 @@
 """A run from its checked parts to its summary."""
 
+import hashlib
 import json
 import os
+import socket
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -13,35 +15,52 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from recipe import checkpoint, manifest
-from recipe.agreement import Requests
-from recipe.batchnorm import join_neighbours
-from recipe.checkpoint import CheckpointError
-from recipe.data import BadImageError, SyntheticLoader, TrainLoader, ValidationLoader
-from recipe.data.seeds import derive_seed
-from recipe.engine import join_process_group, set_loudness, start_engine
-from recipe.gradient_norms import GradientNorms
-from recipe.half_precision import read_overflows
-from recipe.interruption import Interrupted
-from recipe.kernels import choose_kernels, compile_training
-from recipe.loop import cross_entropy, evaluate, train_epoch
-from recipe.manifest import CHECKPOINTS, PLAN
-from recipe.meeting import Meeting
-from recipe.micro_batch import CPU_MICRO_BATCH, largest_on_cpu, largest_on_gpu
-from recipe.model import parameter_groups
-from recipe.noise_scale import NoiseScale
-from recipe.plan import Plan, fitting_micro_batches, with_micro_batch
-from recipe.plan_text import format_plan, plan_json
-from recipe.preflight import Run
-from recipe.resume import statistics_change, training_sha256
-from recipe.running_averages import (
+from recipe.checkpoints import (
+    CHECKPOINTS,
+    PLAN,
+    CheckpointError,
+    checkpoint,
+    manifest,
+    statistics_change,
+    training_sha256,
+)
+from recipe.data import BadImageError, SyntheticLoader, TrainLoader, ValidationLoader, derive_seed
+from recipe.distributed import Facts, Interrupted, Meeting, Requests, Watch
+from recipe.engine import (
+    CPU_MICRO_BATCH,
+    GradientNorms,
+    choose_kernels,
+    compile_training,
+    cross_entropy,
+    evaluate,
+    join_process_group,
+    largest_on_cpu,
+    largest_on_gpu,
+    read_overflows,
+    set_loudness,
+    start_engine,
+    train_epoch,
+)
+from recipe.model import (
     average_running_statistics,
     gather_running_averages,
+    join_neighbours,
+    parameter_groups,
     restore_running_averages,
 )
-from recipe.summary import SUMMARY, History, read_summary, summarise
-from recipe.telemetry import OutputError, Telemetry, cannot_write
-from recipe.watch import Watch
+from recipe.plan import NoiseScale, Plan, fitting_micro_batches, format_plan, plan_json, with_micro_batch
+from recipe.preflight import Run
+from recipe.reporting import (
+    SUMMARY,
+    History,
+    OutputError,
+    Telemetry,
+    cannot_write,
+    code_sha256,
+    read_summary,
+    summarise,
+    versions,
+)
 
 
 class MicroBatchError(RuntimeError):
@@ -70,7 +89,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     recipe = run.plan.config.recipe
     choose_kernels(tf32=recipe.precision is None, cudnn_benchmark=recipe.cudnn_benchmark)
     timeout = timedelta(seconds=recipe.distributed.timeout_seconds)
-    join_process_group(run.device, timeout, meeting)
+    join_process_group(run.device, timeout, meeting.group_store)
     run = settle_micro_batch(run)
     plan = run.plan
     if dist.get_rank() == 0:
@@ -183,6 +202,19 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
         deepspeed.comm.log_summary()
     leave_process_group(watch)
     return summary
+
+
+def own_facts(run: Run | None, refusal: Exception | None) -> Facts:
+    """What this rank brings to the rendezvous: a run that was checked, or why it refuses."""
+    return Facts(
+        host=socket.gethostname(),
+        config_sha256="" if run is None else hashlib.sha256(run.plan.config.source.text.encode()).hexdigest(),
+        code_sha256=code_sha256(),
+        versions=", ".join(f"{name} {number}" for name, number in versions().items()),
+        device="" if run is None else run.device.type,
+        checkpoint=run.start.checkpoints[0].path.name if run is not None and run.start.checkpoints else "none",
+        refusal=None if refusal is None else str(refusal),
+    )
 
 
 def leave_process_group(watch: Watch) -> None:

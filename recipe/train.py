@@ -17,12 +17,21 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipe.config import Distributed, read_config
-from recipe.interruption import Interrupted, at_the_terminal, end_at_once, ignore_signals, say
-from recipe.launcher import check_ranks, find_command, open_process, read_command
-from recipe.placement import Placement, find_placement
-from recipe.plan import make_plan
-from recipe.plan_text import format_plan
-from recipe.summary import format_summary
+from recipe.distributed import (
+    Interrupted,
+    Placement,
+    at_the_terminal,
+    check_ranks,
+    end_at_once,
+    find_command,
+    find_placement,
+    ignore_signals,
+    open_process,
+    read_command,
+    say,
+)
+from recipe.plan import format_plan, make_plan
+from recipe.reporting import format_summary
 
 COMPLETE, REFUSED = 0, 2
 OTHER_RANKS_WAIT_SECONDS = 15.0
@@ -77,11 +86,10 @@ def run(arguments: argparse.Namespace) -> int:
     # to look through it for garbage takes a tenth of these seconds, and would take as long now and then in training.
     gc.disable()
     set_up_torch(cores)
-    from recipe.meeting import DisagreementError, MeetingError, meet, own_facts
+    from recipe.distributed import FAILED, DisagreementError, MeetingError, Watch, meet
     from recipe.preflight import prepare
-    from recipe.run import KNOWN_FAILURES, summary_of_complete_run, train
-    from recipe.telemetry import LOG
-    from recipe.watch import FAILED, Watch
+    from recipe.reporting import LOG
+    from recipe.run import KNOWN_FAILURES, own_facts, summary_of_complete_run, train
 
     gc.freeze()
     gc.enable()

@@ -25,7 +25,7 @@ def start_fork_server() -> None:
 
     Before any test does: ``recipe pack`` would start it with other imports, and with signals blocked.
     """
-    mp.get_context("forkserver").set_forkserver_preload(["deepspeed", "timm", "recipe.engine"])
+    mp.get_context("forkserver").set_forkserver_preload(["deepspeed", "timm", "recipe.engine.start"])
     forkserver.ensure_running()
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from recipe.config import read_config
-from recipe.plan import make_plan
+from recipe.config.schema import read_config
+from recipe.plan.plan import make_plan
 from recipe.train import parse_arguments
 
 ROOT = Path(__file__).parents[1]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from recipe.config import ConfigError, read_config
-from recipe.lock import is_locked, lock
-from recipe.plan import Plan, make_plan
-from recipe.plan_text import format_plan
+from recipe.checkpoints.locking import is_locked, lock
+from recipe.config.schema import ConfigError, read_config
+from recipe.plan.plan import Plan, make_plan
+from recipe.plan.text import format_plan
 from recipe.preflight import choose_device, prepare
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +88,7 @@ def test_the_lock_comes_before_the_look_at_the_checkpoints(tmp_path: Path, monke
 def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
     """The lock ends with its process, however that ends; a forked loader process does not keep it."""
     holder = (
-        "import os, sys, time; from pathlib import Path; from recipe.lock import lock; "
+        "import os, sys, time; from pathlib import Path; from recipe.checkpoints.locking import lock; "
         f"file = lock(Path({str(tmp_path)!r})); pid = os.fork(); "
         "print(pid, flush=True) if pid else None; time.sleep(60)"
     )

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from recipe.commands.plan import main
-from recipe.config import Config
-from recipe.deepspeed_sections import PassedOn, Section
+from recipe.config.deepspeed_sections import PassedOn, Section
+from recipe.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -20,8 +20,7 @@ import timm
 import torch
 from PIL import Image
 
-from recipe.train import parse_arguments
-from recipe.train import run as train_here
+from recipe.train import parse_arguments, run as train_here
 from tests.golden import FP64, GOLDEN
 from tests.launch import DIGITS, ROOT, SHORT, command, environment, events, losses, train, train_ok
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from recipe.checkpoints import NEVER_TO_CHANGE, batchnorm_images, is_same_training, leaves, stated
 from recipe.commands.run_files import Column, RunFiles, read_run
-from recipe.resume import NEVER_TO_CHANGE, batchnorm_images, is_same_training, leaves, stated
-from recipe.strict_json import ABSENT, printable
+from recipe.config import ABSENT, printable
 
 SAME, DIFFERENT, REFUSED, NOT_TOLD_YET = 0, 1, 2, 3
 # Relative to the larger loss, with their names: beyond rounding in double precision, and what a curve may show.

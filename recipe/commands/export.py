@@ -12,13 +12,11 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from recipe.checkpoints import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, damage, find, unreadable
 from recipe.commands.run_files import run_meant
-from recipe.config import FOLDERS, Config, read_config
-from recipe.manifest import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, damage, find, unreadable
-from recipe.metrics import read_events
-from recipe.plan_text import json_text
-from recipe.strict_json import printable
-from recipe.summary import read_summary
+from recipe.config import FOLDERS, Config, printable, read_config
+from recipe.plan import json_text
+from recipe.reporting import read_events, read_summary
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
 SAVED = "mp_rank_00_model_states.pt"  # DeepSpeed's name of what rank 0 writes

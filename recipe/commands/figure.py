@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipe.strict_json import printable
+from recipe.config import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

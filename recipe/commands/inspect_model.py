@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipe.batchnorm import BatchNorm
-from recipe.model import build_model, parameter_counts
-from recipe.model_facts import ModelFacts
+from recipe.model import BatchNorm, build_model, parameter_counts
+from recipe.plan import ModelFacts
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 

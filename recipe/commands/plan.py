@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from recipe.checkpoints import PLAN
 from recipe.commands.plan_screen import (
     Assumptions,
     as_json,
@@ -13,15 +14,10 @@ from recipe.commands.plan_screen import (
     plan_screen,
     side_by_side,
 )
-from recipe.communication import Link
-from recipe.config import Config, read_config
-from recipe.hostfile import count_slots, read_hostfile
-from recipe.manifest import PLAN
-from recipe.model_facts import SHIPPED, ModelFacts
-from recipe.plan import Plan, make_plan
-from recipe.plan_text import format_fields, notes
-from recipe.strict_json import ConfigError, printable
-from recipe.summary import read_summary
+from recipe.config import Config, ConfigError, printable, read_config
+from recipe.distributed import count_slots, read_hostfile
+from recipe.plan import SHIPPED, Link, ModelFacts, Plan, format_fields, make_plan, notes
+from recipe.reporting import read_summary
 
 # Nobody has measured them here: what PyTorch is said to reach with ResNet-50 on one H100, and a usual network.
 ASSUMED_SPEED = {"resnet50": 2500.0}

@@ -10,24 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from recipe.commands.figure import COLOURS, add_legend, drawable, line_styles, new_figure, save_figure, set_log_scale
-from recipe.commands.plan_cost import (
+from recipe.config import printable
+from recipe.plan import (
     CONTEXT_BYTES,
+    LABEL_WIDTH,
+    NO_BREAK,
+    Link,
+    ModelFacts,
+    Plan,
     activation_bytes,
+    all_reduce_bytes,
     batchnorm_traffic,
     gradient_bytes,
     hidden_bandwidth,
     largest_micro_batch,
     memory,
+    notes,
     overlaps_reduction,
+    plan_fields,
     reduced_bytes,
     speed,
     travelling_precision,
+    wrap,
 )
-from recipe.communication import Link, all_reduce_bytes
-from recipe.model_facts import ModelFacts
-from recipe.plan import Plan
-from recipe.plan_text import LABEL_WIDTH, NO_BREAK, notes, plan_fields, wrap
-from recipe.strict_json import printable
 
 SIDE_BY_SIDE_WIDTH = 150
 PICTURE_POINTS = 4000

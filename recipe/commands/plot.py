@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from recipe.commands.figure import COLOURS, add_legend, drawable, line_styles, new_figure, save_figure, set_log_scale
 from recipe.commands.run_files import Column, RunFiles, distinct_names, read_run
-from recipe.strict_json import printable
+from recipe.config import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

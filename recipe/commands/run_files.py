@@ -10,10 +10,9 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from recipe.manifest import CHECKPOINTS, PLAN
-from recipe.metrics import METRICS, parse_object
-from recipe.strict_json import parse_json, read_text
-from recipe.summary import read_summary
+from recipe.checkpoints import CHECKPOINTS, PLAN
+from recipe.config import parse_json, read_text
+from recipe.reporting import METRICS, parse_object, read_summary
 
 Column = NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, default_collate
 
 from recipe.data.augment import Crop, View, cut, draw_view, evaluation_view, sample_rng
 from recipe.data.batch import HostBatch
-from recipe.data.decode import Decoded
+from recipe.data.decoding import Decoded
 from recipe.data.sampler import PADDING
 
 Key = tuple[int, int] | int

@@ -9,7 +9,7 @@ from PIL import Image
 
 from recipe.data.augment import Crop
 from recipe.data.datasets import ImageDataset
-from recipe.data.decode import Decoded
+from recipe.data.decoding import Decoded
 
 _CLASSES = 10
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from recipe.data.augment import View
 from recipe.data.batch import HostBatch
 from recipe.data.datasets import ImageDataset, Key, Sample, Samples
-from recipe.data.decode import plain_jpeg_size
+from recipe.data.decoding import plain_jpeg_size
 from recipe.data.sampler import PADDING
 
 Decoder = Callable[[Sequence[Tensor], Sequence[View]], Sequence[Tensor]]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from recipe.data.augment import Crop
 from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage
-from recipe.data.decode import UNREADABLE, Decoded, decode
+from recipe.data.decoding import UNREADABLE, Decoded, decode
 from recipe.data.folder_index import FolderIndex, index_folder
 from recipe.data.pack_format import HEADER
 

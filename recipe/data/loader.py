@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from recipe.data.batch import Batch, HostBatch, Normalise
 from recipe.data.datasets import BadImageError, Sample, Samples
 from recipe.data.sampler import TrainSampler, ValidationSampler
-from recipe.interruption import SIGNALS
+from recipe.distributed import SIGNALS
 
 PREFETCHED = 2
 """Batches on their way to the GPU while it computes on one."""

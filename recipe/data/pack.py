@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from recipe.config import printable
 from recipe.data.augment import Crop, evaluation_short_side
 from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage
-from recipe.data.decode import UNREADABLE, Decoded, decode
+from recipe.data.decoding import UNREADABLE, Decoded, decode
 from recipe.data.pack_format import HEADER, Header, Part, damage, open_index, read_header
-from recipe.strict_json import printable
 
 
 class PackedImages(ImageDataset):

@@ -20,9 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from recipe.deepspeed_sections import Count, Section, Size
-from recipe.strict_json import parse_json, read_text
-from recipe.strict_sections import validate
+from recipe.config import Count, Section, Size, parse_json, read_text, validate
 
 HEADER, IMAGES, NAMES = "pack.json", "images.npy", "names.npy"
 

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from recipe.data.datasets import ImageDataset
-from recipe.data.decode import Decoded
+from recipe.data.decoding import Decoded
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)

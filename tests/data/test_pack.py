@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipe.commands.pack import pack
+from recipe.commands.pack.command import pack
 from recipe.data import BadImageError, TrainLoader, ValidationLoader, open_datasets
 from recipe.data.pack_format import IMAGE
 from tests.data.images import MEAN, STD, picture, write_folder

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recipe.batchnorm import _NormaliseByKernels
-from tests import test_batchnorm as on_cpu
+from recipe.model.batchnorm import _NormaliseByKernels
+from tests.model import test_batchnorm as on_cpu
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.gpu

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipe.micro_batch import largest_on_gpu, try_training
-from recipe.model import build_model
+from recipe.engine.micro_batch import largest_on_gpu, try_training
+from recipe.model.build import build_model
 from tests.gpu.test_training import on_gpu
 from tests.launch import train
 from tests.ranks import run_ranks

@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from recipe.scaling import RateSchedule
-from tests import test_engine as on_cpu
-from tests import test_noise_scale as noise_scale
+from recipe.plan.scaling import RateSchedule
+from tests.engine import test_noise_scale as noise_scale, test_start as on_cpu
 from tests.launch import events, losses, train_ok
 from tests.ranks import run_ranks
 
@@ -44,7 +43,7 @@ def test_half_precisions_change_rounding_not_the_method(tmp_path: Path) -> None:
 def _waits(rank: int, world_size: int) -> dict[str, int]:
     """How often CUDA waits for the device in four optimizer steps, in each precision."""
     from recipe.data import Batch
-    from recipe.loop import train_epoch
+    from recipe.engine.loop import train_epoch
 
     found = {}
     for name, sections in on_cpu.PRECISIONS.items():
@@ -93,11 +92,11 @@ def test_gradient_norms_are_those_of_the_cpu(world_size: int, tmp_path: Path) ->
 def _memory_formats(rank: int, world_size: int, precision: str) -> dict[str, tuple[str, bool, bool]]:
     """Of each convolution and batch norm in a training step: its dtype, and whether what comes out of it, and the
     gradient that comes back to it, are channels_last."""
-    from recipe.batchnorm import BatchNorm
     from recipe.data import SyntheticLoader
-    from recipe.engine import join_process_group, start_engine
-    from recipe.loop import train_epoch
-    from recipe.model import build_model, parameter_groups
+    from recipe.engine.loop import train_epoch
+    from recipe.engine.start import join_process_group, start_engine
+    from recipe.model.batchnorm import BatchNorm
+    from recipe.model.build import build_model, parameter_groups
 
     join_process_group(torch.device("cuda"), timedelta(seconds=60))
     model = build_model("resnet50", 10, seed=0, statistics="global")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.manifest import find
+from recipe.checkpoints.manifest import find
 from tests.data.images import write_folder
 from tests.launch import DIGITS, ROOT, events
 from tests.multinode.cluster import Cluster, steps_written, wait_until

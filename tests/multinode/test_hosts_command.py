@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.commands.host_questions import KEEPALIVE_LIMIT_SECONDS
+from recipe.commands.hosts.questions import KEEPALIVE_LIMIT_SECONDS
 from tests.data.images import write_folder
 from tests.launch import DIGITS, ROOT
 from tests.multinode.cluster import Cluster, wait_until
@@ -131,7 +131,7 @@ def test_another_interpreter_path(two_hosts: Cluster, tmp_path: Path) -> None:
 
 def test_other_code_and_another_clock(two_hosts: Cluster, tmp_path: Path) -> None:
     """The other code's clock is ahead by ten seconds."""
-    probe = ROOT / "recipe/commands/host_probe.py"
+    probe = ROOT / "recipe/commands/hosts/probe.py"
     changed = tmp_path / "host_probe.py"
     changed.write_text(probe.read_text().replace("return time.time()", "return time.time() + 10"))
     with covered(two_hosts, "node-1", probe, changed):

@@ -49,8 +49,8 @@ def test_ranks_with_another_config(two_hosts: Cluster, tmp_path: Path) -> None:
 
 def test_ranks_with_other_code(two_hosts: Cluster, tmp_path: Path) -> None:
     other = tmp_path / "scaling.py"
-    other.write_text((ROOT / "recipe/scaling.py").read_text() + "# changed\n")
-    with hidden(two_hosts, "node-1", ROOT / "recipe/scaling.py", by=other):
+    other.write_text((ROOT / "recipe/plan/scaling.py").read_text() + "# changed\n")
+    with hidden(two_hosts, "node-1", ROOT / "recipe/plan/scaling.py", by=other):
         message = refusal(two_hosts, tmp_path / "run")
     assert message.startswith("rank 1 on node-1 and rank 0 on node-0 run different code of recipe/; ")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.manifest import find
+from recipe.checkpoints.manifest import find
 from tests.launch import DIGITS, events, losses, train_ok
 from tests.multinode.cluster import Cluster, steps_written, wait_until
 

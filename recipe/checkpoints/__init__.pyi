@@ -1,0 +1,29 @@
+from . import checkpoint as checkpoint, manifest as manifest
+from .checkpoint import CheckpointError as CheckpointError
+from .locking import (
+    LOCK as LOCK,
+    is_locked as is_locked,
+    lock as lock,
+)
+from .manifest import (
+    CHECKPOINTS as CHECKPOINTS,
+    MANIFEST as MANIFEST,
+    PLAN as PLAN,
+    Checkpoint as Checkpoint,
+    damage as damage,
+    find as find,
+    unreadable as unreadable,
+)
+from .resume import (
+    NEVER_TO_CHANGE as NEVER_TO_CHANGE,
+    Resume as Resume,
+    Start as Start,
+    batchnorm_images as batchnorm_images,
+    choose_start as choose_start,
+    differing_keys as differing_keys,
+    is_same_training as is_same_training,
+    leaves as leaves,
+    stated as stated,
+    statistics_change as statistics_change,
+    training_sha256 as training_sha256,
+)

@@ -1,0 +1,156 @@
+"""Save the engine's state as a checkpoint, and load the newest that is whole and can be loaded."""
+
+import errno
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from recipe.checkpoints import manifest
+from recipe.checkpoints.manifest import PLAN, Checkpoint
+from recipe.engine import read_overflows
+
+UNFINISHED = ".unfinished"
+
+# What DeepSpeed pickles into the shards of ZeRO stages 1 to 3; plain tensors and containers suffice at stage 0.
+ZERO_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+# torch's words for a full disk: that it is at an unexpected position, and the file in which it finds so.
+TORCH_CANNOT_WRITE = ("inline_container", "PytorchStreamWriter")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message names it and says what is known of the cause."""
+
+
+def save(
+    engine: DeepSpeedEngine,
+    folder: Path,
+    *,
+    top1: float | None,
+    client_state: dict[str, Any],
+    plan: str,
+    training_sha256: str,
+) -> Path:
+    """Write the state of ``engine`` and ``client_state`` (plain values and tensors) below ``folder``.
+
+    Every rank calls this, and knows when it returns that the checkpoint is on the disk.
+
+    Args:
+        top1: Of the validation that belongs to it, in per cent.
+        plan: The text of its ``plan.json``.
+        training_sha256: See ``Checkpoint``.
+
+    Raises:
+        CheckpointError: it could not be written; the older ones are as they were.
+    """
+    read_overflows(engine)
+    tag = f"step-{engine.global_steps:08d}"
+    unfinished = folder / UNFINISHED
+    if dist.get_rank() == 0:
+        manifest.clear(unfinished)
+    dist.barrier()
+    try:
+        engine.save_checkpoint(str(unfinished), tag=tag, client_state=client_state, save_latest=False)
+        dist.barrier()  # at ZeRO stages every rank writes a shard
+        if dist.get_rank() == 0:
+            (unfinished / tag / PLAN).write_text(plan, encoding="utf-8")
+            head = {"step": engine.global_steps, "top1": top1, "training_sha256": training_sha256}
+            manifest.complete(unfinished / tag, head | {"world_size": dist.get_world_size()})
+            manifest.publish(unfinished / tag, folder / tag)
+            # And with it the script that DeepSpeed adds for ZeRO shards: no code in checkpoints.
+            shutil.rmtree(unfinished)
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not any(word in str(error) for word in TORCH_CANNOT_WRITE):
+            raise
+        no_room = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+        free = shutil.disk_usage(folder).free
+        if dist.get_rank() == 0:
+            manifest.clear(unfinished)
+        raise CheckpointError(
+            f"{folder / tag} could not be written, with {free / 2**20:,.0f} MiB free on its disk: {error}; "
+            f"{'make room' if no_room else 'mend it'}, and the same command goes on from the newest that is whole"
+        ) from error
+    dist.barrier()
+    return folder / tag
+
+
+def load_newest(
+    engine: DeepSpeedEngine, checkpoints: Sequence[Checkpoint]
+) -> tuple[Checkpoint | None, dict[str, Any], list[str]]:
+    """Put ``engine`` into the state of the first of ``checkpoints`` that is whole and can be loaded, on every rank.
+
+    Those before it are set aside; if none is whole, none is.
+
+    Returns:
+        The checkpoint (None if none is whole), its client state, and a message for each that was left aside.
+
+    Raises:
+        CheckpointError: those that are whole cannot be loaded.
+    """
+    messages: list[str] = []
+    tried = False
+    for checkpoint in checkpoints:
+        problem: list[str | None] = [manifest.damage(checkpoint) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(problem)
+        client_state: dict[str, Any] = {}
+        if problem == [None]:
+            tried = True
+            try:
+                client_state = _load(engine, checkpoint.path)
+            except Exception as error:  # whatever is in the file: an older checkpoint may do
+                problem = [f"it cannot be loaded: {type(error).__name__}: {error}"]
+            problems = [problem[0]] * dist.get_world_size()
+            dist.all_gather_object(problems, problem[0])
+            problem = [next(filter(None, problems), None)]
+        if problem == [None]:
+            set_aside(checkpoints[: len(messages)])
+            return checkpoint, client_state, messages
+        messages.append(f"checkpoint {checkpoint.path} is left aside: {problem[0]}")
+    if tried:  # and the engine holds parts of it
+        raise CheckpointError(f"no checkpoint can be loaded: {'; '.join(messages)}")
+    return None, {}, messages
+
+
+def set_aside(checkpoints: Sequence[Checkpoint]) -> None:
+    """Give checkpoints that are of no use names by which they are not found; every rank calls it."""
+    if dist.get_rank() == 0:
+        for checkpoint in checkpoints:
+            manifest.set_aside(checkpoint)
+
+
+def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
+    with _weights_only(), torch.serialization.safe_globals(ZERO_CLASSES):
+        try:
+            path, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        except pickle.UnpicklingError:
+            raise CheckpointError("it holds more than tensors and plain values, which could run code") from None
+    if path is None:
+        raise CheckpointError("DeepSpeed finds none in it")
+    engine.lr_scheduler.step(engine.global_steps)
+    return client_state
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """DeepSpeed reads with weights_only=False, which would run code from a file; torch lets the environment insist."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,239 @@
+"""Where a run starts: anew, or from the checkpoints in its output folder, if they are of the same training."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from recipe.checkpoints.manifest import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, find, unreadable
+from recipe.config import FOLDERS
+from recipe.plan import Plan, plan_json
+from recipe.reporting import SUMMARY
+
+# A resumed run may differ in these keys: they say where and how it runs, not what is trained.
+FREE_TO_CHANGE = (
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "steps_per_print",
+    "timers",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "tensorboard",
+    "wandb",
+    "csv_monitor",
+    "comet",
+    "flops_profiler",
+    "comms_logger",
+    "recipe.compile",
+    "recipe.cudnn_benchmark",
+    "recipe.max_micro_batch_size",
+    "recipe.data.path",
+    "recipe.data.workers",
+    "recipe.data.on_device",
+    "recipe.data.on_bad_image",
+    "recipe.checkpoint",
+    "recipe.noise_scale",
+    "recipe.distributed",
+)
+# Steps are counted in these: with another value the same number of steps is another place in the data.
+NEVER_TO_CHANGE = ("train_batch_size", "recipe.data.train_images")
+
+Resume = Literal["auto", "never", "must"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """``checkpoints`` are those that the run may go on from, the newest first; none means that it begins anew.
+
+    ``earlier_plan`` is the plan of the newest; ``messages`` say what a person should know before training goes on.
+    """
+
+    checkpoints: tuple[Checkpoint, ...] = ()
+    earlier_plan: dict[str, Any] | None = None
+    messages: tuple[str, ...] = ()
+    must_resume: bool = False
+
+
+def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool) -> Start:
+    """Make the folder ``output`` and look what is in it.
+
+    Raises:
+        ValueError: a folder that cannot be written; checkpoints of another training, of other ranks under ZeRO, where
+            there should be none, or none where there should be some.
+    """
+    folder = output / CHECKPOINTS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {output}: {error.strerror}; name a folder that can be written") from None
+    found = find(folder)
+    messages = [f"checkpoint {path} is left aside: its {MANIFEST} cannot be read" for path in unreadable(folder)]
+    if not found:
+        if resume == "must":
+            raise ValueError(f"--resume must: {folder} holds no checkpoint; check --output")
+        if (output / SUMMARY).exists():
+            raise ValueError(f"{output} holds a complete run without its checkpoints; name another --output")
+        return Start(messages=tuple(messages))
+    if resume == "never":
+        raise ValueError(f"--resume never: {output} holds checkpoints; name another --output, or remove it")
+
+    now = json.loads(plan_json(plan))
+    reasons = [_why_not_from(checkpoint, now, accept_changes) for checkpoint in found]
+    candidates = [checkpoint for checkpoint, reason in zip(found, reasons, strict=True) if reason is None]
+    differences = [] if reasons[0] is None else _differences_from(found[0], now)
+    if not differences and not candidates:
+        raise ValueError(f"{output} holds no checkpoint to go on from: {reasons[0]}; name another --output")
+    if differences:
+        text = f"{output} holds another training: {', '.join(differences)}"
+        if _counted_otherwise(differences):
+            raise ValueError(
+                f"{text}; its steps are counted in it, so that it cannot be continued so: name another --output for "
+                "this one"
+            )
+        if not accept_changes:
+            raise ValueError(f"{text}; name another --output for this one, or insist with --accept-changes")
+        if not candidates:
+            raise ValueError(f"{text}; name another --output for this one")
+    messages += [
+        f"checkpoint {checkpoint.path} is left aside: {reason}"
+        for checkpoint, reason in zip(found, reasons, strict=True)
+        if reason is not None
+    ]
+    newest = candidates[0]
+    if changes := _differences_from(newest, now):
+        messages.append(f"goes on with changes: {', '.join(changes)}")
+    stage = plan.config.zero_optimization.stage if plan.config.zero_optimization is not None else 0
+    if stage and newest.world_size != plan.world_size:
+        raise ValueError(
+            f"{newest.path} was written by {newest.world_size} ranks, and ZeRO stage {stage} loads it on as many only; "
+            f"start {newest.world_size} ranks instead of {plan.world_size}, or name another --output"
+        )
+    if newest.step > plan.total_steps:
+        raise ValueError(
+            f"{newest.path} has {newest.step:,} steps done, more than the {plan.total_steps:,} of this config; raise "
+            "recipe.schedule.epochs, or name another --output"
+        )
+    try:
+        earlier_plan = _plan_of(newest)
+    except ValueError:
+        earlier_plan = None  # it is damaged, and an older one is taken
+    return Start(tuple(candidates), earlier_plan, tuple(messages), resume == "must")
+
+
+def training_sha256(plan: dict[str, Any]) -> str:
+    """A digest of the keys that say what is trained. Where two are the same, so is the training; else plans tell."""
+    trained = sorted((key, value) for key, value in stated(plan).items() if not _is_free_to_change(key))
+    return hashlib.sha256(json.dumps(trained).encode()).hexdigest()
+
+
+def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """``key was a, is b`` for each key of two plans that says another training."""
+    old, new = stated(before), stated(now)
+    return [
+        f"{key} was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"
+        for key in {**old, **new}
+        if not is_same_training(key, old.get(key), new.get(key))
+    ]
+
+
+def stated(plan: dict[str, Any]) -> dict[str, Any]:
+    """The dotted keys of a plan with their values, without what says as much as if it were not there."""
+    on = {key: value for key, value in plan.items() if not (isinstance(value, dict) and value.get("enabled") is False)}
+    keys = dict(leaves(on))
+    if keys.get("recipe.data.pack_short_side") == 0:  # plans of earlier versions do not know it
+        del keys["recipe.data.pack_short_side"]
+    return keys
+
+
+def is_same_training(key: str, before: Any, now: Any) -> bool:
+    """Whether two values of a dotted key of a plan tell apart at most where or how runs run."""
+    if key == "recipe.data.source" and before in FOLDERS and now in FOLDERS:
+        return True  # the same images, unless a pack has another short side
+    return before == now or _is_free_to_change(key)
+
+
+def _is_free_to_change(key: str) -> bool:
+    return f"{key}.".startswith(tuple(f"{free}." for free in FREE_TO_CHANGE))
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """The dotted keys of a plan with their values."""
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((prefix + key, value))
+    return found
+
+
+def batchnorm_images(plan: dict[str, Any]) -> int | None:
+    """Images that batch norm's statistics come from; None if the plan does not say."""
+    keys = dict(leaves(plan))
+    statistics, accumulation = keys.get("recipe.batchnorm.statistics"), keys.get("gradient_accumulation_steps")
+    if statistics == "global":  # those of a micro-batch of every rank
+        return int(keys["train_batch_size"]) // accumulation if isinstance(accumulation, int) and accumulation else None
+    found = keys.get("train_micro_batch_size_per_gpu") if statistics == "local" else statistics
+    return found if isinstance(found, int) else None
+
+
+def statistics_change(plan: Plan, start: Start) -> list[str]:
+    """What other ranks or another micro-batch mean for batch norm over all ranks' or each rank's micro-batch."""
+    statistics = plan.config.recipe.batchnorm.statistics
+    before, now = (batchnorm_images(of) for of in (start.earlier_plan or {}, json.loads(plan_json(plan))))
+    if isinstance(statistics, int) or before is None or before == now:
+        return []
+    return [
+        f'batch norm\'s statistics ("{statistics}") now come from {now} images, before from {before}: the training '
+        "changes; with a number of images for recipe.batchnorm.statistics it would not"
+    ]
+
+
+def _why_not_from(checkpoint: Checkpoint, now: dict[str, Any], accept_changes: bool) -> str | None:
+    """Why training may not go on from ``checkpoint``; None if it may."""
+    if checkpoint.training_sha256 == training_sha256(now):
+        return None
+    try:
+        before = _plan_of(checkpoint)
+    except ValueError as error:
+        return f"{checkpoint.path / PLAN} does not tell what it is of ({error})"
+    differences = differing_keys(before, now)
+    if not differences:
+        agree = checkpoint.training_sha256 == training_sha256(before)
+        return None if agree else f"its {MANIFEST} and its {PLAN} contradict each other"
+    if not accept_changes:
+        return "it is of another config, and --accept-changes was not given"
+    counted = _counted_otherwise(differences)
+    return f"its steps are counted in another {', '.join(counted)}" if counted else None
+
+
+def _counted_otherwise(differences: list[str]) -> list[str]:
+    return [text for text in differences if text.startswith(NEVER_TO_CHANGE)]
+
+
+def _differences_from(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
+    if checkpoint.training_sha256 == training_sha256(now):
+        return []
+    try:
+        return differing_keys(_plan_of(checkpoint), now)
+    except ValueError as error:
+        return [f"what, {checkpoint.path / PLAN} does not tell ({error})"]
+
+
+def _plan_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The plan that a checkpoint was trained by.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        plan: dict[str, Any] = json.loads((checkpoint.path / PLAN).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(plan, dict):
+        raise ValueError("no JSON object")
+    return plan

@@ -1,0 +1,5 @@
+"""TODO commands.pack."""
+
+from recipe.commands.pack.command import main
+
+__all__ = ["main"]

@@ -1,0 +1,5 @@
+"""TODO commands.study."""
+
+from recipe.commands.study.command import main
+
+__all__ = ["main"]

@@ -1,0 +1,109 @@
+"""``python -m recipe study``: train a grid of configs, each with several seeds, and report what differs."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from recipe.checkpoints import lock
+from recipe.commands.figure import new_figure
+from recipe.commands.study.figures import draw_figures
+from recipe.commands.study.file import CSV, REPORT, Study, read_study
+from recipe.commands.study.progress import Progress
+from recipe.commands.study.report import format_report
+from recipe.commands.study.results import read_results, write_csv
+from recipe.commands.study.runs import REFUSED, Runner, Where, check_output, ending, read_launches
+from recipe.distributed import count_slots, read_hostfile, say
+
+COMPLETE, FAILED = 0, 1
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run what of the study is not complete, and write its report.
+
+    Returns:
+        0 if every run is complete or has diverged, 1 if one failed, 2 if the study was refused, or its first cases for
+        one reason, or 128 and the number of the signal that ended it.
+    """
+    arguments = _parse(argv)
+    output: Path = arguments.output or Path("runs", arguments.study.stem)
+    try:
+        ranks = count_slots(read_hostfile(arguments.hostfile)) if arguments.hostfile else arguments.num_gpus
+        where = Where(arguments.hostfile, ranks, arguments.jobs, _count_gpus() if arguments.jobs > 1 else 0)
+        study = read_study(arguments.study, ranks, arguments.data, where.cores_per_rank())
+        if study.file.figures:
+            new_figure()  # what pictures need is missed now, not when all is trained
+        with lock(output):
+            check_output(study, output)
+            return _run(study, output, where, shlex.join(["python", "-m", "recipe", "study", *argv]))
+    except ValueError as refusal:
+        print(f"recipe: {refusal}", file=sys.stderr)
+        return REFUSED
+    except OSError as error:
+        say(f"{error.filename}: {error.strerror}; mend it, and the same command goes on")
+        return FAILED
+
+
+def _run(study: Study, output: Path, where: Where, command: str) -> int:
+    over = [training for training in study.trainings if ending(training, output) is not None]
+    images = sum(training.images for training in study.trainings)
+    steps = sum(training.plan.total_steps for training in study.trainings)
+    print(
+        f"{study.path}: {len(study.file.cases)} cases × {len(study.file.seeds)} seeds = {len(study.trainings)} runs, "
+        f"{steps:,} steps on {images:,} images; {len(over)} runs are over already",
+        flush=True,
+    )
+    with Progress(len(study.trainings), len(over), images, sum(training.images for training in over)) as progress:
+        runner = Runner(study, output, where, progress)
+        runner.run()
+    _report(study, output, command)
+    for training, failure in runner.failures.items():
+        say(f"{training} failed: {failure}")
+    if runner.refusal is not None:
+        say("all cases tried were refused for the same reason, and no other was; mend it, and the same command goes on")
+        return REFUSED
+    if runner.stopped_by is not None:
+        say("ended by a signal, and the runs are saved; the same command goes on")
+        return 128 + runner.stopped_by
+    return FAILED if runner.failures else COMPLETE
+
+
+def _report(study: Study, output: Path, command: str) -> None:
+    results = read_results(study, output)
+    write_csv(results, output / CSV)
+    pictures = draw_figures(study, results, output)
+    report = format_report(study, results, read_launches(output), command, pictures)
+    (output / REPORT).write_text(report, encoding="utf-8")
+    written = [REPORT, CSV, *(picture.name for picture in pictures if picture is not None)]
+    print(f"\n{report}\nIn {output}: {', '.join(written)}", flush=True)
+
+
+def _count_gpus() -> int:
+    import torch  # takes seconds, and only runs side by side have GPUs to share out
+
+    return torch.cuda.device_count()
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m recipe study", description="Train the cases of a study with all its seeds, and compare them."
+    )
+    parser.add_argument("study", type=Path, help="a JSON of ds_configs/studies/")
+    parser.add_argument("--output", type=Path, help="folder of the study (default: runs/<study name>)")
+    parser.add_argument("--data", help="folder of the data; stands for recipe.data.path of every case")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", type=Path, help="train on all slots of this DeepSpeed hostfile")
+    where.add_argument("--num_gpus", type=_count, default=1, metavar="N", help="ranks of a run here (default: 1)")
+    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs side by side here (default: 1)")
+    arguments = parser.parse_args(argv)
+    if arguments.hostfile and arguments.jobs > 1:
+        parser.error("--jobs is for one machine: a hostfile's slots take one run at a time")
+    return arguments
+
+
+def _count(text: str) -> int:
+    number = int(text) if text.isdecimal() and len(text) < 5 else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError("expected a whole number from 1 to 9999")
+    return number

@@ -1,0 +1,235 @@
+"""Reads a study, a JSON of cases and seeds, strictly, and resolves the plan of every run before any starts."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
+
+from recipe.config import (
+    ABSENT,
+    ConfigError,
+    Section,
+    apply_override,
+    parse_config,
+    parse_json,
+    printable,
+    read_config,
+    read_text,
+    validate,
+)
+from recipe.plan import Plan, make_plan
+
+SEED = "recipe.seed"
+CSV, REPORT, LAUNCHES = "results.csv", "results.md", "launches.jsonl"
+
+Text = Annotated[str, Field(min_length=1)]
+Overrides = dict[str, Any]
+Draw = Literal["error_by_batch_size", "beside_baseline", "curves"]
+FILES = (CSV, REPORT, LAUNCHES, *(f"{draw}.{kind}" for draw in get_args(Draw) for kind in ("png", "svg")))
+
+
+class Case(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$")]
+    """the name of the case and of its folder, of at most 255 letters, digits, dots, dashes and underscores, a letter or
+    a digit first"""
+
+    label: Text | None = None
+    """what tables and pictures call the case, a string, or null: its name"""
+
+    paper: Text | None = None
+    """the paper's figure for it, a string such as "23.74 ± 0.09", or null"""
+
+    set: Overrides = Field(default_factory=dict)
+    """what differs from the config, an object with dotted keys as in --set"""
+
+    def __str__(self) -> str:
+        return self.label or self.name
+
+
+class Figure(Section):
+    draw: Draw
+    """ "error_by_batch_size" (the paper's Figure 1), "beside_baseline" (Figure 2: a panel a case, each with the
+    baseline) or "curves" (Figure 4: all cases over the epochs)"""
+
+    title: Text
+    """the title of the picture, a string"""
+
+    cases: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    """the cases to draw, a list of names"""
+
+    baseline: str | None = None
+    """the name of the case that "beside_baseline" draws into each panel"""
+
+
+class StudyFile(Section):
+    title: Text
+    """the title of the report, a string"""
+
+    paper: Text | None = None
+    """what the paper did and found, a string, or null"""
+
+    config: Text
+    """the config that all cases start from, a path from the folder of the study's file"""
+
+    set: Overrides = Field(default_factory=dict)
+    """what differs from the config in all cases, an object with dotted keys as in --set"""
+
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(strict=False, min_length=1)]
+    """the seeds with which each case is trained, a list of whole numbers >= 0"""
+
+    cases: Annotated[tuple[Case, ...], Field(strict=False, min_length=1)]
+    """the trainings to compare, a list of objects with name, label, paper and set"""
+
+    figures: Annotated[tuple[Figure, ...], Field(strict=False)] = ()
+    """the pictures, a list of objects with draw, title, cases and, for "beside_baseline", baseline"""
+
+
+@dataclass(frozen=True, eq=False)  # each is its own; plans are too large to compare
+class Training:
+    """A run of the study: ``plan`` is what it will do, ``overrides`` how ``--set`` is told so."""
+
+    case: Case
+    seed: int
+    plan: Plan
+    overrides: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Its output, from the study's."""
+        return Path(self.case.name, f"seed-{self.seed}")
+
+    @property
+    def images(self) -> int:
+        """Images that it trains on in all: what it costs, whatever the batch."""
+        return self.plan.total_steps * self.plan.global_batch
+
+    def __str__(self) -> str:
+        return f"{self.case}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's file and its runs in the order in which they start."""
+
+    path: Path
+    config: Path
+    file: StudyFile
+    trainings: tuple[Training, ...]
+
+    @property
+    def heading(self) -> str:
+        """The first line of its report."""
+        return printable(f"# {self.file.title}")
+
+    def of_case(self, name: str) -> list[Training]:
+        """The runs of one case, one a seed."""
+        return [training for training in self.trainings if training.case.name == name]
+
+
+def read_study(path: Path, world_size: int, data: str | None = None, cores_per_rank: int | None = None) -> Study:
+    """Read a study and plan its runs on ``world_size`` ranks, each with so many cores, all of this machine unless
+    told; ``data`` replaces the folder of the data.
+
+    All cases of the first seed come first, so that a study that is stopped half-way has something to compare.
+
+    Raises:
+        ConfigError: what is wrong with the study, with its config or with what a case makes of that.
+    """
+    raw = parse_json(read_text(path, "*.json"), str(path))
+    file = validate(StudyFile, raw, str(path), "write a study with config, seeds and cases")
+    for key, value, problem, remedy in _contradictions(file):
+        raise ConfigError(str(path), key, value, problem, remedy)
+    config = Path(os.path.normpath(path.parent / file.config))
+    try:
+        read_text(config, "*.json")
+    except ConfigError as error:
+        problem, remedy = f"{error.file}: {error.problem}", f"the path is relative to {path.parent}; {error.remedy}"
+        raise ConfigError(str(path), "config", file.config, problem, remedy) from None
+    read_config(config)  # by itself, so that what is wrong with it is not laid at a case's door
+    common = dict(file.set) if data is None else {**file.set, "recipe.data.path": data}
+    trainings = tuple(
+        _training(path, config, case, seed, {**common, **case.set}, world_size, cores_per_rank)
+        for seed in file.seeds
+        for case in file.cases
+    )
+    _check_points(path, file, trainings)
+    return Study(path, config, file, trainings)
+
+
+def _training(
+    path: Path,
+    config: Path,
+    case: Case,
+    seed: int,
+    changes: Overrides,
+    world_size: int,
+    cores_per_rank: int | None,
+) -> Training:
+    overrides = tuple(f"{key}={_value_text(value)}" for key, value in {**changes, SEED: seed}.items())
+    file = f'{path}, case "{case.name}"'
+    raw = parse_json(read_text(config, "*.json"), str(config))
+    for override in overrides:
+        apply_override(raw, override, file)
+    return Training(case, seed, make_plan(parse_config(raw, file), world_size, cores_per_rank), overrides)
+
+
+def _value_text(value: Any) -> str:
+    """JSON without blanks; a string bare where ``--set`` takes it for one: a remote shell would eat its quotes."""
+    if isinstance(value, str):
+        try:
+            json.loads(value)
+        except ValueError:
+            return value
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _contradictions(file: StudyFile) -> Iterator[tuple[str, Any, str, str]]:
+    """Key, value, problem and remedy of what keys say that only together are wrong."""
+    for number, name in _repeated([case.name for case in file.cases]):
+        yield f"cases[{number}].name", name, "another case has this name", "give each its own"
+    for number, case in enumerate(file.cases):
+        if case.name in FILES:
+            yield f"cases[{number}].name", case.name, "a file of the study is called so", "give the case another name"
+    for number, seed in _repeated(file.seeds):
+        yield f"seeds[{number}]", seed, "it is listed twice", "list each seed once"
+    for number, drawn in _repeated([figure.draw for figure in file.figures]):
+        yield f"figures[{number}].draw", drawn, "another figure draws the same", "draw each kind once"
+    for key, changes in (("", file.set), *((f"cases[{i}].", case.set) for i, case in enumerate(file.cases))):
+        if SEED in changes:
+            yield f"{key}set.{SEED}", changes[SEED], "the seeds are the study's", 'list it under "seeds"'
+        for name in changes:
+            if "=" in name:
+                yield f"{key}set", name, "no key has a =", f'write "{name.partition("=")[0]}": VALUE'
+    names = [case.name for case in file.cases]
+    for number, figure in enumerate(file.figures):
+        for name in figure.cases:
+            if name not in names:
+                yield f"figures[{number}].cases", name, "there is no such case", f"the cases are {', '.join(names)}"
+        needs_baseline = figure.draw == "beside_baseline"
+        if needs_baseline and figure.baseline not in names:
+            baseline = ABSENT if figure.baseline is None else figure.baseline
+            yield f"figures[{number}].baseline", baseline, "no case", f"name one of {', '.join(names)}"
+        if not needs_baseline and figure.baseline is not None:
+            yield f"figures[{number}].baseline", figure.baseline, f"{figure.draw} draws none", "remove it"
+
+
+def _check_points(path: Path, file: StudyFile, trainings: Sequence[Training]) -> None:
+    """Refuse two cases for one point of "error_by_batch_size", which has a line for each scaling rule."""
+    plans = {training.case.name: training.plan for training in trainings}
+    for number, figure in enumerate(file.figures):
+        points = [(plans[name].config.recipe.schedule.scaling_rule, plans[name].global_batch) for name in figure.cases]
+        for place, (rule, batch) in _repeated(points):
+            if figure.draw == "error_by_batch_size":
+                key, name = f"figures[{number}].cases[{place}]", figure.cases[place]
+                problem = f'another of these cases has batch {batch} and scaling rule "{rule}", too'
+                raise ConfigError(str(path), key, name, problem, "draw one of them")
+
+
+def _repeated(values: Any) -> Iterator[tuple[int, Any]]:
+    counts = Counter(values)
+    return ((number, value) for number, value in enumerate(values) if counts[value] > 1)

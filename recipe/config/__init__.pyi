@@ -1,0 +1,22 @@
+from .deepspeed_sections import (
+    Count as Count,
+    Section as Section,
+    Size as Size,
+)
+from .reader import (
+    ABSENT as ABSENT,
+    apply_override as apply_override,
+    parse_json as parse_json,
+    printable as printable,
+    read_text as read_text,
+)
+from .schema import (
+    FOLDERS as FOLDERS,
+    Config as Config,
+    ConfigError as ConfigError,
+    Distributed as Distributed,
+    NoiseScale as NoiseScale,
+    parse_config as parse_config,
+    read_config as read_config,
+)
+from .validation import validate as validate

@@ -1,0 +1,314 @@
+"""Reads one config, a DeepSpeed JSON with a section ``recipe``, strictly into a frozen, typed view.
+
+Every refusal is a ``ConfigError``: one line with file, key, value, what is wrong and what would be right.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr
+
+from recipe.config.deepspeed_sections import (
+    Auto,
+    Count,
+    DeepSpeedConfig,
+    NonNegativeFloat,
+    PositiveFloat,
+    Section,
+)
+from recipe.config.reader import ABSENT, ConfigError, apply_override, parse_json, read_text
+from recipe.config.validation import validate
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a config comes from, for messages and for writing it down again."""
+
+    file: str
+    """the file's name, with every ``--set`` that changed it"""
+
+    text: str
+    """the JSON after every ``--set``, as the user wrote it: with each "auto", without defaults"""
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        """The JSON as a dict of the caller's own, which it may change."""
+        raw: dict[str, Any] = json.loads(self.text)
+        return raw
+
+    def refusal(self, key: str, problem: str, remedy: str) -> ConfigError:
+        """The error that refuses what the file says under a dotted key."""
+        value: Any = self.raw
+        for part in key.split("."):
+            value = value.get(part, ABSENT) if isinstance(value, dict) else ABSENT
+        return ConfigError(self.file, key, value, problem, remedy)
+
+
+FOLDERS = {"imagefolder": "an imagefolder", "pack": "a pack"}  # the sources that lie in a folder, in words
+
+
+class Model(Section):
+    name: str = Field(min_length=1)
+    """timm's name of a model, such as "resnet50" """
+
+    num_classes: int = Field(ge=2, le=10_000_000)
+    """the number of classes, a whole number from 2 to 10,000,000"""
+
+    zero_init_last: bool = True
+    """true or false: whether the last batch norm of each residual block of a ResNet begins with gamma = 0, as the
+    paper's does (section 5.1), or with 1"""
+
+
+class BatchNorm(Section):
+    statistics: Literal["global", "local"] | Count = "global"
+    """what batch norm averages over: "global" (all GPUs' micro-batches), "local" (each GPU's) or a number of
+    samples, a whole number >= 1; the paper's is 32"""
+
+
+Unit = Annotated[float, Field(ge=0, le=1)]
+Three = Field(strict=False, min_length=3, max_length=3)
+
+
+class Data(Section):
+    source: Literal["digits", "imagefolder", "pack", "synthetic"]
+    """ "digits" (scikit-learn's), "imagefolder" (a folder for each class), "pack" (what python -m recipe pack makes of
+    one) or "synthetic" (random pixels)"""
+
+    path: str | None = Field(None, min_length=1)
+    """the folder of an imagefolder or a pack, a string; null for the other sources"""
+
+    pack_short_side: Annotated[int, Field(ge=0)] = 0
+    """the short side in pixels to which the pack's larger images were resized, a whole number, as its pack.json says;
+    0: all images are the original bytes"""
+
+    image_size: int = Field(ge=8, le=4096)
+    """height and width of the images that the model sees, in pixels, a whole number from 8 to 4096"""
+
+    train_images: Count | Auto = "auto"
+    """images to train on, a whole number >= 1, so that a plan needs no data; "auto" only for digits"""
+
+    validation_images: Count | Auto = "auto"
+    """images to validate on, a whole number >= 1, so that a plan needs no data; "auto" only for digits"""
+
+    crop: Literal["random_resized", "padded", "none"] = "random_resized"
+    """ "random_resized" (the paper's), "padded" (shifted by a few pixels) or "none" """
+
+    flip: bool = True
+    """true or false: whether half of the training images are mirrored; the paper's are"""
+
+    mean: Annotated[tuple[Unit, ...], Three] | Auto = "auto"
+    """the mean of red, green and blue, three numbers from 0 to 1, or "auto": the source's"""
+
+    std: Annotated[tuple[PositiveFloat, ...], Three] | Auto = "auto"
+    """the standard deviation of red, green and blue on a scale from 0 to 1, three numbers > 0, or "auto": the
+    source's"""
+
+    workers: Annotated[int, Field(ge=0)] | Auto = "auto"
+    """loader processes per GPU, a whole number >= 0, or "auto": from the CPU cores at hand"""
+
+    decoder: Literal["cpu", "gpu", "dali"] = "cpu"
+    """what decodes, crops and resizes the JPEGs of an imagefolder or a pack: "cpu" (the workers), "gpu" (nvJPEG and
+    torch) or "dali" (NVIDIA's package, on a CPU, too); the crops are the same, the pixels nearly so"""
+
+    on_device: bool = False
+    """true or false: whether all images are decoded at the start and live, cut and mirrored there, on the device; for
+    data of CIFAR's size. digits always do; what is trained is the same to the bit"""
+
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """ "stop" or "skip": what an image that cannot be read does to the run"""
+
+
+class Schedule(Section):
+    epochs: Count
+    """passes over the training images, a whole number >= 1"""
+
+    reference_lr: PositiveFloat = 0.1
+    """the rate at the reference batch, a number > 0; the paper's is 0.1 (section 2.1)"""
+
+    reference_batch_size: Count = 256
+    """images in the batch for which the reference rate holds, a whole number >= 1; the paper's is 256"""
+
+    scaling_rule: Literal["linear", "sqrt", "none"] = "linear"
+    """ "linear" (the paper's), "sqrt" or "none": how the rate follows the global batch"""
+
+    warmup: Literal["gradual", "constant", "none"] = "gradual"
+    """ "gradual" (the paper's), "constant" or "none": how the rate comes to its peak"""
+
+    warmup_epochs: NonNegativeFloat = 5
+    """epochs of warmup, a number >= 0; the paper's is 5 (section 2.2)"""
+
+    decay_epochs: Annotated[tuple[PositiveFloat, ...], Field(strict=False)] = (30, 60, 80)
+    """the epochs after which the rate decays, a list of rising numbers > 0; the paper's are 30, 60 and 80"""
+
+    decay_factor: float = Field(0.1, gt=0, le=1)
+    """by what the rate is multiplied at each decay, a number > 0 and <= 1; the paper's is 0.1"""
+
+    weight_decay_rule: Literal["constant", "inverse"] = "constant"
+    """ "constant" (the paper's) or "inverse": how the weight decay follows the global batch"""
+
+    reference_weight_decay: NonNegativeFloat | None = None
+    """the weight decay at the reference batch, a number >= 0, or null"""
+
+
+class Checkpoint(Section):
+    every_steps: Count | None = None
+    """optimizer steps between checkpoints, a whole number >= 1, or null for one at the end of each epoch"""
+
+    every_minutes: PositiveFloat | None = None
+    """minutes between checkpoints, a number > 0, or null for one at the end of each epoch"""
+
+    keep_last: Count = 2
+    """how many of the latest checkpoints stay, a whole number >= 1; 2, because the latest may not be whole"""
+
+    keep_best: bool = True
+    """true or false: whether the checkpoint with the best top-1 accuracy stays, too"""
+
+
+class NoiseScale(Section):
+    enabled: bool = False
+    """true or false: whether the gradient noise scale is estimated, that is, up to which batch more images pay"""
+
+    every_steps: Count = 10
+    """optimizer steps between two measurements, a whole number >= 1; 10, which divides their cost by ten"""
+
+
+class Distributed(Section):
+    timeout_seconds: Annotated[float, Field(ge=5, le=86_400)] = 120
+    """how long a rank waits for the others, in seconds, a number from 5 to 86400; 120, because it is the time that a
+    cluster stands still when a host is cut off"""
+
+
+class Recipe(Section):
+    """What DeepSpeed has no word for."""
+
+    model: Model
+    """an object with name, num_classes and zero_init_last"""
+
+    max_micro_batch_size: Count | Auto = 256
+    """images per GPU and forward pass that an "auto" may take at most, a whole number >= 1, or "auto": as many as fit
+    the GPU, 32 on a CPU"""
+
+    batchnorm: BatchNorm = BatchNorm()
+    """an object with statistics"""
+
+    data: Data
+    """an object with source, image_size and what else the source needs"""
+
+    schedule: Schedule
+    """an object with epochs and what else differs from the paper"""
+
+    precision: Literal["fp32", "fp64"] | None = None
+    """ "fp32" keeps GPUs from rounding factors to TF32, "fp64" trains in double precision, for checks in which rounding
+    must not matter; null: as fp16 and bf16 say, and else fp32 with TF32"""
+
+    compile: bool = False
+    """true or false: whether torch.compile makes kernels of its own for model and loss, for which the first steps take
+    minutes; other roundings, the same training"""
+
+    cudnn_benchmark: bool = False
+    """true or false: whether cuDNN tries out which of its algorithms are the fastest, which may be others in a resumed
+    run; false takes only those that give the same bits again"""
+
+    checkpoint: Checkpoint = Checkpoint()
+    """an object with every_steps, every_minutes, keep_last and keep_best"""
+
+    noise_scale: NoiseScale = NoiseScale()
+    """an object with enabled and every_steps"""
+
+    distributed: Distributed = Distributed()
+    """an object with timeout_seconds"""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    """the root of all randomness, a whole number >= 0 and < 2^63"""
+
+
+class Config(DeepSpeedConfig):
+    """A config that holds together by itself; whether it fits GPUs and data is the plan's to say.
+
+    ``model_fields_set`` of each section tells which keys the file writes.
+    """
+
+    recipe: Recipe
+    """an object with model, data and schedule"""
+
+    _source: Source = PrivateAttr()
+
+    @property
+    def source(self) -> Source:
+        """The file behind the view; not a field, so that a dump of the view is a config again."""
+        return self._source
+
+    @property
+    def precision(self) -> str:
+        """The precision of forward and backward pass."""
+        if self.recipe.precision is not None:
+            return self.recipe.precision
+        if self.fp16.enabled:
+            return "fp16"
+        return "bf16" if self.bf16.enabled else "fp32"
+
+
+def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a JSON file; an override is ``--set``'s KEY=VALUE: a dotted key, and JSON or else a string."""
+    file = str(path)
+    raw = parse_json(read_text(Path(path), "*.json"), file)
+    if overrides:
+        file += f" (with {' '.join(f'--set {override}' for override in overrides)})"
+    for override in overrides:
+        apply_override(raw, override, file)
+    return parse_config(raw, file)
+
+
+def parse_config(raw: dict[str, Any], file: str) -> Config:
+    """The typed view of a config that is already in memory; ``file`` is its name in messages."""
+    config = validate(Config, raw, file, "write a DeepSpeed config with a section recipe")
+    config._source = Source(file, json.dumps(raw))
+    for contradiction in _contradictions(config):
+        raise config.source.refusal(*contradiction)
+    return config
+
+
+def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Key, problem and remedy of what keys say that only together are wrong."""
+    params, zero = config.optimizer.params, config.zero_optimization
+    data, schedule = config.recipe.data, config.recipe.schedule
+    if params.nesterov and params.momentum == 0:
+        yield "optimizer.params.momentum", "Nesterov's needs some", 'write one > 0, or "nesterov": false'
+    if config.fp16.auto_cast:
+        yield "fp16.auto_cast", "the loop hands images over in the model's precision itself", "write false"
+    if config.fp16.enabled and config.bf16.enabled:
+        yield "bf16.enabled", "fp16 is enabled, too", "enable one of the two"
+    if config.recipe.precision is not None and (config.fp16.enabled or config.bf16.enabled):
+        yield "recipe.precision", "fp16 or bf16 is enabled, too", "remove it, or them"
+    if config.recipe.precision == "fp64" and zero.stage:
+        yield "recipe.precision", "a ZeRO stage is enabled, too", "remove it, or that"
+    if config.recipe.compile and zero.stage == 3:
+        yield "recipe.compile", "ZeRO stage 3 gathers weights layer by layer, between kernels", "write false"
+    if config.recipe.noise_scale.enabled and zero.stage:
+        yield (
+            "recipe.noise_scale.enabled",
+            f"ZeRO stage {zero.stage} leaves no rank the whole mean gradient to take its norm of",
+            "write false, or zero_optimization.stage 0",
+        )
+    if not zero.compute_grad_norm and zero.stage not in (1, 2):
+        yield "zero_optimization.compute_grad_norm", "only ZeRO stages 1 and 2 can do without", "write true"
+    if data.source in FOLDERS and data.path is None:
+        yield "recipe.data.path", f"{FOLDERS[data.source]} has no default", "write the path of the folder"
+    if data.source not in FOLDERS and data.path is not None:
+        yield "recipe.data.path", f"{data.source} data has no folder", 'remove it, or write "source": "imagefolder"'
+    if data.source != "pack" and data.pack_short_side:
+        yield "recipe.data.pack_short_side", f"{data.source} data is no pack", 'write 0, or "source": "pack"'
+    if data.source == "synthetic" and data.on_device:
+        yield "recipe.data.on_device", "synthetic data is made there", "remove it"
+    if data.decoder != "cpu" and data.source not in FOLDERS:
+        yield "recipe.data.decoder", f"{data.source} data holds no JPEGs", 'write "cpu"'
+    if data.decoder != "cpu" and data.on_device:
+        yield "recipe.data.decoder", "with on_device true all is decoded once, by the CPU", 'write "cpu"'
+    for name, images in ("train_images", data.train_images), ("validation_images", data.validation_images):
+        if data.source != "digits" and images == "auto":
+            yield f"recipe.data.{name}", f'"auto" is not for {data.source}', "write the number of images"
+    if list(schedule.decay_epochs) != sorted(set(schedule.decay_epochs)):
+        yield "recipe.schedule.decay_epochs", "the numbers do not rise", "write each once, the smallest first"

@@ -1,0 +1,64 @@
+from . import folder_index as folder_index
+from .augment import (
+    random_resized_box as random_resized_box,
+    sample_rng as sample_rng,
+)
+from .batch import Batch as Batch
+from .datasets import (
+    BadImageError as BadImageError,
+    ImageDataset as ImageDataset,
+    Key as Key,
+    Samples as Samples,
+)
+from .decoders import (
+    NvJpeg as NvJpeg,
+    open_decoder as open_decoder,
+)
+from .decoding import (
+    UNREADABLE as UNREADABLE,
+    decode as decode,
+)
+from .digits import open_digits as open_digits
+from .encoded import (
+    Decoder as Decoder,
+    EncodedImages as EncodedImages,
+)
+from .folder_index import (
+    FolderIndex as FolderIndex,
+    index_folder as index_folder,
+)
+from .held import HeldImages as HeldImages
+from .imagefolder import (
+    ImageFiles as ImageFiles,
+    list_imagefolder as list_imagefolder,
+)
+from .loader import (
+    PREFETCHED as PREFETCHED,
+    TrainLoader as TrainLoader,
+    ValidationLoader as ValidationLoader,
+    collate as collate,
+)
+from .pack import (
+    PackedImages as PackedImages,
+    open_pack as open_pack,
+)
+from .pack_format import (
+    HEADER as HEADER,
+    IMAGE as IMAGE,
+    IMAGES as IMAGES,
+    NAMES as NAMES,
+    BadImage as BadImage,
+    File as File,
+    Header as Header,
+    Making as Making,
+    Part as Part,
+    damage as damage,
+    open_index as open_index,
+    read_header as read_header,
+    sha256_of as sha256_of,
+    shard_name as shard_name,
+)
+from .sampler import epoch_permutation as epoch_permutation
+from .seeds import derive_seed as derive_seed
+from .sources import open_datasets as open_datasets
+from .synthetic import SyntheticLoader as SyntheticLoader

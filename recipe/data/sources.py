@@ -1,0 +1,42 @@
+"""The data, a function of (seed, epoch, index): the same samples, crops and order on any hardware."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from recipe.data.augment import Crop
+from recipe.data.datasets import ImageDataset, OnBadImage
+from recipe.data.digits import open_digits
+from recipe.data.imagefolder import open_imagefolder
+from recipe.data.pack import open_pack
+
+
+def open_datasets(
+    source: Literal["digits", "imagefolder", "pack"],
+    path: str | Path | None,
+    image_size: int,
+    crop: Crop,
+    flip: bool,
+    seed: int,
+    on_bad_image: OnBadImage,
+    pack_short_side: int | None = None,
+) -> tuple[ImageDataset, ImageDataset]:
+    """Return (training, validation); needs no process group, so that what is wrong shows before one starts.
+
+    Args:
+        source: "digits" comes with scikit-learn, "imagefolder" is a folder of images, "pack" is
+            what ``python -m recipe pack`` makes of one.
+        path: The folder of "imagefolder" or "pack".
+        image_size, crop, flip, seed, on_bad_image: See ``ImageDataset``.
+        pack_short_side: See ``open_pack``.
+
+    Raises:
+        ValueError: The folder is not what it should be; see ``open_imagefolder`` and ``open_pack``.
+    """
+    if source == "digits":
+        return open_digits(image_size=image_size, crop=crop, flip=flip, seed=seed)
+    if path is None:
+        raise ValueError(f'recipe.data.path: missing; source "{source}" needs the folder that holds train/ and val/')
+    views: dict[str, Any] = {"image_size": image_size, "crop": crop, "flip": flip, "seed": seed}
+    if source == "pack":
+        return open_pack(path, **views, on_bad_image=on_bad_image, short_side=pack_short_side)
+    return open_imagefolder(path, **views, on_bad_image=on_bad_image)

@@ -1,0 +1,41 @@
+from . import rendezvous as rendezvous
+from .agreement import Requests as Requests
+from .deepspeed_env import (
+    deepspeed_env_files as deepspeed_env_files,
+    read_deepspeed_env as read_deepspeed_env,
+)
+from .heartbeat import (
+    FAILED as FAILED,
+    Watch as Watch,
+)
+from .hostfile import (
+    count_slots as count_slots,
+    read_hostfile as read_hostfile,
+)
+from .launcher import (
+    check_ranks as check_ranks,
+    find_command as find_command,
+    is_this_machine as is_this_machine,
+    open_process as open_process,
+    read_command as read_command,
+)
+from .placement import (
+    Placement as Placement,
+    find_placement as find_placement,
+)
+from .rendezvous import (
+    DisagreementError as DisagreementError,
+    Facts as Facts,
+    Meeting as Meeting,
+    MeetingError as MeetingError,
+    meet as meet,
+)
+from .signals import (
+    SIGNALS as SIGNALS,
+    Interrupted as Interrupted,
+    at_the_terminal as at_the_terminal,
+    end_at_once as end_at_once,
+    heeded as heeded,
+    ignore_signals as ignore_signals,
+    say as say,
+)

@@ -1,0 +1,148 @@
+"""One epoch of training and one pass over the validation set, on a DeepSpeed engine; knows neither JSON nor files."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+from recipe.engine.gradient_norms import GradientNorms
+from recipe.engine.kernels import Loss
+from recipe.engine.precision import loss_scale, overflowed
+from recipe.engine.start import backward
+from recipe.model import update_running_averages
+
+
+class Batch(Protocol):
+    """What the loop takes: a micro-batch of m samples on the device."""
+
+    @property
+    def images(self) -> Tensor:
+        """(m, 3, S, S), in the model's dtype."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 (m,)."""
+
+    @property
+    def weights(self) -> Tensor:
+        """float32 (m,): 1 for a sample that counts in validation, 0 for one that only fills a place."""
+
+    @property
+    def bad_images(self) -> tuple[str, ...]:
+        """Files that could not be read and that were replaced or left out."""
+
+    @property
+    def decoded_by_pil(self) -> int:
+        """Images for which the slower decoder was needed."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step as one rank saw it.
+
+    ``step`` counts from 0 over the whole run; ``lr`` is the rate that the update used; ``loss`` is a scalar on the
+    device, the mean over this rank's share of the global batch, before the update; ``loss_scale``, float64 () on the
+    device, the scale that the gradients had; ``skipped``, bool () on the device, says that they overflowed and the
+    update was left out, None that they cannot have; ``data_wait_seconds`` is the time spent waiting for the loader;
+    ``decoded_by_pil`` counts the images that the slower decoder took; ``gradient_norms``, on the device, is what
+    ``GradientNorms.take`` says, of no use where the gradients overflowed, and None where it was not asked.
+    """
+
+    step: int
+    lr: float
+    loss: Tensor
+    loss_scale: Tensor
+    skipped: Tensor | None
+    data_wait_seconds: float
+    bad_images: tuple[str, ...]
+    decoded_by_pil: int = 0
+    gradient_norms: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Top-1 and top-5 accuracy in per cent and mean loss over the ``count`` images that were counted."""
+
+    top1: float
+    top5: float
+    loss: float
+    count: int
+    bad_images: tuple[str, ...]
+    decoded_by_pil: int = 0
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss of a micro-batch, in fp32 at least."""
+    return F.cross_entropy(_at_least_fp32(logits), labels)
+
+
+def train_epoch(
+    engine: DeepSpeedEngine,
+    batches: Iterable[Batch],
+    gradient_norms: GradientNorms | None = None,
+    loss_function: Loss = cross_entropy,
+) -> Iterator[Step]:
+    """Train on micro-batches as they come; yield after each optimizer step.
+
+    ``engine.step()`` follows every micro-batch: DeepSpeed counts them, and updates after as many as it accumulates.
+    """
+    engine.train()
+    accumulation = engine.gradient_accumulation_steps()
+    losses: list[Tensor] = []
+    bad_images: list[str] = []
+    data_wait_seconds, decoded_by_pil = 0.0, 0
+    asked = time.perf_counter()
+    for batch in batches:
+        data_wait_seconds += time.perf_counter() - asked
+        loss = loss_function(engine(batch.images), batch.labels)
+        losses.append(loss.detach())
+        bad_images += batch.bad_images
+        decoded_by_pil += batch.decoded_by_pil
+        backward(engine, loss)
+        lr, scale, step = engine.get_lr()[0], loss_scale(engine), engine.global_steps
+        last = len(losses) == accumulation
+        norms = gradient_norms.take(scale) if last and gradient_norms is not None else None
+        engine.step()
+        if last:
+            # DeepSpeed leaves its scheduler behind when fp16 skips an update; the rate follows the data seen.
+            engine.lr_scheduler.step(engine.global_steps)
+            mean_loss = torch.stack(losses).mean()
+            skipped = overflowed(engine)
+            update_running_averages(engine.module, discard=skipped)
+            yield Step(step, lr, mean_loss, scale, skipped, data_wait_seconds, tuple(bad_images), decoded_by_pil, norms)
+            losses, bad_images, data_wait_seconds, decoded_by_pil = [], [], 0.0, 0
+        asked = time.perf_counter()
+
+
+@torch.no_grad()
+def evaluate(engine: DeepSpeedEngine, batches: Iterable[Batch], device: torch.device) -> Validation:
+    """Classify what every rank's ``batches`` hold; each image counts with its weight, 1 or 0 (padding, unreadable)."""
+    engine.eval()
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    bad_images: list[str] = []
+    decoded_by_pil = 0
+    for batch in batches:
+        logits = _at_least_fp32(engine(batch.images))
+        hits = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
+        losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        per_image = torch.stack([hits[:, 0], hits.any(1), losses.double(), torch.ones_like(losses)])
+        totals += (per_image * batch.weights).sum(1)
+        bad_images += batch.bad_images
+        decoded_by_pil += batch.decoded_by_pil
+    dist.all_reduce(totals)
+    top1, top5, loss, count = totals.tolist()
+    if count == 0:
+        raise ValueError("no validation image could be read")
+    return Validation(
+        100 * top1 / count, 100 * top5 / count, loss / count, round(count), tuple(bad_images), decoded_by_pil
+    )
+
+
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,84 @@
+"""``"max_micro_batch_size": "auto"``: as many images a forward pass as fit the device.
+
+With batch norm over a fixed number of samples the micro-batch does not change what is trained, so that nobody need
+choose it. A GPU is asked by training steps of the model itself, the largest micro-batch first.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from recipe.model import BatchNorm
+
+CPU_MICRO_BATCH = 32  # more is no faster, and the activations of ResNet-50 take 6 GB
+# Bytes a parameter beside the trial's own weights and gradients: fp32 master copy and momentum, the gradients in fp32,
+# and the buffer in which they are reduced.
+ENGINE_BYTES_PER_PARAMETER = 16
+RESERVED_SHARE = 0.05  # of the device's memory: for what the allocator cannot use, and for the process group
+
+
+def largest_on_cpu(candidates: Sequence[int]) -> int:
+    """The largest of ``candidates`` up to a fixed number, or else the smallest."""
+    return max((size for size in candidates if size <= CPU_MICRO_BATCH), default=min(candidates))
+
+
+def largest_on_gpu(
+    candidates: Sequence[int], model: nn.Module, image_size: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """The largest of ``candidates`` for which a training step fits every rank's GPU; the same on all ranks.
+
+    Raises:
+        RuntimeError: none fits; it says what CUDA said of the smallest.
+    """
+    own = largest_that_fits(candidates, lambda size: try_training(model, size, image_size, dtype, device))
+    agreed = torch.tensor(own, device=device)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN)
+    return int(agreed)
+
+
+def largest_that_fits(candidates: Sequence[int], train: Callable[[int], None]) -> int:
+    """The largest of ``candidates`` for which ``train`` raises no RuntimeError, which running out of memory is one of.
+
+    Raises:
+        RuntimeError: the smallest one's.
+    """
+    *larger, smallest = sorted(candidates, reverse=True)
+    for size in larger:
+        try:
+            train(size)
+        except RuntimeError:  # out of memory, or a kernel that cannot count so many values
+            continue
+        return size
+    train(smallest)
+    return smallest
+
+
+def try_training(model: nn.Module, micro_batch: int, image_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Two forward and backward passes of a copy of ``model``, in as little memory as a run leaves for them.
+
+    Raises:
+        RuntimeError: it does not fit.
+    """
+    torch.cuda.empty_cache()  # what a trial before this one left
+    trial = copy.deepcopy(model).to(device)
+    for parameter in trial.parameters():
+        parameter.data = parameter.data.to(dtype)  # as DeepSpeed does, which leaves the buffers in fp32
+    for module in trial.modules():
+        # The trial is each rank's own; statistics over several ranks take no more memory than these.
+        if isinstance(module, BatchNorm):
+            n = module.statistics
+            module.statistics = n if isinstance(n, int) and micro_batch % n == 0 else "local"
+    parameters = sum(parameter.numel() for parameter in trial.parameters())
+    reserved = RESERVED_SHARE * torch.cuda.get_device_properties(device).total_memory
+    ballast = torch.empty(ENGINE_BYTES_PER_PARAMETER * parameters + round(reserved), dtype=torch.uint8, device=device)
+    images = torch.zeros(micro_batch, 3, image_size, image_size, dtype=dtype, device=device)
+    images = images.to(memory_format=torch.channels_last)
+    labels = torch.zeros(micro_batch, dtype=torch.long, device=device)
+    for _ in range(2):
+        F.cross_entropy(trial(images).float(), labels).backward()
+    torch.cuda.synchronize(device)
+    del ballast

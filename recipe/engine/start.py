@@ -1,0 +1,165 @@
+"""The only place that calls ``deepspeed.initialize``, and the mends of what DeepSpeed does wrong for this recipe."""
+
+import logging
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops import __compatible_ops__
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups, logger
+from torch import Tensor, nn
+from torch.distributed import HashStore, Store, distributed_c10d
+
+from recipe.engine.overlap import OverlappedReduction, fill_in_gradients
+from recipe.engine.precision import loss_scale, update_together
+from recipe.engine.schedule import PaperLR
+from recipe.plan import RateSchedule
+
+
+def join_process_group(device: torch.device, timeout: timedelta, store: Store | None = None) -> None:
+    """Join the process group of the environment's ranks (RANK, WORLD_SIZE, MASTER_ADDR …), or be a single rank.
+
+    Args:
+        device: This rank's; NCCL connects GPUs, gloo the rest.
+        timeout: That of the group's collectives, and of those that DeepSpeed makes.
+        store: Where the ranks exchange addresses, instead of a new one at MASTER_ADDR.
+    """
+    # DeepSpeed would compile its shared-memory op at the first start, for two minutes; gloo serves as well.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        rank, world_size = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+        dist.init_process_group(
+            backend,
+            store=HashStore() if store is None and world_size == 1 else store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            # Without it, each barrier on a GPU warns that it takes the current one.
+            device_id=device if device.type == "cuda" else None,
+        )
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    # DeepSpeed reduces over a clone of the group, which would wait for half an hour.
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # older torch
+    set_timeout(timeout, groups._get_data_parallel_group())
+
+
+def start_engine(
+    model: nn.Module,
+    parameter_groups: list[dict[str, Any]],
+    deepspeed_config: Mapping[str, Any],
+    schedule: RateSchedule,
+) -> DeepSpeedEngine:
+    """DeepSpeed's engine around ``model``, with the optimizer of the config and the rate of ``schedule``."""
+    filled = [group for group in parameter_groups if group["params"]]
+    dtype = next(model.parameters()).dtype
+    if dtype == torch.float64:
+        # DeepSpeed reduces gradients of the accelerator's own types only, and in fp32 unless told otherwise.
+        accelerator = get_accelerator()
+        dtypes = [*accelerator.supported_dtypes(), dtype]
+        accelerator.supported_dtypes = lambda: dtypes
+    initial = [[parameter.detach().float().clone() for parameter in group["params"]] for group in filled]
+    # fp16, bf16 and ZeRO create the momentum by a real optimizer step on zero gradients, which would decay the weights
+    # once and leave λ·w in the momentum. Without weight decay that step changes nothing.
+    optimizer = deepspeed_config["optimizer"]
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        model_parameters=[group | {"weight_decay": 0.0} for group in filled],
+        # One kernel for all parameters, where torch's default on a CPU makes several passes over each.
+        config={**deepspeed_config, "optimizer": optimizer | {"params": optimizer["params"] | {"fused": True}}},
+        lr_scheduler=lambda optimizer: PaperLR(optimizer, schedule),
+        dist_init_required=False,
+    )
+    if dtype == torch.float64:
+        engine.communication_data_type = dtype
+    if engine.zero_optimization_stage() == 0:
+        if engine.device.type == "cuda":
+            use_channels_last(engine)
+        engine.basic_optimizer.register_load_state_dict_post_hook(lay_out_like_weights)
+        if engine.dp_world_size == 1:
+            # DeepSpeed would copy all gradients into one buffer and back, for their mean over a single rank: a fifth of
+            # a step of resnet18 on a CPU.
+            engine.allreduce_gradients = partial(fill_in_gradients, list(engine.module.parameters()))
+        elif deepspeed_config.get("zero_optimization", {}).get("overlap_comm") is not False:
+            overlap_reduction(engine)
+    for optimizer_group, group in zip(engine.basic_optimizer.param_groups, filled, strict=True):
+        optimizer_group["weight_decay"] = group["weight_decay"]
+    if hasattr(engine.optimizer, "fp32_groups"):  # fp16 and bf16 at stage 0
+        # DeepSpeed takes the master weights from the halved ones; the rounding of the start need not be kept.
+        for masters, values in zip(engine.optimizer.fp32_groups, initial, strict=True):
+            for master, value in zip(masters, values, strict=True):
+                master.data.copy_(value)
+        bf16 = deepspeed_config.get("bf16", {})
+        update_together(engine, engine.fp16_enabled() or bf16.get("check_grad_overflow", True))
+    return engine
+
+
+def use_channels_last(engine: DeepSpeedEngine) -> None:
+    """Keep kernels, their master copies and momentum in the order in which cuDNN's convolutions read them.
+
+    The loader's images come so; kernels that did not would be turned around at each forward and backward pass. Not
+    before ``deepspeed.initialize``, whose broadcast takes contiguous parameters only, and not at ZeRO stages 1 to 3,
+    where parameters are slices of a flat tensor.
+    """
+    engine.module.to(memory_format=torch.channels_last)
+    for group in engine.basic_optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.dim() == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    lay_out_like_weights(engine.basic_optimizer)
+
+
+def lay_out_like_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Bring momentum into the memory format of its weights: a checkpoint may come from a machine with another one.
+
+    The fused kernel takes tensors as they lie, on a CPU without looking.
+    """
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.stride() != weight.stride():
+                state[name] = torch.empty_like(weight).copy_(value)
+
+
+def overlap_reduction(engine: DeepSpeedEngine) -> None:
+    """Have the backward pass start the reduction that DeepSpeed's would make after it; the same sums and factors."""
+    ranks = engine.dp_world_size
+    predivide = engine.gradient_predivide_factor()
+    before, after = (1 / predivide, predivide / ranks) if engine.postscale_gradients() else (1 / ranks, 1.0)
+    reduction = OverlappedReduction(
+        (parameter for parameter in engine.module.parameters() if parameter.requires_grad),
+        groups._get_data_parallel_group(),
+        due=lambda: engine.enable_backward_allreduce and engine.is_gradient_accumulation_boundary(),
+        dtype=engine.communication_data_type,
+        before=before,
+        after=after,
+    )
+    engine.allreduce_gradients = reduction.finish  # what the engine calls at the end of a backward pass
+
+
+def backward(engine: DeepSpeedEngine, loss: Tensor) -> None:
+    """Backpropagate the mean loss of a micro-batch (a scalar, fp32), scaled as ``engine.step`` will unscale it.
+
+    At ZeRO stage 0 DeepSpeed's fp16 optimizer divides the gradients by the loss scale, but nothing multiplied the loss
+    by it (upstream PR 8393), so that updates come out 65,536 times too small. The hook sets the gradient at the loss
+    to what it must be, loss scale / accumulation, whatever DeepSpeed did on the way: once DeepSpeed multiplies, the
+    hook changes nothing.
+    """
+    if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
+        scale = loss_scale(engine) / engine.gradient_accumulation_steps()
+        loss.register_hook(lambda gradient: scale.to(gradient.dtype))
+    engine.backward(loss)
+
+
+def set_loudness(verbose: bool) -> None:
+    """Let DeepSpeed say all that it has to say, or only warnings."""
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    for handler in logger.handlers:
+        handler.setLevel(logger.level)

@@ -1,0 +1,109 @@
+"""timm's classifiers with the paper's initialisation, and the parameters that its weight decay concerns."""
+
+import difflib
+import re
+from typing import Any
+
+import timm
+import torch
+from timm.models.resnet import ResNet
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from recipe.model.batchnorm import Statistics, convert_batchnorm
+
+
+def build_model(
+    name: str, num_classes: int, seed: int, statistics: Statistics, zero_init_last: bool = True
+) -> nn.Module:
+    """Build timm's architecture ``name`` on the CPU, weights drawn from ``seed``, batch norms converted.
+
+    A ResNet gets the paper's initialisation (Goyal et al. 2017, §5.1), any other architecture keeps timm's.
+    No random generator outside changes, and nothing is downloaded.
+
+    Args:
+        name: one of ``timm.list_models()``, without a pretrained tag.
+        num_classes: length of the output, which is (N, num_classes).
+        seed: of the weights; the same seed gives the same weights in every process.
+        statistics: of the batch norms, see :class:`recipe.batchnorm.BatchNorm`.
+        zero_init_last: whether the last batch norm of each residual block begins with γ = 0, else with γ = 1.
+
+    Raises:
+        ValueError: no such architecture in timm, one that is no classifier of ``num_classes`` classes, or γ = 1
+            for one that is no ResNet.
+    """
+    if name not in timm.list_models():
+        raise ValueError(_unknown_name(name))
+    if num_classes < 1:
+        raise ValueError(f"recipe.model.num_classes = {num_classes}: a classifier needs at least 1")
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which seeds the CUDA generators too.
+        torch.default_generator.manual_seed(seed)
+        model = timm.create_model(name, pretrained=False, num_classes=num_classes)
+        if getattr(model, "num_classes", None) != num_classes:
+            raise ValueError(f'recipe.model.name = "{name}": timm makes no classifier of it')
+        if isinstance(model, ResNet):
+            _initialise_as_in_the_paper(model, zero_init_last)
+        elif not zero_init_last:
+            raise ValueError(
+                f"recipe.model.zero_init_last = false: {name} is no ResNet and keeps timm's initialisation; remove it"
+            )
+    return convert_batchnorm(model, statistics)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the trainable parameters into those that decay and those that do not, for an optimizer of torch.
+
+    The weights of convolutions and linear layers decay. The paper exempts γ and β of batch norm (§5.1); every
+    bias and free parameter (position embeddings, layer scales) is exempt here too.
+
+    Returns:
+        Two groups, the decayed one first, each parameter once and in the order of ``model.parameters()``.
+    """
+    kernels = {id(module.weight) for module in model.modules() if isinstance(module, (_ConvNd, nn.Linear))}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trainable if id(p) in kernels], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if id(p) not in kernels], "weight_decay": 0.0},
+    ]
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Number of trainable elements that decay, and of those that do not."""
+    decayed, undecayed = (
+        sum(parameter.numel() for parameter in group["params"]) for group in parameter_groups(model, 0.0)
+    )
+    return decayed, undecayed
+
+
+def _initialise_as_in_the_paper(model: ResNet, zero_init_last: bool) -> None:
+    """Goyal et al. (2017), §5.1: He normal convolutions, classifier N(0, 0.01²), γ = 0 at each block's end.
+
+    Without ``zero_init_last`` γ = 1 there too, which Table 2b compares with.
+
+    He normal with the fan-out, std = √(2 / (k² · channels out)): it keeps the gradients' variance through the
+    layers (He et al. 2015, §2.2), and it is what fb.resnet.torch, the paper's baseline, draws.
+    """
+    if not zero_init_last:
+        # timm has made the zeros when it built the model, and leaves them where it is told to make none.
+        for block in (module for module in model.modules() if hasattr(module, "zero_init_last")):
+            last = block.bn3 if hasattr(block, "bn3") else block.bn2
+            assert isinstance(last, nn.Module)
+            assert isinstance(last.weight, nn.Parameter)
+            nn.init.ones_(last.weight)
+    model.init_weights(zero_init_last=zero_init_last)  # the convolutions; torch makes the other γ = 1, and β = 0
+    classifier = model.get_classifier()
+    nn.init.normal_(classifier.weight, std=0.01)
+    nn.init.zeros_(classifier.bias)
+
+
+def _unknown_name(name: str) -> str:
+    plain = re.split("[:/]", name)[-1].split(".")[0]
+    close = difflib.get_close_matches(plain, timm.list_models(), n=1)
+    reason = (
+        "timm has no such model"
+        if plain == name
+        else "must be the plain name of a timm architecture, without hub address, path or pretrained tag"
+    )
+    remedy = f'did you mean "{close[0]}"?' if close else "timm.list_models() in Python lists those that it has"
+    return f'recipe.model.name = "{name}": {reason}; {remedy}'

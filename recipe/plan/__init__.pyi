@@ -1,0 +1,52 @@
+from .communication import (
+    Link as Link,
+    all_reduce_bytes as all_reduce_bytes,
+    all_reduce_seconds as all_reduce_seconds,
+    efficiency as efficiency,
+    exposed_seconds as exposed_seconds,
+)
+from .cost import (
+    CONTEXT_BYTES as CONTEXT_BYTES,
+    activation_bytes as activation_bytes,
+    batchnorm_traffic as batchnorm_traffic,
+    gradient_bytes as gradient_bytes,
+    hidden_bandwidth as hidden_bandwidth,
+    largest_micro_batch as largest_micro_batch,
+    memory as memory,
+    overlaps_reduction as overlaps_reduction,
+    reduced_bytes as reduced_bytes,
+    speed as speed,
+    travelling_precision as travelling_precision,
+)
+from .model_facts import (
+    SHIPPED as SHIPPED,
+    ModelFacts as ModelFacts,
+)
+from .noise_scale import (
+    NoiseScale as NoiseScale,
+    estimate as estimate,
+    in_words as in_words,
+)
+from .plan import (
+    DIGITS_IMAGES as DIGITS_IMAGES,
+    PIXEL_MEAN_STD as PIXEL_MEAN_STD,
+    Plan as Plan,
+    fitting_micro_batches as fitting_micro_batches,
+    make_plan as make_plan,
+    with_micro_batch as with_micro_batch,
+)
+from .scaling import (
+    RateSchedule as RateSchedule,
+    scaled_rate as scaled_rate,
+)
+from .text import (
+    LABEL_WIDTH as LABEL_WIDTH,
+    NO_BREAK as NO_BREAK,
+    format_fields as format_fields,
+    format_plan as format_plan,
+    json_text as json_text,
+    notes as notes,
+    plan_fields as plan_fields,
+    plan_json as plan_json,
+    wrap as wrap,
+)

@@ -1,0 +1,201 @@
+"""What a plan costs, on paper: memory a GPU, messages between ranks, time. The functions say what they assume."""
+
+import math
+from dataclasses import dataclass
+
+from recipe.plan.communication import Link, all_reduce_bytes, all_reduce_seconds, efficiency, exposed_seconds
+from recipe.plan.model_facts import ModelFacts
+from recipe.plan.plan import Plan, fitting_micro_batches
+
+VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp64": 8}
+CONTEXT_BYTES = 1.5 * 2**30  # assumed: CUDA's context, cuDNN's workspaces, what the allocator cannot use
+BACKWARD_SHARE = 2 / 3  # of a training step: twice the multiplications of the forward pass
+VALIDATION_SPEEDUP = 3.0  # a forward pass alone
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the peak, which is the end of a forward pass."""
+
+    weights: float
+    master_weights: float
+    """DeepSpeed's fp32 copy under fp16 and bf16"""
+
+    gradients: float
+    momentum: float
+    reduction: float
+    """the messages in which gradients travel"""
+
+    activations: float
+    """what the forward pass keeps, and the images"""
+
+    workspace: float
+    """the gradient of the largest weight before it is added up, twice; the context"""
+
+    @property
+    def fixed(self) -> float:
+        """What does not depend on the micro-batch."""
+        return sum(vars(self).values()) - self.activations
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.fixed + self.activations
+
+
+def memory(plan: Plan, facts: ModelFacts) -> Memory:
+    """Memory by part; under ZeRO the optimizer's state (1), gradients (2) and weights (3) are shared by the ranks."""
+    value, ranks, parameters = VALUE_BYTES[plan.precision], plan.world_size, facts.parameters
+    stage = plan.config.zero_optimization.stage
+    half = plan.precision in ("fp16", "bf16")
+    optimizer_share = 1 / ranks if stage >= 1 else 1.0
+    return Memory(
+        weights=value * parameters / (ranks if stage == 3 else 1),
+        master_weights=4 * parameters * optimizer_share if half else 0.0,
+        gradients=value * parameters / (ranks if stage >= 2 else 1),
+        momentum=max(4, value) * parameters * optimizer_share,
+        reduction=gradient_bytes(plan, facts) if ranks > 1 else 0.0,
+        activations=plan.micro_batch * activation_bytes(plan, facts),
+        workspace=2 * value * facts.largest_parameter + CONTEXT_BYTES,
+    )
+
+
+def activation_bytes(plan: Plan, facts: ModelFacts) -> float:
+    """Bytes an image: what autograd saves, and the image twice, since the next one is fetched ahead."""
+    size = plan.config.recipe.data.image_size
+    pixels = 3 * size**2 * VALUE_BYTES[plan.precision]
+    return facts.saved_bytes_at(plan.precision, size) + 2 * pixels
+
+
+def largest_micro_batch(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> int | None:
+    """The largest micro-batch that shares out the global batch, holds batch norm's groups and fits; None if none."""
+    room = (gpu_bytes - memory(plan, facts).fixed) / activation_bytes(plan, facts)
+    sizes = fitting_micro_batches(plan.global_batch, plan.world_size, plan.config.recipe.batchnorm.statistics)
+    return next((size for size in sizes if size <= room), None)
+
+
+def travelling_precision(plan: Plan) -> str:
+    """In which gradients travel; the recipe lets those of fp64 travel in nothing less."""
+    return plan.precision if plan.precision == "fp64" else plan.config.communication_data_type or plan.precision
+
+
+def gradient_bytes(plan: Plan, facts: ModelFacts) -> float:
+    """The gradients of one rank, in the precision in which they travel."""
+    return VALUE_BYTES[travelling_precision(plan)] * facts.parameters
+
+
+def reduced_bytes(plan: Plan, facts: ModelFacts) -> float:
+    """What is reduced in an optimizer step, as the length of one all-reduce.
+
+    The gradients once; from ZeRO-2 on DeepSpeed reduces those of every micro-batch, and ZeRO-3 gathers the weights
+    once more, for the backward pass, which is half an all-reduce.
+    """
+    stage = plan.config.zero_optimization.stage
+    times = (plan.accumulation if stage >= 2 else 1) * (1.5 if stage == 3 else 1.0)
+    return gradient_bytes(plan, facts) * times
+
+
+@dataclass(frozen=True)
+class BatchNormTraffic:
+    """``ranks`` hold a group's images together; the rest is of one rank and optimizer step.
+
+    ``messages`` counts those that follow one another: ⌈log₂ P⌉ a collective, at best.
+    """
+
+    images: int
+    ranks: int
+    collectives: int
+    messages: int
+    bytes: float
+
+
+def batchnorm_traffic(plan: Plan, facts: ModelFacts) -> BatchNormTraffic:
+    """As torch's SyncBatchNorm: a layer gathers mean, variance and count forward, and sums 2 values a channel back.
+
+    With n images the running averages, 2 values a channel, are averaged over all ranks once a step.
+    """
+    n, value = plan.config.recipe.batchnorm.statistics, 8 if plan.precision == "fp64" else 4
+    if n == "global":
+        images, ranks = plan.micro_batch * plan.world_size, plan.world_size
+    elif n == "local":
+        images, ranks = plan.micro_batch, 1
+    else:
+        images, ranks = n, max(1, n // plan.micro_batch)
+    collectives, messages, sent = 0, 0, 0.0
+    two_a_channel = value * 2 * facts.batchnorm_channels
+    if ranks > 1:
+        collectives = 2 * facts.batchnorm_layers * plan.accumulation
+        messages = collectives * math.ceil(math.log2(ranks))
+        forward = (ranks - 1) * (two_a_channel + value * facts.batchnorm_layers)
+        sent = plan.accumulation * (forward + all_reduce_bytes(two_a_channel, ranks))
+    if isinstance(n, int) and plan.world_size > 1 and facts.batchnorm_layers:
+        collectives += 1
+        messages += math.ceil(math.log2(plan.world_size))
+        sent += all_reduce_bytes(two_a_channel, plan.world_size)
+    return BatchNormTraffic(images, ranks, collectives, messages, sent)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a step by part, and what follows for the run."""
+
+    compute_seconds: float
+    all_reduce_seconds: float
+    exposed_seconds: float
+    """what of the all-reduce the backward pass of the last micro-batch does not hide"""
+
+    batchnorm_seconds: float
+    images_per_second: float
+    efficiency: float
+    training_seconds: float
+    validation_seconds: float
+
+    @property
+    def step_seconds(self) -> float:
+        """An optimizer step."""
+        return self.compute_seconds + self.exposed_seconds + self.batchnorm_seconds
+
+
+def speed(plan: Plan, facts: ModelFacts, images_per_second: float, link: Link) -> Speed:
+    """Time on paper, where each GPU alone computes ``images_per_second``, the data never waits and nobody is late.
+
+    The gradients' all-reduce is the better of ring and tree; batch norm's small collectives take ⌈log₂ P⌉ latencies at
+    best, and nothing hides them.
+    """
+    ranks, traffic = plan.world_size, batchnorm_traffic(plan, facts)
+    compute = plan.accumulation * plan.micro_batch / images_per_second
+    reduction = 0.0
+    if ranks > 1:
+        message = reduced_bytes(plan, facts)
+        reduction = min(all_reduce_seconds(message, ranks, link, algorithm) for algorithm in ("ring", "tree"))
+    exposed = exposed_seconds(reduction, hiding_seconds(plan, images_per_second), overlaps_reduction(plan))
+    batchnorm = traffic.bytes / link.bytes_per_second + traffic.messages * link.latency_seconds
+    step = compute + exposed + batchnorm
+    return Speed(
+        compute_seconds=compute,
+        all_reduce_seconds=reduction,
+        exposed_seconds=exposed,
+        batchnorm_seconds=batchnorm,
+        images_per_second=plan.global_batch / step,
+        efficiency=efficiency(compute, exposed + batchnorm),
+        training_seconds=plan.total_steps * step,
+        validation_seconds=plan.epochs * plan.validation_images / (VALIDATION_SPEEDUP * ranks * images_per_second),
+    )
+
+
+def overlaps_reduction(plan: Plan) -> bool:
+    """Whether gradients travel during the backward pass: the recipe's own way at stage 0, DeepSpeed's default at 3."""
+    zero = plan.config.zero_optimization
+    return zero.stage in (0, 3) if zero.overlap_comm is None else zero.overlap_comm
+
+
+def hiding_seconds(plan: Plan, images_per_second: float) -> float:
+    """The backward passes that hide the all-reduce: the last micro-batch's, and from ZeRO-2 on all of a step."""
+    images = plan.micro_batch * (plan.accumulation if plan.config.zero_optimization.stage >= 2 else 1)
+    return BACKWARD_SHARE * images / images_per_second
+
+
+def hidden_bandwidth(plan: Plan, facts: ModelFacts, images_per_second: float) -> float:
+    """Bytes a second, each way, at which the backward pass just hides the all-reduce."""
+    sent = all_reduce_bytes(reduced_bytes(plan, facts), plan.world_size)
+    return sent / hiding_seconds(plan, images_per_second)

@@ -1,0 +1,304 @@
+"""The plan as people read it and as the JSON that repeats it."""
+
+import json
+import textwrap
+from collections.abc import Sequence
+
+from recipe.config import Config, printable
+from recipe.plan.model_facts import SHIPPED, ModelFacts
+from recipe.plan.noise_scale import planned_measurements, too_few
+from recipe.plan.plan import ASSUMED_MICRO_BATCH, Plan, fitting_micro_batches
+
+WIDTH = 110
+LABEL_WIDTH = 16
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
+
+def plan_json(plan: Plan) -> str:
+    """The text of ``plan.json``: a DeepSpeed config that gives this run again on as many ranks."""
+    return json_text(plan.config)
+
+
+def json_text(config: Config) -> str:
+    """A config as the text of a file, with its defaults."""
+    return json.dumps(config.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False) + "\n"
+
+
+def format_plan(plan: Plan) -> str:
+    """The plan as a block of lines, ``WIDTH`` characters wide."""
+    model = plan.config.recipe.model
+    facts = SHIPPED.get((model.name, model.num_classes))
+    return format_fields(plan, [*plan_fields(plan, facts), *(("note", note) for note in notes(plan, facts))])
+
+
+def plan_fields(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
+    """What a run will do, label and text; ``facts`` of the model, if they are known."""
+    return [
+        ("model", _model(plan, facts)),
+        ("global batch", _global_batch(plan)),
+        ("data", _data(plan)),
+        *_images(plan),
+        *_kernels(plan),
+        ("steps", _steps(plan)),
+        ("peak rate", _peak_rate(plan)),
+        ("warmup", _warmup(plan)),
+        ("decay", _decay(plan)),
+        ("rate at step", _rates(plan)),
+        ("optimizer", _optimizer(plan)),
+        ("weight decay", _weight_decay(plan, facts)),
+        ("checkpoints", _checkpoints(plan)),
+        *_noise_scale(plan),
+    ]
+
+
+def format_fields(plan: Plan, fields: Sequence[tuple[str, str]]) -> str:
+    """Labels on the left, texts on the right, wrapped."""
+    lines = [f"Plan of {printable(plan.config.source.file)}", ""]
+    for label, text in fields:
+        indent = " " * (LABEL_WIDTH + 2)
+        lines += wrap(text, WIDTH, f"  {label:<{LABEL_WIDTH}}", indent)
+    return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
+
+
+def wrap(text: str, width: int, first: str = "", others: str = "") -> list[str]:
+    """Lines of at most ``width``, where no word is longer."""
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
+    """What a person should know before the run starts; ``facts`` of the model, if they are known."""
+    found = _batchnorm_notes(plan) if facts is None or facts.batchnorm_layers else []
+    share = plan.global_batch // plan.world_size
+    limit = plan.config.recipe.max_micro_batch_size
+    assert isinstance(limit, int), "a plan leaves no auto"
+    largest = min(limit, share)
+    if plan.assumes_micro_batch:
+        found.append(
+            f'max_micro_batch_size is "auto": a run finds what fits the GPU (on a CPU it takes 32); this plan assumes '
+            f"up to {ASSUMED_MICRO_BATCH}"
+        )
+    sizes = fitting_micro_batches(plan.global_batch, plan.world_size, "global")
+    if plan.micro_batch * 4 <= largest and not any(plan.micro_batch < size <= largest for size in sizes):
+        found.append(
+            f"a micro-batch of {plan.micro_batch} is small: {share:,} images a rank have no larger divisor up to "
+            f"{largest}; a train_batch_size with more divisors trains faster"
+        )
+    found += _rate_notes(plan)
+    if plan.precision == "bf16" and plan.accumulation >= 64:
+        found.append(
+            f"bf16 gradients of {plan.accumulation} accumulation steps are summed in bf16, with 8 bits of precision; "
+            "more GPUs or a larger micro-batch sum fewer"
+        )
+    if plan.schedule.milestones and plan.schedule.milestones[0] < plan.schedule.warmup_steps:
+        found.append("the first decay comes before the warmup has ended")
+    if plan.left_over_images > plan.train_images / 20:
+        found.append(
+            f"{plan.left_over_images / plan.train_images:.0%} of the images are left over in each epoch, as they fill "
+            "no global batch; a train_batch_size that divides their number better uses more"
+        )
+    measured = plan.config.recipe.noise_scale
+    few = too_few(planned_measurements(plan.total_steps, measured.every_steps), plan.total_steps, measured.every_steps)
+    if measured.enabled and few is not None:
+        found.append(f"noise scale: {few}")
+    if plan.global_batch > 8192:
+        found.append("beyond 8k the paper's error rises: 24.79 % at 16k, 27.55 % at 32k, 33.96 % at 64k (Figure 1)")
+    return found
+
+
+def _batchnorm_notes(plan: Plan) -> list[str]:
+    found = []
+    statistics = plan.config.recipe.batchnorm.statistics
+    if plan.assumes_micro_batch and not isinstance(statistics, int):
+        found.append(
+            f'"statistics": "{statistics}" makes the training depend on the micro-batch, and "auto" that on the GPU; '
+            "a number of images (the paper's 32) does not"
+        )
+    over = plan.micro_batch * (plan.world_size if statistics == "global" else 1)
+    over = statistics if isinstance(statistics, int) else over
+    if over < 16:
+        found.append(f"batch norm's statistics come from only {over} images; the paper used 32 (section 2.3)")
+    elif over > 64:
+        found.append(
+            f"batch norm's statistics come from {over:,} images; the paper used 32 (section 2.3), as "
+            '"statistics": 32 does'
+        )
+    return found
+
+
+def _rate_notes(plan: Plan) -> list[str]:
+    """What the paper found of rates and warmups that are not its own, all at 8k on ImageNet with ResNet-50."""
+    rules, found = plan.config.recipe.schedule, []
+    if plan.global_batch <= rules.reference_batch_size:
+        return []
+    if rules.scaling_rule != "linear":
+        error = {"sqrt": "26.22", "none": "41.67"}[rules.scaling_rule]
+        how = {"sqrt": "scaled by the square root", "none": "not scaled"}[rules.scaling_rule]
+        found.append(f"the rate is {how}: in the paper, {error} % error at 8k instead of 23.74 % (Table 2a)")
+    if plan.schedule.peak_rate <= rules.reference_lr:
+        return found
+    if plan.schedule.warmup != "gradual":
+        error = {"constant": "25.88", "none": "24.84"}[plan.schedule.warmup]
+        how = {"constant": "a constant warmup", "none": "no warmup"}[plan.schedule.warmup]
+        found.append(f"{how}: in the paper, {error} % error at 8k instead of 23.74 % (Table 1)")
+    elif rules.warmup_epochs < 5:
+        found.append(f"a warmup of {_count(rules.warmup_epochs, 'epoch')} is shorter than the paper's 5 (section 2.2)")
+    return found
+
+
+def _model(plan: Plan, facts: ModelFacts | None) -> str:
+    recipe = plan.config.recipe
+    n = recipe.batchnorm.statistics
+    norm = {"global": "SyncBN over all ranks", "local": "batch norm over each rank's micro-batch"}
+    if isinstance(n, int):
+        where = (
+            f"{n // plan.micro_batch} ranks" if n > plan.micro_batch else f"{plan.micro_batch // n} in a micro-batch"
+        )
+        norm[str(n)] = f"batch norm over groups of {n} images ({where})"
+    batchnorm = norm[str(n)]
+    if facts is None:
+        batchnorm += ", if the model has batch norm"
+    elif not facts.batchnorm_layers:
+        batchnorm = "no batch norm"
+    start = "" if recipe.model.zero_init_last else ", γ = 1 at the blocks' ends, too"
+    return (
+        f"{printable(recipe.model.name)}, {recipe.model.num_classes} classes, {recipe.data.image_size} px, "
+        f"{plan.precision}, {batchnorm}{start}"
+    )
+
+
+def _global_batch(plan: Plan) -> str:
+    return (
+        f"{plan.global_batch:,} = {_count(plan.world_size, 'rank')} × {_count(plan.accumulation, 'accumulation step')} "
+        f"× micro-batch of {plan.micro_batch}"
+    )
+
+
+def _data(plan: Plan) -> str:
+    data = plan.config.recipe.data
+    where = f"{data.source} in {printable(data.path)}" if data.path else data.source
+    where += f" (short side {data.pack_short_side})" if data.pack_short_side else ""
+    return f"{where}: {plan.train_images:,} training images, {plan.validation_images:,} for validation"
+
+
+def _images(plan: Plan) -> list[tuple[str, str]]:
+    data, size = plan.config.recipe.data, f"{plan.config.recipe.data.image_size} px"
+    if data.source == "synthetic":
+        return []
+    crop = {
+        "random_resized": f"random resized crops of {size}",
+        "padded": f"{size}, shifted by up to {data.image_size // 8}",
+        "none": f"{size}, uncropped",
+    }[data.crop]
+    workers = f"{_count(plan.workers, 'loader process', 'es')} a rank" if plan.workers else "no loader processes"
+    if plan.assumes_workers:
+        workers = "loader processes: a rank's share of the cores less one"
+    decoded = {"cpu": "", "gpu": ", decoded by nvJPEG", "dali": ", decoded by DALI"}[data.decoder]
+    held = ", all held on the device" if data.on_device else ""
+    return [("images", f"{crop}{', half of them mirrored' if data.flip else ''}{decoded}{held}; {workers}")]
+
+
+def _kernels(plan: Plan) -> list[tuple[str, str]]:
+    recipe, found = plan.config.recipe, []
+    if recipe.compile:
+        found.append("torch.compile's, which the first steps make: they may take minutes")
+    if recipe.cudnn_benchmark:
+        found.append("cuDNN's fastest, which another start may choose otherwise")
+    return [("kernels", "; ".join(found))] if found else []
+
+
+def _steps(plan: Plan) -> str:
+    steps = f"{_count(plan.steps_per_epoch, 'step')} an epoch × {_count(plan.epochs, 'epoch')} = {plan.total_steps:,}"
+    if not plan.left_over_images:
+        return steps
+    return f"{steps}; {_count(plan.left_over_images, 'image')} dropped in an epoch, others each time"
+
+
+def _peak_rate(plan: Plan) -> str:
+    rules, peak = plan.config.recipe.schedule, f"{plan.schedule.peak_rate:.6g}"
+    ratio = f"{plan.global_batch:,} / {rules.reference_batch_size:,}"
+    match rules.scaling_rule:
+        case "linear":
+            return f"{peak} = {rules.reference_lr:g} × {ratio} (linear scaling)"
+        case "sqrt":
+            return f"{peak} = {rules.reference_lr:g} × √({ratio}) (square-root scaling)"
+        case _:
+            return f"{peak} (not scaled)"
+
+
+def _warmup(plan: Plan) -> str:
+    rules, schedule = plan.config.recipe.schedule, plan.schedule
+    if schedule.warmup == "none":
+        if rules.warmup == "none":
+            return "none"
+        return f"none: it needs a batch above {rules.reference_batch_size:,} and a rate above {rules.reference_lr:g}"
+    duration = f"{_count(schedule.warmup_steps, 'step')} ({_count(rules.warmup_epochs, 'epoch')})"
+    if schedule.warmup == "constant":
+        return f"constant: {schedule.start_rate:.6g} for {duration}, then {schedule.peak_rate:.6g}"
+    curve = "" if schedule.warmup_type == "linear" else ", logarithmic"
+    return f"gradual: {schedule.start_rate:.6g} → {schedule.peak_rate:.6g} over {duration}{curve}"
+
+
+def _decay(plan: Plan) -> str:
+    rules, milestones = plan.config.recipe.schedule, plan.schedule.milestones
+    if not milestones:
+        return "none"
+    reached = [
+        f"epoch {epoch:g} (step {step:,})"
+        for epoch, step in zip(rules.decay_epochs, milestones, strict=True)
+        if step < plan.total_steps
+    ]
+    late = [
+        f"{epoch:g}" for epoch, step in zip(rules.decay_epochs, milestones, strict=True) if step >= plan.total_steps
+    ]
+    text = f"× {rules.decay_factor:g} at {', '.join(reached)}" if reached else "none within the run"
+    return text + (f"; epoch {', '.join(late)} lies beyond it" if late else "")
+
+
+def _rates(plan: Plan) -> str:
+    """The rate before and after whatever changes it."""
+    last = plan.total_steps - 1
+    steps = {0, 1, last}
+    for turn in (plan.schedule.warmup_steps, *plan.schedule.milestones):
+        steps |= {turn - 1, turn}
+    return ", ".join(
+        f"{step:,}:{NO_BREAK}{plan.schedule.rate(step):.5g}" for step in sorted(steps) if 0 <= step <= last
+    )
+
+
+def _optimizer(plan: Plan) -> str:
+    params, clipping = plan.config.optimizer.params, plan.config.gradient_clipping
+    nesterov = ", Nesterov" if params.nesterov else ""
+    clipped = f"gradients clipped to norm {clipping:g}" if clipping else "no gradient clipping"
+    return f"SGD, momentum {params.momentum:g}{nesterov}, {clipped}"
+
+
+def _weight_decay(plan: Plan, facts: ModelFacts | None) -> str:
+    decayed = f"{facts.decayed_parameters:,} " if facts else ""
+    undecayed = f"{facts.undecayed_parameters:,} " if facts else "the "
+    which = "batch-norm parameters and biases" if facts and facts.batchnorm_layers else "others, as norms and biases"
+    return f"{plan.weight_decay:.6g} on {decayed}convolution and linear weights; none on {undecayed}{which}"
+
+
+def _checkpoints(plan: Plan) -> str:
+    settings = plan.config.recipe.checkpoint
+    every = f", every {_count(settings.every_steps, 'step')}" if settings.every_steps else ""
+    every += f", every {_count(settings.every_minutes, 'minute')}" if settings.every_minutes else ""
+    best = " and the best" if settings.keep_best else ""
+    last = "the last" if settings.keep_last == 1 else f"the last {settings.keep_last}"
+    return f"after each epoch{every}; {last}{best} are kept"
+
+
+def _noise_scale(plan: Plan) -> list[tuple[str, str]]:
+    settings = plan.config.recipe.noise_scale
+    if not settings.enabled:
+        return []
+    measurements = planned_measurements(plan.total_steps, settings.every_steps)
+    every = "at every step" if settings.every_steps == 1 else f"every {settings.every_steps:,} steps"
+    return [("noise scale", f"measured {every}, {_count(measurements, 'time')} in all")]
+
+
+def _count(number: float, what: str, plural: str = "s") -> str:
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {what}" + ("" if number == 1 else plural)

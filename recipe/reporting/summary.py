@@ -1,0 +1,169 @@
+"""What is left to say at the end of a run, for programs (``summary.json``) and for people."""
+
+import json
+import os
+import shutil
+import statistics
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipe.plan import NoiseScale, Plan, in_words
+from recipe.reporting.code_state import versions
+
+SUMMARY = "summary.json"
+LAST_EPOCHS = 5  # the paper reports the median error of the last five (§5.1)
+
+
+@dataclass
+class History:
+    """What a run has been through; it is saved with every checkpoint, and a resumed run adds to it.
+
+    ``validations`` are the validation lines of ``metrics.jsonl``; ``seconds`` is the wall time of all launches;
+    ``noise_scale`` holds its moving averages; ``decoded_by_pil`` counts the images of all ranks for which the slower
+    decoder was needed, on rank 0 up to the last save, on the others since.
+    """
+
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    bad_images: set[str] = field(default_factory=set)
+    seconds: float = 0.0
+    noise_scale: NoiseScale = field(default_factory=NoiseScale)
+    decoded_by_pil: int = 0
+
+    @property
+    def validated_steps(self) -> int:
+        """The steps that were done when the model was last validated."""
+        return int(self.validations[-1]["step"]) + 1 if self.validations else 0
+
+    def state(self, seconds_since: float) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {
+            "validations": self.validations,
+            "bad_images": sorted(self.bad_images),
+            "seconds": self.seconds + seconds_since,
+            "noise_scale": asdict(self.noise_scale),
+            "decoded_by_pil": self.decoded_by_pil,
+        }
+
+
+def summarise(
+    plan: Plan,
+    history: History,
+    *,
+    device: str,
+    hosts: int,
+    skipped_steps: int,
+    images_per_second: float | None,
+    best_checkpoint: Path | None,
+) -> dict[str, Any]:
+    """The content of ``summary.json``. Accuracies and errors are in per cent."""
+    measured = plan.config.recipe.noise_scale
+    best = max(history.validations, key=lambda validation: validation["top1"])
+    errors = [100 - validation["top1"] for validation in history.validations[-LAST_EPOCHS:]]
+    return {
+        "config": plan.config.source.file,
+        "model": plan.config.recipe.model.name,
+        "data": plan.config.recipe.data.source,
+        "precision": plan.precision,
+        "world_size": plan.world_size,
+        "hosts": hosts,
+        "global_batch": plan.global_batch,
+        "epochs": plan.epochs,
+        "steps": plan.total_steps,
+        "train_images": plan.train_images,
+        "skipped_steps": skipped_steps,
+        "final_top1": history.validations[-1]["top1"],
+        "final_top5": history.validations[-1]["top5"],
+        "best_top1": best["top1"],
+        "best_epoch": best["epoch"],
+        "best_checkpoint": None if best_checkpoint is None else str(best_checkpoint),
+        "median_error_last_epochs": statistics.median(errors),
+        "noise_scale": history.noise_scale.summary(measured.every_steps) if measured.enabled else None,
+        "images_per_second": images_per_second,
+        "wall_seconds": round(history.seconds, 1),
+        "bad_images": sorted(history.bad_images),
+        "decoded_by_pil": history.decoded_by_pil,
+        "device": device,
+        "versions": versions(),
+    }
+
+
+def read_summary(output: Path) -> dict[str, Any] | None:
+    """``summary.json`` of a complete run in this folder; None if there is none that can be used."""
+    try:
+        summary: dict[str, Any] = json.loads((output / SUMMARY).read_text(encoding="utf-8"))
+        format_summary(summary, output)
+        summary["versions"].items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        return None
+    return summary
+
+
+def format_summary(summary: dict[str, Any], output: Path) -> str:
+    """The summary as a block of lines for people, with what they may want to type next."""
+    ranks = _count(summary["world_size"], "rank") + (f" of {summary['hosts']} hosts" if summary["hosts"] > 1 else "")
+    speed = "" if summary["images_per_second"] is None else f"{summary['images_per_second']:,.0f} images/s, "
+    skipped = f", {summary['skipped_steps']} skipped by overflow" if summary["skipped_steps"] else ""
+    last = min(LAST_EPOCHS, summary["epochs"])
+    fields = [
+        (
+            "trained",
+            f"{summary['model']} on {summary['data']}: {_count(summary['epochs'], 'epoch')} at global batch "
+            f"{summary['global_batch']:,}, {summary['precision']}, {ranks} on {summary['device']}",
+        ),
+        (
+            "top-1",
+            f"{summary['final_top1']:.2f} % at the end, {summary['best_top1']:.2f} % at best "
+            f"(epoch {summary['best_epoch'] + 1}); median error of the last {_count(last, 'epoch')} "
+            f"{summary['median_error_last_epochs']:.2f} %",
+        ),
+        ("speed", f"{speed}{summary['steps']:,} steps{skipped}, {_duration(summary['wall_seconds'])} in all"),
+        *_noise_scale(summary),
+        ("files", f"{output}: plan.json, metrics.jsonl, train.log, summary.json"),
+    ]
+    if summary["best_checkpoint"] is not None:
+        fields.append(("best weights", summary["best_checkpoint"]))
+    if summary["bad_images"]:
+        fields.append(("bad images", f"{len(summary['bad_images'])} could not be read, listed in summary.json"))
+    if summary.get("decoded_by_pil"):
+        slow = f"{summary['decoded_by_pil']:,} times by the slower decoder: no JPEG, or one that"
+        fields.append(("decoded", f"{slow} the faster one does not take"))
+    ranks_option = "" if summary["world_size"] == 1 else f"--num_gpus {summary['world_size']} "
+    if summary["hosts"] > 1:
+        ranks_option = "--hostfile … "
+    fields.append(
+        (
+            "again",
+            f"{_launcher()} -q {ranks_option}recipe/train.py --deepspeed_config {output / 'plan.json'} "
+            f"--output {output}-again",
+        )
+    )
+    fields.append(
+        ("next", f"--set train_batch_size={2 * summary['global_batch']} with another --output: rate and warmup follow")
+    )
+    return "\n".join(f"  {label:<14}{text}" for label, text in fields) + "\n"
+
+
+def _noise_scale(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines on it, if the run measured it; the summaries of earlier versions do not know it."""
+    found = summary.get("noise_scale")
+    if not found:
+        return []
+    first, *others = in_words(found, summary["global_batch"], summary.get("train_images"), summary["steps"])
+    return [("noise scale", first), *(("", line) for line in others)]
+
+
+def _launcher() -> str:
+    """How a person can type the launcher's name here."""
+    return "deepspeed" if shutil.which("deepspeed") else os.path.relpath(Path(sys.executable).parent / "deepspeed")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (f"{hours} h " if hours else "") + (f"{minutes} min " if hours or minutes else "") + f"{rest} s"

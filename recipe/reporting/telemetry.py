@@ -1,0 +1,357 @@
+"""What a run tells: a bar or lines for people, ``metrics.jsonl`` and a log for programs, DeepSpeed's monitors."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from recipe.distributed import at_the_terminal
+from recipe.engine import Step, Validation
+from recipe.plan import NoiseScale, estimate
+from recipe.reporting.metrics import METRICS, has_diverged, parse_event
+
+LOG = "train.log"
+LINE_EVERY_SECONDS = 30.0
+
+
+class OutputError(RuntimeError):
+    """A file of the run cannot be written; the message names it and the cause."""
+
+
+def cannot_write(path: Path | str, error: OSError) -> OutputError:
+    """The failure to write a file of the run, for people."""
+    return OutputError(f"{path}: {error.strerror}; the checkpoints are whole: mend it, and the same command goes on")
+
+
+Monitor = Callable[[list[tuple[str, float, int]]], None]
+
+
+class Telemetry:
+    """Collects steps on all ranks and, every ``steps_per_print`` of them, has rank 0 write them down.
+
+    A step's loss stays on the device until then, so that the loop need not wait for the device at every step. Every
+    rank makes the same calls: the mean over ranks is one collective for all steps of a report.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        *,
+        first_step: int,
+        validated_steps: int,
+        epochs: int,
+        steps_per_epoch: int,
+        micro_batch: int,
+        global_batch: int,
+        steps_per_print: int,
+        noise_scale: NoiseScale,
+        monitor: Monitor,
+    ) -> None:
+        self.epochs = epochs
+        self.steps_per_epoch = steps_per_epoch
+        self.micro_batch = micro_batch
+        self.global_batch = global_batch
+        self.steps_per_print = steps_per_print
+        self.noise_scale = noise_scale
+        self.monitor = monitor
+        self.training_seconds = 0.0
+        self.steps_trained = 0
+        self.writer: Writer | None = None
+        self._pending: list[Step] = []
+        self._clock = 0.0
+        if dist.get_rank() == 0:
+            self.writer = Writer(output, first_step, validated_steps, epochs * steps_per_epoch)
+
+    def start_clock(self) -> None:
+        """Training goes on from here; what passed since the last report (validation, a save) is not training time."""
+        self._clock = time.perf_counter()
+
+    def step(self, step: Step) -> None:
+        """Take one step; report if enough have come or the epoch ends.
+
+        Raises:
+            FloatingPointError: the loss is not finite and fp16's loss scale is not to blame.
+        """
+        self._pending.append(step)
+        last_of_epoch = (step.step + 1) % self.steps_per_epoch == 0
+        if len(self._pending) == self.steps_per_print or last_of_epoch:
+            self.report()
+
+    def report(self) -> None:
+        """Write down the steps that have come since the last report."""
+        if not self._pending:
+            return
+        means = _mean_over_ranks(torch.stack([step.loss for step in self._pending]))
+        scales, skips = _overflows(self._pending)
+        noise_scales = self._take_gradient_norms(skips)
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        self.training_seconds += seconds
+        self.steps_trained += len(self._pending)
+        images_per_second = len(self._pending) * self.global_batch / seconds
+        data_wait = sum(step.data_wait_seconds for step in self._pending) / seconds
+        if self.writer is not None:
+            for step, loss, scale, skipped in zip(self._pending, means, scales, skips, strict=True):
+                self._write_step(self.writer, step, loss, scale, skipped, images_per_second, data_wait)
+                if step.step in noise_scales:
+                    self._write_noise_scale(self.writer, step.step, noise_scales[step.step])
+            last = self._pending[-1]
+            self.writer.show_progress(
+                last.step + 1,
+                f"epoch {last.step // self.steps_per_epoch + 1}/{self.epochs}",
+                f"loss {means[-1]:.3f}, rate {last.lr:.4g}, {images_per_second:,.0f} images/s",
+            )
+        for step, loss, scale, skipped in zip(self._pending, means, scales, skips, strict=True):
+            if has_diverged(_finite(loss), skipped, scale):
+                raise FloatingPointError(
+                    f"the loss of step {step.step} is {loss}: training has diverged at rate {step.lr:g}"
+                )
+        self._pending = []
+
+    def validation(self, result: Validation, step: int) -> dict[str, Any]:
+        """Write down a validation that followed update ``step``; return its line of ``metrics.jsonl``."""
+        epoch = step // self.steps_per_epoch
+        event = {
+            "event": "validation",
+            "step": step,
+            "epoch": epoch,
+            "top1": result.top1,
+            "top5": result.top5,
+            "loss": _finite(result.loss),
+            "count": result.count,
+        }
+        if self.writer is not None:
+            self.writer.event(event)
+            self.writer.say(
+                f"epoch {epoch + 1}/{self.epochs}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
+                f"loss {result.loss:.4f} on {result.count:,} validation images"
+            )
+            samples = (step + 1) * self.global_batch
+            self.monitor(
+                [
+                    ("Validation/Samples/top1", result.top1, samples),
+                    ("Validation/Samples/top5", result.top5, samples),
+                    ("Validation/Samples/loss", result.loss, samples),
+                ]
+            )
+        return event
+
+    def images_per_second(self) -> float | None:
+        """Images trained in a second of training time, over this launch; None if it trained none."""
+        if not self.steps_trained:
+            return None
+        return self.steps_trained * self.global_batch / self.training_seconds
+
+    def say(self, message: str) -> None:
+        """Tell people and the log, on rank 0, without garbling the bar."""
+        if self.writer is not None:
+            self.writer.say(message)
+
+    def sync(self) -> None:
+        """Have the metrics on the disk, as a checkpoint that follows will be."""
+        if self.writer is not None:
+            self.writer.sync()
+
+    def close(self) -> None:
+        """Leave the bar as it is and close the files."""
+        if self.writer is not None:
+            self.writer.close()
+
+    def _take_gradient_norms(self, skips: list[bool]) -> dict[int, dict[str, float | None]]:
+        """Take what the pending steps measured into the noise scale; return its values after each, by step."""
+        measured = {
+            step.step: step.gradient_norms
+            for step, skipped in zip(self._pending, skips, strict=True)
+            if step.gradient_norms is not None and not skipped
+        }
+        if not measured:
+            return {}
+        own = torch.stack(list(measured.values()))
+        ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(ranks, own)  # as the losses are
+        values = {}
+        for step, (small, big) in zip(measured, torch.stack(ranks).mean(0).tolist(), strict=True):
+            if self.noise_scale.add(estimate(small, big, self.micro_batch, self.global_batch), step):
+                values[step] = self.noise_scale.values()
+        return values
+
+    def _write_noise_scale(self, writer: "Writer", step: int, values: dict[str, float | None]) -> None:
+        epoch, scale = step // self.steps_per_epoch, values["noise_scale"]
+        writer.event({"event": "noise_scale", "step": step, "epoch": epoch} | values)
+        shown = "hidden by noise" if scale is None else f"{scale:,.0f} images"
+        writer.log(f"epoch {epoch + 1}/{self.epochs}, step {step}: gradient noise scale {shown}")
+        samples = (step + 1) * self.global_batch
+        self.monitor([(f"Train/Samples/{name}", value, samples) for name, value in values.items() if value is not None])
+
+    def _write_step(
+        self,
+        writer: "Writer",
+        step: Step,
+        loss: float,
+        loss_scale: float,
+        skipped: bool,
+        images_per_second: float,
+        data_wait: float,
+    ) -> None:
+        epoch, samples = step.step // self.steps_per_epoch, (step.step + 1) * self.global_batch
+        writer.event(
+            {
+                "event": "step",
+                "step": step.step,
+                "epoch": epoch,
+                "samples": samples,
+                "lr": step.lr,
+                "loss": _finite(loss),
+                "images_per_second": round(images_per_second, 1),
+                "data_wait": round(data_wait, 4),
+                "loss_scale": loss_scale,
+                "skipped": skipped,
+            }
+        )
+        overflow = f", update skipped: overflow at loss scale {loss_scale:g}" if skipped else ""
+        writer.log(
+            f"epoch {epoch + 1}/{self.epochs}, step {step.step}: loss {loss:.4f}, rate {step.lr:.5g}, "
+            f"{images_per_second:,.0f} images/s, {data_wait:.0%} waiting for data{overflow}"
+        )
+        self.monitor([("Train/Samples/train_loss", loss, samples)])
+
+
+class Writer:
+    """Rank 0's files and its terminal: a bar where standard error is one, else now and then a line."""
+
+    def __init__(self, output: Path, first_step: int, validated_steps: int, total_steps: int) -> None:
+        try:
+            lost = drop_later_events(output / METRICS, first_step, validated_steps)
+            self.metrics = (output / METRICS).open("a", encoding="utf-8")
+            self.log_file = (output / LOG).open("a", encoding="utf-8")
+        except OSError as error:
+            raise cannot_write(error.filename or output, error) from error
+        self.total_steps = total_steps
+        self.line_printed_at = time.perf_counter()
+        self.bar: tqdm[Any] | None = None
+        if sys.stderr is not None and sys.stderr.isatty():
+            self.bar = tqdm(
+                total=total_steps,
+                initial=first_step,
+                dynamic_ncols=True,
+                bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed} gone, {remaining} left]",
+            )
+        if lost:
+            self.say(
+                f"{output / METRICS} lacks {lost:,} of the {first_step:,} steps before this one: lines were removed or "
+                "damaged; training goes on as it would, but plot and compare do not see them"
+            )
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Add a line to ``metrics.jsonl``."""
+        self._write(self.metrics, json.dumps(event, allow_nan=False))
+
+    def log(self, message: str) -> None:
+        """Add a line to the log file."""
+        self._write(self.log_file, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
+
+    def sync(self) -> None:
+        """Have ``metrics.jsonl`` on the disk: a checkpoint must not be there without the lines that precede it."""
+        try:
+            os.fsync(self.metrics.fileno())
+            is_removed = os.fstat(self.metrics.fileno()).st_nlink == 0
+        except OSError as error:
+            raise cannot_write(self.metrics.name, error) from error
+        if is_removed:
+            raise OutputError(f"{self.metrics.name}: it was removed while the run was writing to it")
+
+    @staticmethod
+    def _write(file: TextIO, line: str) -> None:
+        try:
+            file.write(line + "\n")
+            file.flush()
+        except OSError as error:
+            raise cannot_write(file.name, error) from error
+
+    def say(self, message: str) -> None:
+        """Print a line above the bar, and log it."""
+        self.log(message)
+        at_the_terminal(lambda: tqdm.write(message))
+        self.line_printed_at = time.perf_counter()
+
+    def show_progress(self, steps_done: int, epoch: str, figures: str) -> None:
+        """Move the bar; without one, print a line if there was none for a while."""
+        at_the_terminal(lambda: self._show_progress(steps_done, epoch, figures))
+
+    def _show_progress(self, steps_done: int, epoch: str, figures: str) -> None:
+        if self.bar is not None:
+            self.bar.set_description_str(epoch, refresh=False)
+            self.bar.set_postfix_str(figures, refresh=False)
+            self.bar.update(steps_done - self.bar.n)
+        elif time.perf_counter() - self.line_printed_at > LINE_EVERY_SECONDS:
+            tqdm.write(f"{epoch}: step {steps_done:,} of {self.total_steps:,}, {figures}")
+            self.line_printed_at = time.perf_counter()
+
+    def close(self) -> None:
+        """Leave the bar as it stands and close the files."""
+        if self.bar is not None:
+            at_the_terminal(self.bar.close)
+        with contextlib.suppress(OSError):  # a line that could not be written has been told of
+            self.metrics.close()
+            self.log_file.close()
+
+
+def drop_later_events(metrics: Path, first_step: int, validated_steps: int) -> int:
+    """Keep the lines about updates before ``first_step``, and about validations after ``validated_steps`` or fewer.
+
+    Those after it are about to be made again. A line that a kill left half-written goes too. Returns the number of
+    steps before ``first_step`` that no line is about.
+    """
+    if not metrics.exists():
+        return first_step
+    limits = {"step": first_step, "noise_scale": first_step, "validation": validated_steps}
+    kept, steps = [], set()
+    for line in metrics.read_bytes().splitlines():
+        event = parse_event(line)
+        if event is not None and event["step"] < limits.get(event["event"], 0):
+            kept.append(line + b"\n")
+            if event["event"] == "step":
+                steps.add(event["step"])
+    rewritten = metrics.with_suffix(".rewritten")
+    with rewritten.open("wb") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(rewritten, metrics)
+    return first_step - len(steps)
+
+
+def _mean_over_ranks(values: Tensor) -> list[float]:
+    # Gathered: the order of an all-reduce's additions, and with it rounding, depends on how many values are reported
+    # together, which is another number after a signal and in a resumed run.
+    ranks = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranks, values)
+    total = ranks[0]
+    for other in ranks[1:]:
+        total = total + other
+    means: list[float] = (total / len(ranks)).tolist()
+    return means
+
+
+def _overflows(steps: list[Step]) -> tuple[list[float], list[bool]]:
+    """The loss scale of each step, and whether it was skipped, from the device."""
+    skips = [torch.zeros_like(step.loss) if step.skipped is None else step.skipped for step in steps]
+    scales, skipped = torch.stack(
+        [torch.stack([step.loss_scale for step in steps]), torch.stack([skip.double() for skip in skips])]
+    ).tolist()
+    return scales, [bool(skip) for skip in skipped]
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no word for an infinite loss."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,337 @@
+"""What ``python -m recipe hosts`` makes of the hosts' answers, and that no name of a host is ever run."""
+
+import copy
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipe.commands.hosts.command import command as command
+from recipe.commands.hosts.report import Host, compare, format_problems, format_table
+from recipe.commands.hosts.visit import NO_FOLDER, NO_INTERPRETER, explain, remote_command, ssh
+from tests.launch import DIGITS, ROOT
+
+FACTS: dict[str, Any] = {
+    "clock": 0.1,
+    "checkout": {
+        "versions": {"python": "3.11.7", "torch": "2.15.0", "deepspeed": "0.19.8", "timm": "1.0.31"},
+        "code_sha256": "c0de",
+        "commit": "8f7e6184",
+        "is_changed": False,
+        "config_sha256": "c0f1",
+    },
+    "network": {"machine": "boot 1", "address": "10.0.0.1"},
+    "unseen": [],
+    "unreached": [],
+    "devices": {"gpus": ["H100", "H100"], "knows_precision": True},
+    "data": {"classes": 10, "train_images": 5000, "validation_images": 100},
+    "exchange": {
+        "missing": [],
+        "latency_seconds": 0.00021,
+        "latency_with": "node-1",
+        "bytes_per_second": 1.25e9,
+        "bandwidth_with": "node-1",
+    },
+}
+
+
+def good_hosts(count: int = 3) -> list[Host]:
+    """Hosts with two GPUs and two slots each, with which nothing is wrong."""
+    hosts = [Host(f"node-{number}", 2, copy.deepcopy(FACTS)) for number in range(count)]
+    for number, host in enumerate(hosts):
+        host.facts["network"] = {"machine": f"boot {number}", "address": f"10.0.0.{number + 1}"}
+    return hosts
+
+
+EXPECTED = {"classes": 10, "train_images": 5000, "validation_images": 100}
+
+
+def test_good_hosts_have_no_problems() -> None:
+    hosts = good_hosts()
+    compare(hosts, EXPECTED, "fp16")
+    assert format_problems(hosts) == []
+
+
+@pytest.mark.parametrize(
+    ("question", "change", "problem"),
+    [
+        ("clock", 6.2, "its clock is 6.1 s ahead of node-0's; set both by NTP"),
+        ("clock", -5.0, "its clock is 5.1 s behind node-0's; set both by NTP"),
+        ("devices", {"gpus": ["H100"]}, "1 GPUs for 2 slots; write slots=1, or look why the others are not seen"),
+        ("devices", {"gpus": []}, "it would train on CPU, node-0 on 2 × H100; check GPUs and drivers"),
+        ("devices", {"knows_precision": False}, 'its 2 × H100 does not support fp16; write "fp16": {"enabled": false}'),
+        (
+            "checkout",
+            {"code_sha256": "0ther"},
+            "other code in recipe/ than on node-0; bring the checkouts to one state",
+        ),
+        ("checkout", {"commit": "aaaaaaaa"}, "git commit aaaaaaaa, node-0 has 8f7e6184; bring the checkouts"),
+        ("checkout", {"commit": ""}, "git commit unknown, node-0 has 8f7e6184; bring the checkouts"),
+        ("checkout", {"config_sha256": "0ther"}, "another config than on node-0; copy one file to all hosts"),
+        ("checkout", {"versions": {"timm": "missing"}}, "timm missing, node-0 has 1.0.31; install the same"),
+        ("checkout", {"versions": {"torch": "2.11.0"}}, "torch 2.11.0, node-0 has 2.15.0; install the same"),
+        ("network", {"address": "127.0.1.1"}, "its own name leads to 127.0.1.1, where no other host reaches it"),
+        ("network", {"address": "::1"}, "its own name leads to ::1, where no other host reaches it"),
+        ("unreached", ["node-2"], "it does not reach node-2; open all ports between the hosts"),
+        ("network", {"machine": "boot 0"}, "the same machine as node-0; write one line for it, with all of its slots"),
+        (
+            "data",
+            {"train_images": 4999},
+            "the data has 10 classes, 4,999 + 100 images, on node-0 10 classes, 5,000 + 100",
+        ),
+        ("data", {"classes": 9}, "the data has 9 classes, the config says 10; correct either"),
+        ("unseen", ["node-0"], "it does not share the output folder with node-0"),
+    ],
+)
+def test_what_is_wrong_with_one_host_is_said_of_it_alone(question: str, change: Any, problem: str) -> None:
+    hosts = good_hosts()
+    facts = hosts[1].facts
+    if isinstance(change, dict):
+        versions = facts[question].get("versions", {}) | change.get("versions", {})
+        facts[question] |= change | ({"versions": versions} if versions else {})
+    else:
+        facts[question] = change
+    compare(hosts, EXPECTED, "fp16")
+    lines = format_problems(hosts)
+    assert any(line.startswith(f"node-1: {problem}") for line in lines), lines
+    assert all(line.startswith("node-1: ") for line in lines)
+
+
+def test_clocks_may_be_apart_a_little() -> None:
+    hosts = good_hosts()
+    hosts[1].facts["clock"] = 5.0
+    compare(hosts, EXPECTED, "fp16")
+    assert format_problems(hosts) == []
+
+
+def test_hosts_with_the_same_problem_share_a_line() -> None:
+    hosts = good_hosts(7)
+    hosts[0].facts["unseen"] = [host.name for host in hosts[1:]]
+    compare(hosts, EXPECTED, "fp16")
+    (line,) = format_problems(hosts)
+    assert line.startswith("node-1, node-2, node-3, node-4 and 2 more: it does not share the output folder")
+
+
+def test_one_host_alone_may_be_at_any_address() -> None:
+    (host,) = good_hosts(1)
+    host.facts["network"]["address"] = "127.0.0.1"
+    compare([host], EXPECTED, "fp16")
+    assert host.problems == []
+
+
+def test_the_table() -> None:
+    hosts = good_hosts(2)
+    hosts[0].facts["checkout"]["is_changed"] = True
+    hosts[1] = Host("node-1", 2)
+    for name in ("data", "clock"):
+        del hosts[0].facts[name]
+    assert format_table(hosts) == (
+        "host    slots  device    address   Python  torch   DeepSpeed  timm    code       slowest round trip"
+        "  lowest bandwidth\n"
+        "node-0  2      2 × H100  10.0.0.1  3.11.7  2.15.0  0.19.8     1.0.31  8f7e6184+  0.21 ms to node-1 "
+        "  10.0 Gbit/s to node-1\n"
+        "node-1  2      –         –         –       –       –          –       –          –                 "
+        "  –\n"
+    )
+
+
+def test_what_hosts_say_cannot_move_the_cursor() -> None:
+    host = good_hosts(1)[0]
+    host.facts["devices"]["gpus"] = ["\x1b[2Jevil"]
+    host.problems = ["\x1b[2J\nproblem"]
+    assert "\x1b" not in format_table([host]) + "".join(format_problems([host]))
+    assert len(format_problems([host])[0].splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "problem"),
+    [
+        (97, "sh: cd: nowhere", f"no folder {Path.cwd()}; have the checkout in the same place on every host"),
+        (98, "", f"no interpreter {sys.executable}; have the environment in the same place"),
+        (255, "hello\nada@w: Permission denied (publickey).", "ada@w: Permission denied (publickey).; ssh to it must"),
+        (255, "ssh: Could not resolve hostname w: …", "ssh: Could not resolve hostname w: …; correct the name"),
+        (255, "Host key verification failed.", "Host key verification failed.; log in once by hand"),
+        (
+            255,
+            "connect to host w port 22: Connection timed out",
+            "connect to host w port 22: Connection timed out; look",
+        ),
+        (1, "/python: No module named recipe", "/python: No module named recipe; run this in the project's folder"),
+        (7, "", "it ended with exit code 7, without a word; try it by hand: ssh w"),
+    ],
+)
+def test_why_a_probe_ended(code: int, said: str, problem: str) -> None:
+    assert explain(code, said, "w").startswith(problem)
+
+
+RecordedSsh = Callable[[], list[str]]
+
+
+@pytest.fixture
+def recorded_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RecordedSsh:
+    """An ssh and a pdsh that only write down what they are given."""
+    folder, log = tmp_path / "bin", tmp_path / "calls"
+    folder.mkdir()
+    for name in ("ssh", "pdsh"):
+        (folder / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {shlex.quote(str(log))}\nexit 255\n')
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return lambda: log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "w;touch marker",
+        "w;touch$IFS''marker",
+        "$(touch marker)",
+        "`touch marker`",
+        "w|touch",
+        "w&touch",
+        "w>marker",
+        '"w"',
+        "'w'",
+        "w 1",
+        "w\\n",
+        "w\ntouch marker",
+        "w\rtouch",
+        "w\0",
+        "w\u2028touch",
+        "-oProxyCommand=touch marker",
+        "-oProxyCommand=touch${IFS}marker",
+        "--",
+        "-l",
+        "a@-oProxyCommand=touch",
+        "exec:w",
+        "w,x",
+        "w[1-3]",
+        "^marker",
+        "../w",
+        "%h",
+    ],
+)
+def test_hostile_names_reach_nothing(
+    name: str,
+    tmp_path: Path,
+    recorded_ssh: RecordedSsh,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text(f"good slots=1\n{name} slots=1\nlast slots=1\n", newline="")
+    assert command.main([str(hostfile)]) == 2
+    printed = capsys.readouterr()
+    assert f"recipe: {hostfile}: line 2 = " in printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert printed.out == ""
+    assert recorded_ssh() == []
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_good_name_comes_after_the_options(
+    tmp_path: Path, recorded_ssh: RecordedSsh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-tt  -p 2222")
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("ada@node-1 slots=1\nnode-2 slots=1\n")
+    assert command.main([str(hostfile)]) == 1
+    calls = recorded_ssh()
+    assert len(calls) == 5  # a probe and a look at the keepalives each, and where DeepSpeed's master is
+    assert all(" -- ada@node-1" in call or " -- node-2" in call for call in calls)
+    probes = [call for call in calls if "host_probe" in call]
+    assert all(call.startswith("-a -x -tt -p 2222 -T -o BatchMode=yes -o ConnectTimeout=5 -- ") for call in probes)
+    printed = capsys.readouterr().out
+    assert "problem: node-2: it ended with exit code 255, without a word; try it by hand: ssh node-2" in printed
+    assert printed.splitlines()[-1].startswith("A launch would fail or go wrong: 2 problems (2 ranks on 2 hosts; ")
+
+
+def test_an_option_as_a_host_is_a_host_to_ssh(tmp_path: Path) -> None:
+    """The second line of defence: even a name that got through would be refused by ssh, as a name."""
+    done = subprocess.run(
+        ssh(f"-oProxyCommand=touch {tmp_path}/marker", "true"), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 255
+    assert not (tmp_path / "marker").exists()
+
+
+def test_folders_and_variables_are_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a $(touch marker) 'b' \"c\";touch marker"
+    (folder / "recipe/commands").mkdir(parents=True)
+    (folder / "recipe/__init__.py").touch()
+    (folder / "recipe/commands/__init__.py").touch()
+    (folder / "recipe/commands/hosts/probe.py").write_text("import os; print(os.getcwd(), os.environ['PYTHONNOTE'])")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONNOTE", "$(touch marker) ' \"")
+    command_line = ["sh", "-c", remote_command()]
+    done = subprocess.run(command_line, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout == f"{folder} $(touch marker) ' \"\n", done.stderr
+    assert not list(tmp_path.rglob("marker"))
+
+
+def test_a_folder_or_an_interpreter_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    here = remote_command()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    elsewhere = remote_command()
+    assert subprocess.run(["sh", "-c", elsewhere], cwd="/", check=False).returncode == NO_INTERPRETER
+    folder.rmdir()
+    assert subprocess.run(["sh", "-c", here], cwd="/", stderr=subprocess.DEVNULL, check=False).returncode == NO_FOLDER
+
+
+def test_refuses_what_a_launch_would_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("node-1 slots=3\n")
+    assert command.main([str(hostfile), "--config", str(ROOT / DIGITS)]) == 2
+    assert "train_batch_size" in capsys.readouterr().err
+    assert command.main([str(hostfile), "--config", str(tmp_path / "absent.json")]) == 2
+    assert "absent.json" in capsys.readouterr().err
+    assert command.main([str(tmp_path / "absent")]) == 2
+
+
+def test_a_single_host_must_be_this_machine(
+    tmp_path: Path, recorded_ssh: RecordedSsh, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("192.0.2.1 slots=1\n")
+    assert command.main([str(hostfile)]) == 1
+    assert "problem: 192.0.2.1, the only host, is another machine than this one" in capsys.readouterr().out
+    assert recorded_ssh() == []
+
+
+def test_a_line_of_deepspeed_env_is_a_problem(
+    tmp_path: Path, recorded_ssh: RecordedSsh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".deepspeed_env").write_text("A=1\n\n")
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("node-1 slots=1\nnode-2 slots=1\n")
+    assert command.main([str(hostfile)]) == 1
+    assert f'problem: {tmp_path}/.deepspeed_env: line 2 = "": blank; remove the line' in capsys.readouterr().out
+
+
+def test_needs_pdsh_and_a_plain_path(
+    tmp_path: Path, recorded_ssh: RecordedSsh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bin/pdsh").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    folder = tmp_path / "my project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("node-1 slots=1\nnode-2 slots=1\n")
+    assert command.main([str(hostfile)]) == 1
+    printed = capsys.readouterr().out
+    assert "problem: pdsh, by which DeepSpeed starts the hosts, is not installed here" in printed
+    assert f"problem: the folder {folder} has characters that DeepSpeed does not quote" in printed
+
+
+def test_the_asking_side_does_not_wait_for_torch() -> None:
+    code = "import sys, recipe.commands.hosts; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

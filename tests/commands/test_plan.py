@@ -1,0 +1,349 @@
+"""What a plan says of memory, traffic and time: against numbers worked out by hand, the models and real allocations."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from recipe.commands.inspect_model import DTYPES, inspect_model
+from recipe.commands.plan import main
+from recipe.commands.plan_screen import _duration, _rate_curve
+from recipe.config.schema import read_config
+from recipe.model.build import build_model
+from recipe.plan.communication import Link
+from recipe.plan.cost import (
+    CONTEXT_BYTES,
+    batchnorm_traffic,
+    gradient_bytes,
+    hidden_bandwidth,
+    largest_micro_batch,
+    memory,
+    reduced_bytes,
+    speed,
+)
+from recipe.plan.model_facts import SHIPPED
+from recipe.plan.plan import Plan, make_plan
+from recipe.plan.text import plan_json
+from recipe.reporting.summary import SUMMARY
+from tests.launch import ROOT
+
+CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+HEADLINE, N32 = "ds_configs/resnet50_b8192.json", "ds_configs/resnet50_b8192_n32.json"
+RESNET50 = SHIPPED["resnet50", 1000]
+PARAMETERS = 25_557_032
+
+
+def plan_of(file: str, world_size: int, *overrides: str) -> Plan:
+    return make_plan(read_config(ROOT / file, overrides), world_size)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_shipped_table_is_what_the_models_say(path: Path) -> None:
+    recipe = read_config(path).recipe
+    model = recipe.model
+    assert SHIPPED[model.name, model.num_classes] == inspect_model(
+        model.name, model.num_classes, recipe.data.image_size
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "micro_batch", "precision"),
+    [
+        ("resnet50", 1000, 4, "fp32"),
+        ("resnet50", 1000, 4, "bf16"),
+        ("resnet18", 10, 32, "fp32"),
+        ("resnet18", 10, 32, "bf16"),
+        ("test_resnet", 10, 128, "fp32"),
+    ],
+)
+def test_a_forward_pass_keeps_what_the_plan_predicts(
+    name: str, classes: int, micro_batch: int, precision: str, record_property: Any
+) -> None:
+    """Torch's own account of every allocation: what is not freed when a forward pass on a CPU is over.
+
+    Not the peak of the backward pass, where a convolution's workspace is what the CPU and its threads ask for.
+    """
+    facts, dtype = SHIPPED[name, classes], DTYPES[precision]
+    model = build_model(name, classes, seed=0, statistics="local")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    images = torch.zeros(micro_batch, 3, facts.image_size, facts.image_size, dtype=dtype)
+    labels = torch.zeros(micro_batch, dtype=torch.long)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        loss = F.cross_entropy(model(images).float(), labels)
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    kept = images.nbytes + sum(event.nbytes() for event in events)
+    assert loss.requires_grad
+    predicted = micro_batch * facts.saved_bytes[precision]
+    error = predicted / kept - 1
+    record_property("error", error)
+    print(f"{name}, {precision}, {micro_batch} images: {predicted:,} B predicted, {kept:,} B kept, {error:+.1%}")
+    assert abs(error) < 0.005
+
+
+def test_memory_by_part() -> None:
+    parts = memory(plan_of(HEADLINE, 256), RESNET50)
+    assert parts.weights == parts.gradients == parts.reduction == 2 * PARAMETERS
+    assert parts.master_weights == parts.momentum == 4 * PARAMETERS
+    # 32 images: what autograd keeps, and each one's pixels twice.
+    assert parts.activations == 32 * (43_761_576 + 2 * 3 * 224 * 224 * 2)
+    assert parts.workspace == 2 * 2 * 2_359_296 + CONTEXT_BYTES
+    assert parts.total == 14 * PARAMETERS + parts.activations + parts.workspace
+
+    fp32 = memory(plan_of(HEADLINE, 1, "fp16.enabled=false"), RESNET50)
+    assert (fp32.weights, fp32.master_weights, fp32.momentum) == (4 * PARAMETERS, 0, 4 * PARAMETERS)
+    assert fp32.reduction == 0  # for one rank
+
+
+@pytest.mark.parametrize(("stage", "shared"), [(1, (1, 1, 4, 4)), (2, (1, 4, 4, 4)), (3, (4, 4, 4, 4))])
+def test_zero_shares_memory(stage: int, shared: tuple[int, ...]) -> None:
+    parts = memory(plan_of(HEADLINE, 4, f"zero_optimization.stage={stage}"), RESNET50)
+    found = (parts.weights, parts.gradients, parts.master_weights, parts.momentum)
+    assert found == tuple(size * PARAMETERS / ranks for size, ranks in zip((2, 2, 4, 4), shared, strict=True))
+
+
+def test_the_largest_micro_batch_that_fits() -> None:
+    plan = plan_of(N32, 8)
+    an_image = 43_761_576 + 602_112
+    fixed = 14 * PARAMETERS + 2 * 2 * 2_359_296 + CONTEXT_BYTES
+    assert largest_micro_batch(plan, RESNET50, fixed + 128 * an_image) == 128
+    assert largest_micro_batch(plan, RESNET50, fixed + 128 * an_image - 1) == 64
+    assert largest_micro_batch(plan, RESNET50, fixed + 8 * an_image) == 8  # 32 samples of 4 ranks
+    assert largest_micro_batch(plan, RESNET50, fixed) is None
+
+
+def test_batchnorms_traffic() -> None:
+    # 53 layers of 26,560 channels in all: forward all parts of 255 others, mean, variance and count; backward two sums.
+    traffic = batchnorm_traffic(plan_of(HEADLINE, 256), RESNET50)
+    assert (traffic.images, traffic.ranks, traffic.collectives) == (8192, 256, 106)
+    assert traffic.bytes == 255 * 4 * (2 * 26_560 + 53) + 2 * 255 / 256 * 4 * 2 * 26_560
+    alone = batchnorm_traffic(plan_of(N32, 1), RESNET50)
+    assert (alone.collectives, alone.bytes) == (0, 0)
+    # Running averages, once a step over all ranks.
+    averages = 2 * 7 / 8 * 4 * 2 * 26_560
+    split = batchnorm_traffic(plan_of(N32, 8), RESNET50)
+    assert (split.images, split.ranks, split.collectives, split.messages, split.bytes) == (32, 1, 1, 3, averages)
+    joined = batchnorm_traffic(plan_of(N32, 8, "recipe.max_micro_batch_size=16"), RESNET50)
+    assert (joined.images, joined.ranks, joined.collectives) == (32, 2, 106 * 64 + 1)
+    assert joined.messages == 106 * 64 + 3
+    assert joined.bytes == 64 * (4 * (2 * 26_560 + 53) + 4 * 2 * 26_560) + averages
+    doubles = batchnorm_traffic(plan_of(HEADLINE, 256, "fp16.enabled=false", 'recipe.precision="fp64"'), RESNET50)
+    assert doubles.bytes == 2 * traffic.bytes
+
+
+def test_time_on_paper() -> None:
+    plan = plan_of(N32, 8)  # 4 micro-batches of 256 images
+    assert gradient_bytes(plan, RESNET50) == 2 * PARAMETERS
+    quick = speed(plan, RESNET50, 1000.0, Link(1e9, 1e-3))
+    reduction = 2 * 7 / 8 * 2 * PARAMETERS / 1e9 + 2 * 3 * 1e-3  # a tree of three levels, up and down
+    assert quick.compute_seconds == pytest.approx(1.024)
+    assert quick.all_reduce_seconds == pytest.approx(reduction)
+    averages = 2 * 7 / 8 * 4 * 2 * 26_560 / 1e9 + 3 * 1e-3
+    assert quick.exposed_seconds == 0
+    assert quick.batchnorm_seconds == pytest.approx(averages)
+    assert quick.efficiency == pytest.approx(1.024 / (1.024 + averages))
+    assert quick.images_per_second == pytest.approx(8192 / (1.024 + averages))
+    assert quick.training_seconds == pytest.approx(156 * 90 * (1.024 + averages))
+    assert quick.validation_seconds == pytest.approx(90 * 50_000 / 24_000)
+
+    slow = speed(plan, RESNET50, 1000.0, Link(1e8, 1e-3))
+    exposed = 17.5 * PARAMETERS / 5e8 + 6e-3 - 2 / 3 * 0.256  # the last micro-batch's backward pass hides as much
+    assert slow.exposed_seconds == pytest.approx(exposed)
+    assert slow.efficiency == pytest.approx(1.024 / (1.024 + exposed + slow.batchnorm_seconds))
+    blocking = speed(plan_of(N32, 8, "zero_optimization.overlap_comm=false"), RESNET50, 1000.0, Link(1e8, 1e-3))
+    assert blocking.exposed_seconds == pytest.approx(exposed + 2 / 3 * 0.256)
+    assert hidden_bandwidth(plan, RESNET50, 1000.0) == pytest.approx(3.5 * PARAMETERS / (2 / 3 * 0.256))
+
+    whole = speed(plan_of(HEADLINE, 256), RESNET50, 2500.0, Link(12.5e9, 20e-6))
+    assert whole.batchnorm_seconds == pytest.approx(54_659_760 / 12.5e9 + 106 * 8 * 20e-6)
+
+
+def screen(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    return " ".join((captured.out if code == 0 else captured.err).split())
+
+
+def test_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    hostfile = str(ROOT / "hostfiles/paper_32_nodes_8gpu")
+    assert main([str(ROOT / HEADLINE), "--hostfile", hostfile, "--bandwidth", "50"]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) <= 40
+    assert max(map(len, out.splitlines())) <= 110
+    words = " ".join(out.split())
+    for line in (
+        "53 layers over 8,192 images of all 256 ranks: 106 collectives and 52.1 MiB sent a rank and step",
+        "48.7 MiB weights + 97.5 MiB fp32 weights + 48.7 MiB gradients + 97.5 MiB momentum",
+        "1.32 GiB activations (32 × 42.3 MiB)",
+        "up to 32 would fit 80 GiB",
+        "48.7 MiB of fp16 gradients, 97.1 MiB sent a rank and step",
+        "for 2,500 images/s a GPU (assumed: resnet50 on an H100) and 50 Gbit/s a GPU (given)",
+        "batch norm's statistics come from 8,192 images; the paper used 32",
+    ):
+        assert line in words, line
+
+
+def test_ranks_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "for one rank; --hostfile or --world-size plan for more" in screen(capsys, str(ROOT / HEADLINE))
+    assert "for one rank;" not in screen(capsys, str(ROOT / HEADLINE), "--world-size", "1")
+
+
+def test_a_gpu_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("--world-size", "8", "--gpu-memory")
+    assert "which is more than 8 GiB: up to 128 images would fit" in screen(capsys, str(ROOT / HEADLINE), *small, "8")
+    assert "no micro-batch would fit 1 GiB" in screen(capsys, str(ROOT / HEADLINE), *small, "1")
+
+
+def test_what_is_not_known_is_not_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    other = ("--set", 'recipe.model.name="resnet34"', "--set", "recipe.model.num_classes=7")
+    unknown = screen(capsys, str(ROOT / HEADLINE), *other)
+    assert "whose name was not looked up either; --inspect asks timm for it, builds it" in unknown
+    assert "SyncBN over all ranks, if the model has batch norm" in unknown
+    assert "none on the others, as norms and biases" in unknown
+    out = screen(capsys, str(ROOT / HEADLINE), *other, "--inspect", "--world-size", "8")
+    assert "36 layers over 2,048 images" in out  # 33 convolutions and 3 downsamples
+    assert "--images-per-second of one GPU, or the folder of a run, tells it" in out
+    vit = ("--set", 'recipe.model.name="vit_tiny_patch16_224"', "--inspect", "--world-size", "8")
+    out = screen(capsys, str(ROOT / HEADLINE), *vit)
+    assert "fp16, no batch norm" in out
+    assert "batch norm none in this model" in out
+    assert "batch-norm parameters" not in out
+    assert "batch norm's statistics" not in out
+    missing = screen(capsys, str(ROOT / HEADLINE), "--set", 'recipe.model.name="resnet5"', "--inspect", code=2)
+    assert HEADLINE in missing
+    assert "recipe.model.name" in missing
+    assert "resnet50" in missing
+    wrong = str(tmp_path / "no-run")
+    assert "neither a number nor the folder" in screen(
+        capsys, str(ROOT / HEADLINE), "--images-per-second", wrong, code=2
+    )
+    assert "-3: not from 0.001 to 1e9" in screen(capsys, str(ROOT / HEADLINE), "--images-per-second", "-3", code=2)
+
+
+def test_a_measured_speed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    summary = {
+        "model": "resnet50", "data": "imagefolder", "epochs": 1, "global_batch": 256, "precision": "fp16",
+        "world_size": 1, "hosts": 1, "device": "a GPU", "final_top1": 1.0, "best_top1": 1.0, "best_epoch": 0,
+        "median_error_last_epochs": 99.0, "images_per_second": 1000.0, "steps": 1, "skipped_steps": 0,
+        "wall_seconds": 1.0, "best_checkpoint": None, "bad_images": [], "versions": {},
+    }  # fmt: skip
+    (tmp_path / SUMMARY).write_text(json.dumps(summary))
+    write_plan(tmp_path)
+    words = (str(ROOT / N32), "--images-per-second", str(tmp_path), "--world-size", "8")
+    out = screen(capsys, *words)
+    assert "1.02 s to compute" in out
+    assert f"1,000 images/s a GPU (measured by {tmp_path} on a GPU: micro-batch of 256, noise scale off)" in out
+    for speed_of_run in (float("nan"), float("inf"), -5, 1e-320, None):
+        (tmp_path / SUMMARY).write_text(json.dumps(summary | {"images_per_second": speed_of_run}))
+        assert "neither a number nor the folder" in screen(capsys, *words, code=2)
+    (tmp_path / SUMMARY).write_text(json.dumps(summary))
+    write_plan(tmp_path, "recipe.noise_scale.enabled=true", "recipe.max_micro_batch_size=64")
+    assert "on a GPU: micro-batch of 64, noise scale every 10 steps)" in screen(capsys, *words)
+    for override, other in (
+        ("recipe.model.name=resnet18", "resnet18 at 224 px in fp16 on 1 rank"),
+        ("recipe.data.image_size=192", "resnet50 at 192 px in fp16 on 1 rank"),
+        ("fp16.enabled=false", "resnet50 at 224 px in fp32 on 1 rank"),
+        ("recipe.seed=1", "resnet50 at 224 px in fp16 on 2 ranks"),
+    ):
+        write_plan(tmp_path, override)
+        (tmp_path / SUMMARY).write_text(json.dumps(summary | {"world_size": 2 if "2 ranks" in other else 1}))
+        refusal = screen(capsys, *words, code=2)
+        assert f"that run trained {other}, and this plan needs the speed of resnet50 at 224 px in fp16 on 1" in refusal
+    (tmp_path / "plan.json").unlink()
+    assert "plan.json: no such file" in screen(capsys, *words, code=2)
+
+
+def write_plan(folder: Path, *overrides: str) -> None:
+    (folder / "plan.json").write_text(plan_json(plan_of(N32, 1, *overrides)))
+
+
+def test_what_zero_reduces() -> None:
+    def reduced(stage: int) -> float:
+        return reduced_bytes(plan_of(HEADLINE, 8, f"zero_optimization.stage={stage}"), RESNET50)  # 4 micro-batches
+
+    assert [reduced(stage) / (2 * PARAMETERS) for stage in range(4)] == [1, 1, 4, 6]
+    zero3 = plan_of(HEADLINE, 32, "zero_optimization.stage=3")
+    just_enough = Link(hidden_bandwidth(zero3, RESNET50, 2500.0), 0.0)
+    assert speed(zero3, RESNET50, 2500.0, just_enough).exposed_seconds == pytest.approx(0, abs=1e-12)
+    fp64 = plan_of(HEADLINE, 8, "fp16.enabled=false", 'recipe.precision="fp64"', 'communication_data_type="fp16"')
+    assert gradient_bytes(fp64, RESNET50) == 8 * PARAMETERS
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.473, "473 ms"),
+        (35.16, "35.2 s"),
+        (104, "1 min 44 s"),
+        (1596, "27 min"),
+        (6120, "1 h 42 min"),
+        (90_060, "1 d 1 h 1 min"),
+    ],
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert _duration(seconds).replace("\N{NO-BREAK SPACE}", " ") == words
+
+
+def test_two_configs_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(ROOT / "ds_configs/resnet50_b256.json"), str(ROOT / N32), "--world-size", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line[2:18].strip(): line for line in lines if line[2:18].strip()}
+    assert rows["peak rate"].startswith("≠")
+    assert "0.1 × 256 / 256" in rows["peak rate"]
+    assert "3.2 = 0.1 × 8,192 / 256" in rows["peak rate"]
+    assert rows["optimizer"].startswith(" ")
+    assert max(map(len, lines)) <= 150
+
+
+def test_json_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(ROOT / N32), "--world-size", "8", "--json", "--images-per-second", "1000"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["rates"][0] == [0, 0.1]
+    assert [780, 3.2] in answer["rates"]
+    assert answer["rates"][-1] == [14_039, pytest.approx(0.0032)]
+    assert answer["memory_bytes"]["momentum"] == 4 * PARAMETERS
+    assert answer["all_reduce_bytes_sent"] == 3.5 * PARAMETERS
+    assert answer["speed"]["step_seconds"] == pytest.approx(1.024, rel=1e-3)
+    assert answer["config"]["train_micro_batch_size_per_gpu"] == 256
+    assert main([str(ROOT / N32), str(ROOT / HEADLINE), "--json"]) == 0
+    assert [one["global_batch"] for one in json.loads(capsys.readouterr().out)] == [8192, 8192]
+
+
+def test_the_picture_of_the_rate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for configs in ([HEADLINE], ["ds_configs/resnet50_b256.json", HEADLINE], ["ds_configs/resnet50_b256.json"]):
+        assert main([*(str(ROOT / config) for config in configs), "--plot", str(tmp_path / "plan.png")]) == 0
+        captured = capsys.readouterr()
+        assert f"wrote {tmp_path / 'plan.png'}" in captured.err
+        assert f"wrote {tmp_path / 'plan.svg'}" in captured.err
+        assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / "plan.svg").read_text()
+    pdf = screen(capsys, str(ROOT / HEADLINE), "--plot", str(tmp_path / "plan.pdf"), code=2)
+    assert f"plan.pdf: pictures are written as PNG and SVG; name {tmp_path / 'plan.png'}" in pdf
+    missing = screen(capsys, str(ROOT / HEADLINE), "--plot", str(tmp_path / "no/plan.png"), code=2)
+    assert "no/plan.png: No such file or directory; write a file in a folder that is there" in missing
+
+
+def test_the_curve_ends_with_the_run() -> None:
+    plan = plan_of("ds_configs/digits_b512.json", 1)  # 2 steps an epoch, 40 epochs
+    epochs, rates = _rate_curve(plan, plan.total_steps)
+    assert (epochs[0], epochs[-2:]) == (0, [39.5, 40])
+    assert rates[-2:] == pytest.approx([2e-4, 2e-4])
+
+
+def test_the_picture_alone_asks_for_matplotlib() -> None:
+    program = (
+        "import sys; sys.modules['matplotlib'] = None; from recipe.commands.plan import main; "
+        f"sys.exit(main(['{ROOT / HEADLINE}', *sys.argv[1:]]))"
+    )
+    for words, code in ((), 0), (("--plot", "x.png"), 2):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, done.stderr
+    assert "pip install matplotlib" in done.stderr

@@ -1,0 +1,758 @@
+"""Studies: strict files, the order of runs, hand-computed figures, and a real one that is ended twice and goes on."""
+
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.launch import ROOT, environment
+from recipe.__main__ import main as recipe_command
+from recipe.checkpoints.locking import is_locked
+from recipe.commands.figure import new_figure
+from recipe.commands.study.command import command as command, figures as study_figures
+from recipe.commands.study.figures import Curve, Line, draw_figures
+from recipe.commands.study.file import Case, Figure, Study, StudyFile, Training, read_study
+from recipe.commands.study.progress import Progress
+from recipe.commands.study.report import format_report, wall_seconds
+from recipe.commands.study.results import all_settings, differing, last_epochs, missing, read_results, spread, write_csv
+from recipe.commands.study.runs import (
+    Launch,
+    Runner,
+    Where,
+    _last_word,
+    check_output,
+    command as launch_command,
+    ending,
+    read_launches,
+)
+from recipe.config.schema import ConfigError
+from recipe.plan.text import plan_json
+from recipe.reporting.summary import History, summarise
+
+STUDIES = sorted((ROOT / "ds_configs/studies").glob("*.json"))
+SHORT = {
+    "recipe.data.image_size": 8,
+    "recipe.schedule.epochs": 2,
+    "recipe.schedule.warmup_epochs": 1,
+    "recipe.schedule.decay_epochs": [1],
+}
+
+
+def raw_study(**changes: Any) -> dict[str, Any]:
+    """A study of two cases with two seeds each."""
+    return {
+        "title": "Two batches",
+        "paper": "the same error",
+        "config": str(ROOT / "ds_configs/digits_b512.json"),
+        "set": SHORT,
+        "seeds": [3, 1],
+        "cases": [
+            {"name": "small", "label": "batch 256", "set": {"train_batch_size": 256}},
+            {"name": "large", "label": "batch 512", "paper": "23.74 ± 0.09"},
+        ],
+        "figures": [{"draw": "curves", "title": "Both", "cases": ["small", "large"]}],
+    } | changes
+
+
+def write(folder: Path, raw: dict[str, Any]) -> Path:
+    path = folder / "study.json"
+    path.write_text(json.dumps(raw))
+    return path
+
+
+def study(folder: Path, **changes: Any) -> Study:
+    return read_study(write(folder, raw_study(**changes)), world_size=1)
+
+
+def complete(training: Training, output: Path, errors: list[float]) -> None:
+    """Leave what a run leaves: the validation errors, in per cent, of its epochs, and a loss of 1 / (epoch + 1)."""
+    folder = output / training.folder
+    folder.mkdir(parents=True)
+    validations, lines = [], []
+    for epoch, error in enumerate(errors):
+        step = {"event": "step", "step": epoch, "epoch": epoch, "loss": 1 / (epoch + 1)}
+        validation = {"event": "validation", "step": epoch, "epoch": epoch, "top1": 100 - error, "top5": 100.0}
+        validations.append(validation)
+        lines += [json.dumps(step | {"skipped": False, "loss_scale": 1.0}), json.dumps(validation)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    summary = summarise(
+        training.plan,
+        History(validations, seconds=7.0),
+        device="CPU",
+        hosts=1,
+        skipped_steps=0,
+        images_per_second=9.0,
+        best_checkpoint=None,
+    )
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def diverge(training: Training, output: Path, losses: Sequence[float | None] = (2.3, None)) -> None:
+    """Leave what a run leaves that diverged: the losses of its steps, two an epoch."""
+    folder = output / training.folder
+    folder.mkdir(parents=True)
+    usual = {"event": "step", "skipped": False, "loss_scale": 1.0}
+    steps = [usual | {"step": step, "epoch": step // 2, "loss": loss} for step, loss in enumerate(losses)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_shipped_studies_can_be_planned(path: Path) -> None:
+    found = read_study(path, world_size=1)
+    assert len(found.file.seeds) >= 3
+    assert len(found.trainings) == len(found.file.seeds) * len(found.file.cases)
+    assert {training.plan.config.recipe.batchnorm.statistics for training in found.trainings} == {32}
+
+
+def test_they_are_the_papers_tables_on_a_cpu_and_on_a_gpu() -> None:
+    names = ("warmup", "learning_rate", "batch_size", "gamma_init")
+    assert {path.stem for path in STUDIES} == {f"{name}_{data}" for name in names for data in ("digits", "cifar10")}
+
+
+def test_all_cases_of_a_seed_come_before_the_next_seed(tmp_path: Path) -> None:
+    runs = [(training.case.name, training.seed) for training in study(tmp_path).trainings]
+    assert runs == [("small", 3), ("large", 3), ("small", 1), ("large", 1)]
+
+
+def test_a_case_changes_what_the_study_changes_and_the_seed_is_the_runs(tmp_path: Path) -> None:
+    cases = [{"name": "a", "label": "a", "set": {"recipe.schedule.epochs": 4, "recipe.schedule.warmup": "none"}}]
+    (training, _) = study(tmp_path, cases=cases, figures=[]).trainings
+    assert training.overrides == (
+        "recipe.data.image_size=8",
+        "recipe.schedule.epochs=4",
+        "recipe.schedule.warmup_epochs=1",
+        "recipe.schedule.decay_epochs=[1]",
+        "recipe.schedule.warmup=none",
+        "recipe.seed=3",
+    )
+    assert (training.plan.epochs, training.plan.config.recipe.seed) == (4, 3)
+    assert training.images == 4 * 2 * 512
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 3}, 'study.json: seed = 3: unknown key; did you mean "seeds"?'),
+        ({"seeds": []}, "seeds = []: too short; expected the seeds with which each case is trained"),
+        ({"seeds": [1, 1]}, "seeds[0] = 1: it is listed twice; list each seed once"),
+        ({"seeds": [-1]}, "seeds[0] = -1: too small; expected the seeds"),
+        ({"title": 3}, "title = 3: not a string; expected the title of the report"),
+        ({"set": {"recipe.seed": 1}}, 'set.recipe.seed = 1: the seeds are the study\'s; list it under "seeds"'),
+        (
+            {"config": "../no.json"},
+            'study.json: config = "../no.json": {above}/no.json: no such file or directory; the path is relative to '
+            "{here};",
+        ),
+        (
+            {"cases": [{"label": "a"}, {"name": "b", "sets": {}, "lable": "b"}]},
+            'cases[1].sets = {}: unknown key; did you mean "set"?; also cases[0].name (missing), cases[1].lable '
+            "(unknown)",
+        ),
+        ({"cases": [{"name": "a", "label": "a", "lable": "a"}]}, 'cases[0].lable = "a": unknown key; did you mean'),
+        (
+            {"cases": [{"name": "../a", "label": "a"}]},
+            'cases[0].name = "../a": not of this form; expected the name of the case and of its folder, of at most',
+        ),
+        (
+            {"cases": [{"name": "a", "set": {"train_batch_size": 200, "recipe.batchnorm.statistics": 32}}]},
+            'case "a": recipe.batchnorm.statistics = 32: no micro-batch up to 128 (recipe.max_micro_batch_size) holds '
+            "groups of 32 samples or, on 1 rank, makes them up; the nearest train_batch_size that can: 192 or 224, ",
+        ),
+        (
+            {"cases": [{"name": "a" * 256}]},
+            "not of this form; expected the name of the case and of its folder, of at most 255 letters,",
+        ),
+        *(
+            ({"cases": [{"name": name}]}, f'cases[0].name = "{name}": a file of the study is called so; give the case')
+            for name in ("results.csv", "results.md", "curves.png", "beside_baseline.svg", "launches.jsonl")
+        ),
+        (
+            {"set": {"recipe.seed=4": 3}},
+            'study.json: set = "recipe.seed=4": no key has a =; write "recipe.seed": VALUE',
+        ),
+        (
+            {"config": "a\0b"},
+            'config = "a\\u0000b": {here}/a\\u0000b: embedded null byte; the path is relative to {here}',
+        ),
+        ({"config": "a" * 256}, "file name too long; the path is relative to {here}; {here} holds study.json"),
+        ({"cases": [{"name": "a", "label": "a"}] * 2}, 'cases[0].name = "a": another case has this name'),
+        (
+            {"cases": [{"name": "a", "label": "a", "set": {"recipe.schedule.wramup": "none"}}]},
+            'study.json, case "a": recipe.schedule.wramup = "none": unknown key; did you mean "warmup"?',
+        ),
+        (
+            {"cases": [{"name": "a", "label": "a", "set": {"train_batch_size": 2000}}]},
+            'study.json, case "a": train_batch_size = 2000: the training set has 1,442 images',
+        ),
+        (
+            {"figures": [{"draw": "curves", "title": "t", "cases": ["smal"]}]},
+            'figures[0].cases = "smal": there is no such case; the cases are small, large',
+        ),
+        (
+            {"figures": [{"draw": "beside_baseline", "title": "t", "cases": ["small"]}]},
+            "figures[0].baseline: no case; name one of small, large",
+        ),
+        (
+            {
+                "figures": [{"draw": "error_by_batch_size", "title": "t", "cases": ["small", "slow", "large"]}],
+                "cases": [*raw_study()["cases"], {"name": "slow", "label": "s", "set": {"train_batch_size": 256}}],
+            },
+            'figures[0].cases[0] = "small": another of these cases has batch 256 and scaling rule "linear", too; draw',
+        ),
+        ({"figures": [{"draw": "pie", "title": "t", "cases": ["small"]}]}, 'figures[0].draw = "pie": not "error_by'),
+    ],
+)
+def test_what_is_wrong_is_said_with_key_value_and_remedy(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    raw = raw_study() | {"figures": []} | changes
+    with pytest.raises(ConfigError) as caught:
+        read_study(write(tmp_path, raw), world_size=1)
+    assert message.replace("{here}", str(tmp_path)).replace("{above}", str(tmp_path.parent)) in str(caught.value)
+
+
+def test_a_mistake_in_the_last_case_is_found_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = [*raw_study()["cases"], {"name": "last", "label": "last", "set": {"recipe.schedule.epochs": 0}}]
+    path = write(tmp_path, raw_study(cases=cases))
+    assert command.main([str(path), "--output", str(tmp_path / "out")]) == 2
+    assert 'case "last": recipe.schedule.epochs = 0: too small' in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_mean_and_sample_deviation_of_the_medians(tmp_path: Path) -> None:
+    """Medians of the last five epochs: 3 of (9,) 1 … 5; 4 of 2 … 6; 8 of 8, 8, 8, 1, 1. Their deviations from the
+    mean 5 are −2, −1 and 3: s² = (4 + 1 + 9) / 2 = 7.
+    """
+    three = study(tmp_path, seeds=[0, 1, 2], cases=raw_study()["cases"][:1], figures=[])
+    for training, errors in zip(three.trainings, ([9, 1, 2, 3, 4, 5], [2, 3, 4, 5, 6], [8, 8, 8, 1, 1]), strict=True):
+        complete(training, tmp_path, [float(error) for error in errors])
+    results = read_results(three, tmp_path)
+    assert [result.median_error for result in results] == [3.0, 4.0, 8.0]
+    assert [result.best_error for result in results] == [1.0, 2.0, 1.0]
+    found = spread(result.median_error for result in results)
+    assert found.mean == pytest.approx(5)
+    assert found.std == pytest.approx(7**0.5)
+    assert str(found) == "5.00 ± 2.65"
+    assert str(spread([3.0, None])) == "3.00"
+    assert str(spread([None])) == ""
+    assert [result.final_error for result in results] == [5.0, 6.0, 1.0]
+    assert statistics.stdev([3.0, 4.0, 8.0]) == pytest.approx(found.std)
+
+
+def test_what_is_not_complete_is_told_with_its_reason_and_never_averaged(tmp_path: Path) -> None:
+    seven = study(tmp_path, seeds=list(range(7)), cases=raw_study()["cases"][:1], figures=[])
+    complete(seven.trainings[0], tmp_path, [4.0, 2.0])
+    for number in (1, 2):
+        diverge(seven.trainings[number], tmp_path)
+    refused = "ds_configs/x.json: fp16.enabled = true: the CPU does not support it"
+    polite = "ended by SIGTERM, saved after 3 of 10 steps; the same command goes on"
+    at_once = "SIGTERM: ended at once; the same command goes on"
+    for seed, failure in ((3, refused), (4, polite), (5, at_once)):
+        write_launch(tmp_path, seed=seed, failure=failure)
+    write_launch(tmp_path, seed=5, started=9.0, wall_seconds=None)  # whose end nobody saw
+    results = read_results(seven, tmp_path)
+    assert [(result.state, result.reason) for result in results] == [
+        ("complete", ""),
+        *[("diverged", "the loss of step 1 is not finite")] * 2,
+        ("failed", refused),
+        *[("interrupted", "0 of 10 steps are done")] * 2,
+        ("not started", ""),
+    ]
+    without = "2 of 7 diverged, 1 of 7 failed, 2 of 7 interrupted, 1 of 7 not started"
+    assert (missing(results), missing(results[1:3]), missing(results[:1])) == (without, "diverged", "")
+    assert (results[5].seconds, results[4].seconds) == (None, 60.0)
+    report = format_report(seven, results, read_launches(tmp_path), "…", [])
+    assert f"| batch 256 | 3.00, {without} | 2.00 |" in report
+    assert f"- batch 256, seed 3: failed: {refused}\n" in report
+    assert "- batch 256, seed 4: interrupted: 0 of 10 steps are done\n" in report
+    assert "- not started: 1 of 7 runs\n" in report
+
+
+def write_launch(output: Path, **values: Any) -> None:
+    launch = {"case": "small", "seed": 3, "date": "2026-11-01", "started": 0.0, "wall_seconds": 60.0}
+    launch |= {"cpu_seconds": 30.0, "load_before": 0.5}
+    with (output / "launches.jsonl").open("a") as file:
+        file.write(json.dumps(launch | values) + "\n")
+
+
+def test_a_bar_ends_no_cell_of_the_table(tmp_path: Path) -> None:
+    one = study(tmp_path, cases=[{"name": "a", "label": "|η|", "paper": "1 | 2"}], seeds=[0], figures=[])
+    assert "\n| \\|η\\| | not started |  | 1 \\| 2 |\n" in format_report(one, read_results(one, tmp_path), [], "…", [])
+
+
+def test_an_overflow_that_fp16_skips_is_no_divergence(tmp_path: Path) -> None:
+    training = study(tmp_path).trainings[0]
+    diverge(training, tmp_path)
+    metrics = tmp_path / training.folder / "metrics.jsonl"
+    skipped = {"event": "step", "step": 2, "epoch": 0, "loss": None, "skipped": True, "loss_scale": 65536.0}
+    metrics.write_text(metrics.read_text() + json.dumps(skipped) + "\n")
+    assert ending(training, tmp_path) is None
+
+
+def test_the_csv_has_a_line_a_run_and_the_report_a_row_a_case(tmp_path: Path) -> None:
+    two = study(tmp_path)
+    for training, error in zip(two.trainings, (2.0, 3.0, 4.0, 5.0), strict=True):
+        complete(training, tmp_path, [error])
+    write_launch(tmp_path, cpu_seconds=None)  # a signal ended it
+    write_launch(tmp_path, started=100.0, wall_seconds=None, cpu_seconds=None)
+    write_launch(tmp_path, started=100.0)  # the end of the same
+    write_launch(tmp_path, started=200.0, date=None)  # damaged
+    with (tmp_path / "launches.jsonl").open("ab") as file:
+        file.write(b"[]\n\xff\n{")
+    results, launches = read_results(two, tmp_path), read_launches(tmp_path)
+    write_csv(results, tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["case"], row["seed"]) for row in rows] == [
+        ("small", "3"),
+        ("small", "1"),
+        ("large", "3"),
+        ("large", "1"),
+    ]
+    assert rows[0] | {"median_error_percent": "2.0000", "wall_seconds": "120.0", "peak_rate": "0.1"} == rows[0]
+    assert (rows[0]["cpu_seconds"], rows[0]["final_error_percent"]) == ("", "2.0000")
+    assert rows[2] | {"peak_rate": "0.2", "warmup": "gradual", "global_batch": "512", "cpu_seconds": "0.0"} == rows[2]
+    pictures = draw_figures(two, results, tmp_path)
+    report = format_report(two, results, launches, "python -m recipe study …", pictures)
+    assert "| batch 256 | 256 | 2 | 0.1 | none | 0 | 10 | 3.00 ± 1.41 | 3.00 ± 1.41 |  |" in report
+    assert "| batch 512 | 512 | 4 | 0.2 | gradual | 1 | 4 | 4.00 ± 1.41 | 4.00 ± 1.41 | 23.74 ± 0.09 |" in report
+    assert "the median of the last 2 epochs of each run" in report
+    assert "All cases: model test_resnet, γ = 0 at the blocks' ends yes, data digits, train images 1,442," in report
+    assert "Not complete" not in report
+    assert "2.0 minutes with all launches" in report
+    assert "0.5 minutes of a core, without 1 of 2 launches, which were interrupted\n" in report
+    assert "date: 2026-11-01\n" in report
+    assert "![Both](curves.png)" in report
+
+
+def test_a_setting_that_differs_is_a_column_and_never_common(tmp_path: Path) -> None:
+    settings = {
+        "recipe.batchnorm.statistics": 16,
+        "recipe.data.crop": "none",
+        "recipe.data.image_size": 12,
+        "recipe.data.flip": True,
+        "recipe.model.name": "test_vit",
+        "recipe.schedule.decay_epochs": [1, 2],
+        "optimizer.params.momentum": 0.8,
+        "optimizer.params.nesterov": False,
+        "bf16.enabled": True,
+        "gradient_clipping": 1,
+    }
+    cases = [{"name": "usual"}, {"name": "other", "set": settings}]
+    two = study(tmp_path, cases=cases, seeds=[0, 1], figures=[])
+    shown = {"batchnorm_statistics": 16, "crop": "none", "image_size": 12, "model": "test_vit", "momentum": 0.8}
+    shown |= {"decay_epochs": [1.0, 2.0], "precision": "bf16"}
+    written = {key: settings[key] for key in ("recipe.data.flip", "optimizer.params.nesterov", "gradient_clipping")}
+    results = read_results(two, tmp_path)
+    other = all_settings(results[2])
+    assert {name: other[name] for name in differing(results)} == shown | written
+    report = format_report(two, results, [], "…", [])
+    lines = {line.partition(" ")[2].partition(" ")[0]: line for line in report.splitlines() if line}
+    cells = dict(zip(lines["case"].split(" | "), lines["other"].split(" | "), strict=True))
+    assert (cells["decay epochs"], cells["recipe.data.flip"], cells["gradient clipping"]) == ("1, 2", "yes", "1")
+    for name in ("momentum", "image size", "crop", "model", "precision", "batchnorm statistics", "decay epochs"):
+        assert f"{name} " not in lines["cases:"]
+        assert name in cells
+    write_csv(results, tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open() as file:
+        nesterov = [row["optimizer.params.nesterov"] for row in csv.DictReader(file)]
+    assert nesterov == ["True", "True", "False", "False"]
+
+
+def test_the_median_is_of_no_more_epochs_than_there_are(tmp_path: Path) -> None:
+    def of(*epochs: int) -> str:
+        cases = [{"name": f"e{number}", "set": {"recipe.schedule.epochs": number}} for number in epochs]
+        return last_epochs(study(tmp_path, cases=cases, figures=[]).trainings)
+
+    assert (of(1), of(2)) == ("the last epoch", "the last 2 epochs")
+    assert (of(7, 5), of(2, 9)) == ("the last 5 epochs", "the last 2 to 5 epochs")
+
+
+FIGURES = [
+    {"draw": "curves", "title": "t", "cases": ["small", "large"]},
+    {"draw": "error_by_batch_size", "title": "t", "cases": ["small", "large"]},
+    {"draw": "beside_baseline", "title": "t", "cases": ["large"], "baseline": "small"},
+]
+
+
+def test_every_kind_of_picture_is_drawn_where_there_is_something_to_draw(tmp_path: Path) -> None:
+    drawn = study(tmp_path, figures=FIGURES)
+    nothing, some = tmp_path / "nothing", tmp_path / "some"
+    for output in (nothing, some):
+        output.mkdir()
+    results = read_results(drawn, nothing)
+    assert draw_figures(drawn, results, nothing) == [None] * 3
+    assert list(nothing.iterdir()) == []
+    assert 'No picture of "t": there is nothing to draw yet.\n' in format_report(drawn, results, [], "…", [None] * 3)
+    complete(drawn.trainings[0], some, [50.0, 20.0, 3.0])
+    diverge(drawn.trainings[1], some)
+    pictures = draw_figures(drawn, read_results(drawn, some), some)
+    assert [picture and picture.name for picture in pictures] == [f"{figure['draw']}.png" for figure in FIGURES]
+    assert all(picture and picture.with_suffix(".svg").stat().st_size > 1000 for picture in pictures)
+    (axes,) = study_figures._error_by_batch_size(
+        drawn.file.figures[1], {"small": read_results(drawn, some)[:2], "large": read_results(drawn, some)[2:]}, some
+    ).axes
+    assert axes.get_ylabel() == ("top-1 validation error, %: median of the last 2 epochs,\nmean ± std over the seeds")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "linear scaling (256: 1 of 2 not\nstarted; 512: 1 of 2 diverged, 1\nof 2 not started)"
+    ]
+
+
+def test_labels_and_titles_are_drawn_as_they_are(tmp_path: Path) -> None:
+    """None is a formula, which $\\etahat$ could not be, and none is hidden, as matplotlib does with what begins so."""
+    title, labels = "$\\etahat$ 日", ["_η $\\etahat$", "two $ for $\\frac{1"]
+    cases = [raw_study()["cases"][number] | {"label": label} for number, label in enumerate(labels)]
+    odd = study(tmp_path, cases=cases, figures=[figure | {"title": title} for figure in FIGURES])
+    for training in odd.trainings:
+        complete(training, tmp_path, [50.0, 20.0])
+    results = read_results(odd, tmp_path)
+    assert all(draw_figures(odd, results, tmp_path))
+    figure = study_figures._curves(odd.file.figures[0], {"small": results[:2], "large": results[2:]}, tmp_path)
+    assert figure.get_suptitle() == "$\\etahat$ \\u65e5: mean and range over the seeds"
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == labels
+
+
+def test_a_run_that_diverges_leaves_the_frame_with_a_cross_and_the_legend_says_so(tmp_path: Path) -> None:
+    """Mean losses: 1, 1/2, 1/3 of the run that is whole; 2 = (1.5 + 2.5) / 2, then infinity of the other."""
+    both = study(tmp_path, figures=FIGURES)
+    complete(both.trainings[0], tmp_path, [50.0, 20.0, 3.0])
+    diverge(both.trainings[1], tmp_path, losses=[1.5, 2.5, 1.8, None])
+    runs = read_results(both, tmp_path)
+    lines = [study_figures._losses(of_case, tmp_path) for of_case in (runs[:1], runs[2:])]
+    _, axes = new_figure()
+    assert study_figures._draw(axes, study_figures._within_frame(lines))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "batch 256",
+        "batch 512 (1 of 2 diverged, 1 of\n2 not started)",
+    ]
+    whole, diverging, cross = axes.lines
+    assert list(whole.get_ydata()) == [1, 1 / 2, 1 / 3]
+    assert list(diverging.get_ydata()) == [2.0]
+    assert (list(cross.get_xdata()), list(cross.get_ydata()), cross.get_marker()) == ([2], [1], "x")
+    assert cross.get_transform() == axes.get_xaxis_transform()
+    # One that is far above twice the others' highest before it diverges leaves the frame there.
+    (cut, _) = study_figures._within_frame([Line("", [Curve([1.0, 2.5, 9.0], 7)]), Line("", [Curve([1.2])])])
+    assert cut.curves == [Curve([1.0], 2)]
+
+
+def test_launches_side_by_side_are_not_added_up() -> None:
+    def launch(started: float, seconds: float) -> Launch:
+        return Launch("a", 0, "2026-11-01", started, seconds, 1.0, 0.0)
+
+    assert wall_seconds([]) == 0
+    # 0 … 10 and 5 … 15 and 6 … 8 are 15 s, 100 … 101 one more.
+    assert wall_seconds([launch(100, 1), launch(5, 10), launch(0, 10), launch(6, 2)]) == 16
+
+
+def test_a_folder_with_another_training_is_refused(tmp_path: Path) -> None:
+    before, now = study(tmp_path), study(tmp_path, set=SHORT | {"recipe.schedule.epochs": 3})
+    folder = tmp_path / before.trainings[0].folder
+    folder.mkdir(parents=True)
+    check_output(now, tmp_path)
+    (folder / "plan.json").write_text(plan_json(before.trainings[0].plan))
+    check_output(before, tmp_path)
+    with pytest.raises(ValueError, match=r"seed-3 holds another training: recipe\.schedule\.epochs was 2, is 3; name"):
+        check_output(now, tmp_path)
+    (folder / "plan.json").write_text("[]")
+    check_output(now, tmp_path)
+
+
+def test_an_output_is_one_studys_however_that_is_edited(tmp_path: Path) -> None:
+    first, other = study(tmp_path), study(tmp_path, title="Another\n", cases=[{"name": "a"}], figures=[])
+    edited = study(tmp_path, paper="no more", cases=[*raw_study()["cases"], {"name": "a"}])
+    write_launch(tmp_path)
+    write_launch(tmp_path, case="a")
+    launches = read_launches(tmp_path)
+    assert "time: 1.0 minutes with all launches" in format_report(
+        other, read_results(other, tmp_path), launches, "…", []
+    )
+    (tmp_path / "results.md").write_text(format_report(first, read_results(first, tmp_path), launches, "…", [None]))
+    check_output(edited, tmp_path)
+    with pytest.raises(ValueError, match=r'results.md is of another study, "Two batches"; name another --output, or'):
+        check_output(other, tmp_path)
+    (tmp_path / "results.md").write_text(format_report(other, read_results(other, tmp_path), launches, "…", []))
+    check_output(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "split", "images"),
+    [
+        ("global", {"world_size": 2}, "were 128, are 256"),
+        ("local", {"micro_batch": 64}, "were 128, are 64"),
+        ("global", {"world_size": 2, "micro_batch": 64}, None),
+        ("local", {"world_size": 2}, None),
+        (32, {"micro_batch": 64}, None),
+    ],
+)
+def test_another_split_is_another_training_or_stated_as_it_was(
+    tmp_path: Path, statistics: str | int, split: dict[str, int], images: str | None
+) -> None:
+    """256 images on one rank are two micro-batches of 128."""
+
+    def split_into(world_size: int, micro_batch: int) -> Study:
+        settings = {"train_batch_size": 256, "recipe.batchnorm.statistics": statistics}
+        settings["train_micro_batch_size_per_gpu"] = micro_batch
+        cases = [{"name": "a", "set": settings}, {"name": "b", "set": settings}]
+        return read_study(write(tmp_path, raw_study(cases=cases, figures=[])), world_size)
+
+    before, now = split_into(1, 128), split_into(**{"world_size": 1, "micro_batch": 128} | split)
+    for training in before.trainings:
+        complete(training, tmp_path, [3.0])
+        (tmp_path / training.folder / "plan.json").write_text(plan_json(training.plan))
+    if images is not None:
+        with pytest.raises(ValueError, match=f"another training: images in recipe.batchnorm.statistics {images}; name"):
+            check_output(now, tmp_path)
+        return
+    check_output(now, tmp_path)
+    assert "accumulation steps 2," in format_report(now, read_results(now, tmp_path), [], "…", [])
+    (tmp_path / now.trainings[0].folder / "plan.json").write_text(plan_json(now.trainings[0].plan))
+    steps = now.trainings[0].plan.accumulation
+    report = format_report(now, read_results(now, tmp_path), [], "…", [])
+    assert ("accumulation steps 2," in report) if steps == 2 else (f"| a | {steps} or 2 | 3.00 ± 0.00 |" in report)
+
+
+def test_a_run_is_the_command_that_a_person_would_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, output = study(tmp_path), Path("runs/study")
+    words = launch_command(one, one.trainings[0], output, Where(None, ranks=2))
+    port = words[words.index("--master_port") + 1]
+    assert 1024 <= int(port) <= 65535
+    config = str(ROOT / "ds_configs/digits_b512.json")
+    head = ["--master_port", port, "--num_gpus", "2", str(ROOT / "recipe/train.py"), "--deepspeed_config", config]
+    assert words[1:12] == [*head, "--output", "runs/study/small/seed-3", "--set", "recipe.data.image_size=8"]
+    assert words[-2:] == ["--set", "recipe.seed=3"]
+    hosts = launch_command(one, one.trainings[0], output, Where(Path("hostfiles/H"), ranks=4))
+    assert hosts[1:4] == ["--hostfile", "hostfiles/H", str(ROOT / "recipe/train.py")]
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("RANK", "3")
+    assert "OMP_NUM_THREADS" not in Where(None, ranks=1).environment()
+    assert Where(None, ranks=2, jobs=2).environment()["OMP_NUM_THREADS"] == "2"
+    assert Where(None, ranks=8, jobs=4).environment()["OMP_NUM_THREADS"] == "1"
+    assert "RANK" not in Where(None, ranks=1).environment()
+
+
+def test_the_folder_of_the_data_is_every_cases(tmp_path: Path) -> None:
+    trainings = read_study(ROOT / "ds_configs/studies/warmup_cifar10.json", 8, data="/data/cifar10").trainings
+    assert {training.plan.config.recipe.data.path for training in trainings} == {"/data/cifar10"}
+    assert {training.plan.micro_batch * training.plan.accumulation * 8 for training in trainings} == {256, 8192}
+
+
+def test_ctrl_c_before_anything_runs_is_told_on_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "read_study", interrupt)
+    monkeypatch.setattr(sys, "argv", ["recipe", "study", "study.json"])
+    assert recipe_command() == 130
+    assert capsys.readouterr().err == "recipe: ended by SIGINT\n"
+
+
+def test_jobs_are_for_one_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["study.json", "--hostfile", "hostfiles/localhost", "--jobs", "2"])
+    assert "--jobs is for one machine" in capsys.readouterr().err
+
+
+def test_runs_side_by_side_share_cores_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    where = Where(None, ranks=2, jobs=2, gpus=4)
+    assert where.words(slot=1)[2:] == ["--include", "localhost:2,3"]
+    assert Where(None, ranks=2, jobs=2).words(slot=1)[2:] == ["--num_gpus", "2"]
+    assert Where(None, ranks=2, jobs=1, gpus=4).words()[2:] == ["--num_gpus", "2"]
+    with pytest.raises(ValueError, match=r"--jobs 3 with --num_gpus 2 takes 6 GPUs, and .* has 4; at most --jobs 2"):
+        Where(None, ranks=2, jobs=3, gpus=4)
+    photos = {"recipe.data.source": "imagefolder", "recipe.data.path": "photos"}
+    photos |= {"recipe.data.train_images": 1024, "recipe.data.validation_images": 64}
+    path = write(tmp_path, raw_study(set={**SHORT, **photos}))
+    shared = read_study(path, 2, cores_per_rank=where.cores_per_rank())
+    # 16 cores are 4 a rank, one of them for training.
+    assert launch_command(shared, shared.trainings[0], tmp_path, where)[-2:] == ["--set", "recipe.data.workers=3"]
+    alone = launch_command(shared, shared.trainings[0], tmp_path, Where(None, ranks=2))
+    assert not [word for word in alone if "workers" in word]
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, one: Study, output: Path, script: str) -> Runner:
+    """Run a study whose runs are a shell script: $0 is the run's folder, $1 the name by which it calls its config."""
+
+    def words(of: Study, training: Training, output: Path, where: Where, slot: int) -> list[str]:
+        changed = f"{of.config} (with {' '.join(f'--set {override}' for override in training.overrides)})"
+        return ["sh", "-c", script, str(output / training.folder), changed]
+
+    monkeypatch.setattr("recipe.commands.study.runs.command", words)
+    monkeypatch.setattr("recipe.commands.study.runs.POLL_SECONDS", 0.02)
+    output.mkdir(exist_ok=True)
+    with Progress(len(one.trainings), 0, 1, 0) as progress:
+        runner = Runner(one, output, Where(None, 1), progress)
+        runner.run()
+    return runner
+
+
+def test_what_no_case_can_run_for_is_found_out_with_two_launches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = study(tmp_path, seeds=[0, 1, 2], cases=[{"name": name} for name in "abcd"], figures=[])
+    runner = run_with(monkeypatch, many, tmp_path, 'echo "recipe: $1: fp16.enabled = true: no"; exit 2')
+    assert runner.refusal == f"{ROOT / 'ds_configs/digits_b512.json'}: fp16.enabled = true: no"
+    assert [str(training) for training in runner.failures] == ["a, seed 0", "b, seed 0"]
+    assert "1 of 12: a, seed 0 …\n[1/12] a, seed 0: failed: " in capsys.readouterr().out
+    launches = [(launch.case, launch.failure) for launch in read_launches(tmp_path)]
+    assert launches == [("a", runner.refusal), ("b", runner.refusal)]
+
+
+def test_what_one_case_is_refused_for_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = study(tmp_path, seeds=[0, 1], cases=[{"name": name} for name in "abc"], figures=[])
+    own = 'case $0 in */b/*) echo "recipe: $1: no such model"; exit 2;; *) echo "Killed"; exit 1;; esac'
+    runner = run_with(monkeypatch, many, tmp_path / "case", own)
+    assert runner.refusal is None
+    launched = [(launch.case, launch.seed) for launch in read_launches(tmp_path / "case")]
+    assert launched == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1)]
+    assert runner.failures[many.trainings[0]].startswith("Killed (")
+    # What is wrong with a folder, as another training in it, is that run's alone.
+    runner = run_with(monkeypatch, many, tmp_path / "folder", 'echo "recipe: $0 holds another training"; exit 2')
+    assert len(runner.failures) == 6
+
+
+def test_a_launch_that_a_killed_study_left_is_waited_for_before_it_has_locked_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher may be gone already: what it has started holds the log as well."""
+    monkeypatch.setattr("recipe.commands.study.runs.command", lambda *_: ["sh", "-c", "sleep 60 & exit"])
+    one = study(tmp_path, seeds=[0], cases=[{"name": "a"}], figures=[])
+    with Progress(1, 0, 1, 0) as progress:
+        killed, again = (Runner(one, tmp_path, Where(None, 1), progress) for _ in range(2))
+        again._pending = list(one.trainings)
+        killed._start(one.trainings[0])
+        (running,) = killed._running
+        assert running.process.wait(timeout=20) == 0
+        assert again._next() is None
+        os.killpg(running.process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while (training := again._next()) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert training is one.trainings[0]
+
+
+def test_the_last_word_is_the_last_launchs(tmp_path: Path) -> None:
+    log = tmp_path / "launch.log"
+    log.write_text("$ deepspeed …\nrecipe: too late\n$ deepspeed …\nended by SIGTERM, saved\n[launch.py] exits\n")
+    assert _last_word(log, 1) == "ended by SIGTERM, saved"
+    log.write_text("$ deepspeed …\nrecipe: too late\n$ deepspeed …\n")
+    assert _last_word(log, 9) == "exit code 9"
+
+
+def test_the_readme_has_a_study_that_can_be_planned_and_every_key(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = [block.partition("```")[0] for block in readme.split("```json\n") if '"cases": [' in block]
+    (tmp_path / "digits_b512.json").write_text((ROOT / "ds_configs/digits_b512.json").read_text())
+    (tmp_path / "studies").mkdir()
+    path = tmp_path / "studies/mine.json"
+    path.write_text(example)
+    assert len(read_study(path, world_size=1).trainings) == 4
+    rows = [line.split("|")[1] for line in readme.splitlines() if line.startswith("| `")]
+    for prefix, section in (("", StudyFile), ("cases[].", Case), ("figures[].", Figure)):
+        for name in section.model_fields:
+            assert any(f"`{prefix}{name}`" in row or f"`{name}[]." in row for row in rows), prefix + name
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_after_sigterm_and_after_a_kill_and_keeps_a_run_that_diverged(tmp_path: Path) -> None:
+    cases = [
+        {"name": "short", "label": "short", "set": {"recipe.schedule.epochs": 1}},
+        {"name": "wild", "label": "wild", "set": {"recipe.schedule.scaling_rule": "none", "optimizer.params.lr": 1e15}},
+        {"name": "long", "label": "long", "set": {"recipe.schedule.epochs": 40}},
+    ]
+    path, output = write(tmp_path, raw_study(seeds=[0], cases=cases, figures=[])), tmp_path / "out"
+    words = [sys.executable, "-m", "recipe", "study", str(path), "--output", str(output)]
+    long = output / "long/seed-0"
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def wait_for_steps(process: subprocess.Popen[str], more_than: int) -> None:
+        deadline = time.monotonic() + 200
+        while len(read_lines(long / "metrics.jsonl")) <= more_than:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    first = start()
+    wait_for_steps(first, 0)
+    first.send_signal(signal.SIGTERM)
+    said, _ = first.communicate(timeout=100)
+    assert first.returncode == 143, said
+    assert "1 of 3: short, seed 0 …\n[1/3] short, seed 0: median error" in said
+    assert "[2/3] wild, seed 0: diverged" in said
+    assert "\n- wild, seed 0: diverged: the loss of step " in said
+    assert f"In {output}: results.md, results.csv\n" in said
+    (row,) = read_rows(output, "long")
+    done = len(read_lines(long / "metrics.jsonl"))
+    assert f"\n- long, seed 0: interrupted: {row['reason']}\n" in said
+    assert (row["state"], row["cpu_seconds"]) == ("interrupted", "")
+    assert 0 < int(row["reason"].split()[0]) <= done
+    assert float(row["wall_seconds"]) > 0
+    assert "the same command goes on" in said
+    assert not is_locked(long)
+    assert list((long / "checkpoints").glob("step-*"))
+    assert not (long / "summary.json").exists()
+
+    second = start()
+    wait_for_steps(second, len(read_lines(long / "metrics.jsonl")))
+    refused = subprocess.run(
+        words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert refused.returncode == 2
+    assert "another run is writing to" in refused.stderr
+    second.kill()
+    second.communicate()
+
+    third = start()
+    said, _ = third.communicate(timeout=200)
+    assert third.returncode == 0, said
+    assert "2 runs are over already" in said
+    assert "[3/3] long, seed 0: median error" in said
+    rows = [read_rows(output, case)[0] for case in ("short", "wild", "long")]
+    assert [row["state"] for row in rows] == ["complete", "diverged", "complete"]
+    # The second launch of the long run ended unseen, so that what it took is not known.
+    assert [bool(row["cpu_seconds"] and row["wall_seconds"]) for row in rows] == [True, True, False]
+    launches = [launch.case for launch in read_launches(output)]
+    assert (launches.count("short"), launches.count("wild")) == (1, 1)
+
+
+def read_rows(output: Path, case: str) -> list[dict[str, str]]:
+    with (output / "results.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["case"] == case]
+
+
+def read_lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_and_stops_no_other(tmp_path: Path) -> None:
+    """A training folder that is a file fails at once; the next start tries it again."""
+    path, output = write(tmp_path, raw_study(seeds=[0], figures=[])), tmp_path / "out"
+    (output / "small/seed-0/checkpoints").mkdir(parents=True)
+    (output / "small/seed-0/metrics.jsonl").mkdir()
+    words = [sys.executable, "-m", "recipe", "study", str(path), "--output", str(output), "--jobs", "2"]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "recipe: batch 256, seed 0 failed:" in done.stderr
+    assert "metrics.jsonl: Is a directory" in done.stderr.replace("is a directory", "Is a directory")
+    assert "launch.log" in done.stderr
+    assert (output / "large/seed-0/summary.json").exists()
+    (row,) = read_rows(output, "small")
+    assert (row["state"], "metrics.jsonl: Is a directory" in row["reason"]) == ("failed", True)

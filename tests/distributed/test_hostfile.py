@@ -1,0 +1,115 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from recipe.config.reader import ConfigError
+from recipe.distributed.hostfile import count_slots, read_hostfile
+
+HostfileOf = Callable[[str | bytes], Path]
+
+
+@pytest.fixture
+def hostfile(tmp_path: Path) -> HostfileOf:
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "cluster"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write
+
+
+GOOD = [
+    ("worker-1 slots=8", {"worker-1": 8}, 8),
+    ("worker-1 slots=8\nworker-2 slots=4\n", {"worker-1": 8, "worker-2": 4}, 12),
+    ("b slots=1\na slots=2\n", {"b": 1, "a": 2}, 3),
+    ("# the cluster\n\n  worker-1   slots=8  \n\t\nworker-2\tslots=8", {"worker-1": 8, "worker-2": 8}, 16),
+    ("worker-1 slots=4 # rack 2\nworker-2 slots=4#", {"worker-1": 4, "worker-2": 4}, 8),
+    ("worker-1 slots=04\r\nworker-2 slots=2\r\n", {"worker-1": 4, "worker-2": 2}, 6),
+    ("10.0.0.1 slots=1\nnode_2.cluster.local slots=1", {"10.0.0.1": 1, "node_2.cluster.local": 1}, 2),
+    ("ada@worker-1 slots=2", {"ada@worker-1": 2}, 2),
+    ("#worker-1 slots=8\nlocalhost slots=2", {"localhost": 2}, 2),
+]
+
+
+@pytest.mark.parametrize(("text", "hosts", "ranks"), GOOD)
+def test_reads_hosts_in_order(hostfile: HostfileOf, text: str, hosts: dict[str, int], ranks: int) -> None:
+    found = read_hostfile(hostfile(text))
+    assert list(found.items()) == list(hosts.items())
+    assert count_slots(found) == ranks
+
+
+def test_agrees_with_deepspeed_on_what_is_right(hostfile: HostfileOf) -> None:
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    for text, _, _ in GOOD:
+        path = hostfile(text)
+        assert list(read_hostfile(path).items()) == list(fetch_hostfile(str(path)).items())
+
+
+@pytest.mark.parametrize(
+    ("line", "problem", "remedy"),
+    [
+        ("w slots=0", "no slots", "write slots=1 or more"),
+        ("w slots=1x", "not a host and its slots", 'write "host slots=4"'),
+        ("w slots=4 max_slots=8", "not a host and its slots", 'write "host slots=4"'),
+        ("w slots=4,", "not a host and its slots", 'write "host slots=4"'),
+        ("w slots=-1", "not a host and its slots", 'write "host slots=4"'),
+        ("w slots=\u0664", "not a host and its slots", 'write "host slots=4"'),
+        ("w slots = 4", "not a host and its slots", 'without spaces around "="'),
+        ("w slots=", "not a host and its slots", 'write "host slots=4"'),
+        ("w slots=" + "9" * 5000, "not a host and its slots", 'write "host slots=4"'),
+        ("w", "not a host and its slots", 'write "host slots=4"'),
+        ("w 4", "not a host and its slots", 'write "host slots=4"'),
+        ("w:4", "not a host and its slots", 'write "host slots=4"'),
+        ("slots=4", "not a host and its slots", 'write "host slots=4"'),
+        ("w SLOTS=4", "not a host and its slots", 'write "host slots=4"'),
+        ("-oProxyCommand=x slots=1", "not a host name", "write letters, digits"),
+        ("a@-oProxyCommand=x slots=1", "not a host name", "write letters, digits"),
+        ("-a@w slots=1", "not a host name", "write letters, digits"),
+        ("a@b@w slots=1", "not a host name", "write letters, digits"),
+        ("w;reboot slots=1", "not a host name", "write letters, digits"),
+        ("$(reboot) slots=1", "not a host name", "write letters, digits"),
+        ("w[1-4] slots=1", "not a host name", "write letters, digits"),
+        ("w1,w2 slots=1", "not a host name", "write letters, digits"),
+        ("exec:w slots=1", "not a host name", "write letters, digits"),
+        ("fe80::1 slots=1", "not a host name", "give an IPv6 address a name"),
+        ("wörker slots=1", "not a host name", "write letters, digits"),
+        ("first slots=2", "the host of line 2", "write one line a host, with all of its slots"),
+        ("FIRST slots=2", "the host of line 2", "write one line a host"),
+        ("ada@first slots=2", "the host of line 2", "write one line a host"),
+    ],
+)
+def test_refuses_a_line(hostfile: HostfileOf, line: str, problem: str, remedy: str) -> None:
+    path = hostfile(f"# two racks\nfirst slots=4\n\n  {line}\n")
+    with pytest.raises(ConfigError) as caught:
+        read_hostfile(path)
+    message = str(caught.value)
+    assert message.startswith(f'{path}: line 4 = "{line[:70]}')
+    assert f": {problem}; " in message
+    assert remedy in message
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "empty; fill it"),
+        (b"# nothing yet\n\n", 'no hosts; write a line "host slots=4" for each'),
+        (b"\xef\xbb\xbfw slots=1", "begins with a byte-order mark; save it as UTF-8 without one"),
+        (b"w\xff slots=1", "not UTF-8 at byte 1; save it as UTF-8"),
+    ],
+)
+def test_refuses_a_file(hostfile: HostfileOf, text: bytes, message: str) -> None:
+    path = hostfile(text)
+    with pytest.raises(ConfigError) as caught:
+        read_hostfile(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+
+
+def test_refuses_a_missing_file_and_a_folder(hostfile: HostfileOf) -> None:
+    folder = hostfile("w slots=1").parent
+    with pytest.raises(ConfigError, match=r"clutser: no such file or directory; did you mean .*cluster\?"):
+        read_hostfile(folder / "clutser")
+    with pytest.raises(ConfigError, match=r"is a directory; .* holds cluster"):
+        read_hostfile(folder)

@@ -1,0 +1,120 @@
+"""SIGTERM and SIGINT: the step is finished and saved, the exit code is the signal's, and the same command goes on.
+
+The signals come at named moments, as the kills of test_kills.py do.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kill_resume import Kill, Setting, difference, launch
+from recipe.checkpoints.manifest import find
+from tests.launch import DIGITS, ROOT, SHORT, command, environment, events, train_ok
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("setting", "signals"),
+    [
+        (
+            Setting(1, "fp32"),
+            [
+                (Kill("window", 6, "0", "TERM"), 143),
+                (Kill("validation", 2, "0", "INT"), 130),
+                (Kill("checkpoint", 1, "0", "TERM"), 143),
+            ],
+        ),
+        (
+            Setting(2, "fp32", workers=1),
+            [
+                (Kill("window", 5, "1", "TERM"), 143),
+                (Kill("step", 4, "group", "INT"), -signal.SIGINT),
+                (Kill("validation", 2, "group", "TERM"), -signal.SIGTERM),
+            ],
+        ),
+    ],
+    ids=["1 rank", "2 ranks"],
+)
+def test_a_signal_ends_the_run_after_the_step_and_loses_nothing(
+    tmp_path: Path, setting: Setting, signals: list[tuple[Kill, int]]
+) -> None:
+    reference, output = tmp_path / "undisturbed", tmp_path / "run"
+    launch(setting, reference, None)
+    steps_done = 0
+    # Where the group is signalled, the launcher's outermost process goes by it; the ranks end politely all the same.
+    for kill, exit_code in signals:
+        assert launch(setting, output, kill) == exit_code, kill
+        assert not (output / "summary.json").exists()
+        written = [event["step"] for event in events(output, "step")]
+        newest = find(output / "checkpoints")[0]
+        assert newest.step == written[-1] + 1, kill
+        assert newest.step >= steps_done, kill
+        steps_done = newest.step
+        assert "ended by SIG" in (output / "train.log").read_text().splitlines()[-1]
+    launch(setting, output, None)
+    assert difference(output, reference) is None
+
+
+def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
+    """A twentieth of a second: every step is followed by one, those at the end of an epoch by the validation's."""
+    arguments = ("--deepspeed_config", DIGITS, *SHORT, "--set=recipe.checkpoint.keep_last=100")
+    train_ok(*arguments, "--output", str(tmp_path / "clock"), "--set=recipe.checkpoint.every_minutes=0.0008", ranks=2)
+    train_ok(*arguments, "--output", str(tmp_path / "epochs"), ranks=2)
+    assert [checkpoint.step for checkpoint in find(tmp_path / "clock/checkpoints")] == [6, 5, 4, 3, 2, 1]
+    assert [checkpoint.step for checkpoint in find(tmp_path / "epochs/checkpoints")] == [6, 4, 2]
+
+
+def test_a_run_outlives_who_reads_its_output(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        command("--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert any("top-1" in line for line in process.stdout)
+        process.stdout.close()
+        process.stderr.close()
+        assert process.wait(timeout=300) == 0
+    assert (tmp_path / "summary.json").exists()
+    assert len(events(tmp_path, "validation")) == 3
+
+
+def test_ranks_whose_launcher_goes_while_they_start_end_too(tmp_path: Path) -> None:
+    def ranks() -> list[int]:
+        found = subprocess.run(
+            ["pgrep", "-f", f"recipe/train.py --local_rank=. .*{tmp_path}"], capture_output=True, text=True, check=False
+        )
+        return [int(pid) for pid in found.stdout.split()]
+
+    def wait_until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < deadline, ranks()
+            time.sleep(0.2)
+
+    long = ("--set=recipe.schedule.epochs=1000", "--set=recipe.data.image_size=8")
+    words = command("--deepspeed_config", DIGITS, "--output", str(tmp_path), *long, ranks=2, launcher=True)
+    log = tmp_path.with_suffix(".printed").open("w")
+    with log, subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=log, stderr=log) as launcher:
+        try:
+            # The launcher's node part has the same words; each rank is a process more.
+            wait_until(lambda: len(ranks()) >= 2)
+            time.sleep(1)  # they import torch for many more
+            assert not list(tmp_path.glob("metrics.jsonl"))
+            launcher.kill()
+            launcher.wait()
+            wait_until(lambda: not ranks())
+        finally:
+            for pid in ranks():
+                os.kill(pid, signal.SIGKILL)
+    assert "ended by SIGTERM, saved after" in (tmp_path / "train.log").read_text()

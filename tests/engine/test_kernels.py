@@ -1,0 +1,81 @@
+"""What torch keeps for the process, and what compiled code computes."""
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from recipe.engine.kernels import Loss, choose_kernels, compile_training
+from recipe.model.batchnorm import BatchNorm
+from recipe.model.running_averages import update_running_averages
+from tests.ranks import run_ranks
+
+backends = torch.backends
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    before = backends.cudnn.benchmark, backends.cudnn.deterministic
+    tf32 = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
+    yield
+    backends.cudnn.benchmark, backends.cudnn.deterministic = before
+    backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = tf32
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+@pytest.mark.parametrize("benchmark", [True, False])
+def test_the_settings_are_torchs(tf32: bool, benchmark: bool) -> None:
+    choose_kernels(tf32=tf32, cudnn_benchmark=benchmark)
+    assert (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32) == (tf32, tf32)
+    assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    assert (backends.cudnn.benchmark, backends.cudnn.deterministic) == (benchmark, not benchmark)
+
+
+def small_model(n: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            *(nn.Conv2d(3, 4, 3), BatchNorm(4, statistics="global"), nn.ReLU()),
+            *(nn.Conv2d(4, 4, 3), BatchNorm(4, statistics=n), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)),
+        )
+
+
+def trained(model: nn.Module, loss_function: Loss, seed: int) -> list[Tensor]:
+    """Losses, gradients and running averages of two steps of three micro-batches; then what validation says."""
+    seen, generator = [], torch.Generator().manual_seed(seed)
+    images, labels = torch.randn(6, 4, 3, 8, 8, generator=generator), torch.randint(5, (6, 4), generator=generator)
+    for micro_batch in range(6):
+        loss = loss_function(model(images[micro_batch]), labels[micro_batch])
+        loss.backward()
+        seen.append(loss.detach())
+        if micro_batch % 3 == 2:
+            update_running_averages(model)
+    seen += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    seen += [buffer.double() for buffer in model.buffers()]
+    with torch.no_grad():
+        return [*seen, model.eval()(images[0])]
+
+
+def _trains_the_same_in_whole_graphs(rank: int, world_size: int) -> None:
+    """A graph for the first micro-batch of a step, one for the others: running averages wait for its end."""
+    warnings.filterwarnings("ignore")  # within torch.compile
+    torch._dynamo.reset()
+    counters.clear()
+    n = 4 * world_size if world_size > 1 else 2  # samples of all ranks, or half of this one's
+    model = small_model(n)
+    names = list(model.state_dict())
+    found = trained(model, compile_training(model, F.cross_entropy), rank)
+    assert list(model.state_dict()) == names
+    assert counters["graph_break"] == {}
+    assert counters["stats"]["unique_graphs"] == 2 + 2  # the loss, and validation
+    for ours, plain in zip(found, trained(small_model(n), F.cross_entropy, rank), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_compiled_code_trains_the_same_in_whole_graphs(world_size: int) -> None:
+    run_ranks(world_size, _trains_the_same_in_whole_graphs)

@@ -1,0 +1,76 @@
+"""Validation on real ranks against a direct count, and the step that the loop reports."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.ranks import run_ranks
+
+CLASSES = 7
+
+
+class Lookup(nn.Module):
+    """Answers an image whose first pixel is k with row k of a fixed table of logits."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = nn.Parameter(table)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.table[images[:, 0, 0, 0].long()]
+
+
+def logits_and_labels(count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, CLASSES, generator=generator), torch.randint(CLASSES, (count,), generator=generator)
+
+
+def _evaluated(rank: int, world_size: int, cases: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    from recipe.data import Batch
+    from recipe.data.sampler import PADDING, ValidationSampler
+    from recipe.engine.loop import evaluate
+    from recipe.engine.start import join_process_group, start_engine
+    from recipe.plan.scaling import RateSchedule
+
+    device = torch.device("cpu")
+    join_process_group(device, timedelta(seconds=60))
+    results = []
+    for count, micro in cases:
+        logits, labels = logits_and_labels(count)
+        model = Lookup(logits)
+        engine = start_engine(
+            model,
+            [{"params": list(model.parameters()), "weight_decay": 0.0}],
+            {
+                "train_batch_size": micro * world_size,
+                "train_micro_batch_size_per_gpu": micro,
+                "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+            },
+            RateSchedule(0.1, 0.1, "none", 0, "linear", (), 0.1),
+        )
+        batches = []
+        for keys in ValidationSampler(count, micro_batch=micro, rank=rank, world_size=world_size):
+            indices = torch.tensor([0 if key == PADDING else key for key in keys])
+            weights = torch.tensor([0.0 if key == PADDING else 1.0 for key in keys])
+            images = indices.float()[:, None, None, None].expand(-1, 3, 2, 2)
+            batches.append(Batch(images, labels[indices], weights, ()))
+        results.append(vars(evaluate(engine, batches, device)))
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_validation_image_counts_once(world_size: int) -> None:
+    cases = [(1, 1), (23, 4), (24, 4), (25, 4), (97, 8), (3, 8)]
+    for results in run_ranks(world_size, _evaluated, cases):
+        for (count, _), result in zip(cases, results, strict=True):
+            logits, labels = logits_and_labels(count)
+            ranking = logits.argsort(1, descending=True)
+            assert result["count"] == count
+            assert result["top1"] == pytest.approx(100 * (ranking[:, 0] == labels).float().mean().item())
+            in_five = (ranking[:, :5] == labels[:, None]).any(1)
+            assert result["top5"] == pytest.approx(100 * in_five.float().mean().item())
+            assert result["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)

@@ -1,0 +1,130 @@
+"""Reduction within the backward pass: the mean of what the ranks have, whichever gradients come, in whichever order."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from recipe.engine.overlap import make_buckets
+from tests.engine.test_start import new_engine, samples, train_step
+from tests.ranks import run_ranks
+
+
+def parameters(*sizes: int) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.zeros(size)) for size in sizes]
+
+
+def test_buckets_go_from_the_last_to_the_first_parameter() -> None:
+    sizes = [bucket.message.numel() for bucket in make_buckets(parameters(5, 1, 2, 3, 4), torch.float32, 16)]
+    assert sizes == [4, 5, 6]
+    sizes = [bucket.message.numel() for bucket in make_buckets(parameters(5, 1, 2, 3, 4), torch.float16, 16)]
+    assert sizes == [9, 6]
+    assert make_buckets([], torch.float32, 16) == []
+
+
+class Branches(nn.Module):
+    """Two weights that are used in one order or the other, and one that is not used at all, like any in real models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused, self.first, self.second = parameters(2, 3, 3)
+
+    def forward(self, x: Tensor, swapped: bool) -> Tensor:
+        a, b = (self.second, self.first) if swapped else (self.first, self.second)
+        return ((x * a).sin() * b).sum()
+
+
+def _reduced(rank: int, world_size: int, settings: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    from recipe.engine.overlap import OverlappedReduction
+    from recipe.engine.start import join_process_group
+
+    join_process_group(torch.device("cpu"), timedelta(seconds=60))
+    torch.manual_seed(rank)
+    model = Branches().double()
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    due = False
+    sent: list[int] = []
+    all_reduce = dist.all_reduce
+    reduction = OverlappedReduction(
+        model.parameters(), dist.group.WORLD, lambda: due, torch.float64, bucket_bytes=1, **settings
+    )
+    dist.all_reduce = lambda tensor, **words: (sent.append(tensor.numel()), all_reduce(tensor, **words))[1]
+    own: list[Tensor] = []
+    for due in (False, True):
+        # Rank 1's gradients come in the other order; nothing may wait for a partner that sends something else.
+        model(torch.randn(3, dtype=torch.float64), swapped=rank == 1).backward()
+        if due:
+            early = list(sent)
+            own = [torch.zeros(2).double() if p.grad is None else p.grad.clone() for p in model.parameters()]
+        reduction.finish()
+        assert due or not sent
+    assert early == [3, 3]
+    gathered: list[Any] = [None] * world_size
+    dist.all_gather_object(gathered, own)
+    expected = [torch.stack(values).mean(0) for values in zip(*gathered, strict=True)]
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None], expected, sent
+
+
+@pytest.mark.parametrize("factors", [{"before": 1.0, "after": 0.5}, {"before": 0.5, "after": 1.0}])
+def test_gradients_become_their_mean_over_the_ranks_once_at_the_end_of_an_accumulation(factors: dict) -> None:
+    for gradients, expected, sent in run_ranks(2, _reduced, factors):
+        assert sent == [3, 3, 2]  # the one without a gradient at the end
+        for gradient, mean in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(gradient, mean, rtol=1e-14, atol=1e-14)
+
+
+def _messages_under_way_at_the_end_of_backward(rank: int, world_size: int) -> list[int]:
+    from recipe.engine.start import overlap
+
+    started: list[int] = []
+    all_reduce = dist.all_reduce
+    overlap.make_buckets = lambda parameters, dtype, bucket_bytes: make_buckets(parameters, dtype, 1)
+    engine = new_engine(world_size, 16, 2)
+    dist.all_reduce = lambda tensor, **words: (started.append(tensor.numel()), all_reduce(tensor, **words))[1]
+    counts, finish = [], engine.allreduce_gradients
+
+    def count_and_finish() -> None:
+        counts.append(len(started))
+        finish()
+
+    engine.allreduce_gradients = count_and_finish
+    train_step(engine, rank, world_size, 0, 16)
+    return counts
+
+
+def test_the_engine_reduces_in_the_last_backward_pass_of_an_accumulation() -> None:
+    for counts in run_ranks(2, _messages_under_way_at_the_end_of_backward):
+        assert counts == [0, 4]  # of four weights, before DeepSpeed's own turn to reduce
+
+
+def _gradients(rank: int, world_size: int, sections: dict[str, Any]) -> list[Tensor]:
+    from recipe.data import Batch
+    from recipe.engine.start import backward
+
+    engine = new_engine(world_size, 8, 1, **sections)
+    images, labels = samples(rank, 4)
+    batch = Batch(images, labels, torch.ones(4), ())
+    backward(engine, nn.functional.cross_entropy(engine(batch.images), batch.labels))
+    return [parameter.grad.clone() for parameter in engine.module.parameters()]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"prescale_gradients": True},
+        {"gradient_predivide_factor": 2.0},
+        {"communication_data_type": "bf16"},
+        {"communication_data_type": "fp16", "prescale_gradients": True},
+    ],
+)
+def test_deepspeeds_settings_mean_what_they_mean_without_overlap(settings: dict) -> None:
+    overlapped = run_ranks(2, _gradients, settings)
+    blocking = run_ranks(2, _gradients, settings | {"zero_optimization": {"overlap_comm": False}})
+    for ours, theirs in zip(overlapped, blocking, strict=True):
+        for gradient, reference in zip(ours, theirs, strict=True):
+            assert torch.equal(gradient, reference)  # two numbers have one sum

@@ -1,0 +1,495 @@
+"""Plans against tables worked out by hand, and the shipped configs on the shipped hostfiles."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipe.config.schema import Config, ConfigError, parse_config, read_config
+from recipe.distributed.hostfile import read_hostfile
+from recipe.plan.plan import Plan, fitting_micro_batches, make_plan, with_micro_batch
+from recipe.plan.text import format_plan, notes, plan_json
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+def config(**changes: Any) -> Config:
+    """The paper's run at 8k; keys of ``changes`` are dotted, with ``__`` for the dot."""
+    raw: dict[str, Any] = {
+        "train_batch_size": 8192,
+        "recipe": {
+            "model": {"name": "resnet50", "num_classes": 1000},
+            "data": {
+                "source": "imagefolder",
+                "path": "imagenet",
+                "image_size": 224,
+                "train_images": 1281167,
+                "validation_images": 50000,
+            },
+            "schedule": {"epochs": 90},
+        },
+    }
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        section = raw
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return parse_config(raw, "run.json")
+
+
+def refusal(world_size: int = 1, **changes: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        make_plan(config(**changes), world_size)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("batch", "world_size", "largest", "micro", "accumulation"),
+    [
+        # design.md: 256 on 32 GPUs, 32 on 256, 256 with 32 accumulation steps on one
+        (8192, 32, 256, 256, 1),
+        (8192, 256, 256, 32, 1),
+        (8192, 1, 256, 256, 32),
+        (8192, 8, 256, 256, 4),
+        (8192, 8, 100, 64, 16),
+        (8190, 6, 256, 195, 7),  # 1365 = 3 · 5 · 7 · 13, whose largest divisor up to 256 is 195
+        (256, 1, 1, 1, 256),
+        (254, 2, 126, 1, 127),  # 127 is prime
+        (7, 7, 256, 1, 1),
+    ],
+)
+def test_auto_takes_the_largest_micro_batch_that_divides(
+    batch: int, world_size: int, largest: int, micro: int, accumulation: int
+) -> None:
+    plan = make_plan(config(train_batch_size=batch, recipe__max_micro_batch_size=largest), world_size)
+    assert (plan.micro_batch, plan.accumulation) == (micro, accumulation)
+    resolved = json.loads(plan_json(plan))
+    assert resolved["train_micro_batch_size_per_gpu"] == micro
+    assert resolved["gradient_accumulation_steps"] == accumulation
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "assumed", "micro"),
+    [
+        ({}, 8, True, 256),
+        ({"recipe__batchnorm__statistics": 512}, 1, True, 512),  # more than is assumed, but nothing smaller fits
+        ({"train_micro_batch_size_per_gpu": 1024}, 1, False, 1024),
+        ({"gradient_accumulation_steps": 2}, 4, False, 1024),
+    ],
+)
+def test_an_auto_limit_leaves_only_an_open_micro_batch_to_the_run(
+    changes: dict[str, Any], world_size: int, assumed: bool, micro: int
+) -> None:
+    plan = make_plan(config(recipe__max_micro_batch_size="auto", **changes), world_size)
+    assert (plan.assumes_micro_batch, plan.micro_batch) == (assumed, micro)
+    assert ('"auto": a run finds what fits' in "\n".join(notes(plan))) == assumed
+    assert json.loads(plan_json(plan))["recipe"]["max_micro_batch_size"] == micro
+
+
+def test_the_micro_batch_that_a_run_found_settles_the_plan() -> None:
+    open_plan = make_plan(config(recipe__max_micro_batch_size="auto"), 8)
+    settled = with_micro_batch(open_plan, 512)
+    assert (settled.micro_batch, settled.accumulation, settled.assumes_micro_batch) == (512, 2, False)
+    assert settled.schedule == open_plan.schedule
+    resolved = json.loads(plan_json(settled))
+    assert (resolved["train_micro_batch_size_per_gpu"], resolved["gradient_accumulation_steps"]) == (512, 2)
+    assert resolved["recipe"]["max_micro_batch_size"] == 512
+    again = make_plan(parse_config(resolved, "plan.json"), 8)
+    assert plan_json(again) == plan_json(settled)
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        (
+            {"train_batch_size": 256},
+            'write train_micro_batch_size_per_gpu 128 and gradient_accumulation_steps "auto", ',
+        ),
+        ({"train_batch_size": 32, "recipe__batchnorm__statistics": 32}, "write false, or start more ranks"),
+    ],
+)
+def test_a_noise_scale_needs_two_sizes_of_batch(changes: dict[str, Any], remedy: str) -> None:
+    changes |= {"recipe__noise_scale__enabled": True}
+    error = refusal(1, **changes)
+    assert error.key == "recipe.noise_scale.enabled"
+    assert error.problem.startswith(f"one rank takes the whole batch of {changes['train_batch_size']} as one micro")
+    assert error.remedy.startswith(remedy)
+    if "recipe__batchnorm__statistics" not in changes:
+        make_plan(config(**changes, train_micro_batch_size_per_gpu=128), 1)
+        make_plan(config(**changes, recipe__batchnorm__statistics=32), 2)
+
+
+def test_fitting_micro_batches() -> None:
+    assert fitting_micro_batches(48, 2, "global") == [24, 12, 8, 6, 4, 3, 2, 1]
+    assert fitting_micro_batches(48, 2, 8) == [24, 8, 4]  # three groups, one, and half of one on each of two ranks
+    assert fitting_micro_batches(48, 1, 5) == []
+
+
+@pytest.mark.parametrize(
+    ("micro", "accumulation", "world_size", "expected"),
+    [(64, "auto", 4, (64, 32)), ("auto", 64, 4, (32, 64)), (32, 64, 4, (32, 64)), (512, "auto", 4, (512, 4))],
+)
+def test_written_sides_of_the_triangle_are_kept(
+    micro: int | str, accumulation: int | str, world_size: int, expected: tuple[int, int]
+) -> None:
+    plan = make_plan(config(train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=accumulation), world_size)
+    assert (plan.micro_batch, plan.accumulation) == expected
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes", "product", "nearest"),
+    [
+        (3, {}, "3 (ranks)", "8190 or 8193"),
+        (1, {"train_micro_batch_size_per_gpu": 100}, "1 × 100 (ranks × images in a micro-batch)", "8100 or 8200"),
+        (8, {"gradient_accumulation_steps": 6}, "8 × 6 (ranks × accumulation steps)", "8160 or 8208"),
+        (
+            8,
+            {"gradient_accumulation_steps": 3, "train_micro_batch_size_per_gpu": 256},
+            "8 × 3 × 256 (ranks × accumulation steps × images in a micro-batch)",
+            "6144",
+        ),
+        # The batch is too large for so few accumulation steps.
+        (8, {"gradient_accumulation_steps": 2}, "at most 256 images in a micro-batch", "4096"),
+        # It is smaller than one image a rank.
+        (16, {"train_batch_size": 8}, "16 (ranks)", "16"),
+    ],
+)
+def test_a_triangle_without_solution_names_the_nearest_batches(
+    world_size: int, changes: dict, product: str, nearest: str
+) -> None:
+    error = refusal(world_size, **changes)
+    assert error.key == "train_batch_size"
+    assert product in error.problem
+    assert error.remedy.startswith(f"the nearest that can: {nearest}")
+    for batch in nearest.split(" or "):
+        make_plan(config(**(changes | {"train_batch_size": int(batch)})), world_size)
+
+
+def test_the_papers_run() -> None:
+    plan = make_plan(config(), 32)
+    assert plan.steps_per_epoch == 156  # ⌊1 281 167 / 8192⌋
+    assert plan.left_over_images == 3215  # 1 281 167 − 156 · 8192
+    assert plan.total_steps == 14_040
+    assert plan.schedule.warmup_steps == 780
+    assert plan.schedule.milestones == (4680, 9360, 12480)
+    assert plan.schedule.start_rate == 0.1
+    assert plan.schedule.peak_rate == pytest.approx(3.2, rel=1e-15)
+    assert plan.weight_decay == 1e-4
+    resolved = json.loads(plan_json(plan))
+    assert resolved["optimizer"]["params"] == {
+        "lr": pytest.approx(3.2),
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 1e-4,
+    }
+    assert resolved["scheduler"]["params"] == {
+        "warmup_min_lr": 0.1,
+        "warmup_max_lr": pytest.approx(3.2),
+        "warmup_num_steps": 780,
+        "warmup_type": "linear",
+    }
+    assert resolved["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize("batch", [64, 256])
+def test_no_warmup_at_and_below_the_reference_batch(batch: int) -> None:
+    plan = make_plan(config(train_batch_size=batch), 1)
+    assert plan.schedule.warmup == "none"
+    assert plan.schedule.rate(0) == plan.schedule.peak_rate == pytest.approx(0.1 * batch / 256)
+    assert json.loads(plan_json(plan))["scheduler"]["params"]["warmup_num_steps"] == 1
+
+
+def test_weight_decay_inverse_divides_by_kn_over_256() -> None:
+    inverse = {"recipe__schedule__weight_decay_rule": "inverse"}
+    assert make_plan(config(**inverse), 1).weight_decay == 1e-4 / 32
+    assert make_plan(config(**inverse, recipe__schedule__reference_weight_decay=5e-4), 1).weight_decay == 5e-4 / 32
+    error = refusal(**inverse, optimizer__params__weight_decay=1e-4)
+    assert (error.key, error.value) == ("optimizer.params.weight_decay", 1e-4)
+    assert "3.125e-06" in error.remedy
+
+
+def test_a_written_weight_decay_stands_under_the_constant_rule() -> None:
+    assert make_plan(config(optimizer__params__weight_decay=5e-5), 1).weight_decay == 5e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "right"),
+    [
+        ({"optimizer__params__lr": 0.1}, "optimizer.params.lr", "3.2"),
+        ({"scheduler__params__warmup_max_lr": 3.3}, "scheduler.params.warmup_max_lr", "3.2"),
+        ({"scheduler__params__warmup_min_lr": 0.0}, "scheduler.params.warmup_min_lr", "0.1"),
+        ({"scheduler__params__warmup_num_steps": 781}, "scheduler.params.warmup_num_steps", "780"),
+        (
+            {"optimizer__params__lr": 3.2, "recipe__schedule__scaling_rule": "sqrt"},
+            "optimizer.params.lr",
+            "0.5656854",
+        ),
+        ({"train_batch_size": 256, "scheduler__params__warmup_min_lr": 0.05}, "scheduler.params.warmup_min_lr", "0.1"),
+    ],
+)
+def test_a_number_that_contradicts_its_rule_is_refused(changes: dict, key: str, right: str) -> None:
+    error = refusal(**changes)
+    assert error.key == key
+    assert right in error.remedy
+    assert str(error).startswith(f"run.json: {key} = ")
+
+
+def test_numbers_that_agree_with_their_rules_pass() -> None:
+    plan = make_plan(
+        config(
+            optimizer__params__lr=3.2,
+            scheduler__params__warmup_min_lr=0.1,
+            scheduler__params__warmup_max_lr=3.2,
+            scheduler__params__warmup_num_steps=780,
+        ),
+        1,
+    )
+    assert plan.schedule.warmup_steps == 780
+
+
+def test_scaling_rule_none_means_what_the_file_says() -> None:
+    unscaled = {"recipe__schedule__scaling_rule": "none"}
+    assert make_plan(config(**unscaled), 1).schedule.peak_rate == 0.1
+    assert make_plan(config(**unscaled), 1).schedule.warmup_steps == 0
+    written = make_plan(config(**unscaled, optimizer__params__lr=2.0), 1).schedule
+    assert (written.start_rate, written.peak_rate, written.warmup_steps) == (0.1, 2.0, 780)
+    error = refusal(**unscaled, optimizer__params__lr=2.0, scheduler__params__warmup_max_lr=1.0)
+    assert error.key == "scheduler.params.warmup_max_lr"
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "remedy"),
+    [
+        ({"train_batch_size": 1_300_000}, "train_batch_size", "at most 1281167"),
+        ({"recipe__schedule__epochs": 4}, "recipe.schedule.warmup_epochs", "at most 4"),
+        # At once, though all of their divisors are looked at.
+        ({"train_batch_size": 10**9}, "train_batch_size", "at most 1281167"),
+        ({"train_batch_size": 10**10}, "train_batch_size", "from 1 to 1000000000"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(changes: dict, key: str, remedy: str) -> None:
+    error = refusal(**changes)
+    assert error.key == key
+    assert remedy in error.remedy
+
+
+def test_fractional_epochs() -> None:
+    plan = make_plan(config(recipe__schedule__warmup_epochs=0.5, recipe__schedule__decay_epochs=[29.5, 60.25]), 1)
+    assert plan.schedule.warmup_steps == 78
+    assert plan.schedule.milestones == (4602, 9399)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("hostfile", ["localhost", "one_node_8gpu", "four_nodes_8gpu", "paper_32_nodes_8gpu"])
+def test_shipped_configs_plan_on_shipped_hostfiles_and_plan_json_repeats_them(path: Path, hostfile: str) -> None:
+    ranks = sum(read_hostfile(ROOT / "hostfiles" / hostfile).values())
+    plan = make_plan(read_config(path), ranks, cores_per_rank=4)
+    assert ranks * plan.accumulation * plan.micro_batch == plan.global_batch
+    text = plan_json(plan)
+    assert '"auto"' not in text
+    again = make_plan(parse_config(json.loads(text), "plan.json"), ranks, cores_per_rank=64)
+    assert plan_json(again) == text
+    assert again.schedule == plan.schedule
+
+
+def test_plan_json_on_other_ranks_is_refused_with_the_remedy() -> None:
+    resolved = json.loads(plan_json(make_plan(config(), 8)))
+    with pytest.raises(ConfigError, match='write "auto" for train_micro_batch_size_per_gpu'):
+        make_plan(parse_config(resolved, "plan.json"), 16)
+
+
+@pytest.mark.parametrize(
+    ("n", "world_size", "largest", "micro"),
+    [
+        (32, 1, 256, 256),  # eight groups in a micro-batch
+        (32, 256, 256, 32),
+        (32, 1024, 256, 8),  # a group on four ranks
+        (48, 8, 256, None),  # 1024 images a rank: no divisor of it is a multiple of 48, and 48 / 16 ranks are 3
+        (32, 1, 16, None),  # 16 images on one rank do not make up 32
+        (32, 2, 16, 16),
+    ],
+)
+def test_micro_batches_that_hold_groups_of_n(n: int, world_size: int, largest: int, micro: int | None) -> None:
+    changes = {"recipe__batchnorm__statistics": n, "recipe__max_micro_batch_size": largest}
+    if micro is None:
+        assert refusal(world_size, **changes).key == "recipe.batchnorm.statistics"
+    else:
+        assert make_plan(config(**changes), world_size).micro_batch == micro
+
+
+def test_a_written_micro_batch_must_fit_n_samples() -> None:
+    error = refusal(2, recipe__batchnorm__statistics=32, train_micro_batch_size_per_gpu=8)
+    assert error.key == "train_micro_batch_size_per_gpu"
+    assert error.remedy.startswith("micro-batches that do: 16, 32, 64, ")
+
+
+def test_the_nearest_batches_that_hold_groups_are_named() -> None:
+    """Groups of 48 and 64 ranks share out the multiples of 192 = lcm(48, 64): 42 × 192 = 8,064 and 43 × 192 = 8,256."""
+    remedy = refusal(64, recipe__batchnorm__statistics=48).remedy
+    assert remedy.startswith('the nearest train_batch_size that can: 8064 or 8256, with "auto"')
+    for batch in (8064, 8256):
+        make_plan(config(recipe__batchnorm__statistics=48, train_batch_size=batch), 64)
+    assert not any(fitting_micro_batches(batch, 64, 48) for batch in range(8064 + 64, 8256, 64))
+
+
+def test_zero_stages_get_deepspeeds_word_for_sgd() -> None:
+    plan = make_plan(config(zero_optimization={"stage": 1}), 1)
+    assert json.loads(plan_json(plan))["zero_allow_untested_optimizer"] is True
+
+
+def test_text_of_the_papers_run() -> None:
+    text = format_plan(make_plan(config(fp16={"enabled": True}), 32))
+    for line in (
+        "resnet50, 1000 classes, 224 px, fp16, SyncBN over all ranks",
+        "8,192 = 32 ranks × 1 accumulation step × micro-batch of 256",
+        "156 steps an epoch × 90 epochs = 14,040; 3,215 images dropped in an epoch",
+        "3.2 = 0.1 × 8,192 / 256 (linear scaling)",
+        "gradual: 0.1 → 3.2 over 780 steps (5 epochs)",
+        "× 0.1 at epoch 30 (step 4,680), epoch 60 (step 9,360), epoch 80 (step 12,480)",
+        "0.0001 on 25,502,912 convolution and linear weights; none on 54,120 batch-norm parameters and biases",
+    ):
+        assert line in " ".join(text.split()), line
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_the_text_says_how_images_come() -> None:
+    def images(cores: int | None, **changes: Any) -> str:
+        text = " ".join(format_plan(make_plan(config(**changes), 32, cores)).split())
+        return text.partition(" images random")[2].partition(" steps ")[0]
+
+    share = "loader processes: a rank's share of the cores less one"
+    assert images(None) == f" resized crops of 224 px, half of them mirrored; {share}"
+    assert images(4) == " resized crops of 224 px, half of them mirrored; 3 loader processes a rank"
+    written = images(None, recipe__data__workers=1, recipe__data__flip=False)
+    assert written == " resized crops of 224 px; 1 loader process a rank"
+    for crop, words in (("padded", "224 px, shifted by up to 28; no"), ("none", "224 px, uncropped; no")):
+        plan = make_plan(config(recipe__data__crop=crop, recipe__data__workers=0, recipe__data__flip=False), 32)
+        assert f"images          {words} loader processes" in format_plan(plan)
+    dali = images(4, recipe__data__decoder="dali", recipe__data__flip=False)
+    assert dali == " resized crops of 224 px, decoded by DALI; 3 loader processes a rank"
+    held = format_plan(make_plan(config(recipe__data__crop="padded", recipe__data__on_device=True), 32, 4))
+    assert "half of them mirrored, all held on the device; 3 loader" in held
+
+
+def test_the_text_names_kernels_that_are_not_as_usual() -> None:
+    assert "kernels" not in format_plan(make_plan(config(), 32))
+    text = format_plan(make_plan(config(recipe__compile=True, recipe__cudnn_benchmark=True), 32))
+    assert "  kernels         torch.compile's, which the first steps make: they may take minutes; cuDNN's" in text
+
+
+@pytest.mark.parametrize(
+    ("world_size", "statistics", "fits"),
+    [(1, "global", True), (2, "global", False), (2, "local", True), (2, 32, True), (32, 256, True), (32, 512, False)],
+)
+def test_the_noise_scale_is_refused_where_batch_norm_spans_several_ranks(
+    world_size: int, statistics: Any, fits: bool
+) -> None:
+    changes = {"recipe__noise_scale__enabled": True, "recipe__batchnorm__statistics": statistics}
+    make_plan(config(recipe__compile=True, recipe__batchnorm__statistics=statistics), world_size)
+    if fits:
+        make_plan(config(**changes), world_size)
+    else:
+        error = refusal(world_size, **changes)
+        assert error.key == "recipe.noise_scale.enabled"
+        assert error.problem.startswith("batch norm's statistics come from several ranks, and ")
+        assert error.remedy.endswith("a number of images up to a micro-batch's, 256")
+
+
+def test_the_text_says_how_often_the_noise_scale_is_measured() -> None:
+    local = {"recipe__noise_scale__enabled": True, "recipe__batchnorm__statistics": 32}
+    few = config(**local, recipe__noise_scale__every_steps=1500)
+    text = " ".join(format_plan(make_plan(few, 32)).split())  # 14,040 steps
+    assert "noise scale measured every 1,500 steps, 10 times in all" in text
+    assert "noise scale: 10 measurements instead of about 20: it may be far off; with" in text
+    assert "every_steps = 738 there are enough" in text
+    often = format_plan(make_plan(config(**local), 32))
+    assert "noise scale     measured every 10 steps, 1,404 times in all" in often
+    assert "may be far off" not in often
+    assert "noise scale" not in format_plan(make_plan(config(), 32))
+
+
+def test_the_text_says_where_gamma_does_not_begin_with_zero() -> None:
+    assert "γ" not in format_plan(make_plan(config(), 32))
+    assert "γ = 1 at the blocks' ends, too" in format_plan(make_plan(config(recipe__model__zero_init_last=False), 32))
+
+
+def plan_notes(world_size: int = 1, **changes: Any) -> str:
+    plan: Plan = make_plan(config(**changes), world_size)
+    return "\n".join(notes(plan))
+
+
+def test_notes() -> None:
+    n32 = {"recipe__batchnorm__statistics": 32}
+    assert plan_notes(**n32) == ""
+    assert "a micro-batch of 1 is small" in plan_notes(train_batch_size=8191)
+    assert plan_notes(train_batch_size=256, recipe__max_micro_batch_size=32) == ""
+    assert "come from only 4 images" in plan_notes(train_batch_size=256, recipe__max_micro_batch_size=4)
+    assert "come from 8,192 images; the paper used 32" in plan_notes(world_size=32)
+    assert "24.79 % at 16k" in plan_notes(train_batch_size=16384)
+    assert '"auto" that on the GPU' in plan_notes(recipe__max_micro_batch_size="auto")
+    assert "depend on the micro-batch" not in plan_notes(recipe__max_micro_batch_size="auto", **n32)
+    assert "bf16" in plan_notes(bf16={"enabled": True}, recipe__max_micro_batch_size=64)
+    assert "before the warmup has ended" in plan_notes(recipe__schedule__decay_epochs=[2, 60])
+    # 1,281,167 images hold 2 batches of 600,000, and 81,167 are left.
+    assert "6% of the images are left over" in plan_notes(train_batch_size=600_000, **n32)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "note"),
+    [
+        ({"warmup": "none"}, "no warmup: in the paper, 24.84 % error at 8k instead of 23.74 % (Table 1)"),
+        ({"warmup": "constant"}, "a constant warmup: in the paper, 25.88 % error"),
+        ({"warmup_epochs": 1}, "a warmup of 1 epoch is shorter than the paper's 5 (section 2.2)"),
+        ({"scaling_rule": "sqrt"}, "the rate is scaled by the square root: in the paper, 26.22 % error"),
+        ({"scaling_rule": "none"}, "the rate is not scaled: in the paper, 41.67 % error at 8k instead of 23.74 %"),
+    ],
+)
+def test_notes_on_what_the_paper_found_worse(schedule: dict, note: str) -> None:
+    rules = {f"recipe__schedule__{key}": value for key, value in schedule.items()}
+    assert note in plan_notes(recipe__batchnorm__statistics=32, **rules)
+    assert plan_notes(train_batch_size=256, recipe__batchnorm__statistics=32, **rules) == ""
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "recipe", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_plan_command() -> None:
+    done = run_command("plan", "ds_configs/resnet50_b8192.json", "--hostfile", "hostfiles/paper_32_nodes_8gpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "8,192 = 256 ranks × 1 accumulation step × micro-batch of 32" in done.stdout
+    doubled = run_command("plan", "ds_configs/resnet50_b8192.json", "--set", "train_batch_size=16384")
+    assert "6.4 = 0.1 × 16,384 / 256" in doubled.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "ds_configs/resnet50_b8193.json"], "did you mean ds_configs/resnet50_b8192.json?"),
+        (["plan", "ds_configs/digits_b512.json", "--world-size", "3"], "the nearest that can: 510 or 513"),
+        (["plan", "ds_configs/digits_b512.json", "--hostfile", "hostfiles/none"], "hostfiles/none"),
+        (["plan", "ds_configs/digits_b512.json", "--set", "train_btach_size=8"], "train_batch_size"),
+    ],
+)
+def test_the_plan_command_refuses_in_one_line(arguments: list[str], message: str) -> None:
+    done = run_command(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
+
+
+def test_a_plan_imports_neither_torch_nor_deepspeed() -> None:
+    program = (
+        "import sys; from recipe.commands.plan import main; main(['ds_configs/resnet50_b8192.json']); "
+        "print([m for m in ('torch', 'deepspeed', 'timm', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,117 @@
+"""The paper's arithmetic against tables worked out by hand."""
+
+import math
+
+import pytest
+
+from recipe.plan.scaling import (
+    RateSchedule,
+    epochs_to_steps,
+    scaled_rate,
+    scaled_weight_decay,
+    warmup_applies,
+)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "linear", "sqrt"),
+    [
+        (64, 0.025, 0.05),
+        (128, 0.05, 0.07071067811865475),
+        (256, 0.1, 0.1),
+        (512, 0.2, 0.1414213562373095),
+        (1024, 0.4, 0.2),
+        (8192, 3.2, 0.565685424949238),
+        (65536, 25.6, 1.6),
+    ],
+)
+def test_peak_rate_of_each_rule(batch_size: int, linear: float, sqrt: float) -> None:
+    assert scaled_rate(0.1, 256, batch_size, "linear") == pytest.approx(linear, rel=1e-15)
+    assert scaled_rate(0.1, 256, batch_size, "sqrt") == pytest.approx(sqrt, rel=1e-15)
+    assert scaled_rate(0.1, 256, batch_size, "none") == 0.1
+
+
+def test_table_2a_of_the_paper() -> None:
+    """η = 0.05, 0.10, 0.20 at 256 become × 32 at 8k; 0.10 · √32 for the square root."""
+    assert [scaled_rate(eta, 256, 8192, "linear") for eta in (0.05, 0.1, 0.2)] == [1.6, 3.2, 6.4]
+    assert scaled_rate(0.1, 256, 8192, "sqrt") == pytest.approx(0.1 * math.sqrt(32), rel=1e-15)
+
+
+def test_weight_decay_rules() -> None:
+    assert scaled_weight_decay(1e-4, 256, 8192, "constant") == 1e-4
+    assert scaled_weight_decay(1e-4, 256, 8192, "inverse") == 1e-4 / 32
+    assert scaled_weight_decay(1e-4, 256, 128, "inverse") == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps_per_epoch", "steps"),
+    [
+        (5, 156, 780),
+        (0.5, 3, 2),
+        (0.5, 156, 78),
+        (0.1, 156, 16),
+        (0.001, 156, 0),
+        (30, 5004, 150120),
+        (2.5, 1, 3),
+    ],
+)
+def test_epochs_to_steps_rounds_halves_up(epochs: float, steps_per_epoch: int, steps: int) -> None:
+    assert epochs_to_steps(epochs, steps_per_epoch) == steps
+
+
+@pytest.mark.parametrize(
+    ("warmup", "batch_size", "peak_rate", "applies"),
+    [
+        ("gradual", 8192, 3.2, True),
+        ("constant", 257, 0.1003, True),
+        ("gradual", 256, 0.1, False),
+        ("gradual", 128, 0.05, False),
+        ("none", 8192, 3.2, False),
+        ("gradual", 8192, 0.1, False),  # scaling_rule "none": there is nothing to climb to
+    ],
+)
+def test_where_a_warmup_applies(warmup: str, batch_size: int, peak_rate: float, applies: bool) -> None:
+    assert warmup_applies(warmup, batch_size, 256, 0.1, peak_rate) is applies
+
+
+def schedule(**changes: object) -> RateSchedule:
+    """Four warmup steps from 0.1 to 0.5, then ÷10 at steps 6 and 8."""
+    fields: dict = {
+        "start_rate": 0.1,
+        "peak_rate": 0.5,
+        "warmup": "gradual",
+        "warmup_steps": 4,
+        "warmup_type": "linear",
+        "milestones": (6, 8),
+        "decay_factor": 0.1,
+    }
+    return RateSchedule(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "rates"),
+    [
+        ({}, [0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.05, 0.05, 0.005, 0.005]),
+        ({"warmup": "constant"}, [0.1, 0.1, 0.1, 0.1, 0.5, 0.5, 0.05, 0.05, 0.005, 0.005]),
+        ({"warmup": "none", "warmup_steps": 0}, [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.05, 0.05, 0.005, 0.005]),
+        ({"milestones": ()}, [0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
+        # A decay within the warmup scales the ramp from there on.
+        ({"milestones": (2,)}, [0.1, 0.2, 0.03, 0.04, 0.05, 0.05]),
+        # Two decays that round to one step both count.
+        ({"milestones": (5, 5)}, [0.1, 0.2, 0.3, 0.4, 0.5, 0.005]),
+        ({"decay_factor": 0.5}, [0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]),
+        # ln 1 / ln 4 = 0, ln 2 / ln 4 = 0.5, ln 3 / ln 4 = 0.7924812503605781, ln 4 / ln 4 = 1
+        ({"warmup_type": "log"}, [0.1, 0.3, 0.41699250014423124, 0.5, 0.5, 0.5, 0.05]),
+        ({"warmup_type": "log", "warmup_steps": 1}, [0.1, 0.5, 0.5]),
+    ],
+)
+def test_rate_at_each_step(changes: dict, rates: list[float]) -> None:
+    assert [schedule(**changes).rate(step) for step in range(len(rates))] == pytest.approx(rates, rel=1e-14)
+
+
+def test_the_papers_run_at_8k() -> None:
+    """kn = 8192 on ImageNet: 156 steps an epoch, 0.1 → 3.2 in 780 steps, ÷10 at epochs 30, 60, 80."""
+    paper = schedule(start_rate=0.1, peak_rate=3.2, warmup_steps=780, milestones=(4680, 9360, 12480))
+    expected = {0: 0.1, 1: 0.1 + 3.1 / 780, 390: 1.65, 779: 0.1 + 3.1 * 779 / 780, 780: 3.2, 4679: 3.2}
+    expected |= {4680: 0.32, 9359: 0.32, 9360: 0.032, 12479: 0.032, 12480: 0.0032, 14039: 0.0032}
+    assert {step: paper.rate(step) for step in expected} == pytest.approx(expected, rel=1e-12)
