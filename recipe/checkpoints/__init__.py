@@ -1,4 +1,7 @@
-"""TODO checkpoints."""
+"""Saves, finds, verifies and resumes; one run at a time per output folder.
+
+May import ``engine``, and ``plan`` and ``config`` for the comparison of two trainings.
+"""
 
 import lazy_loader
 

@@ -1,1 +1,1 @@
-"""The commands of ``python -m recipe``, a module each; the core imports none of them."""
+"""The commands of ``python -m recipe``, each a module or a room of its own. Nothing else imports them."""

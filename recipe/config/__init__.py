@@ -1,4 +1,8 @@
-"""TODO config."""
+"""Reads one JSON file strictly into a frozen, typed configuration.
+
+Every refusal names file, key, value and remedy. The reader (JSON without surprises, text that is safe to print, the
+error that all refusals are) serves every room that reads what a person wrote. May import pydantic, and no room.
+"""
 
 import lazy_loader
 

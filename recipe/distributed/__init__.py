@@ -1,4 +1,7 @@
-"""TODO distributed."""
+"""Ranks and hosts: who am I, do the ranks agree, has one failed, has a signal come.
+
+May import torch.distributed and the reader of ``config``, for hostfiles and what the launcher was given.
+"""
 
 import lazy_loader
 

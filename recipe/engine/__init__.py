@@ -1,4 +1,8 @@
-"""TODO engine."""
+"""The only room that knows DeepSpeed's engine: start, precision, overlapped reduction, schedule, training loop.
+
+Takes plain values, never the configuration. May import DeepSpeed, ``plan`` for the schedule's closed form, and
+``model``.
+"""
 
 import lazy_loader
 

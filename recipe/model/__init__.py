@@ -1,4 +1,7 @@
-"""TODO model."""
+"""timm's models with the paper's initialisation, its parameter groups and its batch norm with running averages.
+
+Takes plain values, never the configuration. May import torch and timm, and no room.
+"""
 
 import lazy_loader
 

@@ -1,4 +1,7 @@
-"""TODO plan."""
+"""The paper's arithmetic: a configuration and a world size become a frozen ``Plan``, its cost on paper and its text.
+
+Imports no torch: a plan for 256 GPUs is made on a laptop in a second. May import ``config``.
+"""
 
 import lazy_loader
 

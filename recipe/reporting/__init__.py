@@ -1,4 +1,7 @@
-"""TODO reporting."""
+"""What people and programs see of a run: bar, log, ``metrics.jsonl``, monitors, summary.
+
+May import ``plan``.
+"""
 
 import lazy_loader
 

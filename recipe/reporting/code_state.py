@@ -12,7 +12,7 @@ MISSING = "missing"
 def code_sha256() -> str:
     """A digest of this package's source files."""
     digest = hashlib.sha256()
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
         digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()

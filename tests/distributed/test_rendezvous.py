@@ -144,7 +144,7 @@ def test_the_codes_digest_follows_the_code(tmp_path, monkeypatch: pytest.MonkeyP
     (tmp_path / "data").mkdir()
     for name in ("code_state.py", "data/loader.py"):
         (tmp_path / name).write_text("a = 1\n")
-    monkeypatch.setattr("recipe.reporting.code_state.__file__", str(tmp_path / "code_state.py"))
+    monkeypatch.setattr("recipe.reporting.code_state.__file__", str(tmp_path / "reporting" / "code_state.py"))
     before = code_sha256()
     (tmp_path / "notes.txt").write_text("no code")
     assert code_sha256() == before

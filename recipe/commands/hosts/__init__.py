@@ -1,4 +1,4 @@
-"""TODO commands.hosts."""
+"""``python -m recipe hosts``: whether a launch on a hostfile's hosts would work."""
 
 from recipe.commands.hosts.command import main
 

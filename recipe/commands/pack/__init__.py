@@ -1,4 +1,4 @@
-"""TODO commands.pack."""
+"""``python -m recipe pack``: an image folder in a few large files."""
 
 from recipe.commands.pack.command import main
 
