@@ -14,6 +14,8 @@ COMMANDS = {
     "compare": "what differs between two runs, and from which step on",
     "study": "cases of a config trained with several seeds, and compared",
     "pack": "an image folder in a few large files, which train faster",
+    "evaluate": "accuracy, confusion and calibration of a trained model, class by class",
+    "predict": "the most probable classes of image files",
     "export": "the best weights of a run for plain timm, with a model card",
 }
 

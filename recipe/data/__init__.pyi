@@ -24,6 +24,7 @@ from .encoded import (
     EncodedImages as EncodedImages,
 )
 from .folder_index import (
+    IMG_EXTENSIONS as IMG_EXTENSIONS,
     FolderIndex as FolderIndex,
     index_folder as index_folder,
 )
@@ -60,5 +61,8 @@ from .pack_format import (
 )
 from .sampler import epoch_permutation as epoch_permutation
 from .seeds import derive_seed as derive_seed
-from .sources import open_datasets as open_datasets
+from .sources import (
+    open_datasets as open_datasets,
+    open_validation as open_validation,
+)
 from .synthetic import SyntheticLoader as SyntheticLoader

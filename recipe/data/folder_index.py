@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS as IMG_EXTENSIONS
 
 FORMAT = 1
 SMALLEST_KEPT_IMAGES = 10_000

@@ -87,14 +87,19 @@ def list_imagefolder(path: Path) -> tuple[FolderIndex, FolderIndex]:
     if held_out is None:
         raise ValueError(f"{path} has neither val/ nor test/ beside train/")
 
-    train, validation = _list(path / "train"), _list(held_out)
+    train, validation = list_classes(path / "train"), list_classes(held_out)
     for one, other in ((train, validation), (validation, train)):
         if missing := set(one.classes) - set(other.classes):
             raise ValueError(f"{other.root} lacks classes that {one.root} has: {_some(missing)}")
     return train, validation
 
 
-def _list(root: Path) -> FolderIndex:
+def list_classes(root: Path) -> FolderIndex:
+    """Return what a folder with a folder per class holds; no file is read.
+
+    Raises:
+        ValueError: It cannot be listed, holds no class, or a class has no image.
+    """
     try:
         folder = index_folder(str(root))
     except OSError as error:

@@ -6,8 +6,9 @@ from typing import Any, Literal
 from recipe.data.augment import Crop
 from recipe.data.datasets import ImageDataset, OnBadImage
 from recipe.data.digits import open_digits
-from recipe.data.imagefolder import open_imagefolder
+from recipe.data.imagefolder import ImageFiles, list_classes, open_imagefolder
 from recipe.data.pack import open_pack
+from recipe.data.pack_format import HEADER
 
 
 def open_datasets(
@@ -40,3 +41,28 @@ def open_datasets(
     if source == "pack":
         return open_pack(path, **views, on_bad_image=on_bad_image, short_side=pack_short_side)
     return open_imagefolder(path, **views, on_bad_image=on_bad_image)
+
+
+def open_validation(path: Path, *, image_size: int, crop: Crop, on_bad_image: OnBadImage) -> ImageDataset:
+    """Return labelled images to evaluate on: the ``val/`` or ``test/`` of a folder or pack, or a folder per class.
+
+    Args:
+        path: The folder that holds one of these.
+        image_size, crop, on_bad_image: See ``ImageDataset``.
+
+    Raises:
+        ValueError: The folder is none of these.
+    """
+    common: dict[str, Any] = {
+        "image_size": image_size,
+        "crop": crop,
+        "flip": False,
+        "seed": 0,
+        "on_bad_image": on_bad_image,
+    }
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {path}")
+    if (path / HEADER).is_file():
+        return open_pack(path, **common)[1]
+    held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), path)
+    return ImageFiles(list_classes(held_out), **common)

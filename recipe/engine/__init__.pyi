@@ -4,6 +4,7 @@ from .kernels import (
     compile_training as compile_training,
 )
 from .loop import (
+    Batch as Batch,
     Step as Step,
     Validation as Validation,
     cross_entropy as cross_entropy,

@@ -1,7 +1,7 @@
 """One epoch of training and one pass over the validation set, on a DeepSpeed engine; knows neither JSON nor files."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import Tensor
+from torch import Tensor, nn
 
 from recipe.engine.gradient_norms import GradientNorms
 from recipe.engine.kernels import Loss
@@ -121,14 +121,30 @@ def train_epoch(
 
 
 @torch.no_grad()
-def evaluate(engine: DeepSpeedEngine, batches: Iterable[Batch], device: torch.device) -> Validation:
-    """Classify what every rank's ``batches`` hold; each image counts with its weight, 1 or 0 (padding, unreadable)."""
-    engine.eval()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    observe: Callable[[Tensor, Batch], None] = lambda logits, batch: None,
+) -> Validation:
+    """Classify what every rank's ``batches`` hold; each image counts with its weight, 1 or 0 (padding, unreadable).
+
+    Args:
+        model: An engine, or the model itself; it is left in evaluation mode.
+        batches: As many on every rank.
+        device: That of the batches.
+        observe: Gets the logits of each batch, (m, classes) in fp32 at least, and the batch.
+
+    Raises:
+        ValueError: No image could be read.
+    """
+    model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     bad_images: list[str] = []
     decoded_by_pil = 0
     for batch in batches:
-        logits = _at_least_fp32(engine(batch.images))
+        logits = _at_least_fp32(model(batch.images))
+        observe(logits, batch)
         hits = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
         losses = F.cross_entropy(logits, batch.labels, reduction="none")
         per_image = torch.stack([hits[:, 0], hits.any(1), losses.double(), torch.ones_like(losses)])

@@ -1,0 +1,153 @@
+"""``python -m recipe evaluate``: what a trained model gets right, class by class, on one process or on many ranks."""
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recipe.commands.figure import new_figure, save_figure
+from recipe.config import printable
+from recipe.distributed import find_placement
+
+if TYPE_CHECKING:
+    from recipe.commands.measure import Measured
+
+RESULT, PER_CLASS, CONFUSION = "evaluation.json", "per_class.csv", "confusion"
+SHOWN_CLASSES = 15
+MOST_NAMED_CLASSES = 40  # on the axes of the confusion matrix; more would lie on each other
+TIMEOUT = timedelta(minutes=10)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate; return 0, or 2 where the input is refused."""
+    arguments = _parse(argv)
+    try:
+        os.environ |= find_placement(os.environ).variables()
+        from recipe.train import set_up_torch
+
+        set_up_torch()
+        from recipe.commands.measure import measure  # torch and DeepSpeed take seconds to import
+
+        measured = measure(
+            arguments.model,
+            arguments.checkpoint,
+            arguments.data,
+            image_size=arguments.image_size,
+            micro_batch=arguments.micro_batch,
+            workers=arguments.workers,
+            timeout=TIMEOUT,
+        )
+        if measured is None:
+            return 0  # rank 0 has the result
+        output = arguments.output or model_folder(arguments.model) / "evaluation"
+        write(measured, output)
+    except OSError as error:
+        print(f"recipe: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        return 2
+    except ValueError as refusal:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
+        return 2
+    print(format_evaluation(measured))
+    print(f"\nin {printable(str(output))}: {RESULT}, {PER_CLASS}, {CONFUSION}.csv, .png, .svg")
+    return 0
+
+
+def write(measured: "Measured", output: Path) -> None:
+    """Write numbers, table, matrix and picture into ``output``.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    (output / RESULT).write_text(json.dumps(measured.summary(), indent=2) + "\n", encoding="utf-8")
+    with (output / PER_CLASS).open("w", encoding="utf-8", newline="") as stream:
+        table = csv.writer(stream, lineterminator="\n")
+        table.writerow(["class", "images", "correct", "accuracy_percent", "most_often_taken_for", "times"])
+        for row in measured.per_class():
+            table.writerow([row.name, row.images, row.correct, f"{row.accuracy:.4f}", row.taken_for or "", row.times])
+    with (output / f"{CONFUSION}.csv").open("w", encoding="utf-8", newline="") as stream:
+        table = csv.writer(stream, lineterminator="\n")
+        table.writerow(["true class \\ predicted", *measured.classes])
+        table.writerows([name, *counts] for name, counts in zip(measured.classes, measured.confusion, strict=True))
+    draw_confusion(measured, output / CONFUSION)
+
+
+def draw_confusion(measured: "Measured", path: Path) -> None:
+    """Draw the confusion matrix, each row in per cent of its class's images, as PNG and SVG."""
+    import numpy as np
+
+    counts = np.array(measured.confusion, dtype=np.float64)
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    classes = len(measured.classes)
+    side = min(14.0, max(5.0, 0.35 * classes + 2))
+    figure, axes = new_figure(size=(side + 1, side))
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    axes.grid(False)
+    figure.colorbar(image, ax=axes, label="share of the class's images, %", shrink=0.8)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_title(f"Confusion on {measured.count:,} images: top-1 {measured.top1:.2f} %", pad=12)
+    if classes <= MOST_NAMED_CLASSES:
+        names = [printable(name)[:24] for name in measured.classes]
+        axes.set_xticks(range(classes), names, rotation=90, parse_math=False)
+        axes.set_yticks(range(classes), names, parse_math=False)
+    save_figure(figure, path)
+
+
+def format_evaluation(measured: "Measured") -> str:
+    """The numbers and the classes with the lowest accuracy, as lines for people."""
+    rows = measured.per_class()
+    width = max([len("class"), *(len(printable(row.name)) for row in rows[:SHOWN_CLASSES])])
+    lines = [
+        printable(f"{measured.model} on {measured.data}"),
+        f"top-1 {measured.top1:.2f} %, top-5 {measured.top5:.2f} %, loss {measured.loss:.4f} "
+        f"on {measured.count:,} images",
+        f"expected calibration error {measured.calibration_error:.2f} % "
+        f"(mean confidence {measured.mean_confidence:.2f} %)",
+        "",
+        f"{'class':<{width}}  images  accuracy  most often taken for",
+    ]
+    for row in rows[:SHOWN_CLASSES]:
+        taken_for = f"{printable(row.taken_for)} ({row.times:,})" if row.taken_for is not None else ""
+        lines.append(f"{printable(row.name):<{width}}  {row.images:>6,}  {row.accuracy:>6.2f} %  {taken_for}".rstrip())
+    if len(rows) > SHOWN_CLASSES:
+        lines.append(f"… and {len(rows) - SHOWN_CLASSES:,} classes with higher accuracy")
+    if measured.bad_images:
+        shown = ", ".join(map(printable, measured.bad_images[:5]))
+        lines += ["", f"{len(measured.bad_images):,} files could not be read and were left out: {shown}"]
+    return "\n".join(lines)
+
+
+def model_folder(model: Path) -> Path:
+    """The folder of a run or an export, from what the command line names."""
+    return model.parent if model.is_file() else model
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m recipe evaluate",
+        description="Measure accuracy, confusion and calibration of a trained model. On several ranks: "
+        "deepspeed --no_local_rank --module recipe evaluate …",
+    )
+    parser.add_argument("model", type=Path, metavar="RUN_DIR|FILE", help="a run, or model.safetensors of an export")
+    parser.add_argument("--data", type=Path, help="folder with val/, or with a folder per class; else the run's own")
+    parser.add_argument("--checkpoint", default="best", help='"best", "last" or a name such as step-00000150')
+    parser.add_argument("--image-size", type=positive, metavar="S", help="pixels per side (default: as in training)")
+    parser.add_argument(
+        "--micro-batch", type=positive, metavar="N", help="images per forward pass (default: the run's)"
+    )
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    parser.add_argument("--output", type=Path, help="folder to write to (default: evaluation/ in the run)")
+    return parser.parse_args(argv)
+
+
+def positive(text: str) -> int:
+    """A number of the command line that must be above 0."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError("expected a whole number above 0")
+    return int(text)

@@ -1,0 +1,225 @@
+"""Runs a trained model over validation data and counts what it gets right; the work of ``evaluate``."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recipe.commands.trained import Trained, read_trained
+from recipe.data import ImageDataset, ValidationLoader, open_datasets, open_validation
+from recipe.engine import Batch, evaluate, join_process_group, set_loudness
+
+CALIBRATION_BINS = 15  # as Guo et al. 2017 take
+MICRO_BATCH = 64
+
+
+class ClassResult(NamedTuple):
+    """A row of the table of classes: ``accuracy`` in per cent, and the class its images are most often taken for."""
+
+    name: str
+    images: int
+    correct: int
+    accuracy: float
+    taken_for: str | None
+    times: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on ``count`` images.
+
+    Accuracies, errors and confidences are in per cent; ``confusion[t][p]`` counts the images of class t that were
+    taken for class p.
+    """
+
+    model: str
+    data: str
+    image_size: int
+    top1: float
+    top5: float
+    loss: float
+    count: int
+    mean_confidence: float
+    calibration_error: float
+    classes: tuple[str, ...]
+    confusion: list[list[int]]
+    bad_images: tuple[str, ...]
+
+    def per_class(self) -> list[ClassResult]:
+        """The classes that have images, the lowest accuracy first."""
+        rows = []
+        for place, (name, counts) in enumerate(zip(self.classes, self.confusion, strict=True)):
+            images, correct = sum(counts), counts[place]
+            others = [(times, other) for other, times in enumerate(counts) if other != place and times]
+            times, other = max(others, key=lambda pair: (pair[0], -pair[1]), default=(0, -1))
+            if images:
+                taken_for = self.classes[other] if times else None
+                rows.append(ClassResult(name, images, correct, 100 * correct / images, taken_for, times))
+        return sorted(rows, key=lambda row: (row.accuracy, -row.images, row.name))
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for ``evaluation.json``."""
+        return {
+            "model": self.model,
+            "data": self.data,
+            "image_size": self.image_size,
+            "top1": self.top1,
+            "top5": self.top5,
+            "loss": self.loss,
+            "count": self.count,
+            "mean_confidence": self.mean_confidence,
+            "expected_calibration_error": self.calibration_error,
+            "classes": [row._asdict() for row in self.per_class()],
+            "bad_images": list(self.bad_images),
+        }
+
+
+class Counts:
+    """Confusion and calibration of this rank's share, added up on the device."""
+
+    def __init__(self, classes: int, device: torch.device) -> None:
+        self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+        # Of each bin of confidence: images, their confidences added up, and how many were right.
+        self.bins = torch.zeros(CALIBRATION_BINS, 3, dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, batch: Batch) -> None:
+        """Count a batch: logits (m, classes), fp32 at least. Samples of weight 0 do not count."""
+        confidence, predicted = logits.double().softmax(1).max(1)
+        classes, counted = len(self.confusion), batch.weights > 0
+        pairs = (batch.labels * classes + predicted)[counted]
+        self.confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+        # The bins are (0, 1/15], (1/15, 2/15] … as in the paper's equation 3.
+        places = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+        rows = torch.stack([torch.ones_like(confidence), confidence, (predicted == batch.labels).double()], 1)
+        self.bins.index_add_(0, places[counted], rows[counted])
+
+    def calibration(self) -> tuple[float, float]:
+        """Mean confidence and expected calibration error (Guo et al. 2017, equation 3) over all ranks, in per cent."""
+        count = self.bins[:, 0].sum()
+        gap = (self.bins[:, 2] - self.bins[:, 1]).abs().sum() / count
+        return float(100 * self.bins[:, 1].sum() / count), float(100 * gap)
+
+
+def measure(
+    path: Path,
+    checkpoint: str,
+    data: Path | None,
+    *,
+    image_size: int | None,
+    micro_batch: int | None,
+    workers: int,
+    timeout: timedelta,
+) -> Measured | None:
+    """Evaluate on all ranks of the environment; the result on rank 0, None on the others.
+
+    Raises:
+        ValueError: Model or data cannot be read, or do not fit each other.
+    """
+    set_loudness(verbose=False)
+    trained = read_trained(path, checkpoint)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    size = image_size or trained.image_size
+    dataset, shown = open_data(trained, data, size)
+    model = trained.build(device)
+    join_process_group(device, timeout)
+    try:
+        loader = ValidationLoader(
+            dataset,
+            micro_batch=micro_batch or planned_micro_batch(trained),
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            workers=workers,
+            device=device,
+            dtype=next(model.parameters()).dtype,
+            mean=trained.mean,
+            std=trained.std,
+        )
+        counts = Counts(trained.num_classes, device)
+        result = evaluate(model, loader.batches(), device, counts.add)
+        loader.close()
+        for tensor in (counts.confusion, counts.bins):
+            dist.all_reduce(tensor)
+        bad_images: list[tuple[str, ...]] = [() for _ in range(dist.get_world_size())]
+        dist.all_gather_object(bad_images, result.bad_images)
+        if dist.get_rank() != 0:
+            return None
+        confidence, error = counts.calibration()
+        return Measured(
+            trained.name,
+            shown,
+            size,
+            result.top1,
+            result.top5,
+            result.loss,
+            result.count,
+            confidence,
+            error,
+            class_names(trained, dataset),
+            counts.confusion.tolist(),
+            tuple(sorted(set().union(*bad_images))),
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+def open_data(trained: Trained, data: Path | None, image_size: int) -> tuple[ImageDataset, str]:
+    """The images to evaluate on, labelled by the places of the model's outputs, and what to call them.
+
+    Raises:
+        ValueError: There is none, or it has a class that the model does not know.
+    """
+    common: dict[str, Any] = {"image_size": image_size, "crop": trained.crop, "on_bad_image": "skip"}
+    section = None if trained.config is None else trained.config.recipe.data
+    if data is None:
+        if section is None:
+            raise ValueError(f"{trained.name} does not say what to evaluate on; give --data DIR")
+        if section.source == "synthetic":
+            raise ValueError(f"{trained.name} was trained on synthetic images; give --data DIR to evaluate on others")
+        if section.source == "digits":
+            dataset: ImageDataset = open_datasets("digits", None, flip=False, seed=0, **common)[1]
+            return dataset, "the digits' validation images"
+        assert section.path is not None, "the run had a folder"
+        data = Path(section.path)
+        dataset = open_validation(data, **common)
+    else:
+        dataset = open_validation(data, **common)
+    names: list[str] = list(getattr(dataset, "class_names"))  # noqa: B009
+    known = trained.classes
+    if known is None:
+        if len(names) != trained.num_classes:
+            raise ValueError(
+                f"{data} has {len(names)} classes, {trained.name} tells {trained.num_classes} apart and does not say "
+                "which; evaluate on a folder with the same classes"
+            )
+    elif unknown := [name for name in names if name not in known]:
+        shown = ", ".join(map(repr, unknown[:5]))
+        raise ValueError(
+            f"{data} has classes that {trained.name} does not know: {shown}; its own are "
+            f"{', '.join(map(repr, known[:5]))}{' …' if len(known) > 5 else ''}"
+        )
+    else:
+        places = torch.tensor([known.index(name) for name in names])
+        dataset.labels = places[dataset.labels]
+    return dataset, str(data)
+
+
+def class_names(trained: Trained, dataset: ImageDataset) -> tuple[str, ...]:
+    """The names of the model's outputs, as it knows them, or as the data does, or numbers."""
+    if trained.classes is not None:
+        return trained.classes
+    names: list[str] = getattr(dataset, "class_names", None) or [str(n) for n in range(trained.num_classes)]
+    return tuple(names)
+
+
+def planned_micro_batch(trained: Trained) -> int:
+    """That of the run, so that even rounding is the same as in its own validation."""
+    planned = None if trained.config is None else trained.config.train_micro_batch_size_per_gpu
+    return planned if isinstance(planned, int) else MICRO_BATCH

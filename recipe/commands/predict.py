@@ -1,0 +1,152 @@
+"""``python -m recipe predict``: the most probable classes of image files, by a trained model."""
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipe.commands.evaluate import model_folder, positive
+from recipe.config import printable
+
+if TYPE_CHECKING:
+    from recipe.commands.trained import Trained
+    from recipe.data import ImageDataset
+
+TOP = 5
+SHOWN_FILES = 20
+CSV, JSONL = "predictions.csv", "predictions.jsonl"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Predict; return 0, 1 where files could not be read, or 2 where the input is refused."""
+    arguments = _parse(argv)
+    output: Path = arguments.output or model_folder(arguments.model) / "predictions"
+    try:
+        files = list(image_files(arguments.images))
+        if not files:
+            raise ValueError(f"no images in {', '.join(map(str, arguments.images))}")
+        from recipe.train import set_up_torch
+
+        set_up_torch()
+        from recipe.commands.trained import read_trained  # torch takes seconds to import
+
+        trained = read_trained(arguments.model, arguments.checkpoint)
+        output.mkdir(parents=True, exist_ok=True)
+        unreadable = _write(trained, files, output, micro_batch=arguments.micro_batch, workers=arguments.workers)
+    except OSError as error:
+        print(f"recipe: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        return 2
+    except ValueError as refusal:
+        print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
+        return 2
+    print(f"\n{len(files) - len(unreadable):,} of {len(files):,} images in {printable(str(output))}: {CSV}, {JSONL}")
+    for file in unreadable:
+        print(f"recipe: {printable(str(file))} could not be read", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def image_files(paths: Iterable[Path]) -> Iterator[Path]:
+    """Each file that is named, and the images below each folder, in the order of their names; hidden names are none.
+
+    Raises:
+        ValueError: A path is not there.
+    """
+    from recipe.data import IMG_EXTENSIONS
+
+    for path in paths:
+        if path.is_dir():
+            for folder, folders, names in os.walk(path):
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                images = (name for name in names if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."))
+                yield from (Path(folder, name) for name in sorted(images))
+        elif path.is_file():
+            yield path
+        else:
+            raise ValueError(f"there is no file {path}")
+
+
+def _write(trained: "Trained", files: Sequence[Path], output: Path, *, micro_batch: int, workers: int) -> list[Path]:
+    """Write a line for each file, in order, and print the first; return those that could not be read."""
+    names = trained.classes or tuple(str(place) for place in range(trained.num_classes))
+    top = min(TOP, trained.num_classes)
+    columns = [column for place in range(1, top + 1) for column in (f"class_{place}", f"probability_{place}")]
+    unreadable = []
+    with (output / CSV).open("w", encoding="utf-8", newline="") as table, (output / JSONL).open("w") as lines:
+        rows = csv.writer(table, lineterminator="\n")
+        rows.writerow(["file", *columns])
+        for number, (file, best) in enumerate(
+            zip(files, predictions(trained, files, top, micro_batch, workers), strict=True)
+        ):
+            if best is None:
+                unreadable.append(file)
+                continue
+            named = [(names[place], probability) for place, probability in best]
+            rows.writerow([printable(str(file)), *(cell for name, p in named for cell in (name, f"{p:.6f}"))])
+            record = {"file": printable(str(file)), "top": [{"class": name, "probability": p} for name, p in named]}
+            lines.write(json.dumps(record) + "\n")
+            if number < SHOWN_FILES:
+                shown = ", ".join(f"{printable(name)} {100 * p:.1f} %" for name, p in named)
+                print(f"{printable(str(file))}: {shown}", flush=True)
+            elif number == SHOWN_FILES:
+                print(f"… the others are in {printable(str(output / CSV))}", flush=True)
+    return unreadable
+
+
+def predictions(
+    trained: "Trained", files: Sequence[Path], top: int, micro_batch: int, workers: int
+) -> Iterator[list[tuple[int, float]] | None]:
+    """For each file, in order, its ``top`` most probable classes with their probabilities; None if it is unreadable."""
+    import torch
+
+    from recipe.data import ValidationLoader
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = trained.build(device)
+    loader = ValidationLoader(
+        _as_data(trained, files),
+        micro_batch=micro_batch,
+        rank=0,
+        world_size=1,
+        workers=workers,
+        device=device,
+        dtype=next(model.parameters()).dtype,
+        mean=trained.mean,
+        std=trained.std,
+    )
+    left = len(files)
+    with torch.inference_mode():
+        for batch in loader.batches():
+            probabilities = model(batch.images).double().softmax(1)
+            values, places = (tensor.tolist() for tensor in probabilities.topk(top))
+            for weight, row, classes in list(zip(batch.weights.tolist(), values, places, strict=True))[:left]:
+                yield list(zip(classes, row, strict=True)) if weight else None
+            left -= micro_batch
+    loader.close()
+
+
+def _as_data(trained: "Trained", files: Sequence[Path]) -> "ImageDataset":
+    import numpy as np
+
+    from recipe.data import FolderIndex, ImageFiles
+
+    names = b"".join(os.fsencode(file) + b"\0" for file in files)
+    index = FolderIndex("", [""], np.array([len(files)]), np.frombuffer(names, np.uint8))
+    view: dict[str, Any] = {"image_size": trained.image_size, "crop": trained.crop, "flip": False, "seed": 0}
+    return ImageFiles(index, **view, on_bad_image="skip")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m recipe predict", description="Print and write the most probable classes of images."
+    )
+    parser.add_argument("model", type=Path, metavar="RUN_DIR|FILE", help="a run, or model.safetensors of an export")
+    parser.add_argument("images", type=Path, nargs="+", metavar="FILE|DIR", help="image files, or folders of them")
+    parser.add_argument("--checkpoint", default="best", help='"best", "last" or a name such as step-00000150')
+    parser.add_argument("--micro-batch", type=positive, default=64, metavar="N", help="images per forward pass (64)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    parser.add_argument("--output", type=Path, help="folder to write to (default: predictions/ in the run)")
+    return parser.parse_args(argv)

@@ -1,0 +1,172 @@
+"""Evaluation and prediction agree with the run's own validation, and with plain timm, scikit-learn and arithmetic."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.metrics import confusion_matrix
+
+from recipe.commands.measure import Counts
+from recipe.commands.trained import read_trained
+from recipe.data import Batch, open_datasets
+from tests.launch import ROOT, complete_run, environment, events
+
+SIZE, MEAN, STD = 32, 0.3054, 0.3237  # of the digits' config
+
+
+def recipe(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "recipe", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("evaluate") / "run"
+    complete_run(output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, list[int]]:
+    """The validation images, uint8 (355, 32, 32, 3), and their labels."""
+    dataset = open_datasets("digits", None, SIZE, "padded", False, 0, "stop")[1]
+    return torch.stack([dataset.image(index).pixels for index in range(len(dataset))]), dataset.labels.tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, digits: tuple[torch.Tensor, list[int]]) -> Path:
+    """The same images as files, a folder per class, without a val/."""
+    root = tmp_path_factory.mktemp("images")
+    for number, (pixels, label) in enumerate(zip(*digits, strict=True)):
+        (root / str(label)).mkdir(exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(root / str(label) / f"{number:03}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def probabilities(run: Path, digits: tuple[torch.Tensor, list[int]]) -> np.ndarray:
+    """(355, 10) of the best weights, by plain timm."""
+    model = timm.create_model("test_resnet", num_classes=10).eval()
+    model.load_state_dict(read_trained(run).state)
+    with torch.no_grad():
+        return model((digits[0].movedim(-1, 1) / 255 - MEAN) / STD).double().softmax(1).numpy()
+
+
+def test_one_process_gives_the_runs_own_validation_to_the_last_bit(
+    run: Path, digits: tuple[torch.Tensor, list[int]], probabilities: np.ndarray
+) -> None:
+    done = recipe("evaluate", str(run))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "evaluation/evaluation.json").read_text())
+    best = max(events(run, "validation"), key=lambda line: line["top1"])
+    assert {key: result[key] for key in ("top1", "top5", "loss", "count")} == {
+        key: best[key] for key in ("top1", "top5", "loss", "count")
+    }
+    labels, predicted = np.array(digits[1]), probabilities.argmax(1)
+    with (run / "evaluation/confusion.csv").open() as stream:
+        _, *rows = csv.reader(stream)
+    matrix = [[int(cell) for cell in row[1:]] for row in rows]
+    assert matrix == confusion_matrix(labels, predicted).tolist()
+    confidence = probabilities.max(1)
+    assert result["mean_confidence"] == pytest.approx(100 * confidence.mean(), abs=1e-4)
+    error = 0.0
+    for low in range(15):
+        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        if inside.any():
+            accuracy = (predicted == labels)[inside].mean()
+            error += inside.mean() * abs(accuracy - confidence[inside].mean())
+    assert result["expected_calibration_error"] == pytest.approx(100 * error, abs=1e-4)
+    worst = result["classes"][0]
+    assert worst["accuracy"] == min(100 * matrix[c][c] / sum(matrix[c]) for c in range(10))
+    assert f"\n{worst['name']} " in done.stdout
+    assert (run / "evaluation/confusion.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_ranks_and_a_folder_of_the_same_images_give_the_same_counts(run: Path, folder: Path, tmp_path: Path) -> None:
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--no_local_rank", "--module"]
+    done = subprocess.run(
+        [*launcher, "recipe", "evaluate", str(run), "--data", str(folder), "--output", str(tmp_path / "two")],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert recipe("evaluate", str(run), "--output", str(tmp_path / "one")).returncode == 0
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
+    assert two["classes"] == one["classes"]
+    assert two["count"] == one["count"] == 355
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert done.stdout.count("top-1 ") == 1  # rank 0 speaks
+
+
+def test_what_does_not_fit_the_model_is_refused_on_one_line(run: Path, folder: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    (few / "val/3").mkdir(parents=True)
+    (few / "val/3/a.png").write_bytes(next((folder / "3").iterdir()).read_bytes())
+    for arguments, message in (
+        ([str(tmp_path / "nowhere")], "there is no folder"),
+        ([str(run), "--checkpoint", "step-7"], "holds no whole checkpoint step-7"),
+        ([str(run), "--data", str(few)], "1 classes"),
+        ([str(run), "--data", str(tmp_path / "none")], "there is no folder"),
+    ):
+        done = recipe("evaluate", *arguments)
+        assert done.returncode == 2, done.stdout
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_confidence_falls_into_the_bin_whose_upper_edge_it_is() -> None:
+    counts = Counts(2, torch.device("cpu"))
+    # Confidences 0.8 (right), 0.6 (wrong: taken for class 1), and a blank that does not count.
+    logits = torch.log(torch.tensor([[0.8, 0.2], [0.4, 0.6], [0.9, 0.1]], dtype=torch.float64))
+    batch = Batch(torch.empty(3), torch.tensor([0, 0, 0]), torch.tensor([1.0, 1.0, 0.0]))
+    counts.add(logits, batch)
+    assert counts.confusion.tolist() == [[1, 1], [0, 0]]
+    confidence, error = counts.calibration()
+    assert confidence == pytest.approx(70)
+    assert error == pytest.approx(100 * (abs(1 - 0.8) + abs(0 - 0.6)) / 2)
+
+
+def test_predictions_come_in_order_and_name_what_cannot_be_read(
+    run: Path, folder: Path, probabilities: np.ndarray, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    order = [7, 100, 30, 200]
+    for place, number in enumerate(order):
+        (source,) = folder.glob(f"*/{number:03}.png")
+        (images / f"{place}.png").write_bytes(source.read_bytes())
+    (images / "2b.png").write_bytes(b"\x89PNG\r\n\x1a\n cut off")
+    (images / "._0.png").write_bytes(b"macOS")
+    (images / "notes.txt").write_text("no image")
+    done = recipe("predict", str(run), str(images), "--micro-batch", "2", "--output", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert done.stderr == f"recipe: {images / '2b.png'} could not be read\n"
+    records = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert [Path(record["file"]).name for record in records] == ["0.png", "1.png", "2.png", "3.png"]
+    for record, number in zip(records, order, strict=True):
+        expected = probabilities[number]
+        best = np.argsort(-expected)[:5]
+        assert [int(one["class"]) for one in record["top"]] == best.tolist()
+        for one, place in zip(record["top"], best, strict=True):
+            assert math.isclose(one["probability"], expected[place], abs_tol=1e-5)
+    with (tmp_path / "out/predictions.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["class_1"] for row in rows] == [record["top"][0]["class"] for record in records]
