@@ -30,6 +30,7 @@ from benchmarks.report import add_json, context, heading, positive, say, write
 from recipe.config import read_config
 from recipe.data import Batch, HeldImages, TrainLoader, list_imagefolder, open_datasets
 from recipe.model import build_model
+from recipe.plan import make_plan
 
 ALONE, HELD, FOLDER = "one batch again and again", "held on the device", "read from the folder"
 
@@ -104,10 +105,11 @@ def make_images(folder: Path, count: int) -> None:
 
 def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
     """Seconds to hold the data set, and of each loop the images a second and the time beside that of no data."""
-    config = read_config(arguments.config).recipe
+    plan = make_plan(read_config(arguments.config), world_size=1)
+    config = plan.config.recipe
     device = torch.device(arguments.device)
     precise = device.type == "cpu"
-    size, crop, flip = config.data.image_size, config.data.crop, config.data.flip
+    size, crop, flip = plan.image_size, config.data.crop, config.data.flip
     folder, _ = open_datasets("imagefolder", data, size, crop, flip, config.seed, "stop")
     say(f"decoding {len(folder):,} images")
     started = time.perf_counter()

@@ -62,8 +62,10 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
                 recipe.seed,
                 recipe.batchnorm.statistics,
                 recipe.model.zero_init_last,
+                recipe.model.weights,
+                recipe.model.freeze,
             )
-            check_image_size(model, recipe.data.image_size, samples_averaged(plan))
+            check_image_size(model, plan.image_size, samples_averaged(plan))
         except ConfigError:
             raise
         except ValueError as error:
@@ -82,11 +84,11 @@ def open_data(plan: Plan, device: torch.device) -> tuple[Samples, Samples] | Non
         return None
     decoder = None
     if data.decoder != "cpu":
-        decoder = open_decoder(data.decoder, data.image_size, device, threads=max(1, plan.workers))
+        decoder = open_decoder(data.decoder, plan.image_size, device, threads=max(1, plan.workers))
     training, validation = open_datasets(
         data.source,
         data.path,
-        image_size=data.image_size,
+        image_size=plan.image_size,
         crop=data.crop,
         flip=data.flip,
         seed=recipe.seed,

@@ -245,7 +245,7 @@ def settle_micro_batch(run: Run) -> Run:
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}.get(
             plan.precision, torch.float32
         )
-        size = largest_on_gpu(candidates, run.model, recipe.data.image_size, dtype, run.device)
+        size = largest_on_gpu(candidates, run.model, plan.image_size, dtype, run.device)
         why = f"the largest that fits {device_name(run.device)}"
     plan = with_micro_batch(plan, size)
     if dist.get_rank() == 0:
@@ -353,7 +353,7 @@ def open_loaders(
             train_images=plan.train_images,
             validation_images=plan.validation_images,
             classes=recipe.model.num_classes,
-            image_size=recipe.data.image_size,
+            image_size=plan.image_size,
             **train_only,
             **common,
         )

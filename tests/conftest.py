@@ -1,4 +1,8 @@
+import os
+
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's package, which would try to connect for a minute
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

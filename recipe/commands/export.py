@@ -131,7 +131,8 @@ def write(export: Export, output: Path) -> None:
 def load_line(export: Export, file: str) -> str:
     """The Python that makes the model."""
     model = export.config.recipe.model
-    return f"timm.create_model({model.name!r}, num_classes={model.num_classes}, checkpoint_path={file!r}).eval()"
+    words = f"{model.architecture!r}, num_classes={model.num_classes}, checkpoint_path={file!r}"
+    return f"timm.create_model({words}).eval()"
 
 
 def accuracy(export: Export) -> str:
@@ -153,6 +154,7 @@ def card(export: Export) -> str:
     config, recipe, summary = export.config, export.config.recipe, export.summary
     data, schedule, optimizer, size = recipe.data, recipe.schedule, config.optimizer.params, recipe.data.image_size
     statistics = {"global": "the micro-batches of all GPUs", "local": "each GPU's micro-batch"}
+    assert size != "auto", "a plan leaves no auto"
     norm = statistics.get(str(recipe.batchnorm.statistics), f"{recipe.batchnorm.statistics} images")
     view = f"resized to {size} × {size}"
     if data.crop == "random_resized":

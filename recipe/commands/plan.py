@@ -100,11 +100,11 @@ def facts_of(plan: Plan, inspects: bool) -> ModelFacts | None:
     """
     model = plan.config.recipe.model
     if not inspects:
-        return SHIPPED.get((model.name, model.num_classes))
+        return SHIPPED.get((model.architecture, model.num_classes))
     from recipe.commands.inspect_model import inspect_model
 
     try:
-        return inspect_model(model.name, model.num_classes, plan.config.recipe.data.image_size)
+        return inspect_model(model.architecture, model.num_classes, plan.image_size)
     except ValueError as error:
         message = str(error)
         if isinstance(error, ConfigError):
@@ -120,12 +120,12 @@ def assumptions(plan: Plan, arguments: argparse.Namespace) -> Assumptions:
     Raises:
         ValueError: it names neither a speed nor a complete run.
     """
-    model, given = plan.config.recipe.model.name, arguments.images_per_second
+    model, given = plan.config.recipe.model.architecture, arguments.images_per_second
     speed: float | None = None
     source = ""
     if given is not None:
         speed, source = _speed(given, plan)
-    elif model in ASSUMED_SPEED and plan.config.recipe.data.image_size == 224:
+    elif model in ASSUMED_SPEED and plan.image_size == 224:
         speed = ASSUMED_SPEED[model]
         source = f"{speed:,.0f} images/s a GPU (assumed: {model} on an H100)"
     bandwidth = arguments.bandwidth or ASSUMED_GBIT_PER_SECOND

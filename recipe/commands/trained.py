@@ -86,17 +86,19 @@ def read_trained(path: Path, checkpoint: str = "best") -> Trained:
     recipe = config.recipe
     summary = read_summary(path) or {}
     classes = summary.get("classes")
-    assert not isinstance(recipe.data.mean, str), "a plan leaves no auto"
-    assert not isinstance(recipe.data.std, str), "a plan leaves no auto"
+    image_size, mean, std = recipe.data.image_size, recipe.data.mean, recipe.data.std
+    assert image_size != "auto", "a plan leaves no auto"
+    assert mean != "auto", "a plan leaves no auto"
+    assert std != "auto", "a plan leaves no auto"
     return Trained(
         name=str(chosen.path),
-        architecture=recipe.model.name,
+        architecture=recipe.model.architecture,
         num_classes=recipe.model.num_classes,
         classes=None if classes is None else tuple(classes),
-        image_size=recipe.data.image_size,
+        image_size=image_size,
         crop=recipe.data.crop,
-        mean=tuple(recipe.data.mean),
-        std=tuple(recipe.data.std),
+        mean=mean,
+        std=std,
         state=read_weights(chosen),
         config=config,
     )

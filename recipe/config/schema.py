@@ -52,7 +52,8 @@ FOLDERS = {"imagefolder": "an imagefolder", "pack": "a pack"}  # the sources tha
 
 class Model(Section):
     name: str = Field(min_length=1)
-    """timm's name of a model, such as "resnet50" """
+    """timm's name of a model, such as "resnet50"; with a tag, such as "resnet50.a1_in1k", training starts from timm's
+    weights of that name, which are fetched from the internet"""
 
     num_classes: int = Field(ge=2, le=10_000_000)
     """the number of classes, a whole number from 2 to 10,000,000"""
@@ -60,6 +61,23 @@ class Model(Section):
     zero_init_last: bool = True
     """true or false: whether the last batch norm of each residual block of a ResNet begins with gamma = 0, as the
     paper's does (section 5.1), or with 1"""
+
+    weights: str | None = Field(None, min_length=1)
+    """the weights that training starts from: a .safetensors or .pth file, a folder such as python -m recipe export
+    writes, "hf-hub:owner/name", or null for random ones; a head for another number of classes is made anew"""
+
+    freeze: Literal["none", "backbone"] = "none"
+    """ "backbone" trains the head alone, with batch norm in evaluation mode; "none" trains all weights"""
+
+    @property
+    def architecture(self) -> str:
+        """timm's name without a tag."""
+        return self.name.partition(".")[0]
+
+    @property
+    def starts_from(self) -> str | None:
+        """The weights, as the file or the name's tag has them; None for random ones."""
+        return self.weights or (self.name if "." in self.name else None)
 
 
 class BatchNorm(Section):
@@ -84,8 +102,9 @@ class Data(Section):
     """the short side in pixels to which the pack's larger images were resized, a whole number, as its pack.json says;
     0: all images are the original bytes"""
 
-    image_size: int = Field(ge=8, le=4096)
-    """height and width of the images that the model sees, in pixels, a whole number from 8 to 4096"""
+    image_size: Annotated[int, Field(ge=8, le=4096)] | Auto
+    """height and width of the images that the model sees, in pixels, a whole number from 8 to 4096, or "auto": as the
+    weights of recipe.model.weights were trained, where a config.json beside them tells"""
 
     train_images: Count | Auto = "auto"
     """images to train on, a whole number >= 1, so that a plan needs no data; "auto" only for digits"""
@@ -100,11 +119,12 @@ class Data(Section):
     """true or false: whether half of the training images are mirrored; the paper's are"""
 
     mean: Annotated[tuple[Unit, ...], Three] | Auto = "auto"
-    """the mean of red, green and blue, three numbers from 0 to 1, or "auto": the source's"""
+    """the mean of red, green and blue, three numbers from 0 to 1, or "auto": the weights' own, or the
+    source's"""
 
     std: Annotated[tuple[PositiveFloat, ...], Three] | Auto = "auto"
     """the standard deviation of red, green and blue on a scale from 0 to 1, three numbers > 0, or "auto": the
-    source's"""
+    weights' own, or the source's"""
 
     workers: Annotated[int, Field(ge=0)] | Auto = "auto"
     """loader processes per GPU, a whole number >= 0, or "auto": from the CPU cores at hand"""
@@ -307,6 +327,10 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "recipe.data.decoder", f"{data.source} data holds no JPEGs", 'write "cpu"'
     if data.decoder != "cpu" and data.on_device:
         yield "recipe.data.decoder", "with on_device true all is decoded once, by the CPU", 'write "cpu"'
+    if config.recipe.model.weights is not None and "." in config.recipe.model.name:
+        yield "recipe.model.weights", f"{config.recipe.model.name} names weights, too", "remove it, or the name's tag"
+    if config.recipe.model.freeze != "none" and config.recipe.model.starts_from is None:
+        yield "recipe.model.freeze", "random weights would stay random", 'write "none", or recipe.model.weights'
     for name, images in ("train_images", data.train_images), ("validation_images", data.validation_images):
         if data.source != "digits" and images == "auto":
             yield f"recipe.data.{name}", f'"auto" is not for {data.source}', "write the number of images"

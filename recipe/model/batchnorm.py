@@ -41,6 +41,8 @@ class BatchNorm(nn.BatchNorm2d):
         process_group: the ranks that "global" joins, or that hold n samples together; None for all. Where
             torch.distributed is not initialised there is one rank.
 
+    ``frozen`` keeps it in evaluation mode, for a backbone that is not trained.
+
     Raises:
         ValueError: statistics that are not known; in training, a joined count of one value a channel, or a micro-batch
             that neither holds whole groups of n samples nor, joined, makes up one.
@@ -63,6 +65,7 @@ class BatchNorm(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.statistics = statistics
         self.process_group = process_group
+        self.frozen = False
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()
         self.collected: Tensor | None = None  # sums of means and of variances, and how many: (2 C + 1,)
@@ -70,6 +73,11 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         return self.act(self.drop(self._normalise(x)))
+
+    def train(self, mode: bool = True) -> "BatchNorm":
+        """As ``nn.Module.train``; a frozen batch norm stays in evaluation mode."""
+        super().train(mode and not self.frozen)
+        return self
 
     def _normalise(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -11,35 +11,46 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from recipe.model.batchnorm import Statistics, convert_batchnorm
+from recipe.model.weights import freeze_backbone, load_weights
 
 
 def build_model(
-    name: str, num_classes: int, seed: int, statistics: Statistics, zero_init_last: bool = True
+    name: str,
+    num_classes: int,
+    seed: int,
+    statistics: Statistics,
+    zero_init_last: bool = True,
+    weights: str | None = None,
+    freeze: Literal["none", "backbone"] = "none",
 ) -> nn.Module:
-    """Build timm's architecture ``name`` on the CPU, weights drawn from ``seed``, batch norms converted.
+    """Build timm's architecture ``name`` on the CPU, weights drawn from ``seed`` or given, batch norms converted.
 
     A ResNet gets the paper's initialisation (Goyal et al. 2017, §5.1), any other architecture keeps timm's.
-    No random generator outside changes, and nothing is downloaded.
+    No random generator outside changes.
 
     Args:
-        name: one of ``timm.list_models()``, without a pretrained tag.
+        name: one of ``timm.list_models()``; a tag, as in "resnet50.a1_in1k", asks for timm's weights of this name.
         num_classes: length of the output, which is (N, num_classes).
         seed: of the weights; the same seed gives the same weights in every process.
         statistics: of the batch norms, see :class:`recipe.batchnorm.BatchNorm`.
         zero_init_last: whether the last batch norm of each residual block begins with γ = 0, else with γ = 1.
+        weights: what to start from instead of random weights, see ``recipe.model.weights.read_weights``; a head for
+            another number of classes is drawn from ``seed``.
+        freeze: "backbone" trains the head alone.
 
     Raises:
         ValueError: no such architecture in timm, one that is no classifier of ``num_classes`` classes, or γ = 1
-            for one that is no ResNet.
+            for one that is no ResNet; or the weights cannot be had, or are not this model's.
     """
-    if name not in timm.list_models():
+    architecture, _, tag = name.partition(".")
+    if architecture not in timm.list_models() or (tag and not timm.is_model_pretrained(name)):
         raise ValueError(_unknown_name(name))
     if num_classes < 1:
         raise ValueError(f"recipe.model.num_classes = {num_classes}: a classifier needs at least 1")
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which seeds the CUDA generators too.
         torch.default_generator.manual_seed(seed)
-        model = timm.create_model(name, pretrained=False, num_classes=num_classes)
+        model = timm.create_model(architecture, pretrained=False, num_classes=num_classes)
         if getattr(model, "num_classes", None) != num_classes:
             raise ValueError(f'recipe.model.name = "{name}": timm makes no classifier of it')
         if isinstance(model, ResNet):
@@ -48,7 +59,12 @@ def build_model(
             raise ValueError(
                 f"recipe.model.zero_init_last = false: {name} is no ResNet and keeps timm's initialisation; remove it"
             )
-    return convert_batchnorm(model, statistics)
+    if weights is not None or tag:
+        load_weights(model, weights or name)
+    model = convert_batchnorm(model, statistics)
+    if freeze == "backbone":
+        freeze_backbone(model)
+    return model
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -98,12 +114,13 @@ def _initialise_as_in_the_paper(model: ResNet, zero_init_last: bool) -> None:
 
 
 def _unknown_name(name: str) -> str:
-    plain = re.split("[:/]", name)[-1].split(".")[0]
-    close = difflib.get_close_matches(plain, timm.list_models(), n=1)
+    plain = re.split("[:/]", name)[-1]
+    models = timm.list_pretrained() if "." in plain else timm.list_models()
+    close = difflib.get_close_matches(plain, models, n=1)
     reason = (
         "timm has no such model"
         if plain == name
-        else "must be the plain name of a timm architecture, without hub address, path or pretrained tag"
+        else "must be the name of a timm architecture; a hub address or a path goes into recipe.model.weights"
     )
     remedy = f'did you mean "{close[0]}"?' if close else "timm.list_models() in Python lists those that it has"
     return f'recipe.model.name = "{name}": {reason}; {remedy}'

@@ -62,7 +62,7 @@ def memory(plan: Plan, facts: ModelFacts) -> Memory:
 
 def activation_bytes(plan: Plan, facts: ModelFacts) -> float:
     """Bytes an image: what autograd saves, and the image twice, since the next one is fetched ahead."""
-    size = plan.config.recipe.data.image_size
+    size = plan.image_size
     pixels = 3 * size**2 * VALUE_BYTES[plan.precision]
     return facts.saved_bytes_at(plan.precision, size) + 2 * pixels
 

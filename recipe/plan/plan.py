@@ -1,8 +1,11 @@
 """Config and world size → a frozen ``Plan`` in which no "auto" is left. Imports no torch: a plan takes no time."""
 
+import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from recipe.config import FOLDERS, Config, parse_config
@@ -42,6 +45,7 @@ class Plan:
     steps_per_epoch: int
     schedule: RateSchedule
     weight_decay: float
+    image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     workers: int
@@ -118,9 +122,7 @@ def make_plan(config: Config, world_size: int, cores_per_rank: int | None = None
     steps_per_epoch = train_images // config.train_batch_size
     schedule = _rate_schedule(config, steps_per_epoch)
     weight_decay = _weight_decay(config)
-    usual_mean, usual_std = PIXEL_MEAN_STD[recipe.data.source]
-    mean = usual_mean if recipe.data.mean == "auto" else recipe.data.mean
-    std = usual_std if recipe.data.std == "auto" else recipe.data.std
+    image_size, mean, std = _preprocessing(config)
     workers = recipe.data.workers
     if workers == "auto":
         workers = _workers(recipe.data.source, cores_per_rank or os.cpu_count() or 1)
@@ -143,6 +145,7 @@ def make_plan(config: Config, world_size: int, cores_per_rank: int | None = None
     resolved["recipe"]["data"] |= {
         "train_images": train_images,
         "validation_images": validation_images,
+        "image_size": image_size,
         "mean": list(mean),
         "std": list(std),
         "workers": workers,
@@ -157,6 +160,7 @@ def make_plan(config: Config, world_size: int, cores_per_rank: int | None = None
         steps_per_epoch=steps_per_epoch,
         schedule=schedule,
         weight_decay=weight_decay,
+        image_size=image_size,
         mean=mean,
         std=std,
         workers=workers,
@@ -289,6 +293,27 @@ def _data_set_sizes(config: Config) -> tuple[int, int]:
         else:
             sizes.append(written)
     return sizes[0], sizes[1]
+
+
+def _preprocessing(config: Config) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Image size, mean and std: as the file has them, or as the weights were trained, or as is usual for the source."""
+    data, weights = config.recipe.data, config.recipe.model.weights
+    own: dict[str, Any] = {}
+    if weights is not None:
+        folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            own = json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
+    usual_mean, usual_std = PIXEL_MEAN_STD[data.source]
+    image_size = own.get("input_size", [None])[-1] if data.image_size == "auto" else data.image_size
+    if not isinstance(image_size, int):
+        raise config.source.refusal(
+            "recipe.data.image_size",
+            "no config.json beside recipe.model.weights tells with which size they were trained",
+            "write a number of pixels",
+        )
+    mean = tuple(own.get("mean", usual_mean)) if data.mean == "auto" else data.mean
+    std = tuple(own.get("std", usual_std)) if data.std == "auto" else data.std
+    return image_size, mean, std
 
 
 def _rate_schedule(config: Config, steps_per_epoch: int) -> RateSchedule:

@@ -27,7 +27,7 @@ def json_text(config: Config) -> str:
 def format_plan(plan: Plan) -> str:
     """The plan as a block of lines, ``WIDTH`` characters wide."""
     model = plan.config.recipe.model
-    facts = SHIPPED.get((model.name, model.num_classes))
+    facts = SHIPPED.get((model.architecture, model.num_classes))
     return format_fields(plan, [*plan_fields(plan, facts), *(("note", note) for note in notes(plan, facts))])
 
 
@@ -163,9 +163,18 @@ def _model(plan: Plan, facts: ModelFacts | None) -> str:
         batchnorm = "no batch norm"
     start = "" if recipe.model.zero_init_last else ", γ = 1 at the blocks' ends, too"
     return (
-        f"{printable(recipe.model.name)}, {recipe.model.num_classes} classes, {recipe.data.image_size} px, "
-        f"{plan.precision}, {batchnorm}{start}"
+        f"{printable(recipe.model.name)}, {recipe.model.num_classes} classes, {plan.image_size} px, "
+        f"{plan.precision}, {batchnorm}{start}{_start(plan)}"
     )
+
+
+def _start(plan: Plan) -> str:
+    """What training starts from, and what of the model it leaves as it is."""
+    model = plan.config.recipe.model
+    if model.starts_from is None:
+        return ""
+    kept = ", all but the head frozen" if model.freeze == "backbone" else ""
+    return f", from {printable(model.starts_from)} (a head of another size is made anew){kept}"
 
 
 def _global_batch(plan: Plan) -> str:
@@ -183,12 +192,12 @@ def _data(plan: Plan) -> str:
 
 
 def _images(plan: Plan) -> list[tuple[str, str]]:
-    data, size = plan.config.recipe.data, f"{plan.config.recipe.data.image_size} px"
+    data, size = plan.config.recipe.data, f"{plan.image_size} px"
     if data.source == "synthetic":
         return []
     crop = {
         "random_resized": f"random resized crops of {size}",
-        "padded": f"{size}, shifted by up to {data.image_size // 8}",
+        "padded": f"{size}, shifted by up to {plan.image_size // 8}",
         "none": f"{size}, uncropped",
     }[data.crop]
     workers = f"{_count(plan.workers, 'loader process', 'es')} a rank" if plan.workers else "no loader processes"

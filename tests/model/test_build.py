@@ -148,13 +148,12 @@ def test_groups_leave_out_the_frozen_and_count_the_shared_once() -> None:
         ("resnt50", 'recipe.model.name = "resnt50": timm has no such model; did you mean "resnet50"?'),
         ("?", 'recipe.model.name = "?": timm has no such model'),
         ("", 'recipe.model.name = "": timm has no such model'),
-        (
-            "resnet50.a1_in1k",
-            'plain name of a timm architecture, .* pretrained tag; did you mean "resnet50"?',
-        ),
-        ("hf-hub:timm/resnet50.a1_in1k", 'without hub address.*; did you mean "resnet50"?'),
-        ("timm/resnet18", 'without hub address.*; did you mean "resnet18"?'),
-        ("local-dir:weights/resnet50", 'without hub address.*; did you mean "resnet50"?'),
+        ("resnet50.a1_in1", 'timm has no such model; did you mean "resnet50.a1_in1k"?'),
+        # Known, and not at hand: tests fetch nothing.
+        ("resnet50.a1_in1k", "they cannot be fetched: .*; name a file or folder on this machine"),
+        ("hf-hub:timm/resnet50.a1_in1k", 'goes into recipe.model.weights; did you mean "resnet50.a1_in1k"?'),
+        ("timm/resnet18", 'goes into recipe.model.weights; did you mean "resnet18"?'),
+        ("local-dir:weights/resnet50", 'goes into recipe.model.weights; did you mean "resnet50"?'),
     ],
 )
 def test_unknown_names_are_refused(name: str, message: str) -> None:

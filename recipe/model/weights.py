@@ -1,0 +1,106 @@
+"""The weights that training starts from: a file, a folder, a model hub, or timm's own for a name with a tag."""
+
+from pathlib import Path
+
+import timm
+from safetensors import SafetensorError
+from timm.models import load_state_dict, load_state_dict_from_hf
+from torch import Tensor, nn
+
+from recipe.model.batchnorm import BatchNorm
+
+HUB = "hf-hub:"
+FILES = ("model.safetensors", "pytorch_model.bin")  # what a folder of the hub's form holds
+SHOWN_NAMES = 3
+
+
+def read_weights(weights: str) -> dict[str, Tensor]:
+    """The tensors by name, read without running code.
+
+    Args:
+        weights: A ``.safetensors`` or ``.pth`` file, a folder that ``export`` or the hub's tools have written,
+            ``hf-hub:owner/name``, or a name of timm's with its tag, such as "resnet50.a1_in1k".
+
+    Raises:
+        ValueError: They cannot be had, or are no weights.
+    """
+    key = f'recipe.model.weights = "{weights}"'
+    try:
+        if weights.startswith(HUB):
+            return load_state_dict_from_hf(weights.removeprefix(HUB), weights_only=True)
+        if timm.is_model_pretrained(weights) and not Path(weights).exists():
+            return timm.create_model(weights, pretrained=True).state_dict()
+    except (OSError, RuntimeError, ValueError, LookupError) as error:
+        first = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{key}: they cannot be fetched: {first}; name a file or folder on this machine") from None
+    path = Path(weights)
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).is_file()]
+        if not found:
+            raise ValueError(f"{key}: the folder holds neither {' nor '.join(FILES)}")
+        path = found[0]
+    if not path.is_file():
+        raise ValueError(f"{key}: there is no such file or folder")
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError, LookupError, EOFError, AttributeError) as error:
+        first = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{key}: {path} holds no weights that can be read: {first}") from None
+    except Exception as error:  # pickle's own, which have no class in common
+        raise ValueError(f"{key}: {path} holds no weights that can be read: {type(error).__name__}") from None
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{key}: {path} holds more than weights by name")
+    return state
+
+
+def load_weights(model: nn.Module, weights: str) -> bool:
+    """Give ``model`` these weights, in place; a head of another size keeps its own.
+
+    Returns:
+        Whether the head is new.
+
+    Raises:
+        ValueError: See ``read_weights``; or names or sizes are not those of the model, outside its head.
+    """
+    state, own, head = read_weights(weights), model.state_dict(), head_names(model)
+    new_head = any(name not in state or state[name].shape != own[name].shape for name in head)
+    wanted = own.keys() - head if new_head else own.keys()
+    state = {name: value for name, value in state.items() if not (new_head and name in head)}
+    problems = {
+        # Averages of weights made by other programs do without.
+        "it lacks": {name for name in wanted - state.keys() if not name.endswith("num_batches_tracked")},
+        "the model has no": state.keys() - wanted,
+        "of another size are": {name for name in wanted & state.keys() if state[name].shape != own[name].shape},
+    }
+    wrong = [f"{words} {_some(names)}" for words, names in problems.items() if names]
+    if wrong:
+        raise ValueError(
+            f'recipe.model.weights = "{weights}": these are weights of another model: {"; ".join(wrong)}; '
+            "check recipe.model.name"
+        )
+    model.load_state_dict(state, strict=False)
+    return new_head
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """The names of the classifier's parameters and buffers in the model's state."""
+    classifier = model.get_classifier()  # type: ignore[operator]
+    heads = [head for head in (classifier if isinstance(classifier, tuple) else (classifier,)) if head is not None]
+    prefixes = [name for name, module in model.named_modules() if any(module is head for head in heads)]
+    return {name for name in model.state_dict() if any(name.startswith(f"{prefix}.") for prefix in prefixes)}
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Train the head alone, in place: no gradient elsewhere, and batch norm there in evaluation mode."""
+    head = head_names(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in head)
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.frozen = True
+            module.eval()
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:SHOWN_NAMES])
+    return f"{shown} and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else shown
