@@ -16,7 +16,10 @@ from .decoders import (
 )
 from .decoding import (
     UNREADABLE as UNREADABLE,
+    TooLargeError as TooLargeError,
     decode as decode,
+    decode_reduced as decode_reduced,
+    remedy as remedy,
 )
 from .digits import open_digits as open_digits
 from .encoded import (

@@ -4,13 +4,13 @@ import math
 import random
 from typing import Literal, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from recipe.data.resizing import resize, resized_window
 from recipe.data.seeds import derive_seed
 
 Crop = Literal["random_resized", "padded", "none"]
+MOST_RESIZED_PIXELS = 2**24
 """What is cut out of a training image.
 
 ``random_resized``: a random part of random shape (scale and aspect-ratio augmentation, Goyal et al. §5.1).
@@ -103,34 +103,21 @@ def evaluation_view(height: int, width: int, *, image_size: int, crop: Crop) -> 
 def cut(pixels: Tensor, view: View, image_size: int) -> Tensor:
     """Return the view of an image, uint8 (image_size, image_size, 3). Mirroring is left to the device."""
     box = pixels[view.top : view.top + view.height, view.left : view.left + view.width]
-    resized = resize(box, view.resized_height, view.resized_width)
-    rows = slice(max(0, view.window_top), view.window_top + image_size)
-    columns = slice(max(0, view.window_left), view.window_left + image_size)
-    window = resized[rows, columns]
+    rows = range(max(0, view.window_top), min(view.window_top + image_size, view.resized_height))
+    columns = range(max(0, view.window_left), min(view.window_left + image_size, view.resized_width))
+    if view.resized_height * view.resized_width > MOST_RESIZED_PIXELS:
+        # Of an image that is far longer than it is wide: the rest would be seen by nobody, and fill the memory.
+        size = view.resized_height, view.resized_width
+        window = resized_window(box.cpu(), *size, rows, columns).to(box.device)
+    else:
+        resized = resize(box, view.resized_height, view.resized_width)
+        window = resized[rows.start : rows.stop, columns.start : columns.stop]
     if window.shape[:2] == (image_size, image_size):
         return window
     top, left = max(0, -view.window_top), max(0, -view.window_left)
     padded = window.new_zeros(image_size, image_size, 3)
     padded[top : top + window.shape[0], left : left + window.shape[1]] = window
     return padded
-
-
-def resize(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Resize uint8 (h, w, 3) as PIL does, bilinear with antialiasing; now and then a value differs by one."""
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    planes = pixels.unsqueeze(0).permute(0, 3, 1, 2)  # in memory as it was: channels_last, which torch's kernel likes
-    if pixels.device.type == "cpu":
-        resized = F.interpolate(planes, (height, width), mode="bilinear", antialias=True)
-    else:
-        resized = _resized_in_float(planes, height, width)
-    return resized.permute(0, 2, 3, 1).squeeze(0)
-
-
-def _resized_in_float(planes: Tensor, height: int, width: int) -> Tensor:
-    """As CUDA must, which has no such kernel for uint8."""
-    resized = F.interpolate(planes.float(), (height, width), mode="bilinear", antialias=True)
-    return resized.round_().to(torch.uint8)
 
 
 def _below(rng: random.Random, bound: int) -> int:

@@ -10,11 +10,34 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What PIL raises for damaged files: its UnidentifiedImageError is an OSError, a broken PNG a SyntaxError."""
+DEEP_GREY_FORMATS = ("PNG", "PPM")  # those whose 32-bit integers hold 16 bits, from 0 to 65,535
 
 _JPEG = b"\xff\xd8"
 _JPEG_END = b"\xff\xd9"
+
+
+class DecodingError(ValueError):
+    """The bytes are no image that can be trained on; ``remedy`` is what to do about it, if not to mend it."""
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(problem)
+        self.remedy = remedy
+
+
+class TooLargeError(DecodingError):
+    """An image of more pixels than PIL takes: the file may be an attack."""
+
+    def __init__(self) -> None:
+        super().__init__(f"it has more than {_largest():,} pixels", "shrink it")
+
+
+UNREADABLE = (OSError, DecodingError)
+"""What makes an image a bad one: its file cannot be read, or is not to be decoded."""
+
+
+def remedy(error: Exception) -> str:
+    """What to do about the file of an image that is ``UNREADABLE``; "" where nothing is better than to mend it."""
+    return error.remedy if isinstance(error, DecodingError) else ""
 
 
 class Decoded(NamedTuple):
@@ -34,7 +57,7 @@ def decode(file: bytes) -> Decoded:
     judgement of what is damaged.
 
     Raises:
-        OSError, SyntaxError, ValueError, Image.DecompressionBombError: It is no image, damaged, or too large.
+        DecodingError: It is no image, damaged, too large, or of pixels whose range is not known.
     """
     if file.startswith(_JPEG):
         try:
@@ -44,12 +67,43 @@ def decode(file: bytes) -> Decoded:
         except ValueError:
             pass
     if not file:
-        raise ValueError("the file is empty")
+        raise DecodingError("the file is empty")
     try:
         return Decoded(_decode_by_pil(file), by_pil=True)
+    except (DecodingError, MemoryError):
+        raise
     except UnidentifiedImageError:
         # PIL's own message names the place in memory, another one each time.
-        raise UnidentifiedImageError("cannot identify image file") from None
+        raise DecodingError("cannot identify image file") from None
+    except Image.DecompressionBombError:
+        raise TooLargeError from None
+    except Exception as error:  # each of PIL's decoders has its own; none of them is ours
+        raise DecodingError(str(error) or type(error).__name__) from error
+
+
+def decode_reduced(file: bytes, short_side: int) -> Tensor:
+    """Decode a JPEG that is too large for ``decode`` at 1/2, 1/4 or 1/8 of its size, uint8 (height, width, 3).
+
+    The short side keeps at least ``short_side`` pixels.
+
+    Raises:
+        DecodingError: It is no JPEG, damaged, or too large all the same.
+    """
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(file)
+        for factor in (8, 4, 2):
+            reduced = -(-height // factor), -(-width // factor)
+            if min(reduced) >= short_side:
+                break
+        if reduced[0] * reduced[1] > _largest():
+            raise TooLargeError
+        return torch.from_numpy(
+            simplejpeg.decode_jpeg(file, colorspace="RGB", min_height=reduced[0], min_width=reduced[1], min_factor=1)
+        )
+    except DecodingError:
+        raise
+    except ValueError:
+        raise TooLargeError from None
 
 
 def plain_jpeg_size(file: bytes) -> tuple[int, int] | None:
@@ -73,4 +127,19 @@ def _decode_by_pil(file: bytes) -> Tensor:
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(file)) as image:
-            return torch.from_numpy(np.array(image.convert("RGB")))
+            return torch.from_numpy(np.array(_in_8_bits(image).convert("RGB")))
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Scale a grey image of more than 8 bits by the range of its type; PIL's own conversion cuts off above 255.
+
+    Raises:
+        DecodingError: Its type does not tell the range.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in DEEP_GREY_FORMATS):
+        # 65,535 / 255 = 257, rounded to the nearest.
+        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise DecodingError(f"its grey values are {kind}, whose range is not known", "convert it to 8 or 16 bits")
+    return image

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from recipe.data.augment import Crop
 from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage
-from recipe.data.decoding import UNREADABLE, Decoded, decode
+from recipe.data.decoding import UNREADABLE, Decoded, decode, remedy
 from recipe.data.folder_index import FolderIndex, index_folder
 from recipe.data.pack_format import HEADER
 
@@ -43,8 +43,8 @@ class ImageFiles(ImageDataset):
             return decode(self.file(index))
         except UNREADABLE as error:
             raise BadImageError(
-                f"{self.name(index)}: not a readable image ({error}); mend it, or set recipe.data.on_bad_image to "
-                '"skip"'
+                f"{self.name(index)}: not a readable image ({error}); {remedy(error) or 'mend it'}, or set "
+                'recipe.data.on_bad_image to "skip"'
             ) from error
 
     def name(self, index: int) -> str:

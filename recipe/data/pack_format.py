@@ -69,6 +69,9 @@ class Part(Section):
     bad_images: Annotated[tuple[BadImage, ...], Several]
     """a list of objects with name and problem: images that are in the pack and cannot be decoded"""
 
+    kept_images: Annotated[tuple[BadImage, ...], Several] = ()
+    """a list of objects with name and problem: images that could not be made smaller, and are the original bytes"""
+
 
 class Making(Section):
     """What decides on the bytes of a pack, besides the source's."""

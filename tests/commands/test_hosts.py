@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from recipe.commands.hosts.command import command as command
+from recipe.commands.hosts import command
 from recipe.commands.hosts.report import Host, compare, format_problems, format_table
 from recipe.commands.hosts.visit import NO_FOLDER, NO_INTERPRETER, explain, remote_command, ssh
 from tests.launch import DIGITS, ROOT

@@ -19,13 +19,8 @@ from torchvision.transforms import functional
 from recipe.commands.compare import main as compare
 from recipe.commands.hosts.probe import data as count_data
 from recipe.commands.hosts.report import Host, format_table
-from recipe.commands.pack.command import (
-    command as command,
-    main,
-    pack,
-    progress as pack_progress,
-    shards as pack_shards,
-)
+from recipe.commands.pack import command, progress as pack_progress, shards as pack_shards
+from recipe.commands.pack.command import main, pack
 from recipe.commands.pack.progress import Progress
 from recipe.config.schema import read_config
 from recipe.data import open_datasets
@@ -416,3 +411,26 @@ def test_training_from_a_pack_is_training_from_the_folder(tmp_path: Path) -> Non
     ]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_images_too_large_or_too_long_are_reduced_or_kept_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 × 80,000 pixels would be 256 × 68,266, which no JPEG can have; a JPEG beyond PIL's limit is read smaller."""
+    source = write_folder(tmp_path / "source")
+    Image.new("L", (300, 80_000), 77).save(source / "val/c0/long.png")
+    Image.new("L", (14_000, 14_000), 150).save(source / "val/c1/large.jpg")
+    Image.new("1", (14_000, 14_000)).save(source / "train/c0/large.png")
+    monkeypatch.setattr(sys, "argv", ["recipe"])  # the processes that pack import this, not pytest
+    assert main([str(source), str(tmp_path / "pack"), "--short-side", "256"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "kept as it is: val/c0/long.png: 68,266 pixels are too long for a JPEG" in lines
+    assert "bad image: train/c0/large.png: it has more than 89,478,485 pixels; shrink it" in lines
+    assert "1 images resized, 1 bad" in lines[-2]
+    _, held_out = open_datasets("pack", tmp_path / "pack", 16, "none", False, 0, "stop", pack_short_side=256)
+    shapes = {held_out.name(index): held_out.image(index).pixels for index in range(len(held_out))}
+    (large,) = (pixels for name, pixels in shapes.items() if "large" in name)
+    assert large.shape == (256, 256, 3)
+    assert (large.int() - 150).abs().max() <= 1
+    (long,) = (pixels for name, pixels in shapes.items() if "long" in name)
+    assert long.shape == (80_000, 300, 3)

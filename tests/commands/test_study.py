@@ -18,7 +18,7 @@ from benchmarks.launch import ROOT, environment
 from recipe.__main__ import main as recipe_command
 from recipe.checkpoints.locking import is_locked
 from recipe.commands.figure import new_figure
-from recipe.commands.study.command import command as command, figures as study_figures
+from recipe.commands.study import command, figures as study_figures
 from recipe.commands.study.figures import Curve, Line, draw_figures
 from recipe.commands.study.file import Case, Figure, Study, StudyFile, Training, read_study
 from recipe.commands.study.progress import Progress

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from recipe.data import BadImageError, EncodedImages, TrainLoader, ValidationLoader, open_datasets, open_decoder
-from recipe.data.augment import _resized_in_float as resized_in_float, resize
 from recipe.data.decoders import NvJpeg
 from recipe.data.decoding import UNREADABLE, decode, plain_jpeg_size
+from recipe.data.resizing import _resized_in_float as resized_in_float, resize
 from tests.data.images import MEAN, STD, Pictures, picture, pixels
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from recipe.data import decode as module
+from recipe.data import decoding as module
 from recipe.data.decoding import decode
 from tests.data.images import picture, pixels
 
@@ -81,3 +81,57 @@ def test_what_is_no_image_is_refused(file, problem):
     with pytest.raises(module.UNREADABLE) as error:
         decode(file)
     assert str(error.value) == problem
+
+
+def deep_grey(values: list[int], form: str, kind: type = np.uint16) -> bytes:
+    return encoded(Image.fromarray(np.array([values], kind)), form)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_of_grey_are_scaled_to_eight(form):
+    # By hand: v / 257 = v · 255 / 65,535, rounded to the nearest; 128 / 257 < 1/2 < 129 / 257.
+    ours = decode(deep_grey([0, 128, 129, 257, 32_768, 65_407, 65_535], form)).pixels
+    assert ours.tolist() == [[[grey] * 3 for grey in (0, 0, 1, 1, 128, 255, 255)]]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "problem"),
+    [
+        ([0, 1], np.float32, "its grey values are floating-point numbers, whose range is not known"),
+        ([0, 70_000], np.int32, "its grey values are 32-bit integers, whose range is not known"),
+    ],
+)
+def test_grey_of_an_unknown_range_is_refused(values, kind, problem):
+    with pytest.raises(module.DecodingError) as error:
+        decode(deep_grey(values, "TIFF", kind))
+    assert str(error.value) == problem
+    assert module.remedy(error.value) == "convert it to 8 or 16 bits"
+
+
+def test_whatever_a_decoder_raises_is_a_bad_image(monkeypatch):
+    file = bytearray(encoded(picture(3, width=200, height=200), "AVIF"))
+    middle = len(file) // 2
+    file[middle : middle + 64] = bytes(64)
+    with pytest.raises(module.DecodingError):  # the decoder's own is a RuntimeError
+        decode(bytes(file))
+
+    def broken(file: bytes) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "_decode_by_pil", broken)
+    with pytest.raises(module.DecodingError, match="ZeroDivisionError"):
+        decode(encoded(picture(), "PNG"))
+
+    def full(file: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(module, "_decode_by_pil", full)  # the machine's fault, not the image's
+    with pytest.raises(MemoryError):
+        decode(encoded(picture(), "PNG"))
+
+
+def test_an_image_beyond_pils_limit_is_to_be_shrunk(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(module.TooLargeError, match="it has more than 500 pixels") as error:
+        decode(encoded(picture(), "PNG"))
+    assert module.remedy(error.value) == "shrink it"

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from recipe.data import BadImageError, HeldImages, TrainLoader, ValidationLoader, open_datasets
-from recipe.data.augment import resize
-from recipe.data.held import resized_boxes
 from recipe.data.loader import collate
+from recipe.data.resizing import resize, resized_boxes
 from recipe.data.sampler import PADDING
 from tests.data.images import MEAN, STD, Pictures, picture, pixels, write_folder
 
@@ -84,3 +83,13 @@ def test_more_than_half_of_the_memory_is_refused_before_all_is_read(monkeypatch)
     train = Pictures(length=1_000_000)
     with pytest.raises(ValueError, match=r"1,000,000 images of 30 × 20 pixels take 1\.8 GB, of 0\.0 GB that are free"):
         HeldImages(train, CPU, training=True)
+
+
+def test_a_refusal_names_the_image_whose_size_it_gives(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "train/c0/0.jpg").write_bytes(b"")
+    picture(1, width=50).save(tmp_path / "train/c1/2.jpg")
+    train, _ = open_datasets("imagefolder", tmp_path, 16, "random_resized", True, 0, "skip")
+    message = rf"{tmp_path}/train/c1/2\.jpg has 30 × 50 pixels, {tmp_path}/train/c0/1\.jpg has 30 × 40; random"
+    with pytest.raises(ValueError, match=message):
+        HeldImages(train, torch.device("cpu"), training=True)

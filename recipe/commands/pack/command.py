@@ -260,6 +260,7 @@ def _index(destination: Path, root: Path, sources: Sequence[Source], records: Se
         shards=tuple(file for file in files if file.file.endswith(".tar")),
         indices=(*indices, *(file for file in files if file.file.endswith(".idx"))),
         bad_images=tuple(BadImage(name=name, problem=problem) for record in records for name, problem in record.bad),
+        kept_images=tuple(BadImage(name=name, problem=problem) for record in records for name, problem in record.kept),
     )
 
 
@@ -269,6 +270,8 @@ def _report(destination: Path, header: Header) -> None:
         print(f"bad image: {image.name}: {image.problem}")
     if len(bad) > BAD_IMAGES_SHOWN:
         print(f"… and {len(bad) - BAD_IMAGES_SHOWN:,} more; all stand in {destination / HEADER}")
+    for image in [image for part in header.parts for image in part.kept_images][:BAD_IMAGES_SHOWN]:
+        print(f"kept as it is: {image.name}: {image.problem}")
     size = sum(shard.bytes for part in header.parts for shard in part.shards)
     text = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
     print(

@@ -23,13 +23,14 @@ from PIL import Image
 from torchvision.transforms.functional import resize
 
 from recipe.config import printable
-from recipe.data import UNREADABLE, Making, decode, sha256_of, shard_name
+from recipe.data import UNREADABLE, Making, TooLargeError, decode, decode_reduced, remedy, sha256_of, shard_name
 from recipe.distributed import SIGNALS, heeded
 
 UNFINISHED = ".unfinished"
 SMALLEST_SHARD_BYTES = 64 * 2**20
 # A rank keeps every shard open, and a process has 1,024 files unless somebody has raised that.
 MOST_SHARDS = 256
+LONGEST_JPEG_PIXELS = 65_500  # libjpeg's limit, somewhat below the format's 65,535
 _LOOK_EVERY_SECONDS = 0.2
 _made: Any = None  # in a worker: the images of all workers so far
 
@@ -67,14 +68,20 @@ class Shard:
 class Record:
     """A shard that is whole: where its images lie in bytes, and its files' sizes and SHA-256.
 
-    ``bad`` has path and problem of each image that could not be decoded.
+    ``bad`` has path and problem of each image that could not be decoded, ``kept`` of each that could not be made
+    smaller, and is packed as it is.
     """
 
     offsets: list[int]
     sizes: list[int]
     resized: int
     bad: list[tuple[str, str]]
+    kept: list[tuple[str, str]]
     files: list[tuple[str, int, str]]
+
+
+class TooLongError(Exception):
+    """An image, made smaller, has still a side that no JPEG can have."""
 
 
 def share_out(root: Path, pack: Path, sources: Sequence[Source]) -> list[Shard]:
@@ -184,18 +191,22 @@ def _read_record(shard: Shard) -> Record | None:
 
 
 def _write_shard(shard: Shard, making: Making) -> Record:
-    offsets, sizes, bad, resized = [], [], [], 0
+    offsets, sizes, bad, kept, resized = [], [], [], [], 0
     unfinished = shard.record.with_suffix(".tar")
     with unfinished.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for index, source in enumerate(shard.sources, shard.first):
                 original = _read(shard.root / source.path, source.bytes)
+                name = printable(os.path.join(shard.root.name, source.path))
                 try:
                     image = packed(original, making)
                 except UNREADABLE as error:
                     # It keeps its place, so that an index means the same image as in the folder.
                     image = original
-                    bad.append((printable(os.path.join(shard.root.name, source.path)), printable(str(error))))
+                    bad.append((name, printable(f"{error}; {remedy(error)}" if remedy(error) else str(error))))
+                except TooLongError as error:
+                    image = original
+                    kept.append((name, str(error)))
                 resized += image is not original
                 offsets.append(_add(archive, f"{index:08}.jpg", image))
                 sizes.append(len(image))
@@ -213,7 +224,7 @@ def _write_shard(shard: Shard, making: Making) -> Record:
         (path.name, path.stat().st_size, sha256_of(path))
         for path in (folder / name, folder / Path(name).with_suffix(".idx"))
     ]
-    record = Record(offsets, sizes, resized, bad, files)
+    record = Record(offsets, sizes, resized, bad, kept, files)
     write_whole(shard.record.with_suffix(".record"), shard.record, json.dumps(asdict(record)).encode())
     return record
 
@@ -222,13 +233,21 @@ def packed(original: bytes, making: Making) -> bytes:
     """The bytes that stand for an image: its own, or those of a smaller JPEG.
 
     Raises:
-        OSError, SyntaxError, ValueError, Image.DecompressionBombError: See ``decode``.
+        DecodingError: See ``decode``.
+        TooLongError: It cannot be written as a JPEG.
     """
-    pixels = decode(original).pixels
+    try:
+        pixels = decode(original).pixels
+    except TooLargeError:
+        if making.short_side == 0:
+            raise
+        pixels = decode_reduced(original, making.short_side)
     if making.short_side == 0 or min(pixels.shape[:2]) <= making.short_side:
         return original
     smaller = io.BytesIO()
     image = resize(Image.fromarray(pixels.numpy()), making.short_side)
+    if max(image.size) > LONGEST_JPEG_PIXELS:
+        raise TooLongError(f"{max(image.size):,} pixels are too long for a JPEG")
     image.save(smaller, "JPEG", quality=making.jpeg_quality, subsampling=making.jpeg_subsampling)
     return smaller.getvalue()
 
