@@ -105,7 +105,7 @@ def open_data(plan: Plan, device: torch.device) -> tuple[Samples, Samples] | Non
 
 def samples_averaged(plan: Plan) -> int:
     """The number of samples that batch norm averages over."""
-    statistics = plan.config.recipe.batchnorm.statistics
+    statistics = plan.config.statistics
     if isinstance(statistics, int):
         return statistics
     return plan.micro_batch * (plan.world_size if statistics == "global" else 1)

@@ -233,7 +233,7 @@ def settle_micro_batch(run: Run) -> Run:
     plan, recipe, start = run.plan, run.plan.config.recipe, run.start
     if not plan.assumes_micro_batch:
         return run
-    candidates = fitting_micro_batches(plan.global_batch, plan.world_size, recipe.batchnorm.statistics)
+    candidates = fitting_micro_batches(plan.global_batch, plan.world_size, plan.config.statistics)
     if recipe.noise_scale.enabled:  # it compares two sizes of batch
         candidates = [size for size in candidates if size < plan.global_batch]
     earlier = (start.earlier_plan or {}).get("train_micro_batch_size_per_gpu")

@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif rank == 0:
         print(f"{output} is complete already, and nothing was trained; another --output trains it anew")
     if rank == 0:
-        text = format_summary(summary, output)
+        text = format_summary(summary, output, checked.plan)
         at_the_terminal(lambda: print("\n" + text, flush=True))
     return COMPLETE
 

@@ -15,7 +15,8 @@ def plan(**values: Any) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "recipe": {
             "batchnorm": {"statistics": 4},
-            "data": {"train_images": 35, "workers": 0},
+            "data": {"train_images": 35, "workers": 0, "source": "digits"},
+            "model": {"name": "test_resnet"},
             "schedule": {"epochs": 10},
             "seed": 0,
         },

@@ -1,6 +1,9 @@
 """The README says what is there."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,32 @@ def test_every_config_hostfile_and_example_is_named(path: Path) -> None:
 @pytest.mark.parametrize("name", re.findall(r"`((?:tests/|examples/)[\w./-]+)`", README))
 def test_the_files_that_it_names_are_there(name: str) -> None:
     assert (ROOT / name).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "meaning"),
+    [
+        (["--hostfile", "HOSTFILE"], "was not reachable via ssh"),
+        (["--include", "localhost:7"], "No slot '7' specified on host 'localhost'"),
+    ],
+)
+def test_it_says_what_a_traceback_of_the_launcher_means(tmp_path: Path, options: list[str], meaning: str) -> None:
+    (tmp_path / "hostfile").write_text("localhost slots=1\n")
+    (tmp_path / "ssh").write_text("#!/bin/sh\nexit 255\n")
+    (tmp_path / "ssh").chmod(0o755)
+    words = [word.replace("HOSTFILE", str(tmp_path / "hostfile")) for word in options]
+    launched = subprocess.run(
+        [Path(sys.executable).with_name("deepspeed"), *words, "recipe/train.py"],
+        cwd=ROOT,
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert launched.returncode != 0
+    assert meaning in launched.stderr.splitlines()[-1]
+    assert meaning in README.partition("## Train ImageNet")[2].partition("\n## ")[0]
 
 
 def test_the_plan_is_as_it_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipe.checkpoints.manifest import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, find, unreadable
-from recipe.config import FOLDERS
+from recipe.config import FOLDERS, lacks_batchnorm
 from recipe.plan import Plan, plan_json
 from recipe.reporting import SUMMARY
 
@@ -170,8 +170,10 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def batchnorm_images(plan: dict[str, Any]) -> int | None:
-    """Images that batch norm's statistics come from; None if the plan does not say."""
+    """Images that batch norm's statistics come from; None if the plan does not say, or the model has no batch norm."""
     keys = dict(leaves(plan))
+    if lacks_batchnorm(str(keys.get("recipe.model.name"))):
+        return None
     statistics, accumulation = keys.get("recipe.batchnorm.statistics"), keys.get("gradient_accumulation_steps")
     if statistics == "global":  # those of a micro-batch of every rank
         return int(keys["train_batch_size"]) // accumulation if isinstance(accumulation, int) and accumulation else None

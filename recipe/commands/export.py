@@ -5,6 +5,7 @@ they are.
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,11 +27,13 @@ SAVED = "mp_rank_00_model_states.pt"  # DeepSpeed's name of what rank 0 writes
 class Export:
     """What is exported: a checkpoint with its resolved config, and what the run measured of it.
 
-    ``validation`` is the line of ``metrics.jsonl`` that belongs to the weights, None if there is none; ``best_top1``
-    is the best that the run had, in per cent; ``summary`` is that of a complete run.
+    ``steps_done`` are those of the newest checkpoint; ``validation`` is the line of ``metrics.jsonl`` that belongs to
+    the weights, None if there is none; ``best_top1`` is the best that the run had, in per cent; ``summary`` is that of
+    a complete run.
     """
 
     checkpoint: Checkpoint
+    steps_done: int
     config: Config
     validation: dict[str, Any] | None
     best_top1: float | None
@@ -57,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as refusal:
         print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
         return 2
-    print(f"{output / WEIGHTS}: {accuracy(export)}")
+    print(f"{output / WEIGHTS}: after {progress(export.config, export.checkpoint.step)}; {accuracy(export)}")
     print(f"{output / CARD}: what it is, and how to use it")
     print(load_line(export, str(output / WEIGHTS)))
     return 0
@@ -92,6 +95,7 @@ def choose(run: Path) -> tuple[Export, list[str]]:
     validations = [line for line in read_events(run) if _is_validation(line)]
     return Export(
         checkpoint,
+        found[0].step,
         read_config(checkpoint.path / PLAN),
         next((line for line in validations if line["step"] == checkpoint.step - 1), None),
         max((line["top1"] for line in validations), default=None),
@@ -116,16 +120,18 @@ def write(export: Export, output: Path) -> None:
         what = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{file} is not what DeepSpeed saves: {what}") from None
     output.mkdir(parents=True, exist_ok=True)
-    unfinished = output / f".{WEIGHTS}.unfinished"
+    weights, text = output / f".{WEIGHTS}.unfinished", output / f".{CARD}.unfinished"
+    has_batchnorm = any(name.endswith("running_mean") for name in tensors)
+    text.write_text(card(export, has_batchnorm), encoding="utf-8")
     try:
-        save_file(tensors, unfinished, metadata={"format": "pt"})
+        save_file(tensors, weights, metadata={"format": "pt"})
     except (SafetensorError, TypeError) as error:
-        unfinished.unlink(missing_ok=True)
+        for unfinished in (weights, text):
+            unfinished.unlink(missing_ok=True)
         raise ValueError(f"{output / WEIGHTS} could not be written: {error}") from None
-    os.replace(unfinished, output / WEIGHTS)
-    unfinished = output / f".{CARD}.unfinished"
-    unfinished.write_text(card(export), encoding="utf-8")
-    os.replace(unfinished, output / CARD)
+    shutil.copymode(text, weights)  # safetensors lets nobody else read its file, whatever the umask says
+    os.replace(weights, output / WEIGHTS)
+    os.replace(text, output / CARD)
 
 
 def load_line(export: Export, file: str) -> str:
@@ -133,6 +139,14 @@ def load_line(export: Export, file: str) -> str:
     model = export.config.recipe.model
     words = f"{model.architecture!r}, num_classes={model.num_classes}, checkpoint_path={file!r}"
     return f"timm.create_model({words}).eval()"
+
+
+def progress(config: Config, steps: int) -> str:
+    """How far so many steps are in the training of ``config``."""
+    train_images, epochs = config.recipe.data.train_images, config.recipe.schedule.epochs
+    assert isinstance(train_images, int), "a plan leaves no auto"
+    steps_per_epoch = train_images // config.train_batch_size
+    return f"{steps:,} of {epochs * steps_per_epoch:,} steps ({steps / steps_per_epoch:.4g} of {epochs:,} epochs)"
 
 
 def accuracy(export: Export) -> str:
@@ -149,13 +163,14 @@ def accuracy(export: Export) -> str:
     return text
 
 
-def card(export: Export) -> str:
+def card(export: Export, has_batchnorm: bool) -> str:
     """The model card, as model hubs show it: Markdown behind a YAML head."""
     config, recipe, summary = export.config, export.config.recipe, export.summary
     data, schedule, optimizer, size = recipe.data, recipe.schedule, config.optimizer.params, recipe.data.image_size
     statistics = {"global": "the micro-batches of all GPUs", "local": "each GPU's micro-batch"}
     assert size != "auto", "a plan leaves no auto"
-    norm = statistics.get(str(recipe.batchnorm.statistics), f"{recipe.batchnorm.statistics} images")
+    over = statistics.get(str(recipe.batchnorm.statistics), f"{recipe.batchnorm.statistics} images")
+    norm = f"batch norm over {over}" if has_batchnorm else "no batch norm"
     view = f"resized to {size} × {size}"
     if data.crop == "random_resized":
         view = f"resized to a short side of {round(size * 256 / 224)} (bilinear), its centre of {size} × {size} cut out"
@@ -182,14 +197,17 @@ def card(export: Export) -> str:
         f"- **Input:** RGB, {size} × {size}: an image is {view}; pixels from 0 to 1, of them mean "
         f"{_numbers(data.mean)} and standard deviation {_numbers(data.std)}.",
         f"- **Output:** {recipe.model.num_classes} classes{order}.",
-        f"- **Trained:** {data.train_images:,} images, {schedule.epochs} epochs of SGD (momentum {optimizer.momentum:g}"
-        f"{', Nesterov' if optimizer.nesterov else ''}, weight decay {optimizer.weight_decay:g}) at a global batch of "
-        f"{config.train_batch_size:,}, peak rate {optimizer.lr:g}{decay}; "
-        f"batch norm over {norm}; {config.precision}; seed {recipe.seed}.",
+        f"- **Trained:** {progress(config, export.checkpoint.step)} on {data.train_images:,} images, by SGD (momentum "
+        f"{optimizer.momentum:g}{', Nesterov' if optimizer.nesterov else ''}, weight decay {optimizer.weight_decay:g}) "
+        f"at a global batch of {config.train_batch_size:,}; of the whole schedule, peak rate {optimizer.lr:g}{decay}; "
+        f"{norm}; {config.precision}; seed {recipe.seed}.",
         f"- **Weights:** after step {export.checkpoint.step:,}, in fp32{trained}.",
     ]
     if summary is None:
-        lines.append("- **The run is not complete:** these are its best weights so far.")
+        lines.append(
+            f"- **The run is not complete:** stopped, or still under way, after {progress(config, export.steps_done)}; "
+            "these are its best weights so far."
+        )
     else:
         versions = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
         ranks = f"{summary['world_size']} rank{'' if summary['world_size'] == 1 else 's'}"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000", "#F0E442")
 DASH = 4  # line widths
+BENEATH = 1.9  # just below matplotlib's 2 for lines
 
 
 def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9, 5.5)) -> "tuple[Figure, Any]":
@@ -63,10 +64,15 @@ def add_legend(parent: "Axes | Figure", handles: Sequence[Any], labels: Sequence
         # Not given to legend(), which hides labels that begin with an underscore; a $ in a name is no formula.
         text.set_parse_math(False)
         text.set_text(label)
+    legend.get_title().set_parse_math(False)
 
 
-def line_styles(curves: "Sequence[tuple[ArrayLike, ArrayLike]]") -> list[Any]:
-    """A style for each (x, y): "-", or dashes that take turns where curves lie on each other, so that each shows."""
+def line_styles(curves: "Sequence[tuple[ArrayLike, ArrayLike]]") -> list[dict[str, Any]]:
+    """A look for each (x, y), empty but where curves lie on each other, so that each shows.
+
+    Of those the longest is solid, and the others are dashes above it that take turns: where a shorter one ends, its
+    dashes do, and none leaves a gap.
+    """
     groups: list[list[int]] = []
     for place, curve in enumerate(curves):
         group = next((group for group in groups if _coincide(curves[group[0]], curve)), None)
@@ -74,12 +80,21 @@ def line_styles(curves: "Sequence[tuple[ArrayLike, ArrayLike]]") -> list[Any]:
             groups.append([place])
         else:
             group.append(place)
-    styles: list[Any] = ["-"] * len(curves)
+    styles: list[dict[str, Any]] = [{} for _ in curves]
     for group in groups:
-        for turn, place in enumerate(group):
-            if len(group) > 1:
-                styles[place] = (turn * DASH, (DASH, (len(group) - 1) * DASH))
+        longest, *others = sorted(group, key=lambda place: _extent(curves[place]), reverse=True)
+        for turn, place in enumerate(others, start=1):
+            styles[longest] = {"linestyle": "-", "zorder": BENEATH}
+            styles[place] = {"linestyle": (turn * DASH, (DASH, (len(group) - 1) * DASH))}
     return styles
+
+
+def _extent(curve: "tuple[ArrayLike, ArrayLike]") -> float:
+    """How far a curve goes."""
+    import numpy as np
+
+    x = np.asarray(curve[0])
+    return float(x[-1] - x[0]) if x.size else 0.0
 
 
 def _coincide(a: "tuple[ArrayLike, ArrayLike]", b: "tuple[ArrayLike, ArrayLike]") -> bool:

@@ -233,7 +233,7 @@ def draw_rates(plans: Sequence[Plan], path: Path) -> list[Path]:
         for plan, curve, colour, style in zip(plans, curves, COLOURS, line_styles(curves), strict=False):
             file = textwrap.shorten(Path(drawable(plan.config.source.file)).name, 70, placeholder=" …")
             name = f"{file}: batch {plan.global_batch:,}"
-            one.plot(*curve, color=colour, linestyle=style, label=name, drawstyle="steps-post", linewidth=1.6)
+            one.plot(*curve, color=colour, label=name, drawstyle="steps-post", linewidth=1.6, **style)
         one.set_xlim(0, max(x[-1] for x, _ in curves))
     for one in (whole, *enlarged):
         one.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))

@@ -36,8 +36,9 @@ def main(argv: Sequence[str]) -> int:
     """Draw the runs; return 0, or 2 where there is nothing to draw."""
     parser = argparse.ArgumentParser(
         prog="python -m recipe plot",
-        description="Draw loss, top-1 error, rate, images per second and the share of the time spent waiting for data "
-        "of one or several runs over the epochs, as PNG and SVG. A run may be in progress; no display is needed.",
+        description="Draw training and validation loss, top-1 error, rate, images per second and the share of the time "
+        "spent waiting for data of one or several runs over the epochs, as PNG and SVG. A run may be in progress; no "
+        "display is needed.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="output folder of a run")
     parser.add_argument(
@@ -79,17 +80,20 @@ def draw(runs: Sequence[RunFiles]) -> "Figure":
         _label(run, name)
         for run, name in zip(runs, distinct_names([Path(os.path.abspath(run.folder)) for run in runs]), strict=True)
     ]
-    figure, grid = new_figure(3, 2, size=(12, 9 + 0.2 * sum(label.count("\n") + 1 for label in labels)))
-    loss, error, rate, speed, waiting, noise = grid.flat
+    has_noise = any(run.events["noise_scale"]["step"].size for run in runs)
+    rows = 4 if has_noise else 3
+    figure, grid = new_figure(rows, 2, size=(12, 3 * rows + 0.4 + 0.2 * sum(label.count("\n") + 1 for label in labels)))
+    loss, validation_loss, rate, error, speed, waiting, *others = grid.flat
     last_epoch = max(float(run.epochs("step")[-1]) for run in runs)
     half_width = SMOOTHED_SHARE * last_epoch
     half_widths = [round(half_width * run.steps_per_epoch) for run in runs]
     for axes, title, event, field, is_smoothed in (
         (loss, "training loss", "step", "loss", True),
+        (validation_loss, "validation loss", "validation", "loss", False),
         (error, "top-1 validation error [%]", "validation", "top1", False),
         (speed, "images per second", "step", "images_per_second", True),
         (waiting, "time spent waiting for data [%]", "step", "data_wait", True),
-        (noise, "gradient noise scale [images]", "noise_scale", "noise_scale", False),
+        *((noise, "gradient noise scale [images]", "noise_scale", "noise_scale", False) for noise in others[:1]),
     ):
         axes.set_title(title, loc="left")
         convert = CONVERSIONS.get(field, lambda values: values)
@@ -97,20 +101,23 @@ def draw(runs: Sequence[RunFiles]) -> "Figure":
         _draw_curves(axes, curves, half_widths if is_smoothed else [0] * len(runs))
     _draw_rates(rate, runs)
     _mark_steps(loss, runs)
-    for axes in grid.flat:
+    if has_noise:  # its panel is as wide as the picture
+        others[1].remove()
+        others[0].set_subplotspec(others[0].get_gridspec()[-1, :])
+    for axes in figure.axes:
         axes.set_xlabel("epochs done")
         axes.set_xlim(0, 1.01 * last_epoch)
-    for axes in (loss, error, rate, noise):
-        _set_scale(axes)
+        if axes not in (speed, waiting):
+            _set_scale(axes)
     for axes in (speed, waiting):
         axes.set_ylim(bottom=0)
     if not any(run.events["validation"]["step"].size for run in runs):
         error.set_ylim(0, 100)
-        error.text(0.5, 0.5, "no validation yet", ha="center", va="center", transform=error.transAxes)
-    if not any(run.events["noise_scale"]["step"].size for run in runs):
-        noise.remove()
+        for axes in (error, validation_loss):
+            axes.text(0.5, 0.5, "no validation yet", ha="center", va="center", transform=axes.transAxes)
     smoothing = f"mean over ± {half_width:.2g} epochs (faint: each step)"
-    _name_runs(figure, labels, smoothing if any(half_widths) else None)
+    sources = " and ".join(sorted({drawable(run.data_source) for run in runs}))
+    _name_runs(figure, f"Training on {sources}", labels, smoothing if any(half_widths) else None)
     return figure
 
 
@@ -221,22 +228,19 @@ def _styles() -> Iterator[dict[str, Any]]:
 
 def _told_apart(curves: Sequence[tuple[Column, Column]]) -> list[dict[str, Any]]:
     """``_styles``, but for curves that would hide each other."""
-    return [
-        style if dashes == "-" else style | {"linestyle": dashes}
-        for style, dashes in zip(_styles(), line_styles(curves), strict=False)
-    ]
+    return [style | shared for style, shared in zip(_styles(), line_styles(curves), strict=False)]
 
 
 def _label(run: RunFiles, name: str) -> str:
-    """A run's name in the legend, in lines that the picture has room for."""
-    label = drawable(name)
+    """A run's name in the legend, its model and batch, in lines that the picture has room for."""
+    label = f"{drawable(name)}: {drawable(run.model)}, batch {run.global_batch:,}"
     if run.summary is None:
         label += f" ({run.steps_done / run.steps_per_epoch:.4g} of {run.total_steps // run.steps_per_epoch} epochs)"
     return textwrap.fill(label, LEGEND_CHARACTERS)
 
 
-def _name_runs(figure: "Figure", labels: Sequence[str], smoothing: str | None) -> None:
-    """Name the runs, and say how their curves are smoothed, if they are."""
+def _name_runs(figure: "Figure", title: str, labels: Sequence[str], smoothing: str | None) -> None:
+    """Name the runs below the title, and say how their curves are smoothed, if they are."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], **style) for _, style in zip(labels, _styles(), strict=False)]
@@ -245,4 +249,13 @@ def _name_runs(figure: "Figure", labels: Sequence[str], smoothing: str | None) -
         labels = [*labels, smoothing]
     longest = max(len(line) for label in labels for line in label.split("\n"))
     columns = max(1, min(len(labels), LEGEND_CHARACTERS // (longest + 8)))
-    add_legend(figure, handles, labels, loc="outside upper left", ncols=columns)
+    add_legend(
+        figure,
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=columns,
+        title=title,
+        title_fontsize="x-large",
+        alignment="left",
+    )

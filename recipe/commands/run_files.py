@@ -41,6 +41,16 @@ class RunFiles:
     events: dict[str, dict[str, Column]]
 
     @property
+    def model(self) -> str:
+        """timm's name of the model."""
+        return str(self.plan["recipe"]["model"]["name"])
+
+    @property
+    def data_source(self) -> str:
+        """What is trained on, as the config names it."""
+        return str(self.plan["recipe"]["data"]["source"])
+
+    @property
     def global_batch(self) -> int:
         """Images in an optimizer step."""
         return int(self.plan["train_batch_size"])
@@ -117,13 +127,21 @@ def _read_plan(folder: Path) -> dict[str, Any]:
         "recipe.data.train_images",
         "recipe.schedule.epochs",
     ):
-        value: Any = plan
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if type(value) is not int or not 0 < value < MOST_STEPS:
+        number = _value(plan, key)
+        if type(number) is not int or not 0 < number < MOST_STEPS:
             raise ValueError(f"{file} is not the plan of a run: {key} is not a whole number >= 1; {NAME_A_RUN}")
+    for key in ("recipe.model.name", "recipe.data.source"):
+        if not isinstance(_value(plan, key), str):
+            raise ValueError(f"{file} is not the plan of a run: {key} is no string; {NAME_A_RUN}")
     if plan["train_batch_size"] > plan["recipe"]["data"]["train_images"]:
         raise ValueError(f"{file} is not the plan of a run: its train_batch_size is larger than its train_images")
+    return plan
+
+
+def _value(plan: Any, key: str) -> Any:
+    """What a plan has under a dotted key; None if it has nothing there."""
+    for part in key.split("."):
+        plan = plan.get(part) if isinstance(plan, dict) else None
     return plan
 
 

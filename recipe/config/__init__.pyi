@@ -3,8 +3,10 @@ from .deepspeed_sections import (
     Section as Section,
     Size as Size,
 )
+from .model_names import lacks_batchnorm as lacks_batchnorm
 from .reader import (
     ABSENT as ABSENT,
+    ConfigError as ConfigError,
     apply_override as apply_override,
     parse_json as parse_json,
     printable as printable,
@@ -13,7 +15,6 @@ from .reader import (
 from .schema import (
     FOLDERS as FOLDERS,
     Config as Config,
-    ConfigError as ConfigError,
     Distributed as Distributed,
     NoiseScale as NoiseScale,
     parse_config as parse_config,

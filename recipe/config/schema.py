@@ -19,6 +19,7 @@ from recipe.config.deepspeed_sections import (
     PositiveFloat,
     Section,
 )
+from recipe.config.model_names import lacks_batchnorm
 from recipe.config.reader import ABSENT, ConfigError, apply_override, parse_json, read_text
 from recipe.config.validation import validate
 
@@ -260,6 +261,11 @@ class Config(DeepSpeedConfig):
     def source(self) -> Source:
         """The file behind the view; not a field, so that a dump of the view is a config again."""
         return self._source
+
+    @property
+    def statistics(self) -> Literal["global", "local"] | int:
+        """``recipe.batchnorm.statistics``; those of a model without batch norm ask nothing of ranks and micro-batch."""
+        return "local" if lacks_batchnorm(self.recipe.model.name) else self.recipe.batchnorm.statistics
 
     @property
     def precision(self) -> str:

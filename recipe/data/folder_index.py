@@ -7,10 +7,10 @@ them changes the times of one, and the scan is made anew.
 
 import hashlib
 import os
+import secrets
 import socket
 import stat
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -202,9 +202,10 @@ def _keep(cache: Path | None, index: FolderIndex, watched: _Watched) -> None:
         return
     with suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, unfinished = tempfile.mkstemp(".unfinished", f"{cache.stem}.", cache.parent)
+        # Not tempfile's, which nobody else may read, whatever the umask says.
+        unfinished = cache.with_suffix(f".{secrets.token_hex(8)}.unfinished")
         try:
-            with open(descriptor, "wb") as file:
+            with unfinished.open("wb") as file:
                 np.savez(
                     file,
                     watched=np.frombuffer(_joined(watched.paths), np.uint8),
@@ -215,4 +216,4 @@ def _keep(cache: Path | None, index: FolderIndex, watched: _Watched) -> None:
                 )
             os.replace(unfinished, cache)
         finally:
-            Path(unfinished).unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)

@@ -70,7 +70,7 @@ def activation_bytes(plan: Plan, facts: ModelFacts) -> float:
 def largest_micro_batch(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> int | None:
     """The largest micro-batch that shares out the global batch, holds batch norm's groups and fits; None if none."""
     room = (gpu_bytes - memory(plan, facts).fixed) / activation_bytes(plan, facts)
-    sizes = fitting_micro_batches(plan.global_batch, plan.world_size, plan.config.recipe.batchnorm.statistics)
+    sizes = fitting_micro_batches(plan.global_batch, plan.world_size, plan.config.statistics)
     return next((size for size in sizes if size <= room), None)
 
 
@@ -114,7 +114,7 @@ def batchnorm_traffic(plan: Plan, facts: ModelFacts) -> BatchNormTraffic:
 
     With n images the running averages, 2 values a channel, are averaged over all ranks once a step.
     """
-    n, value = plan.config.recipe.batchnorm.statistics, 8 if plan.precision == "fp64" else 4
+    n, value = plan.config.statistics, 8 if plan.precision == "fp64" else 4
     if n == "global":
         images, ranks = plan.micro_batch * plan.world_size, plan.world_size
     elif n == "local":

@@ -100,7 +100,7 @@ def make_plan(config: Config, world_size: int, cores_per_rank: int | None = None
             "to compare",
             _smaller_micro_batch_remedy(config),
         )
-    statistics = recipe.batchnorm.statistics
+    statistics = config.statistics
     spans_ranks = statistics > micro_batch if isinstance(statistics, int) else statistics == "global" and world_size > 1
     if recipe.noise_scale.enabled and spans_ranks:
         # What a rank has of it holds large parts that cancel out in the sum of all: measured on the digits, two ranks
@@ -207,7 +207,7 @@ def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, 
         raise config.source.refusal("train_batch_size", f"it cannot be shared out as {product}", remedy)
     share = batch // world_size
     ranks = f"{world_size} rank{'' if world_size == 1 else 's'}"
-    n = config.recipe.batchnorm.statistics
+    n = config.statistics
     fitting = fitting_micro_batches(batch, world_size, n)
     written = share // accumulation if isinstance(accumulation, int) else micro
     if not isinstance(written, int):
@@ -250,7 +250,7 @@ def holds_groups(n: int, micro_batch: int, world_size: int) -> bool:
 
 
 def _smaller_micro_batch_remedy(config: Config) -> str:
-    fitting = fitting_micro_batches(config.train_batch_size, 1, config.recipe.batchnorm.statistics)
+    fitting = fitting_micro_batches(config.train_batch_size, 1, config.statistics)
     if len(fitting) < 2:
         return "write false, or start more ranks"
     return (

@@ -4,7 +4,7 @@ import json
 import textwrap
 from collections.abc import Sequence
 
-from recipe.config import Config, printable
+from recipe.config import Config, lacks_batchnorm, printable
 from recipe.plan.model_facts import SHIPPED, ModelFacts
 from recipe.plan.noise_scale import planned_measurements, too_few
 from recipe.plan.plan import ASSUMED_MICRO_BATCH, Plan, fitting_micro_batches
@@ -69,7 +69,7 @@ def wrap(text: str, width: int, first: str = "", others: str = "") -> list[str]:
 
 def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
     """What a person should know before the run starts; ``facts`` of the model, if they are known."""
-    found = _batchnorm_notes(plan) if facts is None or facts.batchnorm_layers else []
+    found = _batchnorm_notes(plan, facts)
     share = plan.global_batch // plan.world_size
     limit = plan.config.recipe.max_micro_batch_size
     assert isinstance(limit, int), "a plan leaves no auto"
@@ -107,9 +107,18 @@ def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
     return found
 
 
-def _batchnorm_notes(plan: Plan) -> list[str]:
-    found = []
-    statistics = plan.config.recipe.batchnorm.statistics
+def _has_batchnorm(plan: Plan, facts: ModelFacts | None) -> bool | None:
+    """Whether the plan's model has batch norm; None where that is not known."""
+    if facts is not None:
+        return facts.batchnorm_layers > 0
+    return False if lacks_batchnorm(plan.config.recipe.model.name) else None
+
+
+def _batchnorm_notes(plan: Plan, facts: ModelFacts | None) -> list[str]:
+    has_batchnorm, found = _has_batchnorm(plan, facts), []
+    if has_batchnorm is False:
+        return []
+    statistics = plan.config.statistics
     if plan.assumes_micro_batch and not isinstance(statistics, int):
         found.append(
             f'"statistics": "{statistics}" makes the training depend on the micro-batch, and "auto" that on the GPU; '
@@ -124,7 +133,7 @@ def _batchnorm_notes(plan: Plan) -> list[str]:
             f"batch norm's statistics come from {over:,} images; the paper used 32 (section 2.3), as "
             '"statistics": 32 does'
         )
-    return found
+    return found if has_batchnorm else [f"if the model has batch norm: {note}" for note in found]
 
 
 def _rate_notes(plan: Plan) -> list[str]:
@@ -149,7 +158,7 @@ def _rate_notes(plan: Plan) -> list[str]:
 
 def _model(plan: Plan, facts: ModelFacts | None) -> str:
     recipe = plan.config.recipe
-    n = recipe.batchnorm.statistics
+    n = plan.config.statistics
     norm = {"global": "SyncBN over all ranks", "local": "batch norm over each rank's micro-batch"}
     if isinstance(n, int):
         where = (
@@ -157,9 +166,10 @@ def _model(plan: Plan, facts: ModelFacts | None) -> str:
         )
         norm[str(n)] = f"batch norm over groups of {n} images ({where})"
     batchnorm = norm[str(n)]
-    if facts is None:
+    has_batchnorm = _has_batchnorm(plan, facts)
+    if has_batchnorm is None:
         batchnorm += ", if the model has batch norm"
-    elif not facts.batchnorm_layers:
+    elif not has_batchnorm:
         batchnorm = "no batch norm"
     start = "" if recipe.model.zero_init_last else ", γ = 1 at the blocks' ends, too"
     return (

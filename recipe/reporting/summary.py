@@ -5,11 +5,13 @@ import os
 import shutil
 import statistics
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.plan import NoiseScale, Plan, in_words
+from recipe.config import ConfigError, parse_config
+from recipe.plan import NoiseScale, Plan, in_words, make_plan
 from recipe.reporting.code_state import versions
 
 SUMMARY = "summary.json"
@@ -100,8 +102,8 @@ def read_summary(output: Path) -> dict[str, Any] | None:
     return summary
 
 
-def format_summary(summary: dict[str, Any], output: Path) -> str:
-    """The summary as a block of lines for people, with what they may want to type next."""
+def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = None) -> str:
+    """The summary as a block of lines for people, with what they may want to type next, as far as ``plan`` is given."""
     ranks = _count(summary["world_size"], "rank") + (f" of {summary['hosts']} hosts" if summary["hosts"] > 1 else "")
     speed = "" if summary["images_per_second"] is None else f"{summary['images_per_second']:,.0f} images/s, "
     skipped = f", {summary['skipped_steps']} skipped by overflow" if summary["skipped_steps"] else ""
@@ -139,10 +141,39 @@ def format_summary(summary: dict[str, Any], output: Path) -> str:
             f"--output {output}-again",
         )
     )
-    fields.append(
-        ("next", f"--set train_batch_size={2 * summary['global_batch']} with another --output: rate and warmup follow")
-    )
+    following = None if plan is None else _following_plan(plan)
+    if following is not None:
+        rate, warmup = following.schedule.peak_rate, following.schedule.warmup_steps
+        fields.append(
+            (
+                "next",
+                f"--set train_batch_size={following.global_batch} with another --output: peak rate {rate:.6g}, "
+                + (f"warmup of {_count(warmup, 'step')}" if warmup else "no warmup"),
+            )
+        )
     return "\n".join(f"  {label:<14}{text}" for label, text in fields) + "\n"
+
+
+def _following_plan(plan: Plan) -> Plan | None:
+    """That of twice the batch or, where it would leave a single step an epoch, of half of it; None where neither goes.
+
+    What the file has written out against the rules, it has written out for its own batch.
+    """
+    rules = plan.config.recipe.schedule
+    for batch in (2 * plan.global_batch, plan.global_batch // 2):
+        if not 0 < batch <= plan.train_images // 2:
+            continue
+        raw = plan.config.source.raw
+        raw |= {"train_batch_size": batch, "train_micro_batch_size_per_gpu": "auto"}
+        raw["gradient_accumulation_steps"] = raw["scheduler"]["params"]["warmup_num_steps"] = "auto"
+        if rules.scaling_rule != "none":
+            raw["optimizer"]["params"]["lr"] = "auto"
+            raw["scheduler"]["params"] |= {"warmup_min_lr": "auto", "warmup_max_lr": "auto"}
+        if rules.weight_decay_rule != "constant" or rules.reference_weight_decay is not None:
+            raw["optimizer"]["params"]["weight_decay"] = "auto"
+        with suppress(ConfigError):
+            return make_plan(parse_config(raw, plan.config.source.file), plan.world_size)
+    return None
 
 
 def _noise_scale(summary: dict[str, Any]) -> list[tuple[str, str]]:

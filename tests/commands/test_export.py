@@ -87,6 +87,28 @@ def test_plain_timm_loads_what_was_validated(run: Path, tmp_path: Path, precisio
     assert int(plain.stdout) == pytest.approx(best["top1"] / 100 * count, abs=0.01 if precision == "fp32" else 3)
 
 
+def test_all_files_have_the_modes_of_the_umask(run: Path, tmp_path: Path) -> None:
+    (plain := tmp_path / "plain").write_text("")
+    assert export(str(run), "--output", str(tmp_path / "export")).returncode == 0
+    written = [file for folder in (run, tmp_path / "export") for file in folder.rglob("*") if file.is_file()]
+    assert len(written) > 10
+    assert {file.name: file.stat().st_mode for file in written if file.stat().st_mode != plain.stat().st_mode} == {}
+
+
+def test_the_card_of_a_run_that_was_stopped_says_how_far_it_was_trained(run: Path, tmp_path: Path) -> None:
+    """1,442 images are 2 steps of 512 an epoch: after 3 of 6 steps training is in the middle of its second epoch."""
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(run), str(copy)], check=True)
+    (copy / "summary.json").unlink()
+    export_of = choose(copy)[0]
+    stopped = replace(export_of, checkpoint=replace(export_of.checkpoint, step=3), steps_done=4)
+    text = card(stopped, True)
+    assert "- **Trained:** 3 of 6 steps (1.5 of 3 epochs) on 1,442 images, by SGD" in text
+    assert "not complete:** stopped, or still under way, after 4 of 6 steps (2 of 3 epochs); these are" in text
+    assert "3 epochs of SGD" not in text
+    assert "; no batch norm; fp32" in card(stopped, False)
+
+
 def test_the_card(run: Path, tmp_path: Path) -> None:
     assert export(str(run)).returncode == 0
     card = (run / "export/README.md").read_text()
@@ -142,7 +164,7 @@ def test_what_the_card_says_of_precision_and_decay(run: Path) -> None:
     raw = export_of.config.source.raw
     raw["recipe"]["precision"] = "fp64"
     raw["recipe"]["schedule"]["decay_epochs"] = []
-    text = card(replace(export_of, config=parse_config(raw, "plan.json")))
+    text = card(replace(export_of, config=parse_config(raw, "plan.json")), True)
     assert "in fp32; trained and validated in fp64, from which they are rounded." in text
     assert "peak rate 0.2; batch norm" in text
 

@@ -305,6 +305,20 @@ def test_a_single_host_must_be_this_machine(
     assert recorded_ssh() == []
 
 
+@pytest.mark.slow
+def test_this_machine_alone_is_told_to_do_without_ssh(
+    tmp_path: Path, recorded_ssh: RecordedSsh, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=2\n")
+    assert command.main([str(hostfile), "--output", str(tmp_path / "run")]) == 1
+    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: DeepSpeed")]
+    assert problems == [
+        "problem: DeepSpeed finds no master address by ssh localhost hostname -I: it prints no address; it is this "
+        "machine, which needs no ssh: launch by deepspeed --num_gpus 2 instead of --hostfile"
+    ]
+
+
 def test_a_line_of_deepspeed_env_is_a_problem(
     tmp_path: Path, recorded_ssh: RecordedSsh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,7 @@ from tests.launch import ROOT
 from tests.run_folders import plan, step, validation, write_run
 
 NOISE = {"event": "noise_scale", "gradient_variance": 1.0, "gradient_norm_squared": 0.1}
-PANELS = ["training loss", "top-1 validation error [%]", "learning rate", "images per second"]
+PANELS = ["training loss", "validation loss", "learning rate", "top-1 validation error [%]", "images per second"]
 PANELS += ["time spent waiting for data [%]"]
 
 
@@ -38,13 +38,19 @@ def test_runs_of_other_batches_meet_at_their_epochs(tmp_path: Path) -> None:
     small = write_run(tmp_path / "small", [*(step(t, 2.0) for t in range(8)), validation(3, 40.0), validation(7, 70.0)])
     large = write_run(
         tmp_path / "large",
-        [*(step(t, 3.0, lr=0.2, data_wait=0.25) for t in range(4)), validation(1, 30.0), validation(3, 60.5)],
+        [
+            *(step(t, 3.0, lr=0.2, data_wait=0.25) for t in range(4)),
+            validation(1, 30.0, 2.5),
+            validation(3, 60.5, None),
+        ],
         plan(train_batch_size=16),
     )
     drawn = panels(small, large)
     assert list(drawn) == PANELS
     assert curve(drawn["training loss"], 0) == [((t + 1) / 4, 2.0) for t in range(8)]
     assert curve(drawn["training loss"], 1) == [(0.5, 3.0), (1.0, 3.0), (1.5, 3.0), (2.0, 3.0)]
+    assert curve(drawn["validation loss"], 0) == [(1.0, 1.0), (2.0, 1.0)]
+    np.testing.assert_array_equal(curve(drawn["validation loss"], 1), [(1.0, 2.5), (2.0, np.nan)])
     assert curve(drawn["top-1 validation error [%]"], 0) == [(1.0, 60.0), (2.0, 30.0)]
     assert curve(drawn["top-1 validation error [%]"], 1) == [(1.0, 70.0), (2.0, 39.5)]
     assert curve(drawn["time spent waiting for data [%]"], 1)[0] == (0.5, 25.0)
@@ -68,7 +74,8 @@ def test_the_legend_says_how_the_loss_is_smoothed(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", (step(t, loss) for t, loss in enumerate(losses)), of_plan)
     figure = draw([read_run(folder)])
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["run (100 of 100 epochs)", "mean over ± 1 epochs (faint: each step)"]
+    assert figure.legends[0].get_title().get_text() == "Training on digits"
+    assert labels == ["run: test_resnet, batch 8 (100 of 100 epochs)", "mean over ± 1 epochs (faint: each step)"]
     raw, smoothed = figure.axes[0].lines
     assert raw.get_ydata().tolist() == losses
     assert smoothed.get_ydata()[10] == sum(losses[6:15]) / 9 == 4.0
@@ -108,8 +115,9 @@ def test_a_run_in_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     begun = write_run(tmp_path / "begun")
     (begun / "metrics.jsonl").unlink()
     figure = draw([read_run(folder)])
-    assert [text.get_text() for text in figure.axes[1].texts] == ["no validation yet"]
-    assert figure.legends[0].get_texts()[0].get_text() == "run (0.5 of 10 epochs)"
+    for panel in ("validation loss", "top-1 validation error [%]"):
+        assert [text.get_text() for text in figure.axes[PANELS.index(panel)].texts] == ["no validation yet"]
+    assert figure.legends[0].get_texts()[0].get_text() == "run: test_resnet, batch 8 (0.5 of 10 epochs)"
 
     assert plot.main([str(folder), str(begun), "--output", str(tmp_path)]) == 0
     seen = capsys.readouterr()
@@ -126,10 +134,10 @@ def test_what_spans_more_than_a_factor_of_ten_has_a_logarithmic_scale(tmp_path: 
 
 
 def test_curves_that_lie_on_each_other_take_turns(tmp_path: Path) -> None:
-    """Of three equal ones each draws a third of the way: their dashes begin a dash apart."""
+    """Of three equal ones each shows a third of the way: dashes a dash apart, and the longest one in their gaps."""
     lines = [step(t, 2.0 - t / 9) for t in range(9)]
-    runs = [write_run(tmp_path / name, lines) for name in "ab"]
-    runs.append(write_run(tmp_path / "no further yet", lines[:5]))
+    runs = [write_run(tmp_path / "no further yet", lines[:5])]
+    runs += [write_run(tmp_path / name, lines) for name in "ab"]
     runs.append(write_run(tmp_path / "other", [step(t, 1.0, lr=0.05) for t in range(9)]))
     # The same rate, though in other steps: 16 of 35 images.
     runs.append(write_run(tmp_path / "larger", [step(t, 1.5) for t in range(4)], plan(train_batch_size=16)))
@@ -140,9 +148,11 @@ def test_curves_that_lie_on_each_other_take_turns(tmp_path: Path) -> None:
 
     on, off = DASH, 2 * DASH
     solid = (0, None)
-    assert dashes("training loss") == [(turn * DASH, (on, off)) for turn in range(3)] + [solid, solid]
-    four = [(turn * DASH, (DASH, 3 * DASH)) for turn in range(4)]
-    assert dashes("learning rate") == [*four[:3], solid, four[3]]
+    assert dashes("training loss") == [(2 * DASH, (on, off)), solid, (DASH, (on, off)), solid, solid]
+    assert [line.get_zorder() < 2 for line in drawn["training loss"].lines] == [False, True, False, False, False]
+    # The rate of four runs is the same; 9 steps of 4 an epoch go further than 4 steps of 2.
+    one, two, three = [(turn * DASH, (DASH, 3 * DASH)) for turn in (1, 2, 3)]
+    assert dashes("learning rate") == [three, solid, one, solid, two]
     assert {line.get_linewidth() for line in drawn["learning rate"].lines} == {1.5}
 
 
@@ -173,12 +183,9 @@ def test_names_are_drawn_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert plot.main([*map(str, folders), "--output", str(tmp_path / "new/esc\x1bape.svg")]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/new/esc\\u001bape.png\n{tmp_path}/new/esc\\u001bape.svg\n"
     texts = draw([read_run(folder) for folder in folders]).legends[0].get_texts()
-    assert [text.get_text().replace("\n", "") for text in texts] == [
-        "_hidden",
-        "$x$ and $\\frac{1",
-        "red\\u001b[31m",
-        "\\u65e5\\u672c",
-        "long" * 50,
+    assert ["".join(text.get_text().split()) for text in texts] == [
+        f"{name}:test_resnet,batch8"
+        for name in ("_hidden", "$x$and$\\frac{1", "red\\u001b[31m", "\\u65e5\\u672c", "long" * 50)
     ]
     assert not any(text.get_parse_math() for text in texts)
 
@@ -216,6 +223,7 @@ def test_a_line_that_no_run_writes(
 def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", [step(0, 1.0)])
     config = json.loads((ROOT / "ds_configs/digits_b512.json").read_text())
+    nameless = {"recipe": plan()["recipe"] | {"model": {}}}
     study = tmp_path / "s"
     second = write_run(study / "case-b/seed-0", [step(0, 1.0)])
     first = write_run(study / "case-a/seed-1", [step(0, 1.0)])
@@ -230,6 +238,7 @@ def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ([str(tmp_path)], f"{tmp_path} holds no plan.json, so that it is not the folder of a run; did you mean {run}"),
         ([str(write_run(tmp_path / "x", of_plan=config))], "train_micro_batch_size_per_gpu is not a whole number >= 1"),
         ([str(write_run(tmp_path / "y", of_plan=plan(train_batch_size=99)))], "larger than its train_images"),
+        ([str(write_run(tmp_path / "z", of_plan=plan() | nameless))], "recipe.model.name is no string"),
         (["x" * 300], f"{'x' * 300} cannot be read: File name too long; mend that, or name another folder"),
         ([str(run), "--output", str(run / "plan.json/below")], f"{run}/plan.json: File exists; name another --output"),
     ):

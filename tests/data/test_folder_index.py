@@ -200,6 +200,8 @@ def test_what_is_damaged_or_something_else_is_made_anew(tmp_path, caches):
     make(root)
     expected = content(index_folder(str(root)))
     (kept,) = caches.iterdir()
+    (plain := tmp_path / "plain").touch()
+    assert kept.stat().st_mode == plain.stat().st_mode
     good = kept.read_bytes()
     flips = [good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :] for at in range(0, len(good), 8)]
     cuts = [good[:length] for length in range(0, len(good), 100)]

@@ -1,6 +1,7 @@
 """Plans against tables worked out by hand, and the shipped configs on the shipped hostfiles."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import Any
 
 import pytest
 
+from recipe.checkpoints.resume import batchnorm_images
 from recipe.config.schema import Config, ConfigError, parse_config, read_config
 from recipe.distributed.hostfile import read_hostfile
 from recipe.plan.plan import Plan, fitting_micro_batches, make_plan, with_micro_batch
 from recipe.plan.text import format_plan, notes, plan_json
+from recipe.reporting.summary import format_summary, read_summary
+from tests.run_folders import step, write_run
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -439,6 +443,20 @@ def test_notes() -> None:
     assert "6% of the images are left over" in plan_notes(train_batch_size=600_000, **n32)
 
 
+def test_a_model_without_batch_norm_hears_nothing_of_it() -> None:
+    vit = {"recipe__model__name": "vit_tiny_patch16_224"}
+    n32 = {"recipe__batchnorm__statistics": 32, "train_micro_batch_size_per_gpu": 48, "train_batch_size": 6144}
+    assert "neither hold groups of 32 samples" in str(refusal(8, **n32))
+    assert make_plan(config(**n32, **vit), 8).accumulation == 16  # 8 ranks × 16 × 48 = 6,144
+    for changes in ({}, n32, {"recipe__max_micro_batch_size": "auto"}, {"recipe__noise_scale__enabled": True}):
+        plan = make_plan(config(**changes, **vit), 8)
+        assert not [note for note in notes(plan) if "norm" in note or "statistics" in note]
+        assert "fp32, no batch norm" in format_plan(plan)
+        assert batchnorm_images(json.loads(plan_json(plan))) is None  # on other ranks it is the same training
+    unknown = plan_notes(8, recipe__model__name="resnet34")
+    assert "if the model has batch norm: batch norm's statistics come from 2,048 images" in unknown
+
+
 @pytest.mark.parametrize(
     ("schedule", "note"),
     [
@@ -453,6 +471,34 @@ def test_notes_on_what_the_paper_found_worse(schedule: dict, note: str) -> None:
     rules = {f"recipe__schedule__{key}": value for key, value in schedule.items()}
     assert note in plan_notes(recipe__batchnorm__statistics=32, **rules)
     assert plan_notes(train_batch_size=256, recipe__batchnorm__statistics=32, **rules) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        # 1,281,167 images are 78 steps of 16,384 an epoch, five of which are 390.
+        ({}, "train_batch_size=16384 with another --output: peak rate 6.4, warmup of 390 steps"),
+        ({"warmup": "none"}, "train_batch_size=16384 with another --output: peak rate 6.4, no warmup"),
+        ({"scaling_rule": "none"}, "train_batch_size=16384 with another --output: peak rate 0.1, no warmup"),
+        ({"scaling_rule": "sqrt"}, "train_batch_size=16384 with another --output: peak rate 0.8, warmup of 390 steps"),
+        # 16,384 of them would be one step an epoch; of 4,096 there are 4.
+        ({"train_images": 20_000}, "train_batch_size=4096 with another --output: peak rate 1.6, warmup of 20 steps"),
+    ],
+)
+def test_the_summary_advises_what_the_next_plan_says(tmp_path: Path, changes: dict, advice: str) -> None:
+    section = {key: "data" if key == "train_images" else "schedule" for key in changes}
+    plan = make_plan(config(**{f"recipe__{section[key]}__{key}": value for key, value in changes.items()}), 32)
+    summary = read_summary(write_run(tmp_path, summary={}))
+    assert summary is not None
+    assert format_summary(summary, tmp_path, plan).splitlines()[-1] == f"  next          --set {advice}"
+
+
+def test_the_summary_advises_no_batch_where_none_goes(tmp_path: Path) -> None:
+    """Of two images on two ranks four are too many, and one cannot be shared."""
+    plan = make_plan(config(train_batch_size=2, recipe__data__train_images=2), 2)
+    summary = read_summary(write_run(tmp_path, summary={}))
+    assert summary is not None
+    assert "  next" not in format_summary(summary, tmp_path, plan)
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -484,6 +530,29 @@ def test_the_plan_command_refuses_in_one_line(arguments: list[str], message: str
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+@pytest.mark.parametrize("command", [("plan", "CONFIG"), ("plan", "CONFIG", "--json"), ("compare", "RUN", "RUN")])
+def test_an_answer_that_cannot_be_written_is_one_line_and_no_success(
+    tmp_path: Path, command: tuple[str, ...], buffered: bool
+) -> None:
+    run = write_run(tmp_path / "run", [step(0, 2.0)])
+    words = [{"CONFIG": "ds_configs/digits_b512.json", "RUN": str(run)}.get(word, word) for word in command]
+    environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "recipe", *words],
+            cwd=ROOT,
+            env=environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line == "recipe: standard output cannot be written: No space left on device; the answer is not whole"
 
 
 def test_a_plan_imports_neither_torch_nor_deepspeed() -> None:

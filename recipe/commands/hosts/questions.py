@@ -57,11 +57,15 @@ async def examine(hosts: Sequence[Host], launch: Launch) -> tuple[list[str], lis
         await asyncio.gather(*(visit.close() for visit in visits.values()))
     problems = []
     code, printed, said = await asked
-    if code != 0 or not printed.split():
-        reason = explain(code, said.strip() or "it prints no address", first.name)
-        way_out = "; or launch without --hostfile" if is_alone else ""
-        if not first.is_gone:
-            problems.append(f"DeepSpeed finds no master address by ssh {first.name} hostname -I: {reason}{way_out}")
+    if (code != 0 or not printed.split()) and not first.is_gone:
+        said = said.strip() or "it prints no address"
+        reason = explain(code, said, first.name)
+        if is_alone:
+            reason = (
+                f"{said.splitlines()[-1]}; it is this machine, which needs no ssh: launch by deepspeed --num_gpus "
+                f"{first.slots} instead of --hostfile"
+            )
+        problems.append(f"DeepSpeed finds no master address by ssh {first.name} hostname -I: {reason}")
     silent = await quiet
     if silent and not is_alone:
         notes.append(

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"recipe: {refusal}", file=sys.stderr)
         return REFUSED
     except OSError as error:
-        say(f"{error.filename}: {error.strerror}; mend it, and the same command goes on")
+        say(f"{error.filename or output}: {error.strerror}; mend it, and the same command goes on")
         return FAILED
 
 
