@@ -24,11 +24,12 @@ from recipe.checkpoints import (
     statistics_change,
     training_sha256,
 )
-from recipe.data import BadImageError, SyntheticLoader, TrainLoader, ValidationLoader, derive_seed
+from recipe.data import BadImageError, SyntheticLoader, TrainLoader, ValidationLoader, WorkerError, derive_seed
 from recipe.distributed import Facts, Interrupted, Meeting, Requests, Watch
 from recipe.engine import (
     CPU_MICRO_BATCH,
     GradientNorms,
+    NoImageError,
     choose_kernels,
     compile_training,
     cross_entropy,
@@ -68,7 +69,7 @@ class MicroBatchError(RuntimeError):
 
 
 # Their messages say all that a person needs.
-KNOWN_FAILURES = (BadImageError, CheckpointError, FloatingPointError, MicroBatchError, OutputError)
+KNOWN_FAILURES = (BadImageError, CheckpointError, FloatingPointError, MicroBatchError, OutputError, WorkerError)
 
 
 def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, Any]:
@@ -82,6 +83,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
         CheckpointError: a checkpoint cannot be written, or none of those that are there can be loaded.
         MicroBatchError: a micro-batch does not fit the GPU.
         OutputError: a file of the run cannot be written.
+        WorkerError: the processes that read images died, or lack what they need.
         Interrupted: a signal asked for the end, and the run is saved.
     """
     output, started = run.output, time.monotonic()
@@ -148,7 +150,11 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
                     if engine.global_steps < plan.total_steps:
                         train_loader.begin_epoch(epoch)
                     batches = requests.watched(watch.awaited(validation_loader.batches()))
-                    result = evaluate(engine, batches, run.device)
+                    try:
+                        result = evaluate(engine, batches, run.device)
+                    except NoImageError as error:
+                        save_now()
+                        raise BadImageError(f"{error}; what was trained is saved: the same command goes on") from None
                     history.validations.append(telemetry.validation(result, engine.global_steps - 1))
                     history.bad_images |= set(result.bad_images)
                     history.decoded_by_pil += result.decoded_by_pil
@@ -195,6 +201,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
         skipped_steps=engine.skipped_steps,
         images_per_second=telemetry.images_per_second(),
         best_checkpoint=None if best is None else best.path,
+        classes=() if run.datasets is None else run.datasets[0].class_names,
     )
     if dist.get_rank() == 0:
         replace_text(output / SUMMARY, json.dumps(summary, indent=2) + "\n")

@@ -212,6 +212,8 @@ def card(export: Export, has_batchnorm: bool) -> str:
         versions = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
         ranks = f"{summary['world_size']} rank{'' if summary['world_size'] == 1 else 's'}"
         lines.append(f"- **On:** {ranks} on {summary['device']}; {versions}.")
+        if summary.get("classes"):  # earlier versions do not name them
+            lines.append(f"- **Classes,** from 0 on: {json.dumps(summary['classes'], ensure_ascii=False)}.")
     lines += [
         "",
         "```python",

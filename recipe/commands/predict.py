@@ -134,7 +134,7 @@ def _as_data(trained: "Trained", files: Sequence[Path]) -> "ImageDataset":
     from recipe.data import FolderIndex, ImageFiles
 
     names = b"".join(os.fsencode(file) + b"\0" for file in files)
-    index = FolderIndex("", [""], np.array([len(files)]), np.frombuffer(names, np.uint8))
+    index = FolderIndex("", [""], np.array([len(files)]), np.frombuffer(names, np.uint8), left_out={})
     view: dict[str, Any] = {"image_size": trained.image_size, "crop": trained.crop, "flip": False, "seed": 0}
     return ImageFiles(index, **view, on_bad_image="skip")
 

@@ -30,16 +30,15 @@ from .folder_index import (
     IMG_EXTENSIONS as IMG_EXTENSIONS,
     FolderIndex as FolderIndex,
     index_folder as index_folder,
-)
-from .held import HeldImages as HeldImages
-from .imagefolder import (
-    ImageFiles as ImageFiles,
     list_imagefolder as list_imagefolder,
 )
+from .held import HeldImages as HeldImages
+from .imagefolder import ImageFiles as ImageFiles
 from .loader import (
     PREFETCHED as PREFETCHED,
     TrainLoader as TrainLoader,
     ValidationLoader as ValidationLoader,
+    WorkerError as WorkerError,
     collate as collate,
 )
 from .pack import (

@@ -52,6 +52,9 @@ class Samples(Dataset[Sample], ABC):
     decoded_by_pil = 0
     """Images that PIL has decoded beforehand; no batch counts them again."""
 
+    class_names: list[str]
+    """What labels mean."""
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -167,14 +170,19 @@ class ImageDataset(Samples):
         Raises:
             BadImageError: See ``__getitem__``.
         """
+        first: BadImageError | None = None
         for offset in range(min(_HOPELESS, len(self))):
             source = (index + offset) % len(self)
             try:
                 return self.image(source), source
-            except BadImageError:
+            except BadImageError as error:
                 if self._on_bad_image == "stop":
                     raise
-        raise BadImageError(f"{self.name(index)}: cannot be read, nor can any of the images that follow it")
+                first = first or error
+        assert first is not None, "there are images"
+        raise BadImageError(
+            f"{self.name(index)}: cannot be read ({first.__cause__}), nor can any of the images that follow it"
+        ) from first
 
     def _blank(self, bad_image: str = "") -> Sample:
         image = torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 DEEP_GREY_FORMATS = ("PNG", "PPM")  # those whose 32-bit integers hold 16 bits, from 0 to 65,535
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _JPEG = b"\xff\xd8"
 _JPEG_END = b"\xff\xd9"
 
@@ -68,6 +69,8 @@ def decode(file: bytes) -> Decoded:
             pass
     if not file:
         raise DecodingError("the file is empty")
+    if file.startswith(_LFS_POINTER):
+        raise DecodingError("Git LFS's pointer to it: git lfs pull fetches the image")
     try:
         return Decoded(_decode_by_pil(file), by_pil=True)
     except (DecodingError, MemoryError):

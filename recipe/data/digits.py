@@ -22,6 +22,7 @@ class Digits(ImageDataset):
     ) -> None:
         """``greys`` is uint8 (n, 8, 8), ``labels`` integers (n,)."""
         super().__init__(labels.tolist(), _CLASSES, image_size=image_size, crop=crop, flip=flip, seed=seed)
+        self.class_names = [str(digit) for digit in range(_CLASSES)]
         size = (image_size, image_size)
         enlarged = [np.array(Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR)) for grey in greys]
         self._images = torch.from_numpy(np.stack(enlarged)).unsqueeze(-1).expand(-1, -1, -1, 3).contiguous()

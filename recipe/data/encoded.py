@@ -44,6 +44,7 @@ class EncodedImages(Samples):
 
     def __init__(self, dataset: ImageDataset, decoder: Decoder, device: torch.device) -> None:
         self._dataset = dataset
+        self.class_names = dataset.class_names
         self._decoder = decoder
         self._device = device
 

@@ -2,7 +2,7 @@
 
 Every rank lists the folder when it starts, all 1.28 million files of ImageNet. So what a scan has found is kept in the
 user's cache, with a digest of the state of every folder that it looked into: any name that comes, goes or changes below
-them changes the times of one, and the scan is made anew.
+them changes the times of one, and the scan is made anew. Nothing here needs torch, whose import takes seconds.
 """
 
 import hashlib
@@ -12,6 +12,8 @@ import socket
 import stat
 import sys
 import time
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,9 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from torchvision.datasets.folder import IMG_EXTENSIONS as IMG_EXTENSIONS
 
-FORMAT = 1
+from recipe.config import printable
+from recipe.data.pack_format import HEADER
+
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Of what is taken for an image, as torchvision does."""
+FORMAT = 2
 SMALLEST_KEPT_IMAGES = 10_000
 """Fewer are listed in about the time in which a file is read."""
 SETTLED_SECONDS = 2.0
@@ -37,15 +43,23 @@ class FolderIndex:
         counts: int64, the number of images of each class.
         names: uint8, the images' paths relative to ``root``, each ended by a zero byte. One array: a million strings
             are a quarter of a GB, and are copied by and by into forked workers, as reference counts change.
+        left_out: The number of files in the classes' folders that are no images by their extension, by that: in
+            lower case with its dot, "" for none; the most frequent first. Hidden files do not count.
     """
 
     def __init__(
-        self, root: str, classes: list[str], counts: npt.NDArray[np.int64], names: npt.NDArray[np.uint8]
+        self,
+        root: str,
+        classes: list[str],
+        counts: npt.NDArray[np.int64],
+        names: npt.NDArray[np.uint8],
+        left_out: dict[str, int],
     ) -> None:
         self.root = root
         self.classes = classes
         self.counts = counts
         self.names = names
+        self.left_out = left_out
         self._ends = np.flatnonzero(names == 0)
 
     def __len__(self) -> int:
@@ -60,6 +74,70 @@ class FolderIndex:
         """The path of an image."""
         start = int(self._ends[index - 1]) + 1 if index else 0
         return os.path.join(self.root, os.fsdecode(self.names[start : int(self._ends[index])].tobytes()))
+
+
+def list_imagefolder(path: Path) -> tuple[FolderIndex, FolderIndex]:
+    """Return what (``path/train``, ``path/val`` or else ``path/test``) hold, of the same classes; no file is read.
+
+    Raises:
+        ValueError: A folder is missing or cannot be listed, an image is a pipe or a device, a class has no image,
+            or the two parts differ in their classes. The message says what is wrong with which path.
+    """
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {path}; it should hold train/ and val/")
+    if (path / HEADER).is_file():
+        raise ValueError(f'{path} holds a pack of images; write "source": "pack"')
+    if not (path / "train").is_dir():
+        raise ValueError(f"{path} has no folder train/; it should hold a folder a class")
+    held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
+    if held_out is None:
+        raise ValueError(f"{path} has neither val/ nor test/ beside train/")
+
+    train, validation = list_classes(path / "train"), list_classes(held_out)
+    for one, other in ((train, validation), (validation, train)):
+        if missing := set(one.classes) - set(other.classes):
+            raise ValueError(
+                printable(f"{other.root} lacks classes that {one.root} has: {_some(missing)}") + _twin(missing, other)
+            )
+    return train, validation
+
+
+def _twin(missing: set[str], other: FolderIndex) -> str:
+    """What of the classes that ``other`` lacks it has under a name that looks the same, or nearly."""
+    seen = {_look(name): name for name in other.classes}
+    for name in sorted(missing):
+        if twin := seen.get(_look(name)):
+            same = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", twin)
+            how = "one is composed, the other decomposed, as macOS writes it" if same else "they differ"
+            return f"; of {name!a} and its {twin!a} {how}: rename the folders of one as those of the other"
+    return ""
+
+
+def _look(name: str) -> str:
+    """A name without what is hard to see: the Unicode form, case, spaces, characters of no width."""
+    return "".join(c for c in unicodedata.normalize("NFKC", name).casefold() if c.isprintable() and c != " ")
+
+
+def list_classes(root: Path) -> FolderIndex:
+    """Return what a folder with a folder per class holds; no file is read.
+
+    Raises:
+        ValueError: See ``list_imagefolder``.
+    """
+    try:
+        folder = index_folder(str(root))
+    except OSError as error:
+        raise ValueError(printable(f"{root} cannot be listed: {error}")) from error
+    if not folder.classes:
+        raise ValueError(f"{root} holds no class; it should hold a folder a class")
+    if empty := {name for name, count in zip(folder.classes, folder.counts, strict=True) if count == 0}:
+        raise ValueError(printable(f"{root} holds no image of {_some(empty)}; fill or remove these folders"))
+    return folder
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:5])
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
 @dataclass(frozen=True)
@@ -80,6 +158,7 @@ def index_folder(root: str) -> FolderIndex:
 
     Raises:
         OSError: A folder below ``root`` cannot be listed.
+        ValueError: See ``scan``.
     """
     cache = _cache_file(root)
     index = _read(cache, root)
@@ -96,39 +175,51 @@ def index_folder(root: str) -> FolderIndex:
 def scan(root: str) -> tuple[FolderIndex, _Watched]:
     """List a folder as torchvision's ImageFolder does, which does not tell what folders it has looked into.
 
+    But for hidden names, which a desktop or a notebook leaves (``._x.jpg``, ``.ipynb_checkpoints``), and for links to
+    a folder that they lie in: torchvision follows them, until after 40 times the system refuses.
+
     Raises:
         OSError: A folder below ``root`` cannot be listed, where torchvision would leave out what is in it.
+        ValueError: What is called an image is a pipe, a socket or a device.
     """
     before: dict[str, os.stat_result | None] = {}
 
-    def look(folder: str) -> list[os.DirEntry[str]]:
+    def look(folder: str) -> tuple[list[os.DirEntry[str]], os.stat_result]:
         path = os.path.join(root, folder)
-        before[folder] = os.stat(path)
+        before[folder] = status = os.stat(path)
         with os.scandir(path) as entries:
-            found = list(entries)
+            found = [entry for entry in entries if not entry.name.startswith(".")]
         for entry in found:
             if entry.is_symlink() and not _is_folder(entry):
                 before[os.path.join(folder, entry.name)] = None
-        return found
+        return found, status
 
-    classes = sorted(entry.name for entry in look("") if entry.is_dir())
-    counts, names = [], bytearray()
+    entries, status_of_root = look("")
+    classes = sorted(entry.name for entry in entries if _is_folder(entry))
+    counts, names, others = [], bytearray(), Counter[str]()
     for name in classes:
         images: dict[str, list[str]] = {}
-        pending = [name]
+        pending: list[tuple[str, tuple[os.stat_result, ...]]] = [(name, (status_of_root,))]
         while pending:
-            folder = pending.pop()
-            files = []
-            for entry in look(folder):
+            folder, above = pending.pop()
+            entries, status = look(folder)
+            above, files = (*above, status), []
+            for entry in entries:
                 if _is_folder(entry):
-                    pending.append(os.path.join(folder, entry.name))
-                elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                    if not (entry.is_symlink() and any(os.path.samestat(entry.stat(), one) for one in above)):
+                        pending.append((os.path.join(folder, entry.name), above))
+                elif not entry.name.lower().endswith(IMG_EXTENSIONS):
+                    others[os.path.splitext(entry.name)[1].lower()] += 1
+                elif _can_be_read(entry):
                     files.append(entry.name)
+                else:
+                    raise ValueError(printable(f"{entry.path}: not a regular file; remove it"))
             images[folder] = sorted(files)
         paths = [os.path.join(folder, file) for folder in sorted(images) for file in images[folder]]
         counts.append(len(paths))
         names += _joined(paths)
-    index = FolderIndex(root, classes, np.array(counts, np.int64), np.frombuffer(names, np.uint8))
+    left_out = dict(sorted(others.items(), key=lambda item: (-item[1], item[0])))
+    index = FolderIndex(root, classes, np.array(counts, np.int64), np.frombuffer(names, np.uint8), left_out)
     newest_ns = max(max(status.st_mtime_ns, status.st_ctime_ns) for status in before.values() if status is not None)
     return index, _Watched(list(before), _digest(before.values()), newest_ns)
 
@@ -138,6 +229,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # links in a circle
         return False
+
+
+def _can_be_read(entry: os.DirEntry[str]) -> bool:
+    """Whether what is no folder is no pipe, socket or device, either: to open a pipe would wait for a writer."""
+    try:
+        return entry.is_file() or not entry.stat()
+    except OSError:  # a link to nowhere, which says so when it is read
+        return True
 
 
 def _status(path: str) -> os.stat_result | None:
@@ -190,7 +289,8 @@ def _read(cache: Path | None, root: str) -> FolderIndex | None:
             watched = _split(file["watched"])
             if _digest(_status(os.path.join(root, path)) for path in watched) != file["sha256"].tobytes():
                 return None
-            index = FolderIndex(root, _split(file["classes"]), file["counts"], file["names"])
+            left_out = dict(zip(_split(file["left_out"]), file["left_out_counts"].tolist(), strict=True))
+            index = FolderIndex(root, _split(file["classes"]), file["counts"], file["names"], left_out)
         return index if len(index.counts) == len(index.classes) and index.counts.sum() == len(index) else None
     except Exception:  # numpy and zipfile have many for what is damaged, or something else
         return None
@@ -213,6 +313,8 @@ def _keep(cache: Path | None, index: FolderIndex, watched: _Watched) -> None:
                     classes=np.frombuffer(_joined(index.classes), np.uint8),
                     counts=index.counts,
                     names=index.names,
+                    left_out=np.frombuffer(_joined(list(index.left_out)), np.uint8),
+                    left_out_counts=np.array(list(index.left_out.values()), np.int64),
                 )
             os.replace(unfinished, cache)
         finally:

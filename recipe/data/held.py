@@ -36,6 +36,7 @@ class HeldImages(Samples):
 
     def __init__(self, dataset: ImageDataset, device: torch.device, *, training: bool) -> None:
         self._dataset = dataset
+        self.class_names = dataset.class_names
         self._crop = dataset.crop if training else "none"
 
         def read(index: int) -> tuple[Sample, int]:

@@ -1,28 +1,47 @@
 """From keys to batches on the device: torch's DataLoader, where nothing but the keys decides what comes."""
 
+import errno
 import multiprocessing
 import os
+import resource
+import shutil
 import signal
+import sys
 import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from multiprocessing import queues
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.data._utils import signal_handling
 
 from recipe.data.batch import Batch, HostBatch, Normalise
 from recipe.data.datasets import BadImageError, Sample, Samples
 from recipe.data.sampler import TrainSampler, ValidationSampler
 from recipe.distributed import SIGNALS
 
+_SHM = "/dev/shm"
+"""Where workers put batches for the main process."""
+
 PREFETCHED = 2
 """Batches on their way to the GPU while it computes on one."""
 
 S = TypeVar("S")
 T = TypeVar("T")
+
+# torch has a handler for SIGCHLD that raises, wherever the main thread is, that a worker has died. Here it is who waits
+# for that worker that finds out, within 5 s.
+signal_handling._SIGCHLD_handler_set = True
+
+
+class WorkerError(RuntimeError):
+    """The worker processes have died, or lack what they need; the message names the remedy."""
 
 
 class _Loader:
@@ -83,20 +102,31 @@ class _Loader:
             # The workers start with the signals blocked, so that none comes too early.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
-                return iter(self._loader)
+                with self._failures_told():
+                    return iter(self._loader)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _batches(self) -> Iterator[Batch]:
         host_batches, self._begun = self._begun or self.host_batches(), None
-        try:
+        with self._failures_told():
             if self._device.type == "cuda":
                 yield from self._uploaded(host_batches)
             else:
                 yield from map(self.on_device, host_batches)
+
+    @contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        try:
+            yield
         except BadImageError as error:
             # DataLoader puts the worker's traceback before the message; the message alone says what to do.
             raise BadImageError(str(error).rpartition("BadImageError: ")[2].strip()) from None
+        except (OSError, RuntimeError) as error:
+            ends = [process.exitcode for process in getattr(self._loader._iterator, "_workers", ())]
+            if problem := _problem(error, [end for end in ends if end]):
+                raise WorkerError(problem + (", or --set recipe.data.workers=0" if self._workers else "")) from error
+            raise
 
     def _uploaded(self, host_batches: Iterator[HostBatch]) -> Iterator[Batch]:
         """The batches, made beside what the device computes, on a stream of their own."""
@@ -212,7 +242,7 @@ class TrainLoader(_Loader):
         Raises:
             ValueError: The epoch has no such step.
             BadImageError: An image cannot be read, and the data set does not skip it.
-            RuntimeError: A worker process died.
+            WorkerError: A worker process died, or lacks what it needs.
         """
         if self._begun is None or self._begun_at != (epoch, first_step):
             self.begin_epoch(epoch, first_step)
@@ -248,7 +278,7 @@ class ValidationLoader(_Loader):
 
         Raises:
             BadImageError: An image cannot be read, and the data set does not skip it.
-            RuntimeError: A worker process died.
+            WorkerError: A worker process died, or lacks what it needs.
         """
         yield from self._batches()
 
@@ -265,7 +295,47 @@ def collate(together: Callable[[list[Any]], Any], samples: list[Sample]) -> Host
     )
 
 
+def _problem(error: Exception, ends: Sequence[int]) -> str:
+    """What has ended the loader, and what helps; "" for what is not its matter. ``ends`` are workers' exit codes."""
+    lack = _lack(error)
+    if lack == errno.EMFILE or errno.EMFILE in ends:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"reading images takes more open files than the {limit:,} that a process may have here: raise ulimit -n"
+    if lack == errno.ENOSPC or {errno.ENOSPC, -signal.SIGBUS} & set(ends):
+        size = shutil.disk_usage(_SHM).total if os.path.isdir(_SHM) else 0
+        return (
+            f"the processes that read images find no room in {_SHM}, which has {size / 2**20:,.1f} MiB: enlarge it "
+            "(docker run --shm-size=8g)"
+        )
+    if ends:
+        killed = f"was killed by {signal.Signals(-ends[0]).name} (out of memory?)" if ends[0] < 0 else ""
+        return f"a process that reads images {killed or f'ended with exit code {ends[0]}'}: take fewer of them"
+    return ""
+
+
+def _lack(error: BaseException) -> int:
+    """EMFILE or ENOSPC where an exception tells of that, as torch's and those of workers do in their text; else 0."""
+    text = str(error)
+    if "Too many open files" in text or "ancdata" in text:  # a descriptor was sent, and none was received
+        return errno.EMFILE
+    return errno.ENOSPC if "No space left on device" in text or "shared memory" in text else 0
+
+
+def _end_unsent(error: BaseException, batch: Any) -> NoReturn:
+    os._exit(_lack(error) or 1)
+
+
+def _end_for_a_lack(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if lack := _lack(error):
+        os._exit(lack)
+    sys.__excepthook__(kind, error, trace)
+
+
 def _obey_the_parent_alone(worker: int) -> None:
+    # The threads that send batches, and the memory that they are in, would print a traceback and go on, while the main
+    # process waits for ever for what was not sent.
+    queues.Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
+    sys.excepthook = _end_for_a_lack
     # Ctrl-C, and the launcher's SIGTERM, reach the workers too, but the step under way needs their images: the main
     # process decides, and ends them, at the latest by the SIGTERM that multiprocessing sends when the process exits.
     signal.set_wakeup_fd(-1)

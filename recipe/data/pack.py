@@ -1,5 +1,6 @@
 """The images of a pack, read at random from its shards: the same samples as from the folder that was packed."""
 
+import errno
 import os
 import weakref
 from pathlib import Path
@@ -63,7 +64,9 @@ class PackedImages(ImageDataset):
             try:
                 self._files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             except OSError as error:
-                raise ValueError(f"{path}: {error.strerror}; mend it, or make the pack anew") from error
+                lacks = error.errno in (errno.EMFILE, errno.ENFILE)
+                remedy = "raise ulimit -n: a pack's shards stay open" if lacks else "mend it, or make the pack anew"
+                raise ValueError(f"{path}: {error.strerror}; {remedy}") from error
 
     def file(self, index: int) -> bytes:
         row = self._images[index]

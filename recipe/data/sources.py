@@ -1,4 +1,4 @@
-"""The data, a function of (seed, epoch, index): the same samples, crops and order on any hardware."""
+"""From the folder of a config to its data sets."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -6,7 +6,8 @@ from typing import Any, Literal
 from recipe.data.augment import Crop
 from recipe.data.datasets import ImageDataset, OnBadImage
 from recipe.data.digits import open_digits
-from recipe.data.imagefolder import ImageFiles, list_classes, open_imagefolder
+from recipe.data.folder_index import list_classes
+from recipe.data.imagefolder import ImageFiles, open_imagefolder
 from recipe.data.pack import open_pack
 from recipe.data.pack_format import HEADER
 
@@ -32,15 +33,21 @@ def open_datasets(
 
     Raises:
         ValueError: The folder is not what it should be; see ``open_imagefolder`` and ``open_pack``.
+        BadImageError: The first image of one cannot be read, and is not to be skipped, or none that follows, either.
     """
     if source == "digits":
         return open_digits(image_size=image_size, crop=crop, flip=flip, seed=seed)
     if path is None:
         raise ValueError(f'recipe.data.path: missing; source "{source}" needs the folder that holds train/ and val/')
     views: dict[str, Any] = {"image_size": image_size, "crop": crop, "flip": flip, "seed": seed}
+    datasets: tuple[ImageDataset, ImageDataset]
     if source == "pack":
-        return open_pack(path, **views, on_bad_image=on_bad_image, short_side=pack_short_side)
-    return open_imagefolder(path, **views, on_bad_image=on_bad_image)
+        datasets = open_pack(path, **views, on_bad_image=on_bad_image, short_side=pack_short_side)
+    else:
+        datasets = open_imagefolder(path, **views, on_bad_image=on_bad_image)
+    for dataset in datasets:
+        dataset.readable_from(0)  # what no image can be read of shall not show after an epoch
+    return datasets
 
 
 def open_validation(path: Path, *, image_size: int, crop: Crop, on_bad_image: OnBadImage) -> ImageDataset:

@@ -5,6 +5,7 @@ from .kernels import (
 )
 from .loop import (
     Batch as Batch,
+    NoImageError as NoImageError,
     Step as Step,
     Validation as Validation,
     cross_entropy as cross_entropy,

@@ -18,6 +18,10 @@ from recipe.engine.start import backward
 from recipe.model import update_running_averages
 
 
+class NoImageError(ValueError):
+    """Of the validation images no rank could read one; raised on all of them."""
+
+
 class Batch(Protocol):
     """What the loop takes: a micro-batch of m samples on the device."""
 
@@ -136,7 +140,7 @@ def evaluate(
         observe: Gets the logits of each batch, (m, classes) in fp32 at least, and the batch.
 
     Raises:
-        ValueError: No image could be read.
+        NoImageError: No image could be read.
     """
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)
@@ -154,7 +158,7 @@ def evaluate(
     dist.all_reduce(totals)
     top1, top5, loss, count = totals.tolist()
     if count == 0:
-        raise ValueError("no validation image could be read")
+        raise NoImageError(f"no validation image could be read, from {next(iter(bad_images), 'the first')} on")
     return Validation(
         100 * top1 / count, 100 * top5 / count, loss / count, round(count), tuple(bad_images), decoded_by_pil
     )

@@ -5,12 +5,13 @@ import os
 import shutil
 import statistics
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.config import ConfigError, parse_config
+from recipe.config import ConfigError, parse_config, printable
 from recipe.plan import NoiseScale, Plan, in_words, make_plan
 from recipe.reporting.code_state import versions
 
@@ -58,8 +59,9 @@ def summarise(
     skipped_steps: int,
     images_per_second: float | None,
     best_checkpoint: Path | None,
+    classes: Sequence[str],
 ) -> dict[str, Any]:
-    """The content of ``summary.json``. Accuracies and errors are in per cent."""
+    """The content of ``summary.json``. Accuracies and errors are in per cent; ``classes`` are names, from 0 on."""
     measured = plan.config.recipe.noise_scale
     best = max(history.validations, key=lambda validation: validation["top1"])
     errors = [100 - validation["top1"] for validation in history.validations[-LAST_EPOCHS:]]
@@ -88,6 +90,7 @@ def summarise(
         "decoded_by_pil": history.decoded_by_pil,
         "device": device,
         "versions": versions(),
+        "classes": list(map(printable, classes)),
     }
 
 

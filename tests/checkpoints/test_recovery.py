@@ -1,5 +1,6 @@
 """Invariant 6: whatever lies in the folder of a run, it goes on from the newest checkpoint that is whole."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from recipe.checkpoints.manifest import damage, find
-from tests.launch import DIGITS, SHORT, complete_run, events, losses, train, train_ok
+from tests.data.images import write_folder
+from tests.launch import DIGITS, ROOT, SHORT, complete_run, events, losses, train, train_ok
 
 pytestmark = pytest.mark.slow
 
@@ -143,3 +145,47 @@ def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoints(small_disk: P
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     train_ok(*arguments)
     assert losses(output) == undisturbed
+
+
+VAL_GOES_AWAY = """
+import sys
+
+from recipe.data.datasets import BadImageError
+from recipe.data.imagefolder import ImageFiles
+from recipe.train import main
+
+read, seen = ImageFiles.image, []
+
+
+def image(self, index):
+    if "/val/" in self.name(index):
+        seen.append(index)
+        if len(seen) > 1:  # the first look, before training
+            raise BadImageError(f"{self.name(index)}: the disk is gone")
+    return read(self, index)
+
+
+ImageFiles.image = image
+sys.exit(main())
+"""
+
+
+def test_an_epoch_is_saved_where_none_of_the_validation_images_can_be_read_any_more(tmp_path: Path) -> None:
+    images = write_folder(tmp_path / "images", images=8)
+    data = {"source": "imagefolder", "path": str(images), "image_size": 32, "train_images": 16, "validation_images": 16}
+    data |= {"on_bad_image": "skip", "workers": 0}
+    arguments = ("--deepspeed_config", DIGITS, "--output", str(tmp_path / "run"), *SHORT, "--set=train_batch_size=16")
+    arguments += ("--set=recipe.model.num_classes=2", "--set=recipe.max_micro_batch_size=8")
+    arguments += (f"--set=recipe.data={json.dumps(data)}",)
+    program = tmp_path / "val_goes_away.py"
+    program.write_text(VAL_GOES_AWAY)
+    failed = train(*arguments, script=str(program), PYTHONPATH=str(ROOT))
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    assert failed.stderr.splitlines()[-1].endswith(
+        f"BadImageError: no validation image could be read, from {images}/val/c0/0.jpg on; what was trained is saved: "
+        "the same command goes on"
+    )
+    assert "resumed from" in train_ok(*arguments).stdout
+    assert [event["step"] for event in events(tmp_path / "run", "step")] == [0, 1, 2]
+    assert [event["step"] for event in events(tmp_path / "run", "validation")] == [0, 1, 2]

@@ -114,6 +114,7 @@ def test_the_card(run: Path, tmp_path: Path) -> None:
     card = (run / "export/README.md").read_text()
     best = max(events(run, "validation"), key=lambda line: line["top1"])
     assert f"- **Measured:** top-1 {best['top1']:.2f} %" in card
+    assert '- **Classes,** from 0 on: ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"].' in card
     assert "peak rate 0.2, × 0.1 at epochs 2; batch norm over the micro-batches of all GPUs; fp32; seed 0" in card
     assert "an image is resized to 32 × 32; pixels from 0 to 1, of them mean (0.3054, 0.3054, 0.3054)" in card
     assert "1 rank on " in card

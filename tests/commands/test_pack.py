@@ -384,6 +384,8 @@ def test_training_from_a_pack_is_training_from_the_folder(tmp_path: Path) -> Non
     images = write_folder(tmp_path / "images", images=12)
     for part in ("train", "val"):
         picture(9).save(images / part / "c1/3.jpg", "PNG")
+        (images / part / "c0").rename(images / part / os.fsdecode(b"\xff 2"))
+        (images / part / "c1").rename(images / part / "10")
     assert pack(images, tmp_path / "pack", 0) == 0
     for source, path in (("imagefolder", images), ("pack", tmp_path / "pack")):
         data = {"source": source, "path": str(path), "image_size": 32, "train_images": 24, "validation_images": 24}
@@ -403,6 +405,7 @@ def test_training_from_a_pack_is_training_from_the_folder(tmp_path: Path) -> Non
     summaries = [json.loads((tmp_path / source / "summary.json").read_text()) for source in ("imagefolder", "pack")]
     # Two PNGs, on the device once and from the pack in each of two epochs.
     assert [summary["decoded_by_pil"] for summary in summaries] == [2, 4]
+    assert [summary["classes"] for summary in summaries] == [["10", "\\udcff 2"]] * 2
     states = [
         torch.load(tmp_path / source / "checkpoints/step-00000006/mp_rank_00_model_states.pt", weights_only=True)[
             "module"

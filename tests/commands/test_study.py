@@ -92,6 +92,7 @@ def complete(training: Training, output: Path, errors: list[float]) -> None:
         skipped_steps=0,
         images_per_second=9.0,
         best_checkpoint=None,
+        classes=(),
     )
     (folder / "summary.json").write_text(json.dumps(summary))
 

@@ -1,5 +1,9 @@
 """Images for the tests: made on the spot, in every shape that image folders are met in."""
 
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +35,7 @@ class Pictures(ImageDataset):
     def __init__(self, length: int = 23, *, crop: str = "random_resized", image_size: int = 16) -> None:
         labels = [index % 3 for index in range(length)]
         super().__init__(labels, 3, image_size=image_size, crop=crop, flip=True, seed=5)
+        self.class_names = ["a", "b", "c"]
 
     def image(self, index: int) -> Decoded:
         return Decoded(pixels(picture(index, width=20 + index)))
@@ -48,6 +53,18 @@ def write_folder(root: Path, classes: int = 2, images: int = 3, parts: tuple[str
             for number in range(images):
                 picture(100 * label + number).save(folder / f"{number}.jpg")
     return root
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """While it lasts this process can open none."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as lowest:  # all that are below it are open
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest.fileno() + 1, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def rng_states() -> list:

@@ -1,19 +1,39 @@
 import os
 import random
+import re
+import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from torchvision.datasets import ImageFolder
+from torchvision.datasets import ImageFolder, folder as torchvision_folder
 
 from recipe.data import folder_index
-from recipe.data.folder_index import FolderIndex, index_folder
-from recipe.data.imagefolder import list_imagefolder
+from recipe.data.folder_index import FolderIndex, index_folder, list_imagefolder
+from tests.data.images import write_folder
 
-# Spaces, line breaks, other alphabets, bytes that are no UTF-8 (as Python names them), and what is nearly an image.
-NAMES = ["a", "B", "ä ö", "日本", "new\nline", "\udcff\udc80", "z\udcc3", "-rf", "a-b", "a.b", "~", "'\"", "😀", "0 1"]
+# Spaces, line breaks, other alphabets, bytes that are no UTF-8 (as Python names them), hidden, and nearly an image.
+NAMES = [
+    "a",
+    "B",
+    "ä ö",
+    "日本",
+    "new\nline",
+    "\udcff\udc80",
+    "z\udcc3",
+    "-rf",
+    "a-b",
+    "a.b",
+    "~",
+    "'\"",
+    "😀",
+    "0 1",
+    "._x",
+]
 ENDINGS = [".jpg", ".JPEG", ".png", ".webp", ".txt", ".jpg.txt", ""]
 
 
@@ -45,8 +65,16 @@ def content(index: FolderIndex):
 
 
 def torchvisions(root):
+    """What torchvision finds, but for what is hidden, and for what it finds again in a circle of links."""
+
+    def is_shown(path):
+        path = path.removeprefix(str(root))
+        return "/." not in path and "/circle/" not in path
+
     folder = ImageFolder(root, allow_empty=True)
-    return folder.classes, folder.samples
+    classes = [name for name in folder.classes if not name.startswith(".")]
+    names = folder.classes
+    return classes, [(path, classes.index(names[label])) for path, label in folder.samples if is_shown(path)]
 
 
 def some_folder(root: Path, dice: random.Random) -> Path:
@@ -89,6 +117,67 @@ def test_scan_and_cache_give_what_torchvision_finds(tmp_path, scans):
         assert kept.labels.dtype == kept.counts.dtype == np.int64
         assert scans == [root], seed
         scans.clear()
+
+
+def test_hidden_files_do_not_count_and_files_of_other_kinds_are_counted(tmp_path, scans):
+    root = tmp_path / "images"
+    for file in (
+        *("a/1.jpg", "a/2.JPG", "b/1.webp"),
+        *("a/._1.jpg", "b/.DS_Store", "b/.x/1.jpg", ".ipynb_checkpoints/1-checkpoint.jpg", ".cache/a/1.jpg"),
+        *("a/1.gif", "b/2.GIF", "b/deep/er/3.gif", "a/1.heic", "a/1.jpg.txt", "b/2.tar.txt", "a/README", "b/dot."),
+        *("outside.gif", "1.jpg"),
+    ):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+    for _ in range(2):
+        index = index_folder(str(root))
+        assert content(index) == (
+            ["a", "b"],
+            [(f"{root}/{x}", "ab".index(x[0])) for x in ("a/1.jpg", "a/2.JPG", "b/1.webp")],
+        )
+        assert list(index.left_out.items()) == [(".gif", 3), (".txt", 2), ("", 1), (".", 1), (".heic", 1)]
+    assert len(scans) == 1
+
+
+def test_it_takes_the_extensions_of_torchvision_and_does_not_import_it():
+    assert folder_index.IMG_EXTENSIONS == torchvision_folder.IMG_EXTENSIONS
+    program = "import recipe.data.folder_index, sys; print([name for name in sys.modules if name.startswith('torch')])"
+    printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert printed == "[]\n"
+
+
+def test_links_in_a_circle_are_followed_once(tmp_path):
+    make(tmp_path / "images")
+    root = tmp_path / "images"
+    for link, target in (("a/circle", "a"), ("a/deep/er/up", "a/deep"), ("a/root", "."), ("b/itself", "b/itself")):
+        (root / link).symlink_to(root / target)
+    # From one class into the other and back: the images of both are in each, but no image is twice in one.
+    (root / "a/to b").symlink_to(root / "b")
+    (root / "b/to a").symlink_to(root / "a")
+    found = [path.removeprefix(f"{root}/") for path, _ in content(index_folder(str(root)))[1]]
+    of_a = ["1.jpg", "2.jpg", "deep/er/3.jpg"]
+    assert found == [
+        *(f"a/{path}" for path in (*of_a, "to b/1.jpg")),
+        *(f"b/{path}" for path in ("1.jpg", *(f"to a/{path}" for path in of_a))),
+        "linked/1.jpg",
+    ]
+
+
+def test_what_is_no_file_is_refused_by_name_and_a_link_to_nowhere_is_left_to_the_reader(tmp_path):
+    write_folder(tmp_path)
+    image = tmp_path / "val/c1/new\nline.jpg"
+    refusal = re.escape(f"{tmp_path}/val/c1/new\\u000aline.jpg: not a regular file; remove it")
+    for make_it in (
+        lambda: os.mkfifo(image),
+        lambda: os.mknod(image, stat.S_IFSOCK),
+        lambda: image.symlink_to("/dev/zero"),
+    ):
+        make_it()
+        with pytest.raises(ValueError, match=f"^{refusal}$"):
+            list_imagefolder(tmp_path)
+        image.unlink()
+    image.symlink_to("nowhere")
+    assert (str(image), 1) in content(list_imagefolder(tmp_path)[1])[1]
 
 
 def make(root: Path) -> None:

@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
+from recipe.commands.pack.command import pack
 from recipe.data import BadImageError, TrainLoader, ValidationLoader, open_datasets
+from recipe.data.pack_format import read_header
 from tests.data.images import MEAN, STD, picture, pixels, write_folder
 
 
@@ -99,6 +101,24 @@ def test_order_labels_and_classes_are_torchvisions(tmp_path):
     assert train.class_names == ["c0", "c1", "c2"]
 
 
+def test_classes_are_sorted_as_text_and_nothing_hidden_counts_in_the_folder_and_in_its_pack(tmp_path):
+    for part in ("train", "val"):
+        for name in range(12):
+            (tmp_path / "images" / part / str(name)).mkdir(parents=True)
+            picture(name).save(tmp_path / "images" / part / str(name) / "0.png")
+    expected = ["0", "1", "10", "11", "2", "3", "4", "5", "6", "7", "8", "9"]
+    assert datasets.ImageFolder(tmp_path / "images" / "train").classes == expected
+    for hidden in (".ipynb_checkpoints/0.png", "0/._0.png", "0/.DS_Store"):
+        (tmp_path / "images" / "train" / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / "images" / "train" / hidden).write_bytes(b"no image")
+    assert pack(tmp_path / "images", tmp_path / "pack", 0) == 0
+    assert list(read_header(tmp_path / "pack").classes) == expected
+    for source, folder in (("imagefolder", "images"), ("pack", "pack")):
+        train, _ = open_datasets(source, tmp_path / folder, 16, "none", False, 0, "stop")
+        assert (train.class_names, len(train)) == (expected, 12)
+        assert all(torch.equal(train.image(i).pixels, pixels(picture(int(name)))) for i, name in enumerate(expected))
+
+
 def test_val_comes_before_test(tmp_path):
     write_folder(tmp_path, parts=("train", "test"))
     assert "/test/" in open_folder(tmp_path)[1].name(0)
@@ -134,6 +154,26 @@ def test_classes_that_differ_are_named(tmp_path, here, there):
     message = f"{tmp_path / there} lacks classes that {tmp_path / here} has: otters"
     with pytest.raises(ValueError, match=f"recipe.data.path: {message}$"):
         open_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "what"),
+    [
+        ("caf\u00e9", "cafe\u0301", "one is composed, the other decomposed, as macOS writes it"),
+        ("cat", "Cat ", "they differ"),
+        ("cat", "cat\u200b", "they differ"),
+    ],
+)
+def test_classes_that_look_the_same_are_told_apart(tmp_path, ours, theirs, what):
+    write_folder(tmp_path)
+    (tmp_path / "train" / "c1").rename(tmp_path / "train" / ours)
+    (tmp_path / "val" / "c1").rename(tmp_path / "val" / theirs)
+    with pytest.raises(ValueError, match=r"lacks classes") as error:
+        open_folder(tmp_path)
+    assert str(error.value) == (
+        f"recipe.data.path: {tmp_path}/val lacks classes that {tmp_path}/train has: {ours}; of {ours!a} and its "
+        f"{theirs!a} {what}: rename the folders of one as those of the other"
+    )
 
 
 def spoil(path, how: str) -> None:
@@ -216,5 +256,35 @@ def test_skip_gives_up_where_nothing_can_be_read(tmp_path):
     train, _ = open_folder(tmp_path, "skip")
     for path in (tmp_path / "train").glob("*/*"):
         path.unlink()
-    with pytest.raises(BadImageError, match=r"c1/1\.jpg: cannot be read, nor can any of the images that follow"):
+    with pytest.raises(
+        BadImageError, match=r"c1/1\.jpg: cannot be read \(.*No such file.*\), nor can any of the images that follow"
+    ):
         train[0, 4]
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 12345\n"
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_part_that_cannot_be_read_at_all_is_refused_before_anything_is_trained(tmp_path, part):
+    write_folder(tmp_path / "images")
+    for path in (tmp_path / "images" / part).glob("*/*"):
+        path.write_bytes(LFS_POINTER)
+    assert pack(tmp_path / "images", tmp_path / "pack", 0) == 0
+    first = f"{part}/c0/0.jpg"
+    assert read_header(tmp_path / "pack").parts[part == "val"].bad_images[0].name == first
+    for source, path in (
+        ("imagefolder", f"{tmp_path}/images/{first}"),
+        ("pack", f"{tmp_path}/pack/{part}/00000.tar: {first}"),
+    ):
+        for on_bad_image, what in (("stop", "not a readable image"), ("skip", "cannot be read")):
+            with pytest.raises(BadImageError) as error:
+                open_datasets(
+                    source, tmp_path / source.replace("imagefolder", "images"), 16, "none", False, 0, on_bad_image
+                )
+            assert str(error.value).startswith(path)
+            assert f"{what} (Git LFS's pointer to it: git lfs pull fetches the image)" in str(error.value)
+            assert "\n" not in str(error.value)
+    # One that can be read is enough.
+    picture().save(tmp_path / "images" / part / "c1" / "2.jpg")
+    open_folder(tmp_path / "images", "skip")

@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,13 +10,15 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from recipe.data import TrainLoader, ValidationLoader, open_datasets
+from recipe.data import TrainLoader, ValidationLoader, WorkerError, open_datasets
 from recipe.data.batch import Normalise
 from recipe.data.loader import ahead
 from recipe.data.sampler import PADDING, epoch_permutation
-from tests.data.images import MEAN, STD, Pictures, rng_states
+from tests.data.images import MEAN, STD, Pictures, no_more_files, rng_states, write_folder
 
 CPU = torch.device("cpu")
+NO_FILES = r"reading images takes more open files than the \d+ that a process may have here: raise ulimit -n"
+NO_ROOM = r"the processes that read images find no room in /dev/shm, which has [\d,.]+ MiB: enlarge it \(docker .*=8g\)"
 
 
 def train_loader(dataset=None, *, rank=0, world_size=1, micro_batch=4, workers=0, global_batch=8, **kwargs):
@@ -223,15 +226,74 @@ def test_what_a_pass_begins_with_is_read_before_it_is_asked_for(tmp_path):
 
 
 class Deadly(Pictures):
-    """Its first image kills the process that reads it."""
+    """Its first image ends the process that reads it."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.end = end
 
     def image(self, index):
-        os.kill(os.getpid(), signal.SIGKILL)
+        self.end()
 
 
-def test_a_killed_worker_ends_the_run():
-    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
-        list(train_loader(Deadly(), workers=1).epoch(0))
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (
+            lambda: os.kill(os.getpid(), signal.SIGKILL),
+            r"a process that reads images was killed by SIGKILL \(out of memory\?\): take fewer of them",
+        ),
+        (lambda: os._exit(3), "a process that reads images ended with exit code 3: take fewer of them"),
+        (lambda: os.kill(os.getpid(), signal.SIGBUS), NO_ROOM),
+    ],
+    ids=["killed", "ended", "out of shared memory"],
+)
+def test_a_worker_that_dies_ends_the_run_where_its_batch_is_waited_for(end, message):
+    before = set(multiprocessing.active_children())
+    source = train_loader(Deadly(end), workers=1)
+    source.begin_epoch(0)
+    (worker,) = set(multiprocessing.active_children()) - before
+    worker.join(60)
+    with pytest.raises(WorkerError, match=f"^{message}, or --set recipe.data.workers=0$"):
+        list(source.epoch(0))
+
+
+LACKING = """
+from recipe.data import WorkerError
+from tests.data.test_loader import Pictures, train_loader
+try:
+    # The batches are kept, and with them their memory and their files.
+    print(len(list(train_loader(Pictures(200), workers=2).epoch(0))))
+except WorkerError as error:
+    print(error, flush=True)
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("shell", "message"),
+    [
+        ("ulimit -n 16", NO_FILES),  # the workers start
+        ("ulimit -n 24", NO_FILES),  # and some batches come
+        ("mount -t tmpfs -o size=300k tmpfs /dev/shm", NO_ROOM),
+    ],
+    ids=["16 files", "24 files", "300 KiB"],
+)
+def test_where_files_or_shared_memory_are_scarce_the_remedy_is_named(shell, message):
+    unshare = ["unshare", "--mount"] if shell.startswith("mount") else []
+    if unshare and subprocess.run([*unshare, "sh", "-c", shell], check=False, capture_output=True).returncode:
+        pytest.skip("no other /dev/shm can be mounted here")
+    command = [*unshare, "sh", "-c", f'{shell} && exec "$@"', "sh", sys.executable, "-c", LACKING]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3, done
+    assert re.fullmatch(f"{message}, or --set recipe.data.workers=0\n", done.stdout)
+
+
+@pytest.mark.parametrize("on_bad_image", ["stop", "skip"])
+def test_an_image_is_not_bad_where_the_process_may_open_no_more_files(tmp_path, on_bad_image):
+    train, _ = open_datasets("imagefolder", write_folder(tmp_path), 16, "none", False, 0, on_bad_image)
+    with no_more_files(), pytest.raises(WorkerError, match=f"^{NO_FILES}$"):
+        list(train_loader(train, global_batch=2, micro_batch=2).epoch(0))
 
 
 def test_close_ends_the_workers():

@@ -1,5 +1,6 @@
 """A pack gives the samples of the folder that it was made of, and refuses what is not as it was written."""
 
+import errno
 import hashlib
 import json
 import os
@@ -172,6 +173,15 @@ def test_what_is_not_as_it_was_written_is_refused(packed, tmp_path, monkeypatch,
     assert str(error.value).startswith(message.format(pack=tmp_path / "pack"))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "payload").exists()
+
+
+def test_a_pack_of_more_shards_than_the_process_may_open_is_not_to_be_made_anew(packed, monkeypatch):
+    def open_no_more(path, *arguments):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(os, "open", open_no_more)
+    with pytest.raises(ValueError, match=r"train/00000\.tar: Too many open files; raise ulimit -n: .* stay open$"):
+        open_as("pack", packed)
 
 
 def test_source_and_folder_that_do_not_fit_each_other(folder, packed):
