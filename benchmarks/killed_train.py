@@ -18,6 +18,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from recipe.distributed import listen
 from recipe.train import main, set_up_torch
 
 MOMENTS = {
@@ -139,6 +140,7 @@ def kill_at(moment: str, trigger: Trigger) -> None:
 
 
 if __name__ == "__main__":
+    listen()  # before torch starts threads
     set_up_torch()
     from deepspeed.accelerator import get_accelerator
 

@@ -5,8 +5,10 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from recipe.checkpoints import (
     PLAN,
     CheckpointError,
     checkpoint,
+    leaves,
     manifest,
     statistics_change,
     training_sha256,
@@ -52,6 +55,8 @@ from recipe.model import (
 from recipe.plan import NoiseScale, Plan, fitting_micro_batches, format_plan, plan_json, with_micro_batch
 from recipe.preflight import Run
 from recipe.reporting import (
+    LOG,
+    METRICS,
     SUMMARY,
     History,
     OutputError,
@@ -59,6 +64,7 @@ from recipe.reporting import (
     cannot_write,
     code_sha256,
     read_summary,
+    steps_done,
     summarise,
     versions,
 )
@@ -94,9 +100,6 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     join_process_group(run.device, timeout, meeting.group_store)
     run = settle_micro_batch(run)
     plan = run.plan
-    if dist.get_rank() == 0:
-        remove_summary(output)
-        replace_text(output / PLAN, plan_json(plan))
     join_neighbours(run.model, plan.micro_batch, timeout)
     engine = start_engine(
         run.model,
@@ -106,6 +109,9 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     )
     loss_function = compile_training(engine.module, cross_entropy) if recipe.compile else cross_entropy
     history, messages = resume(engine, run)
+    if dist.get_rank() == 0:
+        remove_summary(output)
+        replace_text(output / PLAN, plan_json(plan))
     telemetry = Telemetry(
         output,
         first_step=engine.global_steps,
@@ -127,7 +133,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
 
     every_minutes = recipe.checkpoint.every_minutes
     save_every = None if every_minutes is None else timedelta(minutes=every_minutes)
-    with Requests(save_every, timeout) as requests:
+    with Requests(save_every, timeout, watch.launchers) as requests:
 
         def save_now(top1: float | None = None) -> None:
             telemetry.report()
@@ -267,6 +273,15 @@ def summary_of_complete_run(run: Run) -> dict[str, Any] | None:
     return read_summary(run.output)
 
 
+def unused_data(run: Run) -> str:
+    """What to say of a folder of images that a complete run was not trained on, as a part of a sentence."""
+    before = dict(leaves(run.start.earlier_plan or {})).get("recipe.data.path")
+    now = run.plan.config.recipe.data.path
+    if before is None or now is None or os.path.realpath(before) == os.path.realpath(now):
+        return ""
+    return f" (on {before}; {now} was not looked at)"
+
+
 def resume(engine: DeepSpeedEngine, run: Run) -> tuple[History, list[str]]:
     """Load the newest checkpoint that is whole, if there are any; return its history and what there is to say.
 
@@ -274,14 +289,15 @@ def resume(engine: DeepSpeedEngine, run: Run) -> tuple[History, list[str]]:
         CheckpointError: those that are whole cannot be loaded, or none is and the run must resume.
     """
     if not run.start.checkpoints:
-        return begin(run), list(run.start.messages)
+        return begin(run), [*run.start.messages, *set_former_run_aside(run.output)]
     loaded, state, messages = checkpoint.load_newest(engine, run.start.checkpoints)
     messages = [*run.start.messages, *messages]
     if loaded is None:
         if run.start.must_resume:
             raise CheckpointError(f"--resume must: no checkpoint is whole: {'; '.join(messages)}")
         checkpoint.set_aside(run.start.checkpoints)
-        return begin(run), [*messages, "no whole checkpoint is left: training begins anew"]
+        messages.append("no whole checkpoint is left: training begins anew")
+        return begin(run), [*messages, *set_former_run_aside(run.output)]
     restore_running_averages(engine.module, state["running_averages"])
     # Checkpoints of earlier versions do not know the noise scale.
     noise_scale = NoiseScale(**state.get("noise_scale", {}))
@@ -289,6 +305,27 @@ def resume(engine: DeepSpeedEngine, run: Run) -> tuple[History, list[str]]:
     history = History(state["validations"], set(state["bad_images"]), state["seconds"], noise_scale, decoded_by_pil)
     messages += statistics_change(run.plan, run.start)
     return history, [*messages, f"resumed from {loaded.path}, {engine.global_steps:,} steps done"]
+
+
+def set_former_run_aside(output: Path) -> list[str]:
+    """Give what an earlier run wrote, and left no checkpoint of, a folder of its own; return what there is to say.
+
+    Raises:
+        OutputError: it cannot be moved.
+    """
+    metrics = output / METRICS
+    if dist.get_rank() != 0 or not metrics.exists() or not metrics.stat().st_size:
+        return []
+    steps = steps_done(output)
+    aside = next(folder for number in count(1) if not (folder := output / f"former-{number}").exists())
+    try:
+        aside.mkdir()
+        for name in (METRICS, LOG, PLAN, SUMMARY):
+            with suppress(FileNotFoundError):
+                os.rename(output / name, aside / name)
+    except OSError as error:
+        raise cannot_write(aside, error) from error
+    return [f"training begins at epoch 1: no checkpoint is left of {steps:,} steps, whose files are in {aside}"]
 
 
 def begin(run: Run) -> History:

@@ -16,19 +16,20 @@ if __name__ == "__main__":
     # Started as a file, Python puts this folder first on its path, where our modules would shadow others' names.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from recipe.config import Distributed, read_config
+from recipe.config import Distributed, printable, read_config
 from recipe.distributed import (
     Interrupted,
     Placement,
-    at_the_terminal,
     check_ranks,
-    end_at_once,
     find_command,
     find_placement,
-    ignore_signals,
+    ignore,
+    listen,
     open_process,
+    outlive_readers,
     read_command,
     say,
+    take_by,
 )
 from recipe.plan import format_plan, make_plan
 from recipe.reporting import format_summary
@@ -46,10 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         else 1.
     """
     try:
-        end_at_once()
+        outlive_readers()
+        listen()
         return run(parse_arguments(argv))
     except Interrupted as end:
-        ignore_signals()
+        take_by(ignore)
         return end.exit_code
 
 
@@ -71,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     command = find_command() if rank == 0 else None
     above = [] if placement.launcher is None else [os.getppid()]
     above += [] if command is None else [command.pid]
-    launchers = [process for pid in above if (process := open_process(pid)) is not None]
+    launchers = {pid: process for pid in above if (process := open_process(pid)) is not None}
     output = arguments.output or Path("runs", arguments.deepspeed_config.stem)
     plan, launch, checked, refusal = None, None, None, None
     try:
@@ -89,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     from recipe.distributed import FAILED, DisagreementError, MeetingError, Watch, meet
     from recipe.preflight import prepare
     from recipe.reporting import LOG
-    from recipe.run import KNOWN_FAILURES, own_facts, summary_of_complete_run, train
+    from recipe.run import KNOWN_FAILURES, own_facts, summary_of_complete_run, train, unused_data
 
     gc.freeze()
     gc.enable()
@@ -121,10 +123,11 @@ def run(arguments: argparse.Namespace) -> int:
         with Watch(meeting, timeout, launchers, known, output / LOG) as watch:
             summary = train(checked, meeting, watch, arguments.verbose)
     elif rank == 0:
-        print(f"{output} is complete already, and nothing was trained; another --output trains it anew")
+        trained = f"{output} is complete already{unused_data(checked)}, and nothing was trained"
+        print(printable(f"{trained}; another --output trains it anew"))
     if rank == 0:
-        text = format_summary(summary, output, checked.plan)
-        at_the_terminal(lambda: print("\n" + text, flush=True))
+        print("
+" + format_summary(summary, output, checked.plan), flush=True)
     return COMPLETE
 
 
@@ -187,7 +190,7 @@ def refuse(refusal: ValueError, rank: int, verbose: bool) -> int:
         time.sleep(OTHER_RANKS_WAIT_SECONDS)
     if verbose:
         traceback.print_exception(refusal)
-    print(f"recipe: {refusal}", file=sys.stderr, flush=True)
+    say(str(refusal))
     return REFUSED
 
 
@@ -196,7 +199,7 @@ def refuse_together(disagreement: ValueError, rank: int) -> int:
     if rank != 0:
         time.sleep(AFTER_RANK_0_SECONDS)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(f"recipe: {disagreement}", file=sys.stderr, flush=True)
+        say(str(disagreement))
     return REFUSED
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -204,13 +205,14 @@ def test_deepspeeds_own_sections_work(tmp_path: Path) -> None:
 
 
 def image_folder(folder: Path, *, per_class: int = 12) -> Path:
-    """Two classes, red and blue, as JPEGs of uneven sizes; one training image is a text file."""
+    """Two classes, red and blue, as JPEGs of uneven sizes; one training image is a text file with an odd name."""
     for part, count in (("train", per_class), ("val", 5)):
         for color in ("red", "blue"):
             (folder / part / color).mkdir(parents=True)
             for number in range(count):
                 Image.new("RGB", (40 + number, 30 + 2 * number), color).save(folder / part / color / f"{number}.jpg")
-    (folder / "train/red/3.jpg").write_text("not an image")
+    (folder / "train/red/3.jpg").unlink()
+    Path(os.fsdecode(os.fsencode(folder) + b"/train/red/caf\xe9\n.jpg")).write_text("not an image")
     return folder
 
 
@@ -225,22 +227,39 @@ FOLDER_RUN = (
 )
 
 
-def test_an_image_folder_with_a_bad_image(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_image_folder_with_a_bad_image(tmp_path: Path, ranks: int) -> None:
     data, output = image_folder(tmp_path / "data"), tmp_path / "run"
+    bad = f"{data}/train/red/caf\\udce9\\u000a.jpg"
     Image.open(data / "val/red/0.jpg").save(data / "val/red/0.jpg", "PNG")
     arguments = ("--deepspeed_config", DIGITS, "--output", str(output), "--data", str(data), *FOLDER_RUN)
-    stopped = train(*arguments, ranks=2)
+    stopped = train(*arguments, ranks=ranks)
     assert stopped.returncode == 1
-    assert str(data / "train/red/3.jpg") in stopped.stderr
-    assert 'set recipe.data.on_bad_image to "skip"' in stopped.stderr
-    assert "Traceback" not in stopped.stderr.partition(": BadImageError")[0]
-    skipped = train_ok(*arguments, "--set=recipe.data.on_bad_image=skip", "--output", str(tmp_path / "skip"), ranks=2)
+    said = [line for line in stopped.stderr.splitlines() if line.startswith("recipe: ")]
+    assert re.fullmatch(
+        rf"recipe: rank \d on \S+ failed at step [0-2]: BadImageError: {re.escape(bad)}: not a readable image "
+        r'\(cannot identify image file\); mend it, or set recipe.data.on_bad_image to "skip"',
+        said[0],
+    )
+    assert set(said) == {said[0]}  # rank 0 repeats what another one tells
+    assert len(said) == 1 + (not said[0].startswith("recipe: rank 0"))
+    assert "Traceback" not in stopped.stderr
+    assert (output / "train.log").read_text().count(said[0].removeprefix("recipe: ")) == 1
+    skipped = train_ok(
+        *arguments, "--set=recipe.data.on_bad_image=skip", "--output", str(tmp_path / "skip"), ranks=ranks
+    )
     summary = json.loads((tmp_path / "skip/summary.json").read_text())
-    assert summary["bad_images"] == [str(data / "train/red/3.jpg")]
+    assert summary["bad_images"] == [bad]
     assert summary["decoded_by_pil"] == 2  # once each epoch
     assert summary["steps"] == 6
     assert [v["count"] for v in events(tmp_path / "skip", "validation")] == [10, 10]
     assert "1 could not be read" in skipped.stdout
+    (tmp_path / "other").symlink_to(data)
+    shutil.copytree(data / "val", tmp_path / "moved/val")
+    shutil.copytree(data / "train", tmp_path / "moved/train")
+    for other, told in (("other", ""), ("moved", f" (on {data}; {tmp_path}/moved was not looked at)")):
+        again = train_ok(*arguments, "--output", str(tmp_path / "skip"), "--data", str(tmp_path / other))
+        assert f"skip is complete already{told}, and nothing was trained; another --output" in again.stdout
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import errno
 from pathlib import Path
 
+from recipe.config import printable
 from recipe.data.augment import Crop
 from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage
 from recipe.data.decoding import UNREADABLE, Decoded, decode, remedy
@@ -35,7 +36,7 @@ class ImageFiles(ImageDataset):
         self._folder = folder
 
     def file(self, index: int) -> bytes:
-        with open(self.name(index), "rb") as file:
+        with open(self._folder.path(index), "rb") as file:
             return file.read()
 
     def image(self, index: int) -> Decoded:
@@ -50,7 +51,7 @@ class ImageFiles(ImageDataset):
             ) from error
 
     def name(self, index: int) -> str:
-        return self._folder.path(index)
+        return printable(self._folder.path(index))
 
 
 def open_imagefolder(

@@ -338,7 +338,6 @@ def _obey_the_parent_alone(worker: int) -> None:
     sys.excepthook = _end_for_a_lack
     # Ctrl-C, and the launcher's SIGTERM, reach the workers too, but the step under way needs their images: the main
     # process decides, and ends them, at the latest by the SIGTERM that multiprocessing sends when the process exits.
-    signal.set_wakeup_fd(-1)
     threading.Thread(target=_end_when_the_parent_says, args=(os.getppid(),), daemon=True).start()
 
 

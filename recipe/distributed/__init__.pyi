@@ -33,9 +33,10 @@ from .rendezvous import (
 from .signals import (
     SIGNALS as SIGNALS,
     Interrupted as Interrupted,
-    at_the_terminal as at_the_terminal,
-    end_at_once as end_at_once,
     heeded as heeded,
-    ignore_signals as ignore_signals,
+    ignore as ignore,
+    listen as listen,
+    outlive_readers as outlive_readers,
     say as say,
+    take_by as take_by,
 )

@@ -8,19 +8,22 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from recipe.distributed.signals import SIGNALS, Interrupted, heeded, let_go_of_the_terminal, say
+from recipe.distributed.launcher import kills_late_ranks
+from recipe.distributed.signals import Interrupted, end_at_once, ignore, listen, say, take_by
 
-# Ctrl-C reaches a rank twice: from the terminal, and by the launcher, which passes it on at once.
+# One request may reach a rank several times: by the terminal, by a launcher, by who ends all processes of a name.
 SAME_REQUEST_SECONDS = 2.0
-_NO_MORE = b"\0"  # no signal's number
+# Less than the 30 s after which DeepSpeed's launcher kills a rank that it has told to end.
+LAUNCHER_LIVES_SECONDS = 20.0
 
 T = TypeVar("T")
 
@@ -31,44 +34,33 @@ class Requests:
     Args:
         save_every: The time between two checkpoints, by rank 0's clock; None for none.
         timeout: After which the ranks' agreement fails.
+        launchers: What started this rank, as far as it is on this machine: process and descriptor of each.
     """
 
-    def __init__(self, save_every: timedelta | None, timeout: timedelta) -> None:
+    def __init__(
+        self, save_every: timedelta | None, timeout: timedelta, launchers: Mapping[int, int] | None = None
+    ) -> None:
         self._save_every = save_every
         self._saved_at = time.monotonic()
+        self._launchers = launchers or {}
         self._signum = 0
         self._signalled_at = 0.0
-        self._handlers: dict[int, Any] = {}
-        self._pipe = 0
+        self._outliving: threading.Timer | None = None
         # The agreement is the CPU's business: over NCCL it would make each step wait for the device.
         self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     def __enter__(self) -> Self:
-        # Python runs a handler when the main thread comes back from C, and that may wait for a rank that is gone. The
-        # pipe is written to at once, and a thread of its own reads it.
-        listen_to, self._pipe = os.pipe()
-        os.set_blocking(self._pipe, False)
-        self._listener = threading.Thread(target=self._listen, args=(listen_to,), daemon=True)
-        self._listener.start()
-        signal.set_wakeup_fd(self._pipe)
-        for signum in heeded():
-            self._handlers[signum] = signal.signal(signum, lambda signum, frame: None)
+        listen()
+        take_by(self._take)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A run that has failed says why, and ends; a signal shall not come before that.
-        if kind is None or not issubclass(kind, Exception):
-            for signum, handler in self._handlers.items():
-                signal.signal(signum, handler)
-        signal.set_wakeup_fd(-1)
-        # Closing alone would not end it: a loader process may hold a copy of the pipe.
-        os.write(self._pipe, _NO_MORE)
-        os.close(self._pipe)
-        # It must not be the last to hold the process group: destroyed by a thread while Python ends, the group aborts
-        # the process.
-        self._listener.join()
+        # A run that has failed, or was saved, says so and ends; a signal shall not come before that.
+        take_by(end_at_once if kind is None else ignore)
+        if self._outliving is not None:
+            self._outliving.cancel()
 
     def agree(self) -> tuple[int, bool]:
         """The signal that any rank got (0: none), and whether rank 0's clock asks for a checkpoint; on all ranks.
@@ -96,21 +88,29 @@ class Requests:
         """A checkpoint was written: the clock starts anew."""
         self._saved_at = time.monotonic()
 
-    def _listen(self, listen_to: int) -> None:
-        while (number := os.read(listen_to, 1)) != _NO_MORE:
-            if number[0] in SIGNALS:  # DataLoader has a handler for SIGCHLD
-                self._take(number[0])
-        os.close(listen_to)
-
-    def _take(self, signum: int) -> None:
+    def _take(self, signum: int, sender: int) -> None:
         name, now = signal.Signals(signum).name, time.monotonic()
-        if signum == signal.SIGHUP:
-            let_go_of_the_terminal()
-        # Who loses the terminal loses the launcher with it, and may be told of both: a hangup is no second request.
+        if sender in self._launchers and self._outliving is None and kills_late_ranks(sender):
+            self._outlive(sender)
+        # Who loses the terminal loses the launcher with it, and may be told of both: a hangup is no second request. Nor
+        # is what a launcher passes on, to one rank after the other, or the watch's word that the launcher is gone.
         if self._signum in (0, signal.SIGHUP):
             self._signum, self._signalled_at = signum, now
             if dist.get_rank() == 0:
                 say(f"{name}: this step is finished and saved; a second signal ends the run at once")
-        elif signum != signal.SIGHUP and now - self._signalled_at > SAME_REQUEST_SECONDS:
+        elif signum == signal.SIGHUP or (signum == signal.SIGTERM and sender in (os.getpid(), *self._launchers)):
+            return
+        elif now - self._signalled_at > SAME_REQUEST_SECONDS:
             say(f"rank {dist.get_rank()}: a second signal, {name}: ended at once")
             os._exit(128 + signum)
+
+    def _outlive(self, launcher: int) -> None:
+        """End a launcher that would end this rank, if the step under way takes so long."""
+
+        def end() -> None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._launchers[launcher], signal.SIGKILL)
+
+        self._outliving = threading.Timer(LAUNCHER_LIVES_SECONDS, end)
+        self._outliving.daemon = True
+        self._outliving.start()

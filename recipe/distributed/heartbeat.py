@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -27,8 +27,9 @@ from typing import NoReturn, Self, TypeVar
 import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore, Store
 
+from recipe.config import printable
 from recipe.distributed.rendezvous import Meeting, name_ranks, open_store
-from recipe.distributed.signals import ignore_signals, say
+from recipe.distributed.signals import ignore, say, take_by
 
 FAILED = 1
 LOOK_EVERY_SECONDS = 1.0
@@ -63,7 +64,8 @@ class Watch:
     Args:
         meeting: Where the ranks have met.
         timeout: Of the process groups.
-        launchers: What started the ranks, as far as it is on this machine: descriptors of ``open_process``.
+        launchers: What started the ranks, as far as it is on this machine: each process with its descriptor of
+            ``open_process``.
         known: Exceptions whose message says all that a person needs; others are shown with their traceback.
         log: File for the last word, beside the terminal; None for none.
     """
@@ -72,7 +74,7 @@ class Watch:
         self,
         meeting: Meeting,
         timeout: timedelta,
-        launchers: Sequence[int],
+        launchers: Mapping[int, int],
         known: tuple[type[Exception], ...],
         log: Path | None = None,
     ) -> None:
@@ -81,7 +83,8 @@ class Watch:
         self._patience_seconds = PATIENCE * timeout.total_seconds()
         self._known = known
         self._log = log
-        self._launchers = list(launchers)
+        self.launchers = launchers
+        self._has_launchers = bool(launchers)
         self._waits_since: float | None = None
         self._own: Failure | None = None
         self._is_cause = False
@@ -99,7 +102,7 @@ class Watch:
             self.close()
             return
         # The launcher ends the ranks of a host once one of them has ended; this one ends soon, and shall speak first.
-        ignore_signals()
+        take_by(ignore)
         own = self._failure(f"{type(error).__name__}: {error}")
         if is_cause(error):
             self._is_cause = True
@@ -166,7 +169,7 @@ class Watch:
     def _write_down(self, last_word: str) -> None:
         if self._log is not None:
             with suppress(OSError), self._log.open("a", encoding="utf-8") as file:  # the disk may be what failed
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {last_word}\n")
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(last_word)}\n")
 
     def _leave(self, store: Store | None) -> None:
         """Let rank 0 have the last word: the launcher ends it when another rank of its host has ended."""
@@ -185,10 +188,10 @@ class Watch:
 
     def _look_at_launchers(self) -> None:
         poll = select.poll()
-        for pidfd in self._launchers:
+        for pidfd in self.launchers.values():
             poll.register(pidfd, select.POLLIN)
-        if poll.poll(0):
-            self._launchers = []
+        if self._has_launchers and poll.poll(0):
+            self._has_launchers = False
             say(f"rank {self._meeting.rank}: the launcher is gone")
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -230,7 +233,7 @@ class Watch:
         )
 
     def _failure(self, text: str) -> Failure:
-        return Failure(self._meeting.rank, self._meeting.hosts[self._meeting.rank], self.step, text)
+        return Failure(self._meeting.rank, self._meeting.hosts[self._meeting.rank], self.step, printable(text))
 
 
 def is_cause(error: BaseException) -> bool:

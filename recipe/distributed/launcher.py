@@ -124,6 +124,14 @@ def open_process(pid: int) -> int | None:
         return None
 
 
+def kills_late_ranks(pid: int) -> bool:
+    """Whether a process is DeepSpeed's launcher on one host, which kills what has not ended 30 s after its SIGTERM.
+
+    torchrun's agent does so, too, but after a time that can be set, and it holds the store that the ranks need.
+    """
+    return "deepspeed.launcher.launch" in _arguments(str(pid))
+
+
 def is_this_machine(host: str) -> bool:
     """Whether a host's name or address leads here."""
     try:

@@ -1,13 +1,24 @@
-"""SIGTERM (a scheduler), SIGINT (Ctrl-C) and SIGHUP (the terminal is gone) as an exception that no handler takes."""
+"""SIGTERM (a scheduler), SIGINT (Ctrl-C) and SIGHUP (the terminal is gone), taken on a thread that waits for them.
 
+A handler of Python's runs when the main thread comes back from C, where it may wait for a rank that is gone, and is not
+told who sent the signal.
+"""
+
+import io
 import os
 import signal
-import stat
 import sys
+import threading
 from collections.abc import Callable
-from types import FrameType
+from typing import Any
+
+from recipe.config import printable
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+UNKNOWN_SENDER = -1
+
+Taker = Callable[[int, int], None]
+"""Gets the number of a signal and the process that sent it: 0 for the kernel, as where Ctrl-C was typed."""
 
 
 class Interrupted(BaseException):
@@ -23,19 +34,50 @@ class Interrupted(BaseException):
         return 128 + self.signum
 
 
-def end_at_once() -> None:
-    """Have a signal end the process: before training, and after it, there is nothing to finish.
+def end_at_once(signum: int, sender: int) -> None:
+    """End the process: before training, and after it, there is nothing to finish.
 
     No exception: raised within the import of a library, it may be taken for a failure of that, and pass.
     """
+    if os.environ.get("RANK", "0") == "0":
+        say(f"{signal.Signals(signum).name}: ended at once; the same command goes on")
+    os._exit(128 + signum)
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            say(f"{signal.Signals(signum).name}: ended at once; the same command goes on")
-        os._exit(128 + signum)
 
-    for signum in heeded():
-        signal.signal(signum, interrupt)
+def ignore(signum: int, sender: int) -> None:
+    """What comes while the process ends anyway shall not change how: the launcher passes on what a group has got."""
+
+
+_take: Taker = end_at_once
+_listens = False
+
+
+def listen() -> None:
+    """Have a thread take the signals from here on, at first by ``end_at_once``.
+
+    To be called before other threads start: one that is there lets them through to a handler of Python's.
+    """
+    global _listens
+    if _listens:
+        return
+    _listens = True
+    signals = heeded()
+    for signum in signals:
+        signal.signal(signum, lambda signum, frame: _take(signum, UNKNOWN_SENDER))
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def wait() -> None:
+        while True:
+            came = signal.sigwaitinfo(signals)
+            _take(came.si_signo, came.si_pid)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def take_by(taker: Taker) -> None:
+    """Let ``taker`` have the signals."""
+    global _take
+    _take = taker
 
 
 def heeded() -> list[signal.Signals]:
@@ -44,28 +86,29 @@ def heeded() -> list[signal.Signals]:
 
 
 def say(message: str) -> None:
-    """Tell a person at the terminal."""
-    at_the_terminal(lambda: print(f"recipe: {message}", file=sys.stderr, flush=True))
+    """Tell a person at the terminal, on one line."""
+    print(f"recipe: {printable(message)}", file=sys.stderr, flush=True)
 
 
-def at_the_terminal(show: Callable[[], object]) -> None:
-    """Show something; where the terminal is gone, or the program that read the output, go on without them."""
-    try:
-        show()
-    except OSError:
-        let_go_of_the_terminal()
+class _Outlived(io.FileIO):
+    """Standard output or error, which may end before the process does: what cannot be written is lost, and no more."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or len(data)
+        except OSError:
+            return len(data)
 
 
-def let_go_of_the_terminal() -> None:
-    """Have what is printed from here on go nowhere, unless to a file: after a hangup, printing would raise."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for output in (1, 2):
-        if not stat.S_ISREG(os.fstat(output).st_mode):
-            os.dup2(nowhere, output)
-    os.close(nowhere)
+def outlive_readers() -> None:
+    """Let no terminal that is gone, and no ``tee`` that the same Ctrl-C has ended, fail whatever prints.
 
-
-def ignore_signals() -> None:
-    """What comes while the process ends anyway shall not change how: the launcher passes on what a group has got."""
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+    All that Python writes goes on: what libraries print, log and warn of, too.
+    """
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__"):
+            stream.flush()
+            raw = io.BufferedWriter(_Outlived(number, "w", closefd=False))
+            replaced = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)
+            setattr(sys, name, replaced)

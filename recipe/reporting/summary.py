@@ -154,7 +154,7 @@ def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = No
                 + (f"warmup of {_count(warmup, 'step')}" if warmup else "no warmup"),
             )
         )
-    return "\n".join(f"  {label:<14}{text}" for label, text in fields) + "\n"
+    return "\n".join(f"  {label:<14}{printable(text)}" for label, text in fields) + "\n"
 
 
 def _following_plan(plan: Plan) -> Plan | None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from recipe.distributed import at_the_terminal
+from recipe.config import printable
 from recipe.engine import Step, Validation
 from recipe.plan import NoiseScale, estimate
 from recipe.reporting.metrics import METRICS, has_diverged, parse_event
@@ -280,15 +280,13 @@ class Writer:
 
     def say(self, message: str) -> None:
         """Print a line above the bar, and log it."""
+        message = printable(message)
         self.log(message)
-        at_the_terminal(lambda: tqdm.write(message))
+        tqdm.write(message)
         self.line_printed_at = time.perf_counter()
 
     def show_progress(self, steps_done: int, epoch: str, figures: str) -> None:
         """Move the bar; without one, print a line if there was none for a while."""
-        at_the_terminal(lambda: self._show_progress(steps_done, epoch, figures))
-
-    def _show_progress(self, steps_done: int, epoch: str, figures: str) -> None:
         if self.bar is not None:
             self.bar.set_description_str(epoch, refresh=False)
             self.bar.set_postfix_str(figures, refresh=False)
@@ -300,7 +298,7 @@ class Writer:
     def close(self) -> None:
         """Leave the bar as it stands and close the files."""
         if self.bar is not None:
-            at_the_terminal(self.bar.close)
+            self.bar.close()
         with contextlib.suppress(OSError):  # a line that could not be written has been told of
             self.metrics.close()
             self.log_file.close()

@@ -98,8 +98,17 @@ def test_a_run_that_must_resume_does_not_begin_anew(tmp_path: Path) -> None:
     done = train(*arguments, "--resume", "must")
     assert done.returncode == 1
     assert "CheckpointError: --resume must: no checkpoint is whole" in done.stderr
-    anew = train_ok(*arguments)
-    assert "no whole checkpoint is left: training begins anew" in anew.stdout
+    assert not (tmp_path / "former-1").exists()
+    for number, reason in ((1, "no whole checkpoint is left: training begins anew\n"), (2, "")):
+        before = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "plan.json", "train.log")}
+        anew = train_ok(*arguments)
+        aside = tmp_path / f"former-{number}"
+        told = f"training begins at epoch 1: no checkpoint is left of 6 steps, whose files are in {aside}\n"
+        assert reason + told in anew.stdout
+        assert {name: (aside / name).read_bytes() for name in before} == before
+        assert [event["step"] for event in events(tmp_path, "step")] == [0, 1, 2, 3, 4, 5]
+        (tmp_path / "summary.json").unlink()
+        shutil.rmtree(tmp_path / "checkpoints")
 
 
 def test_a_change_that_is_accepted_goes_on(tmp_path: Path, undisturbed: list[float]) -> None:

@@ -5,7 +5,6 @@ import pty
 import signal
 import subprocess
 import sys
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +20,6 @@ TIMEOUT = timedelta(seconds=60)
 
 
 def _signalled(rank: int, world_size: int, signum: int) -> list[tuple[int, bool]]:
-    before, threads = signal.getsignal(signum), threading.enumerate()
     agreed = []
     with Requests(None, TIMEOUT) as requests:
         loader = os.fork()  # it holds a copy of all that is open here
@@ -33,8 +31,6 @@ def _signalled(rank: int, world_size: int, signum: int) -> list[tuple[int, bool]
                 os.kill(os.getpid(), signum)
                 time.sleep(0.5)  # the signal is another thread's to take
             agreed.append(requests.agree())
-    assert signal.getsignal(signum) is before
-    assert threading.enumerate() == threads
     os.kill(loader, signal.SIGKILL)
     os.waitpid(loader, 0)
     return agreed
@@ -80,13 +76,20 @@ def test_a_signal_ends_a_validation_between_the_same_batches_on_all_ranks() -> N
 
 
 PROGRAM = """
-import ctypes
+from recipe.distributed.signals import listen, outlive_readers
+listen()
+outlive_readers()
+import ctypes, os, sys, threading
 import torch
 from datetime import timedelta
+from recipe.distributed import agreement
 from recipe.distributed.agreement import Requests
 from recipe.engine.start import join_process_group
+agreement.LAUNCHER_LIVES_SECONDS = 1.0
+launchers = {os.getppid(): os.pidfd_open(os.getppid())} if "launched" in sys.argv else {}
+threading.Thread(target=lambda: [os.kill(os.getpid(), 15) for _ in sys.stdin], daemon=True).start()
 join_process_group(torch.device("cpu"), timedelta(seconds=60))
-with Requests(None, timedelta(seconds=60)) as requests:
+with Requests(None, timedelta(seconds=60), launchers) as requests:
     print("ready", flush=True)
     # As in a collective whose other ranks are gone: this thread comes back from C for no signal.
     c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
@@ -114,6 +117,49 @@ def test_a_second_signal_ends_the_process_at_once_wherever_it_is() -> None:
     assert "rank 0: a second signal, SIGTERM: ended at once" in stderr
 
 
+@pytest.mark.parametrize(("again", "exit_code"), [("INT", 130), ("TERM", 143)])
+def test_what_the_launcher_passes_on_and_the_watch_says_is_no_second_signal(again: str, exit_code: int) -> None:
+    words = [sys.executable, "-c", PROGRAM, "launched"]
+    with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert any(line == "ready\n" for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        time.sleep(SAME_REQUEST_SECONDS + 0.5)
+        process.send_signal(signal.SIGTERM)  # this test is the launcher
+        process.stdin.write("the program sends one to itself\n")
+        process.stdin.flush()
+        time.sleep(1)
+        assert process.poll() is None
+        subprocess.run(["bash", "-c", f"kill -{again} {process.pid}; true"], check=True)
+        assert process.wait(timeout=10) == exit_code
+
+
+LAUNCHER = """
+import subprocess, sys, time
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1], "launched"], stdout=subprocess.PIPE, text=True)
+while rank.stdout.readline() != "ready\\n":
+    pass
+print(rank.pid, flush=True)
+rank.terminate()
+time.sleep(20)
+rank.kill()
+"""
+
+
+def test_a_step_that_takes_longer_than_the_launcher_waits_outlives_it() -> None:
+    """DeepSpeed's launcher kills after 30 s what has not ended by its SIGTERM; here both are faster."""
+    words = [sys.executable, "-c", LAUNCHER, PROGRAM, "deepspeed.launcher.launch"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        rank = int(launcher.stdout.readline())
+        try:
+            assert launcher.wait(timeout=60) == -signal.SIGKILL
+            os.kill(rank, 0)  # it is there
+        finally:
+            os.kill(rank, signal.SIGKILL)
+
+
 @pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_the_end_by_a_signal_is_no_failure(signum: signal.Signals, exit_code: int) -> None:
     assert Interrupted(signum).exit_code == exit_code
@@ -121,6 +167,9 @@ def test_the_end_by_a_signal_is_no_failure(signum: signal.Signals, exit_code: in
 
 
 AT_A_TERMINAL = """
+from recipe.distributed.signals import listen, outlive_readers
+listen()
+outlive_readers()
 import os, sys, time
 import torch
 from datetime import timedelta
@@ -178,8 +227,8 @@ def test_who_is_told_of_a_hangup_and_then_to_end_has_been_told_once() -> None:
 
 NOHUP = """
 import os, signal
-from recipe.distributed.signals import end_at_once, heeded
-end_at_once()
+from recipe.distributed.signals import heeded, listen
+listen()
 os.kill(os.getpid(), signal.SIGHUP)
 print(*(s.name for s in heeded()))
 """

@@ -33,7 +33,7 @@ def images():
     yield 1
     time.sleep(100)
 
-with Watch(meeting, timeout, [open_process(os.getppid())], (ValueError,)) as watch:
+with Watch(meeting, timeout, {os.getppid(): open_process(os.getppid())}, (ValueError,)) as watch:
     watch.step = 3
     print("ready", flush=True)
     time.sleep(2)

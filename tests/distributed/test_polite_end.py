@@ -4,6 +4,7 @@ The signals come at named moments, as the kills of test_kills.py do.
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kill_resume import Kill, Setting, difference, launch
+from recipe.checkpoints.locking import is_locked
 from recipe.checkpoints.manifest import find
 from tests.launch import DIGITS, ROOT, SHORT, command, environment, events, train_ok
 
@@ -61,6 +63,34 @@ def test_a_signal_ends_the_run_after_the_step_and_loses_nothing(
     assert difference(output, reference) is None
 
 
+@pytest.mark.parametrize("reader", ["> printed 2>&1", "2>&1 | tee printed"])
+def test_one_ctrl_c_in_a_long_step_saves_it_whoever_goes_before_it_is_done(tmp_path: Path, reader: str) -> None:
+    """Of the group that gets SIGINT the launcher ends at once, and so does the reader of a pipe; a step lasts longer
+    than the time in which two signals are one.
+    """
+    output = tmp_path / "run"
+    small = ("--deepspeed_config", DIGITS, "--output", str(output), *SHORT, "--set=recipe.data.image_size=112")
+    words = shlex.join(["-q", *command(*small, "--set=recipe.max_micro_batch_size=4", launcher=True)[1:]])
+    launch = f"cd {ROOT} && {command(launcher=True)[0]} {words} {reader.replace('printed', str(tmp_path / 'printed'))}"
+    with subprocess.Popen(["bash", "-c", launch], env=environment(), start_new_session=True) as group:
+        wait_until(lambda: (output / "metrics.jsonl").exists() and len(events(output, "step")) == 1)
+        os.killpg(group.pid, signal.SIGINT)
+        group.wait(timeout=60)
+    wait_until(lambda: not is_locked(output))
+    done = len(events(output, "step"))
+    assert f"ended by SIGINT, saved after {done} of 6 steps" in (output / "train.log").read_text().splitlines()[-1]
+    assert [checkpoint.step for checkpoint in find(output / "checkpoints")] == [done]
+    assert f"step-{done:08}, {done} steps done" in train_ok(*small).stdout
+    assert [event["step"] for event in events(output, "step")] == list(range(6))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
     """A twentieth of a second: every step is followed by one, those at the end of an epoch by the validation's."""
     arguments = ("--deepspeed_config", DIGITS, *SHORT, "--set=recipe.checkpoint.keep_last=100")
@@ -96,20 +126,13 @@ def test_ranks_whose_launcher_goes_while_they_start_end_too(tmp_path: Path) -> N
         )
         return [int(pid) for pid in found.stdout.split()]
 
-    def wait_until(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
-        while not condition():
-            assert time.monotonic() < deadline, ranks()
-            time.sleep(0.2)
-
     long = ("--set=recipe.schedule.epochs=1000", "--set=recipe.data.image_size=8")
     words = command("--deepspeed_config", DIGITS, "--output", str(tmp_path), *long, ranks=2, launcher=True)
     log = tmp_path.with_suffix(".printed").open("w")
     with log, subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=log, stderr=log) as launcher:
         try:
-            # The launcher's node part has the same words; each rank is a process more.
-            wait_until(lambda: len(ranks()) >= 2)
-            time.sleep(1)  # they import torch for many more
+            # They have looked for their launcher by then, and import torch for many seconds more.
+            wait_until(lambda: "Plan of" in Path(log.name).read_text())
             assert not list(tmp_path.glob("metrics.jsonl"))
             launcher.kill()
             launcher.wait()

@@ -1,9 +1,11 @@
-"""A signal before training, or after it, ends the process at once; what a launch in training does stands in
-test_polite_end.py.
+"""A signal before training, or after it, ends the process at once; what prints outlives who reads it.
+
+What a launch does in training stands in test_polite_end.py.
 """
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,8 +13,8 @@ from tests.launch import ROOT
 
 PROGRAM = """
 import os, signal, sys, time
-from recipe.distributed.signals import end_at_once
-end_at_once()
+from recipe.distributed.signals import listen
+listen()
 try:
     os.kill(os.getpid(), signal.Signals[sys.argv[1]])
     time.sleep(10)
@@ -27,3 +29,38 @@ def test_a_signal_before_training_ends_the_process_whoever_catches_exceptions(na
     assert done.returncode == exit_code
     assert done.stdout == ""
     assert done.stderr == f"recipe: {name}: ended at once; the same command goes on\n"
+
+
+PRINTING = """
+from recipe.distributed.signals import outlive_readers
+outlive_readers()
+import logging, sys, traceback, warnings
+from pathlib import Path
+print("\\udce9", flush=True)
+sys.stdin.read()
+for _ in range(2):
+    print("x" * 100_000, end="")
+    for stream in (sys.stdout, sys.stderr):
+        print("x", file=stream, flush=True)
+        logging.StreamHandler(stream).emit(logging.makeLogRecord({"msg": "x"}))
+    warnings.warn("x")
+    traceback.print_exception(ValueError("x"))
+Path(sys.argv[1]).write_text("saved")
+"""
+
+
+def test_whatever_prints_outlives_who_reads_it(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PRINTING, str(tmp_path / "answer")],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\\udce9\n"
+        process.stdout.close()
+        process.stdin.close()
+        assert process.wait(timeout=30) == 0
+    assert (tmp_path / "answer").read_text() == "saved"

@@ -40,7 +40,7 @@ from recipe.data import (
     read_header,
     sha256_of,
 )
-from recipe.distributed import Interrupted, heeded, say
+from recipe.distributed import Interrupted, heeded, outlive_readers, say
 
 COMPLETE, REFUSED = 0, 2
 MAKING = "making.json"
@@ -49,6 +49,7 @@ BAD_IMAGES_SHOWN = 20
 
 def main(argv: Sequence[str]) -> int:
     """Pack, or verify; return 0, 1 for a damaged pack, 2 for what is refused or cannot be written, 128 + signal."""
+    outlive_readers()
     arguments = _parse(argv)
     with _interruptible():
         try:
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
             say(f"{where}: {error.strerror or error}; mend that, and the same command goes on")
             return REFUSED
         except ValueError as refusal:
-            say(printable(str(refusal)))
+            say(str(refusal))
             return REFUSED
         except Interrupted as interruption:
             say(f"ended by {interruption}; the same command goes on")
@@ -133,7 +134,7 @@ def pack(source: Path, destination: Path, short_side: int, workers: int | None =
     )
     with lock(destination, "DST"):
         if _begin(destination, making):
-            print(f"{destination} is complete already; python -m recipe pack --verify looks at every byte")
+            print(printable(f"{destination} is complete already; python -m recipe pack --verify looks at every byte"))
             return COMPLETE
         header = _make(destination, making, folders[0].classes, parts, workers or len(os.sched_getaffinity(0)))
     _report(destination, header)
@@ -274,10 +275,11 @@ def _report(destination: Path, header: Header) -> None:
         print(f"kept as it is: {image.name}: {image.problem}")
     size = sum(shard.bytes for part in header.parts for shard in part.shards)
     text = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+    where = printable(str(destination))
     print(
-        f"{destination}: {header.train.images:,} training images, {header.validation.images:,} for validation, "
+        f"{where}: {header.train.images:,} training images, {header.validation.images:,} for validation, "
         f"{len(header.classes):,} classes, {len(header.train.shards) + len(header.validation.shards)} shards, "
         f"{text}; {header.train.resized + header.validation.resized:,} images resized, {len(bad):,} bad"
     )
     short_side = f'"pack_short_side": {header.making.short_side}, ' if header.making.short_side else ""
-    print(f'to train from it: "source": "pack", {short_side}and --data {destination}')
+    print(f'to train from it: "source": "pack", {short_side}and --data {where}')

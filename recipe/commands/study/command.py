@@ -14,7 +14,7 @@ from recipe.commands.study.progress import Progress
 from recipe.commands.study.report import format_report
 from recipe.commands.study.results import read_results, write_csv
 from recipe.commands.study.runs import REFUSED, Runner, Where, check_output, ending, read_launches
-from recipe.distributed import count_slots, read_hostfile, say
+from recipe.distributed import count_slots, outlive_readers, read_hostfile, say
 
 COMPLETE, FAILED = 0, 1
 
@@ -26,6 +26,7 @@ def main(argv: Sequence[str]) -> int:
         0 if every run is complete or has diverged, 1 if one failed, 2 if the study was refused, or its first cases for
         one reason, or 128 and the number of the signal that ended it.
     """
+    outlive_readers()
     arguments = _parse(argv)
     output: Path = arguments.output or Path("runs", arguments.study.stem)
     try:
