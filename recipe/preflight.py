@@ -1,23 +1,20 @@
 """Makes and checks the parts of a run before any rank meets another; whatever is wrong is a ``ValueError``."""
 
-import importlib.util
 import os
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from recipe.checkpoints import Resume, Start, choose_start, lock
+from recipe.checkpoints import CHECKPOINTS, LOCK, Resume, Start, choose_start, lock, make_folder
 from recipe.config import ConfigError
-from recipe.data import EncodedImages, HeldImages, ImageDataset, Samples, open_datasets, open_decoder
+from recipe.data import EncodedImages, HeldImages, Samples, open_datasets, open_decoder
 from recipe.model import BatchNorm, build_model
 from recipe.plan import Plan
-
-MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
 
 @dataclass(frozen=True)
@@ -30,30 +27,31 @@ class Run:
     model: nn.Module
     datasets: tuple[Samples, Samples] | None
     start: Start
-    lock_file: IO[str] | None
+    undo: ExitStack
+    """what takes back the folders and the lock, for ranks that after all do not train"""
 
 
 def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = False) -> Run:
     """Check what the plan needs of this machine and make the parts.
 
     Raises:
-        ValueError: a device without the precision, a package or data that is not there, a model that does not fit
-            the data, an output folder that holds another training.
+        ValueError: a device without the precision, data that cannot be read, a model that does not fit the data, an
+            output folder that holds another training, or cannot be made.
     """
     recipe = plan.config.recipe
     is_first = (os.environ.get("RANK") or "0") == "0"
     with ExitStack() as undone_if_refused:
-        # First of all: another run that is about to end changes which checkpoints are there.
-        lock_file = undone_if_refused.enter_context(lock(output)) if is_first else None
+        if is_first:
+            # First of all: another run that is about to end changes which checkpoints are there.
+            undone_if_refused.callback(_remove_empty, make_folder(output))
+            is_new = not (output / LOCK).exists()
+            undone_if_refused.enter_context(lock(output))
+            if is_new:
+                undone_if_refused.callback((output / LOCK).unlink, missing_ok=True)
         start = choose_start(plan, output, resume, accept_changes)
+        if is_first:
+            undone_if_refused.callback(_remove_empty, make_folder(output / CHECKPOINTS))
         device = choose_device(plan)
-        for monitor, package in MONITOR_PACKAGES.items():
-            if getattr(plan.config, monitor).enabled and importlib.util.find_spec(package) is None:
-                raise plan.config.source.refusal(
-                    f"{monitor}.enabled",
-                    f"the package {package} is not installed",
-                    f"pip install {package}, or write false",
-                )
         try:
             datasets = open_data(plan, device)
             model = build_model(
@@ -73,12 +71,17 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
             raise ValueError(f"{plan.config.source.file}: {error}") from error
         if plan.precision == "fp64":
             model = model.double()
-        undone_if_refused.pop_all()
-    return Run(plan, output, device, model, datasets, start, lock_file)
+        return Run(plan, output, device, model, datasets, start, undone_if_refused.pop_all())
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def open_data(plan: Plan, device: torch.device) -> tuple[Samples, Samples] | None:
-    """Training and validation data, of the sizes and classes that the config says; None for synthetic data."""
+    """Training and validation data; None for synthetic data."""
     recipe, data = plan.config.recipe, plan.config.recipe.data
     if data.source == "synthetic":
         return None
@@ -95,7 +98,6 @@ def open_data(plan: Plan, device: torch.device) -> tuple[Samples, Samples] | Non
         on_bad_image=data.on_bad_image,
         pack_short_side=data.pack_short_side,
     )
-    check_datasets(plan, training, validation)
     if decoder is not None:
         return EncodedImages(training, decoder, device), EncodedImages(validation, decoder, device)
     if data.on_device or data.source == "digits":
@@ -157,20 +159,3 @@ def choose_device(plan: Plan) -> torch.device:
     if plan.precision in supported and not supported[plan.precision]():
         raise plan.config.source.refusal(f"{plan.precision}.enabled", f"{name} does not support it", remedy)
     return device
-
-
-def check_datasets(plan: Plan, train: ImageDataset, validation: ImageDataset) -> None:
-    """Refuse data of other sizes or classes than the config says; one message says all that is to change."""
-    found = {
-        "recipe.model.num_classes": (plan.config.recipe.model.num_classes, train.classes),
-        "recipe.data.train_images": (plan.train_images, len(train)),
-        "recipe.data.validation_images": (plan.validation_images, len(validation)),
-    }
-    wrong = {key: actual for key, (planned, actual) in found.items() if planned != actual}
-    if wrong:
-        key, actual = next(iter(wrong.items()))
-        raise plan.config.source.refusal(
-            key,
-            f"the data has {actual}",
-            f"write {', '.join(f'{key} {actual}' for key, actual in wrong.items())}, or check the folder (--data)",
-        )

@@ -95,6 +95,10 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     output, started = run.output, time.monotonic()
     set_loudness(verbose or asks_for_details(run.plan))
     recipe = run.plan.config.recipe
+    try:
+        (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)  # a host may have a disk of its own
+    except OSError as error:
+        raise cannot_write(output / CHECKPOINTS, error) from error
     choose_kernels(tf32=recipe.precision is None, cudnn_benchmark=recipe.cudnn_benchmark)
     timeout = timedelta(seconds=recipe.distributed.timeout_seconds)
     join_process_group(run.device, timeout, meeting.group_store)
@@ -226,6 +230,7 @@ def own_facts(run: Run | None, refusal: Exception | None) -> Facts:
         versions=", ".join(f"{name} {number}" for name, number in versions().items()),
         device="" if run is None else run.device.type,
         checkpoint=run.start.checkpoints[0].path.name if run is not None and run.start.checkpoints else "none",
+        data="" if run is None else f"{run.plan.train_images:,} + {run.plan.validation_images:,} images",
         refusal=None if refusal is None else str(refusal),
     )
 

@@ -2,8 +2,10 @@
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
+import platform
 import socket
 import sys
 import time
@@ -16,7 +18,8 @@ if __name__ == "__main__":
     # Started as a file, Python puts this folder first on its path, where our modules would shadow others' names.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from recipe.config import Distributed, printable, read_config
+from recipe.config import Config, Distributed, printable, read_config
+from recipe.data import look
 from recipe.distributed import (
     Interrupted,
     Placement,
@@ -37,6 +40,7 @@ from recipe.reporting import format_summary
 COMPLETE, REFUSED = 0, 2
 OTHER_RANKS_WAIT_SECONDS = 15.0
 AFTER_RANK_0_SECONDS = 2.0
+MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,16 +79,21 @@ def run(arguments: argparse.Namespace) -> int:
     above += [] if command is None else [command.pid]
     launchers = {pid: process for pid in above if (process := open_process(pid)) is not None}
     output = arguments.output or Path("runs", arguments.deepspeed_config.stem)
+    see_the_same = placement.ranks_here == world_size  # the same file and folder
     plan, launch, checked, refusal = None, None, None, None
     try:
-        plan = make_plan(read_config(arguments.deepspeed_config, overrides(arguments)), world_size, cores)
+        config = read_config(arguments.deepspeed_config, overrides(arguments))
+        check_machine(config)
+        # The first rank of a host looks while the others import, and what it keeps of a large folder serves them.
+        looks = placement.local_rank == 0 or config.recipe.data.is_to_be_counted
+        plan = make_plan(config, world_size, cores, look if looks else None)
         if rank == 0 and not plan.assumes_micro_batch:
             print(format_plan(plan), flush=True)
     except ValueError as error:
-        if placement.ranks_here == world_size:  # they all read the same file
+        if see_the_same:
             return refuse(error, rank, arguments.verbose)
         refusal = error
-    # torch and DeepSpeed take seconds to import; a mistake in the config need not wait for them. What they make stays:
+    # torch and DeepSpeed take seconds to import; a mistake that shows without them need not wait. What they make stays:
     # to look through it for garbage takes a tenth of these seconds, and would take as long now and then in training.
     gc.disable()
     set_up_torch(cores)
@@ -95,6 +104,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     gc.freeze()
     gc.enable()
+    try:
+        if plan is not None and not looks:
+            plan = make_plan(config, world_size, cores, look)
+    except ValueError as error:
+        if see_the_same:
+            return refuse(error, rank, arguments.verbose)
+        plan, refusal = None, error
     try:
         launch = None if command is None else read_command(command)
         if launch is not None:
@@ -110,9 +126,11 @@ def run(arguments: argparse.Namespace) -> int:
     timeout = timedelta(seconds=settings.timeout_seconds)
     try:
         meeting = meet(own_facts(checked, refusal), timeout)
-    except DisagreementError as disagreement:
-        return refuse_together(disagreement, rank)
-    except MeetingError as error:
+    except (DisagreementError, MeetingError) as error:
+        if checked is not None:
+            checked.undo.close()
+        if isinstance(error, DisagreementError):
+            return refuse_together(error, rank)
         cause = f"{refusal}; and {error}" if refusal is not None else f"{type(error).__name__}: {error}"
         say(f"rank {rank} on {socket.gethostname()} failed: {cause}")
         return FAILED
@@ -126,8 +144,7 @@ def run(arguments: argparse.Namespace) -> int:
         trained = f"{output} is complete already{unused_data(checked)}, and nothing was trained"
         print(printable(f"{trained}; another --output trains it anew"))
     if rank == 0:
-        print("
-" + format_summary(summary, output, checked.plan), flush=True)
+        print("\n" + format_summary(summary, output, checked.plan), flush=True)
     return COMPLETE
 
 
@@ -163,6 +180,47 @@ def cores_per_rank(placement: Placement) -> int:
     allowed = len(os.sched_getaffinity(0))
     # Slurm may have bound each rank to its own share, which is not to be shared again.
     return min(allowed, placement.cores) if placement.cores else max(1, allowed // placement.ranks_here)
+
+
+def check_machine(config: Config) -> None:
+    """Refuse what this machine lacks, as far as that shows without torch.
+
+    Raises:
+        ConfigError: a package that is not installed, fp16 or a decoder that needs the GPU that is not there.
+    """
+    for monitor, package in MONITOR_PACKAGES.items():
+        if getattr(config, monitor).enabled and importlib.util.find_spec(package) is None:
+            raise config.source.refusal(
+                f"{monitor}.enabled",
+                f"the package {package} is not installed",
+                f"pip install {package}, or write false",
+            )
+    if not lacks_gpu():
+        return
+    if config.recipe.data.decoder == "gpu":
+        raise config.source.refusal("recipe.data.decoder", "there is no CUDA GPU", 'write "cpu", or "dali"')
+    if config.precision == "fp16" and not cpu_may_know_fp16():
+        raise config.source.refusal(
+            "fp16.enabled",
+            "there is no GPU, and the CPU does not support it",
+            'write "fp16": {"enabled": false} to train in fp32, or run it on a GPU',
+        )
+
+
+def lacks_gpu() -> bool:
+    """Whether torch will certainly find no GPU; where that is doubtful, it is torch's to say."""
+    devices = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of CUDA, of CUDA in WSL 2, of ROCm
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    elsewhere = os.environ.get("DS_ACCELERATOR", "cpu") not in ("cpu", "cuda")
+    return platform.machine() == "x86_64" and not elsewhere and (hidden or not any(map(os.path.exists, devices)))
+
+
+def cpu_may_know_fp16() -> bool:
+    """Whether the CPU has the instructions that oneDNN, which computes for torch, asks for (AVX512-FP16)."""
+    try:
+        return "avx512_fp16" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True
 
 
 def set_up_torch(cores: int | None = None) -> None:

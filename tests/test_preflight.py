@@ -67,14 +67,48 @@ def test_a_precision_that_the_device_does_not_know_is_refused(monkeypatch: pytes
 )
 def test_what_model_and_data_refuse_names_the_file(tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match="digits_b512") as caught:
-        prepare(plan(*overrides), tmp_path, "auto")
+        prepare(plan(*overrides), tmp_path / "runs/refused", "auto")
     assert f"): {message}" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_that_cannot_be_had_is_told(tmp_path: Path) -> None:
-    (tmp_path / ".lock").mkdir()
-    with pytest.raises(ValueError, match=r"--output .*: \.lock: Is a directory; name a folder that can be written"):
-        lock(tmp_path)
+def test_what_a_run_makes_before_ranks_meet_can_be_taken_back(tmp_path: Path) -> None:
+    """But not what was there before, as the folder here, nor what has come to lie in it."""
+    for made, left in (("runs/a", []), (".", []), ("runs/b", ["runs", "runs/b", "runs/b/notes"])):
+        run = prepare(plan(), tmp_path / made, "auto")
+        assert {path.name for path in (tmp_path / made).iterdir()} == {".lock", "checkpoints"}
+        for path in left[2:]:
+            (tmp_path / path).touch()
+        run.undo.close()
+        assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == left
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("locked", "{root}/locked/.lock: Is a directory; name a folder that can be written"),
+        ("file", "{root}/file is no folder; remove it, or name another"),
+        ("file/a/b", "{root}/file is no folder; remove it, or name another"),
+        ("link/a", "{root}/link is no folder; remove it, or name another"),
+        ("/proc/a/b", "no folder can be made in /proc (No such file or directory); name one that can be written"),
+        ("a" * 300, "no folder can be made in {root} (File name too long); name one that can be written"),
+    ],
+)
+def test_the_path_that_is_in_the_way_of_the_output_is_named(tmp_path: Path, output: str, message: str) -> None:
+    (tmp_path / "locked/.lock").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"^--output") as caught:
+        lock(tmp_path / output)
+    assert str(caught.value) == f"--output {tmp_path / output}: {message.format(root=tmp_path)}"
+
+
+def test_a_lock_that_was_taken_away_meanwhile_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a run that was refused: whoever held it would keep nobody out."""
+    locks = iter((lambda: (tmp_path / ".lock").unlink(), lambda: None))
+    monkeypatch.setattr("recipe.lock.fcntl.lockf", lambda *_: next(locks)())
+    with lock(tmp_path) as file:
+        assert os.fstat(file.fileno()).st_ino == (tmp_path / ".lock").stat().st_ino
 
 
 def test_the_lock_comes_before_the_look_at_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,12 +144,19 @@ def test_the_config_is_validated_before_torch_is_imported() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_no_garbage_is_looked_for_among_what_the_libraries_have_made(tmp_path: Path) -> None:
+def test_no_garbage_is_looked_for_among_what_the_libraries_have_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does a rank that leaves the look at the folder to the first of its host go to meet one that has refused."""
     words = ["--deepspeed_config", "ds_configs/cifar10_b1024.json", "--data", str(tmp_path / "nowhere")]
+    words.append("--set=fp16.enabled=false")
     threads, frozen = torch.get_num_threads(), gc.get_freeze_count()
+    monkeypatch.setattr("recipe.train.OTHER_RANKS_WAIT_SECONDS", 0)
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     try:
-        with mock.patch.dict(os.environ):
+        with mock.patch.dict(os.environ, place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}):
             assert train_here(parse_arguments([*words, "--output", str(tmp_path / "run")])) == 2
+        assert f"there is no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
         assert gc.isenabled()
         assert gc.get_freeze_count() > frozen + 100_000
     finally:
@@ -220,8 +227,7 @@ FOLDER_RUN = (
     "--set=train_batch_size=8",
     "--set=recipe.max_micro_batch_size=2",
     "--set=recipe.model.num_classes=2",
-    '--set=recipe.data={"source": "imagefolder", "path": "nowhere", "image_size": 32, "train_images": 24, '
-    '"validation_images": 10, "workers": 1}',
+    '--set=recipe.data={"source": "imagefolder", "path": "nowhere", "image_size": 32, "workers": 1}',
     "--set=recipe.schedule.epochs=2",
     "--set=recipe.schedule.decay_epochs=[1]",
 )
@@ -260,6 +266,8 @@ def test_an_image_folder_with_a_bad_image(tmp_path: Path, ranks: int) -> None:
     for other, told in (("other", ""), ("moved", f" (on {data}; {tmp_path}/moved was not looked at)")):
         again = train_ok(*arguments, "--output", str(tmp_path / "skip"), "--data", str(tmp_path / other))
         assert f"skip is complete already{told}, and nothing was trained; another --output" in again.stdout
+    counted = json.loads((tmp_path / "skip/plan.json").read_text())["recipe"]["data"]
+    assert (counted["train_images"], counted["validation_images"]) == (24, 10)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +281,7 @@ def test_refusals_by_the_launcher(tmp_path: Path, arguments: list[str], message:
     """Exit code 2 from the launcher, one line, no traceback, no process group."""
     run = ("--deepspeed_config", DIGITS, "--output", str(tmp_path / "run"))
     is_refused(train(*run, *arguments, ranks=2, launcher=True), message)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -287,7 +296,7 @@ def test_refusals_by_the_launcher(tmp_path: Path, arguments: list[str], message:
 )
 def test_refusals(tmp_path: Path, arguments: list[str], message: str) -> None:
     is_refused(train("--deepspeed_config", DIGITS, "--output", str(tmp_path / "run"), *arguments), message)
-    assert not (tmp_path / "run/plan.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def is_refused(done: subprocess.CompletedProcess[str], message: str) -> None:

@@ -4,6 +4,7 @@ from .locking import (
     LOCK as LOCK,
     is_locked as is_locked,
     lock as lock,
+    make_folder as make_folder,
 )
 from .manifest import (
     CHECKPOINTS as CHECKPOINTS,

@@ -1,6 +1,7 @@
 """One process writes to an output folder at a time."""
 
 import fcntl
+import os
 from pathlib import Path
 from typing import IO
 
@@ -14,11 +15,15 @@ def lock(output: Path, argument: str = "--output") -> IO[str]:
 
     A POSIX lock: it ends with the process, however that ends, and forked loader processes do not inherit it.
     """
+    make_folder(output, argument)
+    path = output / LOCK
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        file = (output / LOCK).open("a", encoding="utf-8")
+        file = path.open("a", encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"{argument} {output}: {LOCK}: {error.strerror}; name a folder that can be written") from None
+        in_the_way = path if os.path.lexists(path) else output
+        raise ValueError(
+            f"{argument} {output}: {in_the_way}: {error.strerror}; name a folder that can be written"
+        ) from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -28,7 +33,39 @@ def lock(output: Path, argument: str = "--output") -> IO[str]:
         ) from None
     except OSError:
         pass  # a file system without locks
+    if not _is_still(path, file):  # a run that was refused has taken it away in between
+        file.close()
+        return lock(output, argument)
     return file
+
+
+def make_folder(folder: Path, argument: str = "--output") -> list[Path]:
+    """Make a folder, and those above it that are missing; return what was made, the innermost first.
+
+    Raises:
+        ValueError: it cannot be made; the message names the path that is in the way.
+    """
+    missing = []
+    for there in (folder, *folder.parents):
+        if os.path.lexists(there):
+            break
+        missing.append(there)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if os.path.isdir(there):
+            problem, remedy = f"no folder can be made in {there} ({error.strerror})", "name one that can be written"
+        else:
+            problem, remedy = f"{there} is no folder", "remove it, or name another"
+        raise ValueError(f"{argument} {folder}: {problem}; {remedy}") from None
+    return missing
+
+
+def _is_still(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except OSError:
+        return False
 
 
 def is_locked(output: Path) -> bool:

@@ -57,17 +57,13 @@ class Start:
 
 
 def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool) -> Start:
-    """Make the folder ``output`` and look what is in it.
+    """Look what is in the folder ``output``, if there is one.
 
     Raises:
-        ValueError: a folder that cannot be written; checkpoints of another training, of other ranks under ZeRO, where
-            there should be none, or none where there should be some.
+        ValueError: checkpoints of another training, of other ranks under ZeRO, where there should be none, or none
+            where there should be some.
     """
     folder = output / CHECKPOINTS
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output {output}: {error.strerror}; name a folder that can be written") from None
     found = find(folder)
     messages = [f"checkpoint {path} is left aside: its {MANIFEST} cannot be read" for path in unreadable(folder)]
     if not found:

@@ -15,9 +15,11 @@ from recipe.commands.plan_screen import (
     side_by_side,
 )
 from recipe.config import Config, ConfigError, printable, read_config
+from recipe.data import look
 from recipe.distributed import count_slots, read_hostfile
 from recipe.plan import SHIPPED, Link, ModelFacts, Plan, format_fields, make_plan, notes
 from recipe.reporting import read_summary
+from recipe.train import overrides
 
 # Nobody has measured them here: what PyTorch is said to reach with ResNet-50 on one H100, and a usual network.
 ASSUMED_SPEED = {"resnet50": 2500.0}
@@ -33,7 +35,10 @@ def main(argv: Sequence[str]) -> int:
         world_size = arguments.world_size or 1
         if arguments.hostfile:
             world_size = count_slots(read_hostfile(arguments.hostfile))
-        plans = [make_plan(read_config(config, arguments.set), world_size) for config in arguments.config]
+        configs = [read_config(config, overrides(arguments)) for config in arguments.config]
+        # The folder that a config names may lie on the machines that will train.
+        looks = None if arguments.data is None else look
+        plans = [make_plan(config, world_size, look=looks) for config in configs]
         known = [facts_of(plan, arguments.inspect) for plan in plans]
         assumed = [assumptions(plan, arguments) for plan in plans]
         pictures = draw(plans, arguments.plot) if arguments.plot else []
@@ -68,6 +73,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one value of the config"
     )
+    parser.add_argument("--data", help="look into this folder of the data, as a run would (default: at nothing)")
     parser.add_argument(
         "--images-per-second",
         metavar="N|RUN",

@@ -108,10 +108,10 @@ class Data(Section):
     weights of recipe.model.weights were trained, where a config.json beside them tells"""
 
     train_images: Count | Auto = "auto"
-    """images to train on, a whole number >= 1, so that a plan needs no data; "auto" only for digits"""
+    """images to train on, a whole number >= 1, so that a plan needs no data, or "auto": as many as there are"""
 
     validation_images: Count | Auto = "auto"
-    """images to validate on, a whole number >= 1, so that a plan needs no data; "auto" only for digits"""
+    """images to validate on, a whole number >= 1, so that a plan needs no data, or "auto": as many as there are"""
 
     crop: Literal["random_resized", "padded", "none"] = "random_resized"
     """ "random_resized" (the paper's), "padded" (shifted by a few pixels) or "none" """
@@ -140,6 +140,11 @@ class Data(Section):
 
     on_bad_image: Literal["stop", "skip"] = "stop"
     """ "stop" or "skip": what an image that cannot be read does to the run"""
+
+    @property
+    def is_to_be_counted(self) -> bool:
+        """Whether only a look into the folder tells how many images there are."""
+        return self.source in FOLDERS and "auto" in (self.train_images, self.validation_images)
 
 
 class Schedule(Section):
@@ -338,7 +343,7 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
     if config.recipe.model.freeze != "none" and config.recipe.model.starts_from is None:
         yield "recipe.model.freeze", "random weights would stay random", 'write "none", or recipe.model.weights'
     for name, images in ("train_images", data.train_images), ("validation_images", data.validation_images):
-        if data.source != "digits" and images == "auto":
-            yield f"recipe.data.{name}", f'"auto" is not for {data.source}', "write the number of images"
+        if data.source == "synthetic" and images == "auto":
+            yield f"recipe.data.{name}", '"auto" is not for synthetic', "write the number of images"
     if list(schedule.decay_epochs) != sorted(set(schedule.decay_epochs)):
         yield "recipe.schedule.decay_epochs", "the numbers do not rise", "write each once, the smallest first"

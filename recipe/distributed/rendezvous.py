@@ -33,8 +33,8 @@ class DisagreementError(ValueError):
 class Facts:
     """What a rank brings along.
 
-    ``refusal`` is what it has found wrong, ``checkpoint`` the newest in the output folder or "none"; digests are those
-    of texts.
+    ``refusal`` is what it has found wrong, ``checkpoint`` the newest in the output folder or "none", ``data`` how many
+    images it would take; digests are those of texts.
     """
 
     host: str
@@ -43,6 +43,7 @@ class Facts:
     versions: str
     device: str
     checkpoint: str
+    data: str = ""
     refusal: str | None = None
 
 
@@ -124,6 +125,8 @@ def objection_of(everyone: Sequence[Facts]) -> str | None:
         pair = f"rank {rank} on {other.host} and rank 0 on {first.host}"
         if other.code_sha256 != first.code_sha256:
             return f"{pair} run different code of recipe/; bring the checkouts to one state"
+        if other.data != first.data:
+            return f"{pair} would take {other.data} and {first.data}; give all hosts the same data and config"
         if other.config_sha256 != first.config_sha256:
             return f"{pair} read different configs; copy one file to all hosts"
         if other.versions != first.versions:

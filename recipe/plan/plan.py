@@ -3,12 +3,14 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recipe.config import FOLDERS, Config, parse_config
+from recipe.data import Contents
 from recipe.plan.scaling import (
     RateSchedule,
     epochs_to_steps,
@@ -55,6 +57,9 @@ class Plan:
     assumes_micro_batch: bool
     """whether the run has yet to find the micro-batch, the largest that fits the device"""
 
+    contents: Contents | None = None
+    """what the data's folder holds, where somebody has looked and found what the config says"""
+
     @property
     def global_batch(self) -> int:
         """Images in one optimizer step, over all ranks."""
@@ -81,11 +86,19 @@ class Plan:
         return self.config.precision
 
 
-def make_plan(config: Config, world_size: int, cores_per_rank: int | None = None) -> Plan:
+def make_plan(
+    config: Config,
+    world_size: int,
+    cores_per_rank: int | None = None,
+    look: Callable[[Config], Contents | None] | None = None,
+) -> Plan:
     """Resolve every "auto" and check every number that is written out against the rule that it follows.
+
+    ``look`` counts what the data's folder holds; it is called once the batch is known to be right.
 
     Raises:
         ConfigError: a contradiction, a batch that the ranks cannot share, a warmup longer than the run, …
+        ValueError: what ``look`` refuses.
     """
     recipe = config.recipe
     largest, assumes_micro_batch = recipe.max_micro_batch_size, False
@@ -112,7 +125,8 @@ def make_plan(config: Config, world_size: int, cores_per_rank: int | None = None
             'write false, or for recipe.batchnorm.statistics "local" or a number of images up to a micro-batch\'s, '
             f"{micro_batch}",
         )
-    train_images, validation_images = _data_set_sizes(config)
+    contents = None if look is None else look(config)
+    train_images, validation_images = _data_set_sizes(config, contents)
     if config.train_batch_size > train_images:
         raise config.source.refusal(
             "train_batch_size",
@@ -166,6 +180,7 @@ def make_plan(config: Config, world_size: int, cores_per_rank: int | None = None
         workers=workers,
         assumes_workers=recipe.data.workers == "auto" and recipe.data.source in FOLDERS and cores_per_rank is None,
         assumes_micro_batch=assumes_micro_batch,
+        contents=contents,
     )
 
 
@@ -174,7 +189,7 @@ def with_micro_batch(plan: Plan, micro_batch: int) -> Plan:
     raw = plan.config.source.raw
     raw |= {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": "auto"}
     raw["recipe"]["max_micro_batch_size"] = micro_batch
-    return make_plan(parse_config(raw, plan.config.source.file), plan.world_size)
+    return make_plan(parse_config(raw, plan.config.source.file), plan.world_size, look=lambda _: plan.contents)
 
 
 def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, int]:
@@ -272,26 +287,62 @@ def _fitting_remedy(fitting: list[int], batch: int, n: str | int, world_size: in
     )
 
 
-def _data_set_sizes(config: Config) -> tuple[int, int]:
-    """Training and validation images, from the file or, for data that ships with a library, known beforehand."""
+def check_contents(config: Config, contents: Contents) -> None:
+    """Refuse data of other sizes or classes than the config says; one message says all that is to change.
+
+    Raises:
+        ConfigError: it is.
+    """
     data = config.recipe.data
-    if data.source == "digits" and config.recipe.model.num_classes != DIGITS_CLASSES:
-        raise config.source.refusal(
-            "recipe.model.num_classes", f"the data has {DIGITS_CLASSES} classes", f"write {DIGITS_CLASSES}"
-        )
-    sizes = []
-    for key, part in (("train_images", "train"), ("validation_images", "validation")):
-        written = getattr(data, key)
-        known = DIGITS_IMAGES[part] if data.source == "digits" else None
-        if written == "auto":
-            assert known is not None, "the config refuses auto where the size is not known"
-            sizes.append(known)
-        elif known is not None and written != known:
+    found = {
+        "recipe.model.num_classes": (config.recipe.model.num_classes, len(contents.classes)),
+        "recipe.data.train_images": (data.train_images, contents.train_images),
+        "recipe.data.validation_images": (data.validation_images, contents.validation_images),
+    }
+    wrong = {key: actual for key, (written, actual) in found.items() if written not in (actual, "auto")}
+    if not wrong:
+        return
+    key, actual = next(iter(wrong.items()))
+    problem = f"the data has {actual}"
+    if key == "recipe.model.num_classes":
+        problem += f", with the fewest training images first {contents.name_classes()}"
+    if left_out := contents.name_left_out():
+        problem += f"; {left_out}"
+    numbers = ", ".join(f"{key} {actual}" for key, actual in wrong.items())
+    # First the folder: one of another level, or with a folder too many, trains as well, and what comes of it is junk.
+    raise config.source.refusal(key, problem, f"check the folder (--data); if it is the right one, write {numbers}")
+
+
+def _data_set_sizes(config: Config, contents: Contents | None) -> tuple[int, int]:
+    """Training and validation images: from the file, from a look at the folder, or known of what ships with a library.
+
+    Raises:
+        ConfigError: what is written is not what is there, or "auto" and nobody has looked.
+    """
+    data, known = config.recipe.data, dict[str, int]()
+    if data.source == "digits":
+        if config.recipe.model.num_classes != DIGITS_CLASSES:
             raise config.source.refusal(
-                f"recipe.data.{key}", f"the digits have {known} of them", f'write {known} or "auto"'
+                "recipe.model.num_classes", f"the data has {DIGITS_CLASSES} classes", f"write {DIGITS_CLASSES}"
             )
-        else:
-            sizes.append(written)
+        known = {"train_images": DIGITS_IMAGES["train"], "validation_images": DIGITS_IMAGES["validation"]}
+    elif contents is not None:
+        check_contents(config, contents)
+        known = {"train_images": contents.train_images, "validation_images": contents.validation_images}
+    sizes = []
+    for key in ("train_images", "validation_images"):
+        written = getattr(data, key)
+        if written != "auto" and written != known.get(key, written):
+            raise config.source.refusal(
+                f"recipe.data.{key}", f"the digits have {known[key]} of them", f'write {known[key]} or "auto"'
+            )
+        if written == "auto" and key not in known:
+            raise config.source.refusal(
+                f"recipe.data.{key}",
+                "only the folder tells how many there are",
+                "write the number, or give the folder by --data",
+            )
+        sizes.append(known[key] if written == "auto" else written)
     return sizes[0], sizes[1]
 
 

@@ -198,7 +198,9 @@ def _data(plan: Plan) -> str:
     data = plan.config.recipe.data
     where = f"{data.source} in {printable(data.path)}" if data.path else data.source
     where += f" (short side {data.pack_short_side})" if data.pack_short_side else ""
-    return f"{where}: {plan.train_images:,} training images, {plan.validation_images:,} for validation"
+    left_out = "" if plan.contents is None else plan.contents.name_left_out()
+    found = f"{where}: {plan.train_images:,} training images, {plan.validation_images:,} for validation"
+    return found + (f"; {printable(left_out)}" if left_out else "")
 
 
 def _images(plan: Plan) -> list[tuple[str, str]]:

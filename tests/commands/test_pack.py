@@ -279,8 +279,12 @@ def test_a_complete_pack_is_left_as_it_is_and_another_is_refused(
         ("images", "images", "DST {root}/images lies in SRC"),
         ("images", ".", "DST {root} holds file, images, link, and no pack; name a new or an empty folder"),
         ("images", "link/pack", "DST {root}/link/pack lies in SRC"),
-        ("images", "file", "DST {root}/file: .lock: File exists; name a folder that can be written"),
-        ("images", "/proc/pack", "DST /proc/pack: .lock: No such file or directory; name a folder that"),
+        ("images", "file", "DST {root}/file: {root}/file is no folder; remove it, or name another"),
+        (
+            "images",
+            "/proc/pack",
+            "DST /proc/pack: no folder can be made in /proc (No such file or directory); name",
+        ),
     ],
 )
 def test_refusals(

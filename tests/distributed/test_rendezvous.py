@@ -12,7 +12,15 @@ from recipe.distributed.rendezvous import DisagreementError, Facts, MeetingError
 from recipe.reporting.code_state import code_sha256
 from tests.ranks import run_ranks
 
-FACTS = Facts("node-0", config_sha256="1", code_sha256="2", versions="torch 2.15.0", device="cpu", checkpoint="none")
+FACTS = Facts(
+    "node-0",
+    config_sha256="1",
+    code_sha256="2",
+    versions="torch 2.15.0",
+    device="cpu",
+    checkpoint="none",
+    data="6 + 6 images",
+)
 
 
 REMEDY = (
@@ -52,6 +60,10 @@ def test_a_rank_that_refuses_is_heard_by_all() -> None:
         (
             {"config_sha256": "x"},
             "rank 1 on node-1 and rank 0 on node-0 read different configs; copy one file to all hosts",
+        ),
+        (
+            {"config_sha256": "x", "data": "6 + 4 images"},  # what "auto" counts stands in the config that is compared
+            "would take 6 + 4 images and 6 + 6 images; give all hosts the same data and config",
         ),
         (
             {"code_sha256": "x"},

@@ -12,6 +12,7 @@ from pathlib import Path
 from recipe.commands.hosts.questions import Launch, examine
 from recipe.commands.hosts.report import Host, compare, format_problems, format_table
 from recipe.config import Config, printable, read_config
+from recipe.data import look
 from recipe.distributed import count_slots, deepspeed_env_files, read_deepspeed_env, read_hostfile
 from recipe.plan import make_plan
 from recipe.train import overrides
@@ -91,8 +92,8 @@ def _launch(
     output = arguments.output or str(Path("runs", arguments.config.stem if arguments.config else ""))
     if config is None:
         return Launch(None, "fp32", None, None, arguments.data, {}, output, arguments.port, variables)
-    plan = make_plan(config, world_size)
     data = config.recipe.data
+    plan = make_plan(config, world_size, look=look if data.is_to_be_counted else None)
     expected = {
         "classes": config.recipe.model.num_classes,
         "train_images": plan.train_images,

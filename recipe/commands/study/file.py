@@ -22,6 +22,7 @@ from recipe.config import (
     read_text,
     validate,
 )
+from recipe.data import look
 from recipe.plan import Plan, make_plan
 
 SEED = "recipe.seed"
@@ -175,7 +176,9 @@ def _training(
     raw = parse_json(read_text(config, "*.json"), str(config))
     for override in overrides:
         apply_override(raw, override, file)
-    return Training(case, seed, make_plan(parse_config(raw, file), world_size, cores_per_rank), overrides)
+    parsed = parse_config(raw, file)
+    looks = look if parsed.recipe.data.is_to_be_counted else None
+    return Training(case, seed, make_plan(parsed, world_size, cores_per_rank, looks), overrides)
 
 
 def _value_text(value: Any) -> str:
