@@ -1,5 +1,6 @@
 """``python -m recipe COMMAND``: finds the command and hands over."""
 
+import difflib
 import importlib
 import io
 import os
@@ -8,6 +9,7 @@ import sys
 from typing import TextIO
 
 from recipe.distributed import say
+from recipe.plan import columns, fields
 
 CUT_SHORT = 2  # as what is refused
 COMMANDS = {
@@ -24,7 +26,7 @@ COMMANDS = {
 
 
 def main() -> int:
-    """Run the command that is named first; return its exit code."""
+    """Run the command that is named first; return its exit code, 2 if there is no such command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without × shall see the rest
@@ -45,9 +47,14 @@ def main() -> int:
             say(f"standard output cannot be written: {error.strerror}; the answer is not whole")
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more at its exit
             return CUT_SHORT
-    listing = "".join(f"  {name:<8} {purpose}\n" for name, purpose in COMMANDS.items())
-    print(f"usage: python -m recipe COMMAND …\n\n{listing}", file=sys.stderr, end="")
-    return 0 if arguments in (["-h"], ["--help"]) else 2
+    print(f"usage: python -m recipe COMMAND …\n\n{fields(list(COMMANDS.items()), columns())}", file=sys.stderr)
+    print("Training is started by: deepspeed recipe/train.py --deepspeed_config …", file=sys.stderr)
+    if arguments in (["-h"], ["--help"]):
+        return 0
+    close = difflib.get_close_matches(arguments[0], COMMANDS, n=1) if arguments else []
+    problem = f"there is no command {arguments[0]!r}" if arguments else "name a command"
+    say(f"{problem}; {f'did you mean {close[0]}?' if close else 'those above are all'}")
+    return 2
 
 
 def _cannot_be_written(stream: TextIO) -> bool:

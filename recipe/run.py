@@ -118,13 +118,9 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
         replace_text(output / PLAN, plan_json(plan))
     telemetry = Telemetry(
         output,
+        plan,
         first_step=engine.global_steps,
         validated_steps=history.validated_steps,
-        epochs=plan.epochs,
-        steps_per_epoch=plan.steps_per_epoch,
-        micro_batch=plan.micro_batch,
-        global_batch=plan.global_batch,
-        steps_per_print=plan.config.steps_per_print,
         noise_scale=history.noise_scale,
         monitor=engine.monitor.write_events,
     )

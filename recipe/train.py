@@ -35,7 +35,7 @@ from recipe.distributed import (
     take_by,
 )
 from recipe.plan import format_plan, make_plan
-from recipe.reporting import format_summary
+from recipe.reporting import Parser, format_summary
 
 COMPLETE, REFUSED = 0, 2
 OTHER_RANKS_WAIT_SECONDS = 15.0
@@ -150,7 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line: where things lie and what of the config to override; all else stands in the config."""
-    parser = argparse.ArgumentParser(prog="recipe/train.py", description="Train what a config says.")
+    parser = Parser(prog="recipe/train.py", description="Train what a config says.")
     parser.add_argument("--deepspeed_config", type=Path, required=True, help="a JSON of ds_configs/")
     parser.add_argument("--output", type=Path, help="folder of the run (default: runs/<config name>)")
     parser.add_argument("--data", help="folder of the data; stands for --set recipe.data.path=…")

@@ -1,6 +1,5 @@
 """``python -m recipe compare``: what differs between two runs, and from which step on."""
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 from recipe.checkpoints import NEVER_TO_CHANGE, batchnorm_images, is_same_training, leaves, stated
 from recipe.commands.run_files import Column, RunFiles, read_run
 from recipe.config import ABSENT, printable
+from recipe.reporting import Parser
 
 SAME, DIFFERENT, REFUSED, NOT_TOLD_YET = 0, 1, 2, 3
 # Relative to the larger loss, with their names: beyond rounding in double precision, and what a curve may show.
@@ -31,7 +31,7 @@ class Difference(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """Print what differs; return 0 if it is the same training, 1 if not, 2 on a refusal, 3 if nothing tells yet."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m recipe compare",
         description="Print what differs between the plans of two runs, and from which step on their losses part. Runs "
         "whose steps hold other images are compared by epoch. A run may be in progress.",

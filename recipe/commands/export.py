@@ -2,7 +2,6 @@
 they are.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from recipe.checkpoints import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, damage, 
 from recipe.commands.run_files import run_meant
 from recipe.config import FOLDERS, Config, printable, read_config
 from recipe.plan import json_text
-from recipe.reporting import read_events, read_summary
+from recipe.reporting import Parser, read_events, read_summary
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
 SAVED = "mp_rank_00_model_states.pt"  # DeepSpeed's name of what rank 0 writes
@@ -42,7 +41,7 @@ class Export:
 
 def main(argv: Sequence[str]) -> int:
     """Write the weights and the card; return 0, or 2 where there is nothing to export."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m recipe export", description="Write the best weights of a run for plain timm, with a model card."
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output folder of a run")

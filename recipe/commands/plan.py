@@ -17,8 +17,8 @@ from recipe.commands.plan_screen import (
 from recipe.config import Config, ConfigError, printable, read_config
 from recipe.data import look
 from recipe.distributed import count_slots, read_hostfile
-from recipe.plan import SHIPPED, Link, ModelFacts, Plan, format_fields, make_plan, notes
-from recipe.reporting import read_summary
+from recipe.plan import SHIPPED, Link, ModelFacts, Plan, counted, format_fields, make_plan, notes
+from recipe.reporting import Parser, read_summary
 from recipe.train import overrides
 
 # Nobody has measured them here: what PyTorch is said to reach with ResNet-50 on one H100, and a usual network.
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; what makes no sense ends the program."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m recipe plan", description="Print what a config will do, or two of them side by side."
     )
     parser.add_argument("config", nargs="+", help="a JSON of ds_configs/, or two")
@@ -133,14 +133,14 @@ def assumptions(plan: Plan, arguments: argparse.Namespace) -> Assumptions:
         speed, source = _speed(given, plan)
     elif model in ASSUMED_SPEED and plan.image_size == 224:
         speed = ASSUMED_SPEED[model]
-        source = f"{speed:,.0f} images/s a GPU (assumed: {model} on an H100)"
+        source = f"{speed:,.0f} images/s per GPU (assumed: {model} on an H100)"
     bandwidth = arguments.bandwidth or ASSUMED_GBIT_PER_SECOND
     kind = "given" if arguments.bandwidth else "assumed"
     return Assumptions(
         images_per_second=speed,
         speed_source=source,
         link=Link(bandwidth * 1e9 / 8, LATENCY_SECONDS),
-        link_source=f"{bandwidth:g} Gbit/s a GPU ({kind}), {LATENCY_SECONDS * 1e6:g} µs a message (assumed)",
+        link_source=f"{bandwidth:g} Gbit/s per GPU ({kind}), {LATENCY_SECONDS * 1e6:g} µs per message (assumed)",
         gpu_bytes=arguments.gpu_memory * 2**30,
     )
 
@@ -166,8 +166,8 @@ def _speed(given: str, plan: Plan) -> tuple[float, str]:
     except ValueError:
         return _measured(Path(given), plan)
     if not _is_plausible(number):
-        raise ValueError(f"--images-per-second {given}: not from 0.001 to 1e9; write images a second of one GPU")
-    return number, f"{number:,.6g} images/s a GPU (given)"
+        raise ValueError(f"--images-per-second {given}: not from 0.001 to 1e9; write images per second of one GPU")
+    return number, f"{number:,.6g} images/s per GPU (given)"
 
 
 def _measured(run: Path, plan: Plan) -> tuple[float, str]:
@@ -176,10 +176,10 @@ def _measured(run: Path, plan: Plan) -> tuple[float, str]:
     if summary is None or not isinstance(measured, (int, float)) or not _is_plausible(measured):
         raise ValueError(
             f"--images-per-second {run}: neither a number nor the folder of a complete run that has trained; write "
-            "images a second of one GPU"
+            "images per second of one GPU"
         )
     config = read_config(run / PLAN)
-    trained = f"{_what(config)} on {_count(summary['world_size'])}"
+    trained = f"{_what(config)} on {counted(summary['world_size'], 'rank')}"
     needed = f"{_what(plan.config)} on 1 rank"
     if trained != needed:
         raise ValueError(
@@ -189,7 +189,7 @@ def _measured(run: Path, plan: Plan) -> tuple[float, str]:
     noise = config.recipe.noise_scale
     how = f"micro-batch of {config.train_micro_batch_size_per_gpu}, noise scale "
     how += f"every {noise.every_steps:,} steps" if noise.enabled else "off"
-    return measured, printable(f"{measured:,.4g} images/s a GPU (measured by {run} on {summary['device']}: {how})")
+    return measured, printable(f"{measured:,.4g} images/s per GPU (measured by {run} on {summary['device']}: {how})")
 
 
 def _what(config: Config) -> str:
@@ -200,10 +200,6 @@ def _what(config: Config) -> str:
 
 def _is_plausible(number: float) -> bool:
     return 1e-3 <= number <= 1e9
-
-
-def _count(ranks: int) -> str:
-    return f"{ranks:,} rank{'' if ranks == 1 else 's'}"
 
 
 def _ranks(text: str) -> int:

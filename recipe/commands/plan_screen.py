@@ -5,7 +5,6 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,9 @@ from recipe.plan import (
     activation_bytes,
     all_reduce_bytes,
     batchnorm_traffic,
+    columns,
+    counted,
+    fields,
     gradient_bytes,
     hidden_bandwidth,
     largest_micro_batch,
@@ -28,11 +30,12 @@ from recipe.plan import (
     notes,
     overlaps_reduction,
     plan_fields,
+    rates,
     reduced_bytes,
     speed,
     travelling_precision,
-    wrap,
 )
+from recipe.reporting import table
 
 SIDE_BY_SIDE_WIDTH = 150
 PICTURE_POINTS = 4000
@@ -58,7 +61,7 @@ def cost_fields(plan: Plan, facts: ModelFacts | None, assumed: Assumptions) -> l
         return [("cost", f"{unknown}; --inspect asks timm for it, builds it without memory for it, and counts")]
     return [
         ("batch norm", _batchnorm(plan, facts)),
-        ("memory a GPU", _memory(plan, facts, assumed.gpu_bytes)),
+        ("memory per GPU", _memory(plan, facts, assumed.gpu_bytes)),
         ("all-reduce", _all_reduce(plan, facts, assumed)),
         *_speed(plan, facts, assumed),
     ]
@@ -68,7 +71,7 @@ def _batchnorm(plan: Plan, facts: ModelFacts) -> str:
     traffic = batchnorm_traffic(plan, facts)
     if not facts.batchnorm_layers:
         return "none in this model"
-    over = f"{_count(facts.batchnorm_layers, 'layer')} over {traffic.images:,} images "
+    over = f"{counted(facts.batchnorm_layers, 'layer')} over {traffic.images:,} images "
     if traffic.ranks == 1:
         whose = "of a rank's own micro-batch"
         if not traffic.collectives:
@@ -78,7 +81,9 @@ def _batchnorm(plan: Plan, facts: ModelFacts) -> str:
         whose = f"of all {plan.world_size:,} ranks"
     else:
         whose = f"of {traffic.ranks} neighbouring ranks, such as 0 to {traffic.ranks - 1}"
-    return f"{over}{whose}: {_count(traffic.collectives, 'collective')} and {_size(traffic.bytes)} sent a rank and step"
+    return (
+        f"{over}{whose}: {counted(traffic.collectives, 'collective')} and {_size(traffic.bytes)} sent per rank and step"
+    )
 
 
 def _memory(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> str:
@@ -104,10 +109,10 @@ def _all_reduce(plan: Plan, facts: ModelFacts, assumed: Assumptions) -> str:
         return "none, for one rank"
     sent = all_reduce_bytes(reduced_bytes(plan, facts), plan.world_size)
     gradients = f"{_size(gradient_bytes(plan, facts))} of {travelling_precision(plan)} gradients"
-    text = f"{gradients}, {_size(sent)} sent a rank and step"
+    text = f"{gradients}, {_size(sent)} sent per rank and step"
     if assumed.images_per_second is not None and overlaps_reduction(plan):
         needed = hidden_bandwidth(plan, facts, assumed.images_per_second)
-        text += f"; at {_gbit(needed)} a rank the backward pass hides it"
+        text += f"; at {_gbit(needed)} per rank the backward pass hides it"
     return text
 
 
@@ -116,7 +121,7 @@ def _speed(plan: Plan, facts: ModelFacts, assumed: Assumptions) -> list[tuple[st
         return [("speed", "not known for this model: --images-per-second of one GPU, or the folder of a run, tells it")]
     found = speed(plan, facts, assumed.images_per_second, assumed.link)
     network = f" and {assumed.link_source}" if plan.world_size > 1 else ""
-    step = f"a step {_seconds(found.step_seconds)} = {_seconds(found.compute_seconds)} to compute"
+    step = f"{_seconds(found.step_seconds)} per step = {_seconds(found.compute_seconds)} to compute"
     if plan.world_size > 1:
         hidden = found.all_reduce_seconds - found.exposed_seconds
         step += f" + {_seconds(found.exposed_seconds)} all-reduce (beside {_seconds(hidden)} that are hidden)"
@@ -137,28 +142,20 @@ def _speed(plan: Plan, facts: ModelFacts, assumed: Assumptions) -> list[tuple[st
 
 
 def side_by_side(
-    plans: Sequence[Plan], columns: Sequence[Sequence[tuple[str, str]]], said: Sequence[Sequence[str]]
+    plans: Sequence[Plan],
+    answers: Sequence[Sequence[tuple[str, str]]],
+    said: Sequence[Sequence[str]],
+    width: int | None = None,
 ) -> str:
-    """Two plans in two columns, and what is ``said`` of each below; ≠ marks the rows that differ."""
-    names = [printable(plan.config.source.file) for plan in plans]
-    width = (SIDE_BY_SIDE_WIDTH - LABEL_WIDTH - 6) // 2
-    rows = [("", names)]
-    for label in dict.fromkeys(label for column in columns for label, _ in column):
-        rows.append((label, [dict(column).get(label, "–") for column in columns]))
-    lines = []
-    for label, texts in rows:
-        mark = "≠" if label and texts[0] != texts[1] else " "
-        left, right = (wrap(text, width) for text in texts)
-        for row, (a, b) in enumerate(zip_longest(left, right, fillvalue="")):
-            head = f"{mark} {label:<{LABEL_WIDTH}}" if row == 0 else " " * (LABEL_WIDTH + 2)
-            lines.append(f"{head}{a:<{width}}  {b}".rstrip())
-        if not label:
-            lines.append("")
-    for name, said_of_one in zip(names, said, strict=True):
-        for note in said_of_one:
-            first = f"  {'note':<{LABEL_WIDTH}}"
-            lines += wrap(f"{name}: {note}", SIDE_BY_SIDE_WIDTH, first, " " * (LABEL_WIDTH + 2))
-    return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
+    """Two plans, A and B, in two columns, and what is ``said`` of each below; ≠ marks the rows that differ."""
+    width = width or columns(SIDE_BY_SIDE_WIDTH)
+    names = [(name, printable(plan.config.source.file)) for name, plan in zip("AB", plans, strict=True)]
+    rows = [("", "A", "B")]
+    for label in dict.fromkeys(label for answer in answers for label, _ in answer):
+        a, b = (dict(answer).get(label, "–").replace(NO_BREAK, " ") for answer in answers)
+        rows.append((f"{' ' if a == b else '≠'} {label:<{LABEL_WIDTH - 2}}", a, b))
+    found = [("note", f"{name}: {note}") for name, one in zip("AB", said, strict=True) for note in one]
+    return f"{fields(names, width)}\n{table(rows, width)}{fields(found, width)}"
 
 
 def plan_screen(plan: Plan, facts: ModelFacts | None, assumed: Assumptions) -> list[tuple[str, str]]:
@@ -169,9 +166,6 @@ def plan_screen(plan: Plan, facts: ModelFacts | None, assumed: Assumptions) -> l
 def as_json(plan: Plan, facts: ModelFacts | None, assumed: Assumptions) -> dict[str, Any]:
     """The same for programs; bytes and seconds, rates as pairs of step and rate."""
     schedule = plan.schedule
-    turns = {0, 1, plan.total_steps - 1}
-    for turn in (schedule.warmup_steps, *schedule.milestones):
-        turns |= {turn - 1, turn}
     answer: dict[str, Any] = {
         "file": plan.config.source.file,
         "world_size": plan.world_size,
@@ -185,7 +179,7 @@ def as_json(plan: Plan, facts: ModelFacts | None, assumed: Assumptions) -> dict[
         "total_steps": plan.total_steps,
         "peak_rate": schedule.peak_rate,
         "warmup_steps": schedule.warmup_steps,
-        "rates": [[step, schedule.rate(step)] for step in sorted(turns) if 0 <= step < plan.total_steps],
+        "rates": rates(plan),
         "weight_decay": plan.weight_decay,
         "notes": notes(plan, facts),
         "config": plan.config.model_dump(mode="json", exclude_none=True),
@@ -261,10 +255,6 @@ def _rate_curve(plan: Plan, end: int) -> tuple[list[float], list[float]]:
 def _turns(plan: Plan, end: int) -> list[int]:
     around = (plan.schedule.warmup_steps, *plan.schedule.milestones)
     return [step for turn in around for step in (turn - 1, turn) if 0 <= step < end]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _size(size: float) -> str:

@@ -1,6 +1,5 @@
 """``python -m recipe plot``: loss, error, rate and speed of runs over the epochs, as a picture."""
 
-import argparse
 import itertools
 import os
 import sys
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from recipe.commands.figure import COLOURS, add_legend, drawable, line_styles, new_figure, save_figure, set_log_scale
 from recipe.commands.run_files import Column, RunFiles, distinct_names, read_run
 from recipe.config import printable
+from recipe.reporting import Parser
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ CONVERSIONS: dict[str, Callable[[Column], Column]] = {
 
 def main(argv: Sequence[str]) -> int:
     """Draw the runs; return 0, or 2 where there is nothing to draw."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m recipe plot",
         description="Draw training and validation loss, top-1 error, rate, images per second and the share of the time "
         "spent waiting for data of one or several runs over the epochs, as PNG and SVG. A run may be in progress; no "

@@ -104,8 +104,6 @@ def update_together(engine: DeepSpeedEngine, check_overflow: bool) -> None:
 
     optimizer.step = step
     optimizer.load_state_dict = load_state_dict
-    # The engine would report to monitors what the host knew last; reports have the scale of each step.
-    engine._get_optimizer_loss_scale = lambda: None
 
 
 def read_overflows(engine: DeepSpeedEngine) -> None:

@@ -78,6 +78,8 @@ def start_engine(
         lr_scheduler=lambda optimizer: PaperLR(optimizer, schedule),
         dist_init_required=False,
     )
+    # The engine would give monitors the scale that the host knew last; telemetry gives them that of each step.
+    engine._get_optimizer_loss_scale = lambda: None
     if dtype == torch.float64:
         engine.communication_data_type = dtype
     if engine.zero_optimization_stage() == 0:

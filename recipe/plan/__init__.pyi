@@ -18,6 +18,15 @@ from .cost import (
     speed as speed,
     travelling_precision as travelling_precision,
 )
+from .layout import (
+    LABEL_WIDTH as LABEL_WIDTH,
+    NO_BREAK as NO_BREAK,
+    columns as columns,
+    counted as counted,
+    fields as fields,
+    is_terminal as is_terminal,
+    wrap as wrap,
+)
 from .model_facts import (
     SHIPPED as SHIPPED,
     ModelFacts as ModelFacts,
@@ -40,13 +49,11 @@ from .scaling import (
     scaled_rate as scaled_rate,
 )
 from .text import (
-    LABEL_WIDTH as LABEL_WIDTH,
-    NO_BREAK as NO_BREAK,
     format_fields as format_fields,
     format_plan as format_plan,
     json_text as json_text,
     notes as notes,
     plan_fields as plan_fields,
     plan_json as plan_json,
-    wrap as wrap,
+    rates as rates,
 )

@@ -1,17 +1,13 @@
 """The plan as people read it and as the JSON that repeats it."""
 
 import json
-import textwrap
 from collections.abc import Sequence
 
 from recipe.config import Config, lacks_batchnorm, printable
+from recipe.plan.layout import NO_BREAK, columns, counted, fields, wrap
 from recipe.plan.model_facts import SHIPPED, ModelFacts
 from recipe.plan.noise_scale import planned_measurements, too_few
 from recipe.plan.plan import ASSUMED_MICRO_BATCH, Plan, fitting_micro_batches
-
-WIDTH = 110
-LABEL_WIDTH = 16
-NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def plan_json(plan: Plan) -> str:
@@ -24,11 +20,11 @@ def json_text(config: Config) -> str:
     return json.dumps(config.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False) + "\n"
 
 
-def format_plan(plan: Plan) -> str:
-    """The plan as a block of lines, ``WIDTH`` characters wide."""
+def format_plan(plan: Plan, width: int | None = None) -> str:
+    """The plan as a block of lines of at most ``width`` characters, by default the terminal's."""
     model = plan.config.recipe.model
     facts = SHIPPED.get((model.architecture, model.num_classes))
-    return format_fields(plan, [*plan_fields(plan, facts), *(("note", note) for note in notes(plan, facts))])
+    return format_fields(plan, [*plan_fields(plan, facts), *(("note", note) for note in notes(plan, facts))], width)
 
 
 def plan_fields(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
@@ -43,7 +39,7 @@ def plan_fields(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
         ("peak rate", _peak_rate(plan)),
         ("warmup", _warmup(plan)),
         ("decay", _decay(plan)),
-        ("rate at step", _rates(plan)),
+        ("rate at step", ", ".join(f"{step:,}:{NO_BREAK}{rate:.5g}" for step, rate in rates(plan))),
         ("optimizer", _optimizer(plan)),
         ("weight decay", _weight_decay(plan, facts)),
         ("checkpoints", _checkpoints(plan)),
@@ -51,20 +47,11 @@ def plan_fields(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
     ]
 
 
-def format_fields(plan: Plan, fields: Sequence[tuple[str, str]]) -> str:
-    """Labels on the left, texts on the right, wrapped."""
-    lines = [f"Plan of {printable(plan.config.source.file)}", ""]
-    for label, text in fields:
-        indent = " " * (LABEL_WIDTH + 2)
-        lines += wrap(text, WIDTH, f"  {label:<{LABEL_WIDTH}}", indent)
-    return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
-
-
-def wrap(text: str, width: int, first: str = "", others: str = "") -> list[str]:
-    """Lines of at most ``width``, where no word is longer."""
-    return textwrap.wrap(
-        text, width, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
-    )
+def format_fields(plan: Plan, rows: Sequence[tuple[str, str]], width: int | None = None) -> str:
+    """A title, then labels on the left and texts on the right."""
+    width = width or columns()
+    title = "\n".join(wrap(f"Plan of {printable(plan.config.source.file)}", width, others="  "))
+    return f"{title}\n\n{fields(rows, width)}"
 
 
 def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
@@ -82,7 +69,7 @@ def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
     sizes = fitting_micro_batches(plan.global_batch, plan.world_size, "global")
     if plan.micro_batch * 4 <= largest and not any(plan.micro_batch < size <= largest for size in sizes):
         found.append(
-            f"a micro-batch of {plan.micro_batch} is small: {share:,} images a rank have no larger divisor up to "
+            f"a micro-batch of {plan.micro_batch} is small: {share:,} images per rank have no larger divisor up to "
             f"{largest}; a train_batch_size with more divisors trains faster"
         )
     found += _rate_notes(plan)
@@ -152,7 +139,7 @@ def _rate_notes(plan: Plan) -> list[str]:
         how = {"constant": "a constant warmup", "none": "no warmup"}[plan.schedule.warmup]
         found.append(f"{how}: in the paper, {error} % error at 8k instead of 23.74 % (Table 1)")
     elif rules.warmup_epochs < 5:
-        found.append(f"a warmup of {_count(rules.warmup_epochs, 'epoch')} is shorter than the paper's 5 (section 2.2)")
+        found.append(f"a warmup of {counted(rules.warmup_epochs, 'epoch')} is shorter than the paper's 5 (section 2.2)")
     return found
 
 
@@ -188,10 +175,8 @@ def _start(plan: Plan) -> str:
 
 
 def _global_batch(plan: Plan) -> str:
-    return (
-        f"{plan.global_batch:,} = {_count(plan.world_size, 'rank')} × {_count(plan.accumulation, 'accumulation step')} "
-        f"× micro-batch of {plan.micro_batch}"
-    )
+    ranks, steps = counted(plan.world_size, "rank"), counted(plan.accumulation, "accumulation step")
+    return f"{plan.global_batch:,} = {ranks} × {steps} × micro-batch of {plan.micro_batch}"
 
 
 def _data(plan: Plan) -> str:
@@ -212,7 +197,7 @@ def _images(plan: Plan) -> list[tuple[str, str]]:
         "padded": f"{size}, shifted by up to {plan.image_size // 8}",
         "none": f"{size}, uncropped",
     }[data.crop]
-    workers = f"{_count(plan.workers, 'loader process', 'es')} a rank" if plan.workers else "no loader processes"
+    workers = f"{counted(plan.workers, 'loader process', 'es')} per rank" if plan.workers else "no loader processes"
     if plan.assumes_workers:
         workers = "loader processes: a rank's share of the cores less one"
     decoded = {"cpu": "", "gpu": ", decoded by nvJPEG", "dali": ", decoded by DALI"}[data.decoder]
@@ -230,10 +215,12 @@ def _kernels(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _steps(plan: Plan) -> str:
-    steps = f"{_count(plan.steps_per_epoch, 'step')} an epoch × {_count(plan.epochs, 'epoch')} = {plan.total_steps:,}"
+    steps = (
+        f"{counted(plan.steps_per_epoch, 'step')} per epoch × {counted(plan.epochs, 'epoch')} = {plan.total_steps:,}"
+    )
     if not plan.left_over_images:
         return steps
-    return f"{steps}; {_count(plan.left_over_images, 'image')} dropped in an epoch, others each time"
+    return f"{steps}; {counted(plan.left_over_images, 'image')} dropped per epoch, others each time"
 
 
 def _peak_rate(plan: Plan) -> str:
@@ -254,7 +241,7 @@ def _warmup(plan: Plan) -> str:
         if rules.warmup == "none":
             return "none"
         return f"none: it needs a batch above {rules.reference_batch_size:,} and a rate above {rules.reference_lr:g}"
-    duration = f"{_count(schedule.warmup_steps, 'step')} ({_count(rules.warmup_epochs, 'epoch')})"
+    duration = f"{counted(schedule.warmup_steps, 'step')} ({counted(rules.warmup_epochs, 'epoch')})"
     if schedule.warmup == "constant":
         return f"constant: {schedule.start_rate:.6g} for {duration}, then {schedule.peak_rate:.6g}"
     curve = "" if schedule.warmup_type == "linear" else ", logarithmic"
@@ -277,15 +264,12 @@ def _decay(plan: Plan) -> str:
     return text + (f"; epoch {', '.join(late)} lies beyond it" if late else "")
 
 
-def _rates(plan: Plan) -> str:
-    """The rate before and after whatever changes it."""
-    last = plan.total_steps - 1
-    steps = {0, 1, last}
+def rates(plan: Plan) -> list[tuple[int, float]]:
+    """Steps and their rates: the first and the last steps, and those before and after whatever changes the rate."""
+    steps = {0, 1, plan.total_steps - 1}
     for turn in (plan.schedule.warmup_steps, *plan.schedule.milestones):
         steps |= {turn - 1, turn}
-    return ", ".join(
-        f"{step:,}:{NO_BREAK}{plan.schedule.rate(step):.5g}" for step in sorted(steps) if 0 <= step <= last
-    )
+    return [(step, plan.schedule.rate(step)) for step in sorted(steps) if 0 <= step < plan.total_steps]
 
 
 def _optimizer(plan: Plan) -> str:
@@ -304,8 +288,8 @@ def _weight_decay(plan: Plan, facts: ModelFacts | None) -> str:
 
 def _checkpoints(plan: Plan) -> str:
     settings = plan.config.recipe.checkpoint
-    every = f", every {_count(settings.every_steps, 'step')}" if settings.every_steps else ""
-    every += f", every {_count(settings.every_minutes, 'minute')}" if settings.every_minutes else ""
+    every = f", every {counted(settings.every_steps, 'step')}" if settings.every_steps else ""
+    every += f", every {counted(settings.every_minutes, 'minute')}" if settings.every_minutes else ""
     best = " and the best" if settings.keep_best else ""
     last = "the last" if settings.keep_last == 1 else f"the last {settings.keep_last}"
     return f"after each epoch{every}; {last}{best} are kept"
@@ -317,9 +301,4 @@ def _noise_scale(plan: Plan) -> list[tuple[str, str]]:
         return []
     measurements = planned_measurements(plan.total_steps, settings.every_steps)
     every = "at every step" if settings.every_steps == 1 else f"every {settings.every_steps:,} steps"
-    return [("noise scale", f"measured {every}, {_count(measurements, 'time')} in all")]
-
-
-def _count(number: float, what: str, plural: str = "s") -> str:
-    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
-    return f"{shown} {what}" + ("" if number == 1 else plural)
+    return [("noise scale", f"measured {every}, {counted(measurements, 'time')} in all")]

@@ -1,4 +1,4 @@
-from . import telemetry as telemetry
+from . import telemetry as telemetry, terminal as terminal
 from .code_state import (
     code_sha256 as code_sha256,
     versions as versions,
@@ -23,4 +23,9 @@ from .telemetry import (
     OutputError as OutputError,
     Telemetry as Telemetry,
     cannot_write as cannot_write,
+)
+from .terminal import (
+    Parser as Parser,
+    Progress as Progress,
+    table as table,
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import ConfigError, parse_config, printable
-from recipe.plan import NoiseScale, Plan, in_words, make_plan
+from recipe.plan import LABEL_WIDTH, NoiseScale, Plan, columns, counted, fields, in_words, make_plan, wrap
 from recipe.reporting.code_state import versions
 
 SUMMARY = "summary.json"
@@ -105,22 +105,26 @@ def read_summary(output: Path) -> dict[str, Any] | None:
     return summary
 
 
-def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = None) -> str:
-    """The summary as a block of lines for people, with what they may want to type next, as far as ``plan`` is given."""
-    ranks = _count(summary["world_size"], "rank") + (f" of {summary['hosts']} hosts" if summary["hosts"] > 1 else "")
+def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = None, *, width: int | None = None) -> str:
+    """The summary for people, in lines of at most ``width``, by default the terminal's.
+
+    With what to type next, as far as ``plan`` is given.
+    """
+    width = width or columns()
+    ranks = counted(summary["world_size"], "rank") + (f" of {summary['hosts']} hosts" if summary["hosts"] > 1 else "")
     speed = "" if summary["images_per_second"] is None else f"{summary['images_per_second']:,.0f} images/s, "
     skipped = f", {summary['skipped_steps']} skipped by overflow" if summary["skipped_steps"] else ""
     last = min(LAST_EPOCHS, summary["epochs"])
-    fields = [
+    rows = [
         (
             "trained",
-            f"{summary['model']} on {summary['data']}: {_count(summary['epochs'], 'epoch')} at global batch "
+            f"{summary['model']} on {summary['data']}: {counted(summary['epochs'], 'epoch')} at global batch "
             f"{summary['global_batch']:,}, {summary['precision']}, {ranks} on {summary['device']}",
         ),
         (
             "top-1",
             f"{summary['final_top1']:.2f} % at the end, {summary['best_top1']:.2f} % at best "
-            f"(epoch {summary['best_epoch'] + 1}); median error of the last {_count(last, 'epoch')} "
+            f"(epoch {summary['best_epoch'] + 1}); median error of the last {counted(last, 'epoch')} "
             f"{summary['median_error_last_epochs']:.2f} %",
         ),
         ("speed", f"{speed}{summary['steps']:,} steps{skipped}, {_duration(summary['wall_seconds'])} in all"),
@@ -128,33 +132,31 @@ def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = No
         ("files", f"{output}: plan.json, metrics.jsonl, train.log, summary.json"),
     ]
     if summary["best_checkpoint"] is not None:
-        fields.append(("best weights", summary["best_checkpoint"]))
+        rows.append(("best weights", summary["best_checkpoint"]))
     if summary["bad_images"]:
-        fields.append(("bad images", f"{len(summary['bad_images'])} could not be read, listed in summary.json"))
+        rows.append(("bad images", f"{len(summary['bad_images'])} could not be read, listed in summary.json"))
     if summary.get("decoded_by_pil"):
         slow = f"{summary['decoded_by_pil']:,} times by the slower decoder: no JPEG, or one that"
-        fields.append(("decoded", f"{slow} the faster one does not take"))
+        rows.append(("decoded", f"{slow} the faster one does not take"))
     ranks_option = "" if summary["world_size"] == 1 else f"--num_gpus {summary['world_size']} "
     if summary["hosts"] > 1:
         ranks_option = "--hostfile … "
-    fields.append(
-        (
-            "again",
-            f"{_launcher()} -q {ranks_option}recipe/train.py --deepspeed_config {output / 'plan.json'} "
-            f"--output {output}-again",
-        )
+    command = (
+        f"{_launcher()} -q {ranks_option}recipe/train.py --deepspeed_config {output / 'plan.json'} "
+        f"--output {output}-again"
     )
+    rows.append(("again", " \\\n".join(wrap(command, width - LABEL_WIDTH - 4))))
     following = None if plan is None else _following_plan(plan)
     if following is not None:
         rate, warmup = following.schedule.peak_rate, following.schedule.warmup_steps
-        fields.append(
+        rows.append(
             (
                 "next",
                 f"--set train_batch_size={following.global_batch} with another --output: peak rate {rate:.6g}, "
-                + (f"warmup of {_count(warmup, 'step')}" if warmup else "no warmup"),
+                + (f"warmup of {counted(warmup, 'step')}" if warmup else "no warmup"),
             )
         )
-    return "\n".join(f"  {label:<14}{printable(text)}" for label, text in fields) + "\n"
+    return fields([(label, printable(text)) for label, text in rows], width)
 
 
 def _following_plan(plan: Plan) -> Plan | None:
@@ -184,17 +186,13 @@ def _noise_scale(summary: dict[str, Any]) -> list[tuple[str, str]]:
     found = summary.get("noise_scale")
     if not found:
         return []
-    first, *others = in_words(found, summary["global_batch"], summary.get("train_images"), summary["steps"])
-    return [("noise scale", first), *(("", line) for line in others)]
+    lines = in_words(found, summary["global_batch"], summary.get("train_images"), summary["steps"])
+    return [("noise scale", "\n".join(lines))]
 
 
 def _launcher() -> str:
     """How a person can type the launcher's name here."""
     return "deepspeed" if shutil.which("deepspeed") else os.path.relpath(Path(sys.executable).parent / "deepspeed")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:

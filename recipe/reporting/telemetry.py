@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +12,12 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from recipe.config import printable
 from recipe.engine import Step, Validation
-from recipe.plan import NoiseScale, estimate
+from recipe.plan import NoiseScale, Plan, estimate
 from recipe.reporting.metrics import METRICS, has_diverged, parse_event
+from recipe.reporting.terminal import Progress
 
 LOG = "train.log"
 LINE_EVERY_SECONDS = 30.0
@@ -46,31 +45,24 @@ class Telemetry:
     def __init__(
         self,
         output: Path,
+        plan: Plan,
         *,
         first_step: int,
         validated_steps: int,
-        epochs: int,
-        steps_per_epoch: int,
-        micro_batch: int,
-        global_batch: int,
-        steps_per_print: int,
         noise_scale: NoiseScale,
         monitor: Monitor,
     ) -> None:
-        self.epochs = epochs
-        self.steps_per_epoch = steps_per_epoch
-        self.micro_batch = micro_batch
-        self.global_batch = global_batch
-        self.steps_per_print = steps_per_print
+        self.plan = plan
         self.noise_scale = noise_scale
         self.monitor = monitor
         self.training_seconds = 0.0
         self.steps_trained = 0
         self.writer: Writer | None = None
         self._pending: list[Step] = []
+        self._figures: list[str] = []
         self._clock = 0.0
         if dist.get_rank() == 0:
-            self.writer = Writer(output, first_step, validated_steps, epochs * steps_per_epoch)
+            self.writer = Writer(output, first_step, validated_steps, plan.total_steps)
 
     def start_clock(self) -> None:
         """Training goes on from here; what passed since the last report (validation, a save) is not training time."""
@@ -83,9 +75,12 @@ class Telemetry:
             FloatingPointError: the loss is not finite and fp16's loss scale is not to blame.
         """
         self._pending.append(step)
-        last_of_epoch = (step.step + 1) % self.steps_per_epoch == 0
-        if len(self._pending) == self.steps_per_print or last_of_epoch:
+        last_of_epoch = (step.step + 1) % self.plan.steps_per_epoch == 0
+        if len(self._pending) == self.plan.config.steps_per_print or last_of_epoch:
             self.report()
+        if self.writer is not None:
+            epoch = step.step // self.plan.steps_per_epoch + 1
+            self.writer.progress.update(step.step + 1, f"epoch {epoch}/{self.plan.epochs}", *self._figures)
 
     def report(self) -> None:
         """Write down the steps that have come since the last report."""
@@ -98,19 +93,17 @@ class Telemetry:
         seconds, self._clock = now - self._clock, now
         self.training_seconds += seconds
         self.steps_trained += len(self._pending)
-        images_per_second = len(self._pending) * self.global_batch / seconds
+        speed = len(self._pending) * self.plan.global_batch / seconds
         data_wait = sum(step.data_wait_seconds for step in self._pending) / seconds
+        rates = {"images_per_second": round(speed, 1), "data_wait": round(data_wait, 4)}
         if self.writer is not None:
             for step, loss, scale, skipped in zip(self._pending, means, scales, skips, strict=True):
-                self._write_step(self.writer, step, loss, scale, skipped, images_per_second, data_wait)
+                self._write_step(self.writer, step, loss, scale, skipped, rates)
                 if step.step in noise_scales:
                     self._write_noise_scale(self.writer, step.step, noise_scales[step.step])
             last = self._pending[-1]
-            self.writer.show_progress(
-                last.step + 1,
-                f"epoch {last.step // self.steps_per_epoch + 1}/{self.epochs}",
-                f"loss {means[-1]:.3f}, rate {last.lr:.4g}, {images_per_second:,.0f} images/s",
-            )
+            self._monitor("Train", last.step, rates)
+            self._figures = [f"loss {means[-1]:.3f}", f"{speed:,.0f} images/s", f"rate {last.lr:.4g}"]
         for step, loss, scale, skipped in zip(self._pending, means, scales, skips, strict=True):
             if has_diverged(_finite(loss), skipped, scale):
                 raise FloatingPointError(
@@ -120,7 +113,7 @@ class Telemetry:
 
     def validation(self, result: Validation, step: int) -> dict[str, Any]:
         """Write down a validation that followed update ``step``; return its line of ``metrics.jsonl``."""
-        epoch = step // self.steps_per_epoch
+        epoch = step // self.plan.steps_per_epoch
         event = {
             "event": "validation",
             "step": step,
@@ -133,24 +126,17 @@ class Telemetry:
         if self.writer is not None:
             self.writer.event(event)
             self.writer.say(
-                f"epoch {epoch + 1}/{self.epochs}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
+                f"epoch {epoch + 1}/{self.plan.epochs}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
                 f"loss {result.loss:.4f} on {result.count:,} validation images"
             )
-            samples = (step + 1) * self.global_batch
-            self.monitor(
-                [
-                    ("Validation/Samples/top1", result.top1, samples),
-                    ("Validation/Samples/top5", result.top5, samples),
-                    ("Validation/Samples/loss", result.loss, samples),
-                ]
-            )
+            self._monitor("Validation", step, {"top1": result.top1, "top5": result.top5, "loss": result.loss})
         return event
 
     def images_per_second(self) -> float | None:
         """Images trained in a second of training time, over this launch; None if it trained none."""
         if not self.steps_trained:
             return None
-        return self.steps_trained * self.global_batch / self.training_seconds
+        return self.steps_trained * self.plan.global_batch / self.training_seconds
 
     def say(self, message: str) -> None:
         """Tell people and the log, on rank 0, without garbling the bar."""
@@ -181,53 +167,45 @@ class Telemetry:
         dist.all_gather(ranks, own)  # as the losses are
         values = {}
         for step, (small, big) in zip(measured, torch.stack(ranks).mean(0).tolist(), strict=True):
-            if self.noise_scale.add(estimate(small, big, self.micro_batch, self.global_batch), step):
+            if self.noise_scale.add(estimate(small, big, self.plan.micro_batch, self.plan.global_batch), step):
                 values[step] = self.noise_scale.values()
         return values
 
     def _write_noise_scale(self, writer: "Writer", step: int, values: dict[str, float | None]) -> None:
-        epoch, scale = step // self.steps_per_epoch, values["noise_scale"]
+        epoch, scale = step // self.plan.steps_per_epoch, values["noise_scale"]
         writer.event({"event": "noise_scale", "step": step, "epoch": epoch} | values)
         shown = "hidden by noise" if scale is None else f"{scale:,.0f} images"
-        writer.log(f"epoch {epoch + 1}/{self.epochs}, step {step}: gradient noise scale {shown}")
-        samples = (step + 1) * self.global_batch
-        self.monitor([(f"Train/Samples/{name}", value, samples) for name, value in values.items() if value is not None])
+        writer.log(f"epoch {epoch + 1}/{self.plan.epochs}, step {step}: gradient noise scale {shown}")
+        self._monitor("Train", step, {name: value for name, value in values.items() if value is not None})
+
+    def _monitor(self, part: str, step: int, values: dict[str, float]) -> None:
+        samples = (step + 1) * self.plan.global_batch
+        self.monitor([(f"{part}/Samples/{name}", value, samples) for name, value in values.items()])
 
     def _write_step(
-        self,
-        writer: "Writer",
-        step: Step,
-        loss: float,
-        loss_scale: float,
-        skipped: bool,
-        images_per_second: float,
-        data_wait: float,
+        self, writer: "Writer", step: Step, loss: float, loss_scale: float, skipped: bool, rates: dict[str, float]
     ) -> None:
-        epoch, samples = step.step // self.steps_per_epoch, (step.step + 1) * self.global_batch
-        writer.event(
-            {
-                "event": "step",
-                "step": step.step,
-                "epoch": epoch,
-                "samples": samples,
-                "lr": step.lr,
-                "loss": _finite(loss),
-                "images_per_second": round(images_per_second, 1),
-                "data_wait": round(data_wait, 4),
-                "loss_scale": loss_scale,
-                "skipped": skipped,
-            }
-        )
+        epoch = step.step // self.plan.steps_per_epoch
+        event = {
+            "event": "step",
+            "step": step.step,
+            "epoch": epoch,
+            "samples": (step.step + 1) * self.plan.global_batch,
+            "lr": step.lr,
+            "loss": _finite(loss),
+        }
+        writer.event(event | rates | {"loss_scale": loss_scale, "skipped": skipped})
         overflow = f", update skipped: overflow at loss scale {loss_scale:g}" if skipped else ""
         writer.log(
-            f"epoch {epoch + 1}/{self.epochs}, step {step.step}: loss {loss:.4f}, rate {step.lr:.5g}, "
-            f"{images_per_second:,.0f} images/s, {data_wait:.0%} waiting for data{overflow}"
+            f"epoch {epoch + 1}/{self.plan.epochs}, step {step.step}: loss {loss:.4f}, rate {step.lr:.5g}, "
+            f"{rates['images_per_second']:,.0f} images/s, {rates['data_wait']:.0%} waiting for data{overflow}"
         )
-        self.monitor([("Train/Samples/train_loss", loss, samples)])
+        scale = {"loss_scale": loss_scale} if self.plan.precision == "fp16" else {}
+        self._monitor("Train", step.step, {"train_loss": loss} | scale)
 
 
 class Writer:
-    """Rank 0's files and its terminal: a bar where standard error is one, else now and then a line."""
+    """Rank 0's files and its terminal."""
 
     def __init__(self, output: Path, first_step: int, validated_steps: int, total_steps: int) -> None:
         try:
@@ -236,16 +214,7 @@ class Writer:
             self.log_file = (output / LOG).open("a", encoding="utf-8")
         except OSError as error:
             raise cannot_write(error.filename or output, error) from error
-        self.total_steps = total_steps
-        self.line_printed_at = time.perf_counter()
-        self.bar: tqdm[Any] | None = None
-        if sys.stderr is not None and sys.stderr.isatty():
-            self.bar = tqdm(
-                total=total_steps,
-                initial=first_step,
-                dynamic_ncols=True,
-                bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed} gone, {remaining} left]",
-            )
+        self.progress = Progress(total_steps, "steps", first_step, LINE_EVERY_SECONDS)
         if lost:
             self.say(
                 f"{output / METRICS} lacks {lost:,} of the {first_step:,} steps before this one: lines were removed or "
@@ -282,23 +251,11 @@ class Writer:
         """Print a line above the bar, and log it."""
         message = printable(message)
         self.log(message)
-        tqdm.write(message)
-        self.line_printed_at = time.perf_counter()
-
-    def show_progress(self, steps_done: int, epoch: str, figures: str) -> None:
-        """Move the bar; without one, print a line if there was none for a while."""
-        if self.bar is not None:
-            self.bar.set_description_str(epoch, refresh=False)
-            self.bar.set_postfix_str(figures, refresh=False)
-            self.bar.update(steps_done - self.bar.n)
-        elif time.perf_counter() - self.line_printed_at > LINE_EVERY_SECONDS:
-            tqdm.write(f"{epoch}: step {steps_done:,} of {self.total_steps:,}, {figures}")
-            self.line_printed_at = time.perf_counter()
+        self.progress.say(message)
 
     def close(self) -> None:
         """Leave the bar as it stands and close the files."""
-        if self.bar is not None:
-            self.bar.close()
+        self.progress.close()
         with contextlib.suppress(OSError):  # a line that could not be written has been told of
             self.metrics.close()
             self.log_file.close()

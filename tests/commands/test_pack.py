@@ -19,9 +19,8 @@ from torchvision.transforms import functional
 from recipe.commands.compare import main as compare
 from recipe.commands.hosts.probe import data as count_data
 from recipe.commands.hosts.report import Host, format_table
-from recipe.commands.pack import command, progress as pack_progress, shards as pack_shards
+from recipe.commands.pack import command, shards as pack_shards
 from recipe.commands.pack.command import main, pack
-from recipe.commands.pack.progress import Progress
 from recipe.config.schema import read_config
 from recipe.data import open_datasets
 from recipe.plan.plan import make_plan
@@ -331,22 +330,6 @@ def test_a_full_disk_is_told_in_one_line_and_the_same_command_goes_on(tmp_path: 
     assert process.returncode == 2
     assert said == f"recipe: {tmp_path / 'pack'}: File too large; mend that, and the same command goes on\n"
     assert pack(images, tmp_path / "pack", 0) == 0
-
-
-def test_a_log_has_a_line_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    now = 1000.0
-    monkeypatch.setattr(pack_progress.time, "monotonic", lambda: now)
-    progress, looks = Progress(1_281_167, 256), Progress(3 * 2**30, 9, unit="byte")
-    for seconds, images, shards in ((0, 500_000, 90), (61, 500_000, 90), (100, 530_000, 95), (122, 561_000, 99)):
-        now = 1000.0 + seconds
-        progress.show(images, shards)
-    looks.add(2**30)
-    assert capsys.readouterr().err == (
-        "500000 of 1281167 images, 8196.72 images/s, 01:35 left, 90 of 256 shards\n"
-        # 61,000 in 61 s, and 720,167 are left.
-        "561000 of 1281167 images, 1000.00 images/s, 12:00 left, 99 of 256 shards\n"
-        "1.07G of 3.22G bytes, 8.80M bytes/s, 04:04 left\n"
-    )
 
 
 def test_two_packs_at_once_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,12 +178,12 @@ def test_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, out.splitlines())) <= 110
     words = " ".join(out.split())
     for line in (
-        "53 layers over 8,192 images of all 256 ranks: 106 collectives and 52.1 MiB sent a rank and step",
+        "53 layers over 8,192 images of all 256 ranks: 106 collectives and 52.1 MiB sent per rank and step",
         "48.7 MiB weights + 97.5 MiB fp32 weights + 48.7 MiB gradients + 97.5 MiB momentum",
         "1.32 GiB activations (32 × 42.3 MiB)",
         "up to 32 would fit 80 GiB",
-        "48.7 MiB of fp16 gradients, 97.1 MiB sent a rank and step",
-        "for 2,500 images/s a GPU (assumed: resnet50 on an H100) and 50 Gbit/s a GPU (given)",
+        "48.7 MiB of fp16 gradients, 97.1 MiB sent per rank and step",
+        "for 2,500 images/s per GPU (assumed: resnet50 on an H100) and 50 Gbit/s per GPU (given)",
         "batch norm's statistics come from 8,192 images; the paper used 32",
     ):
         assert line in words, line
@@ -238,7 +238,7 @@ def test_a_measured_speed(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     words = (str(ROOT / N32), "--images-per-second", str(tmp_path), "--world-size", "8")
     out = screen(capsys, *words)
     assert "1.02 s to compute" in out
-    assert f"1,000 images/s a GPU (measured by {tmp_path} on a GPU: micro-batch of 256, noise scale off)" in out
+    assert f"1,000 images/s per GPU (measured by {tmp_path} on a GPU: micro-batch of 256, noise scale off)" in out
     for speed_of_run in (float("nan"), float("inf"), -5, 1e-320, None):
         (tmp_path / SUMMARY).write_text(json.dumps(summary | {"images_per_second": speed_of_run}))
         assert "neither a number nor the folder" in screen(capsys, *words, code=2)

@@ -351,7 +351,7 @@ def test_text_of_the_papers_run() -> None:
     for line in (
         "resnet50, 1000 classes, 224 px, fp16, SyncBN over all ranks",
         "8,192 = 32 ranks × 1 accumulation step × micro-batch of 256",
-        "156 steps an epoch × 90 epochs = 14,040; 3,215 images dropped in an epoch",
+        "156 steps per epoch × 90 epochs = 14,040; 3,215 images dropped per epoch",
         "3.2 = 0.1 × 8,192 / 256 (linear scaling)",
         "gradual: 0.1 → 3.2 over 780 steps (5 epochs)",
         "× 0.1 at epoch 30 (step 4,680), epoch 60 (step 9,360), epoch 80 (step 12,480)",
@@ -368,14 +368,14 @@ def test_the_text_says_how_images_come() -> None:
 
     share = "loader processes: a rank's share of the cores less one"
     assert images(None) == f" resized crops of 224 px, half of them mirrored; {share}"
-    assert images(4) == " resized crops of 224 px, half of them mirrored; 3 loader processes a rank"
+    assert images(4) == " resized crops of 224 px, half of them mirrored; 3 loader processes per rank"
     written = images(None, recipe__data__workers=1, recipe__data__flip=False)
-    assert written == " resized crops of 224 px; 1 loader process a rank"
+    assert written == " resized crops of 224 px; 1 loader process per rank"
     for crop, words in (("padded", "224 px, shifted by up to 28; no"), ("none", "224 px, uncropped; no")):
         plan = make_plan(config(recipe__data__crop=crop, recipe__data__workers=0, recipe__data__flip=False), 32)
         assert f"images          {words} loader processes" in format_plan(plan)
     dali = images(4, recipe__data__decoder="dali", recipe__data__flip=False)
-    assert dali == " resized crops of 224 px, decoded by DALI; 3 loader processes a rank"
+    assert dali == " resized crops of 224 px, decoded by DALI; 3 loader processes per rank"
     held = format_plan(make_plan(config(recipe__data__crop="padded", recipe__data__on_device=True), 32, 4))
     assert "half of them mirrored, all held on the device; 3 loader" in held
 
@@ -505,6 +505,22 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "recipe", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "recipe: name a command; those above are all"),
+        (("eval",), "recipe: there is no command 'eval'; those above are all"),
+        (("hots",), "recipe: there is no command 'hots'; did you mean hosts?"),
+        (("plan", "x.json", "--worldsize=8"), "unrecognized arguments: --worldsize=8; did you mean --world-size?"),
+        (("hosts", "h", "--configs", "x"), "unrecognized arguments: --configs x; did you mean --config?"),
+    ],
+)
+def test_a_mistyped_command_or_option_is_named_with_the_nearest(words: tuple[str, ...], said: str) -> None:
+    done = run_command(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].endswith(said)
 
 
 def test_the_plan_command() -> None:

@@ -1,5 +1,6 @@
 """What a run writes while it trains."""
 
+import csv
 import errno
 import json
 import math
@@ -10,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from recipe.config.schema import parse_config
 from recipe.engine.loop import Step, Validation
 from recipe.plan.noise_scale import NoiseScale
+from recipe.plan.plan import make_plan
 from recipe.reporting.telemetry import METRICS, OutputError, Telemetry, Writer, drop_later_events
+from tests.engine.test_start import new_engine, samples
 from tests.ranks import run_ranks
 
 
@@ -21,16 +25,25 @@ def step(number: int, loss: float, *, skipped: bool = False, loss_scale: float =
     return Step(number, 0.1 * (number + 1), torch.tensor(loss), scale, torch.tensor(skipped), 0.0, ())
 
 
-def telemetry(output: Path, steps_per_print: int = 2, events: list | None = None) -> Telemetry:
+def telemetry(
+    output: Path, steps_per_print: int = 2, events: list | None = None, is_fp16: bool = False, world_size: int = 1
+) -> Telemetry:
+    raw = {
+        "train_batch_size": 64,
+        "steps_per_print": steps_per_print,
+        "fp16": {"enabled": is_fp16},
+        "recipe": {
+            "model": {"name": "test_resnet", "num_classes": 10},
+            "max_micro_batch_size": 16,
+            "data": {"source": "synthetic", "image_size": 32, "train_images": 192, "validation_images": 10},
+            "schedule": {"epochs": 2, "warmup_epochs": 0, "decay_epochs": [1]},
+        },
+    }
     result = Telemetry(
         output,
+        make_plan(parse_config(raw, "test.json"), world_size),
         first_step=0,
         validated_steps=0,
-        epochs=2,
-        steps_per_epoch=3,
-        micro_batch=16,
-        global_batch=64,
-        steps_per_print=steps_per_print,
         noise_scale=NoiseScale(),
         monitor=(events if events is not None else []).extend,
     )
@@ -43,7 +56,7 @@ def lines(output: Path) -> list[dict]:
 
 
 def _two_ranks_report(rank: int, world_size: int, folder: str) -> None:
-    reporter = telemetry(Path(folder))
+    reporter = telemetry(Path(folder), world_size=world_size)
     for number in range(6):
         reporter.step(step(number, loss=1.0 + number + rank))
     reporter.close()
@@ -69,6 +82,7 @@ def _reports(rank: int, world_size: int, folder: str) -> dict:
     events: list = []
     reporter = telemetry(output, events=events)
     reporter.step(step(0, 1.0))
+    found["the bar before the second step"] = reporter.writer.progress.done
     found["before the second step"] = (output / METRICS).read_text()
     reporter.step(step(1, 2.0))
     found["after the second step"] = len(lines(output))
@@ -83,6 +97,7 @@ def _reports(rank: int, world_size: int, folder: str) -> dict:
 
 def test_reports_come_every_steps_per_print_and_at_the_end_of_an_epoch(tmp_path: Path) -> None:
     (found,) = run_ranks(1, _reports, str(tmp_path))
+    assert found["the bar before the second step"] == 1
     assert found["before the second step"] == ""
     assert found["after the second step"] == 2
     assert found["after the epoch"] == 3
@@ -90,10 +105,47 @@ def test_reports_come_every_steps_per_print_and_at_the_end_of_an_epoch(tmp_path:
         **{"event": "validation", "step": 2, "epoch": 0},
         **{"top1": 50.0, "top5": 90.0, "loss": None, "count": 10},
     }
+    of_report = ("images_per_second", "data_wait")
     assert found["monitored"] == [
-        *[("Train/Samples/train_loss", samples) for samples in (64, 128, 192)],
+        *[("Train/Samples/train_loss", samples) for samples in (64, 128)],
+        *[(f"Train/Samples/{name}", 128) for name in of_report],
+        *[(f"Train/Samples/{name}", 192) for name in ("train_loss", *of_report)],
         *[(f"Validation/Samples/{name}", 192) for name in ("top1", "top5", "loss")],
     ]
+
+
+def _monitors_fp16(rank: int, world_size: int, folder: str, stage: int) -> None:
+    from recipe.data import Batch
+    from recipe.engine.loop import train_epoch
+
+    sections = {
+        "fp16": {"enabled": True, "hysteresis": 1},
+        "zero_optimization": {"stage": stage},
+        "csv_monitor": {"enabled": True, "output_path": folder, "job_name": "csv"},
+    }
+    engine = new_engine(world_size, 16, 1, **sections)
+    reporter = telemetry(Path(folder), is_fp16=True)
+    reporter.monitor = engine.monitor.write_events
+    for number in range(3):
+        images, labels = samples(number, 16)
+        images = (images * 1e4 if number == 1 else images).half()  # the second update overflows
+        for trained in train_epoch(engine, [Batch(images, labels, torch.ones(16), ())]):
+            reporter.step(trained)
+    reporter.close()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_monitors_get_the_loss_scale_of_each_step_once(stage: int, tmp_path: Path) -> None:
+    run_ranks(1, _monitors_fp16, str(tmp_path), stage)
+    written = {}
+    for file in (tmp_path / "csv").iterdir():
+        with file.open() as text:
+            written[file.stem.removeprefix("Train_Samples_")] = [row for row in csv.reader(text) if row[0] != "step"]
+    assert [(int(at), float(scale)) for at, scale in written["loss_scale"]] == [
+        *[(64, 2.0**16), (128, 2.0**16), (192, 2.0**15)]
+    ]
+    assert [int(at) for at, _ in written["images_per_second"]] == [128, 192]  # two steps, and the end of the epoch
+    assert all(0 <= float(share) <= 1 for _, share in written["data_wait"])
 
 
 def _diverges(rank: int, world_size: int, folder: str) -> dict[str, str]:
@@ -159,7 +211,7 @@ def test_lines_that_were_removed_are_told_of(tmp_path: Path, capsys: pytest.Capt
 
 def _measures(rank: int, world_size: int, folder: str) -> list:
     monitored: list = []
-    reporter = telemetry(Path(folder), steps_per_print=3, events=monitored)
+    reporter = telemetry(Path(folder), steps_per_print=3, events=monitored, world_size=world_size)
     # |G|² + tr(Σ) / B with |G|² = 3, tr(Σ) = 640 and micro-batches of 16, whose norms differ from rank to rank, and 64
     norms = torch.tensor([3 + 640 / 16 + (1 if rank else -1), 3 + 640 / 64], dtype=torch.float64)
     reporter.step(replace(step(0, 1.0), gradient_norms=norms))
@@ -179,6 +231,6 @@ def test_the_noise_scale_stands_behind_its_step(tmp_path: Path) -> None:
     assert written[1] == {"event": "noise_scale", "step": 0, "epoch": 0} | {
         name: pytest.approx(value, rel=1e-12) for name, value in values.items()
     }
-    assert [(name, at) for name, _, at in monitored if name != "Train/Samples/train_loss"] == [
+    assert [(name, at) for name, _, at in monitored if "scale" in name or "gradient" in name] == [
         (f"Train/Samples/{name}", 64) for name in values
     ]

@@ -15,6 +15,7 @@ from recipe.config import Config, printable, read_config
 from recipe.data import look
 from recipe.distributed import count_slots, deepspeed_env_files, read_deepspeed_env, read_hostfile
 from recipe.plan import make_plan
+from recipe.reporting import Parser
 from recipe.train import overrides
 
 WORKS, FAILS, REFUSED = 0, 1, 2
@@ -62,9 +63,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipe hosts", description="Say whether a launch on a hostfile's hosts would work."
-    )
+    parser = Parser(prog="python -m recipe hosts", description="Say whether a launch on a hostfile's hosts would work.")
     parser.add_argument("hostfile", help="the DeepSpeed hostfile")
     parser.add_argument("--config", type=Path, help="the JSON that will be trained")
     parser.add_argument(

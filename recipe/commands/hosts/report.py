@@ -6,6 +6,8 @@ from ipaddress import ip_address
 from typing import Any
 
 from recipe.config import printable
+from recipe.plan import columns
+from recipe.reporting import table
 
 CLOCK_LIMIT_SECONDS = 5.0
 NAMES_SHOWN = 4
@@ -167,15 +169,11 @@ _COLUMNS: dict[str, Callable[[Host], str]] = {
 }
 
 
-def format_table(hosts: Sequence[Host]) -> str:
-    """A row a host; a column that nothing is known for is left out."""
-    columns = []
-    for title, cell in _COLUMNS.items():
-        cells = [_known(cell, host) for host in hosts]
-        if set(cells) != {UNKNOWN}:
-            width = max(map(len, (title, *cells)))
-            columns.append([text.ljust(width) for text in (title, *cells)])
-    return "".join("  ".join(row).rstrip() + "\n" for row in zip(*columns, strict=True))
+def format_table(hosts: Sequence[Host], width: int | None = None) -> str:
+    """A row per host; a column that nothing is known for is left out."""
+    cells = [[title, *(_known(cell, host) for host in hosts)] for title, cell in _COLUMNS.items()]
+    known = [column for column in cells if set(column[1:]) != {UNKNOWN}]
+    return table(list(zip(*known, strict=True)), width or columns(10_000))
 
 
 def _known(cell: Callable[[Host], str], host: Host) -> str:

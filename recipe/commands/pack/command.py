@@ -21,7 +21,6 @@ import numpy.typing as npt
 import PIL
 
 from recipe.checkpoints import LOCK, lock
-from recipe.commands.pack.progress import Progress
 from recipe.commands.pack.shards import UNFINISHED, Record, Source, pack_shards, share_out, write_whole
 from recipe.commands.pack.verify import verify
 from recipe.config import parse_json, printable, read_text, validate
@@ -41,6 +40,7 @@ from recipe.data import (
     sha256_of,
 )
 from recipe.distributed import Interrupted, heeded, outlive_readers, say
+from recipe.reporting import Parser, Progress
 
 COMPLETE, REFUSED = 0, 2
 MAKING = "making.json"
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m recipe pack",
         usage="python -m recipe pack SRC DST [--short-side PIXELS]\n       python -m recipe pack --verify DST",
         description="Pack a folder of images into a few large files that are read at random, or verify such a pack.",
@@ -217,9 +217,13 @@ def _make(
         (destination / root.name).mkdir(exist_ok=True)
     total = sum(len(sources) for _, sources in parts)
     together = [shard for of_part in shards for shard in of_part]
-    with Progress(total, len(together)) as progress:
+    with Progress(total, "images") as progress:
+
+        def show(done: int, shards_done: int) -> None:
+            progress.update(done, f"{shards_done:,}/{len(together):,} shards", f"{progress.speed:,.0f} images/s")
+
         try:
-            records = pack_shards(together, making, workers, progress.show)
+            records = pack_shards(together, making, workers, show)
         except BaseException:
             for leftover in (destination / UNFINISHED).glob("*.tar"):
                 leftover.unlink(missing_ok=True)

@@ -4,9 +4,9 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from recipe.commands.pack.progress import Progress
 from recipe.data import File, damage, open_index, read_header, sha256_of
 from recipe.distributed import Interrupted
+from recipe.reporting import Progress
 
 WHOLE, DAMAGED = 0, 1
 
@@ -21,7 +21,7 @@ def verify(destination: Path) -> int:
     files = [(destination / part.folder / file.file, file) for part in header.parts for file in part.shards]
     files += [(destination / part.folder / file.file, file) for part in header.parts for file in part.indices]
     damaged = 0
-    with Progress(sum(file.bytes for _, file in files), len(files), unit="byte") as progress:
+    with Progress(sum(file.bytes for _, file in files)) as progress:
 
         def look(path: Path, file: File) -> str | None:
             problem = damage(path, file)

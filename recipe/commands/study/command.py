@@ -15,6 +15,7 @@ from recipe.commands.study.report import format_report
 from recipe.commands.study.results import read_results, write_csv
 from recipe.commands.study.runs import REFUSED, Runner, Where, check_output, ending, read_launches
 from recipe.distributed import count_slots, outlive_readers, read_hostfile, say
+from recipe.reporting import Parser
 
 COMPLETE, FAILED = 0, 1
 
@@ -87,7 +88,7 @@ def _count_gpus() -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m recipe study", description="Train the cases of a study with all its seeds, and compare them."
     )
     parser.add_argument("study", type=Path, help="a JSON of ds_configs/studies/")

@@ -1,0 +1,120 @@
+"""What people see, at the width of their terminal and where there is none."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from recipe.commands.hosts.report import format_table
+from recipe.commands.plan_screen import side_by_side
+from recipe.config.schema import read_config
+from recipe.plan.model_facts import SHIPPED
+from recipe.plan.plan import make_plan
+from recipe.plan.text import format_plan, notes, plan_fields
+from recipe.reporting import terminal
+from recipe.reporting.summary import format_summary
+from recipe.reporting.terminal import Progress
+from tests.commands.test_hosts import good_hosts
+from tests.launch import ROOT
+
+FACTS = SHIPPED["resnet50", 1000]
+PLANS = [make_plan(read_config(f"ds_configs/resnet50_b{batch}.json"), 32) for batch in (8192, 256)]
+SUMMARY = {
+    "model": "resnet50", "data": "imagefolder", "epochs": 90, "global_batch": 8192, "precision": "fp16",
+    "world_size": 32, "hosts": 4, "device": "NVIDIA H100 80GB HBM3", "final_top1": 76.26, "best_top1": 76.31,
+    "best_epoch": 88, "median_error_last_epochs": 23.74, "images_per_second": 72138.0, "steps": 14040,
+    "skipped_steps": 3, "wall_seconds": 3600.0, "best_checkpoint": "runs/b8192/checkpoints/step-00013884",
+    "bad_images": ["a.jpg"], "decoded_by_pil": 23, "versions": {},
+}  # fmt: skip
+
+
+def words(text: str) -> list[str]:
+    return text.replace(" \\\n", " ").split()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_texts_fit_the_width_and_break_no_word(width: int) -> None:
+    for show in (
+        lambda width: side_by_side(PLANS, [plan_fields(plan, FACTS) for plan in PLANS], list(map(notes, PLANS)), width),
+        lambda width: format_table(good_hosts(2), width),
+        lambda width: format_plan(PLANS[0], width),
+        lambda width: format_summary(SUMMARY, Path("runs/b8192"), width=width),
+    ):
+        text = show(width)
+        assert max(map(len, text.splitlines())) <= width
+        assert set(words(text)) == set(words(show(10_000)))
+
+
+BAR = """
+from recipe.reporting import terminal
+terminal.REFRESH_SECONDS = 0
+with terminal.Progress(1_405_000, "steps", done=1_000) as progress:
+    for step in range(1_001, 1_004):
+        progress.update(step, "epoch 100/100", "loss 2.345", "72,138 images/s", "rate 0.00032")
+    progress.say("epoch 100/100: top-1 76.26 %, top-5 93.01 %, loss 1.0123 on 50,000 validation images")
+"""
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (60, r"1,003/1,405,000 steps"),
+        (80, r"1,003/1,405,000 steps, loss 2\.345"),
+        (120, r"1,003/1,405,000 steps, loss 2\.345, 72,138 images/s, rate 0\.00032"),
+    ],
+)
+def test_a_bar_keeps_the_time_left_and_drops_figures_that_do_not_fit(width: int, shown: str) -> None:
+    side, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 40, width, 0, 0))
+    variables = {name: os.environ[name] for name in os.environ.keys() - {"COLUMNS"}} | {"TERM": "xterm"}
+    with subprocess.Popen([sys.executable, "-c", BAR], cwd=ROOT, stdout=end, stderr=end, env=variables):
+        os.close(end)
+        seen = b""
+        while chunk := read(side):
+            seen += chunk
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", seen.decode())
+    lines = [line for line in re.split(r"[\r\n]+", text) if line]
+    assert max(map(len, lines)) <= width
+    assert re.fullmatch(rf"epoch 100/100 \S{{8,}} \d+:\d\d:\d\d left, {shown}", lines[-1]), lines[-1]
+    (told,) = (number for number, line in enumerate(lines) if line.startswith("epoch 100/100: top-1 76.26 %, "))
+    assert " ".join(lines[told : told + 2]).endswith("on 50,000 validation images") or width == 120
+    assert seen.count(b"\x1b[?25h") >= seen.count(b"\x1b[?25l")  # the cursor is there
+
+
+def read(side: int) -> bytes:
+    try:
+        return os.read(side, 65536)
+    except OSError:  # Linux's word for: the other side has closed
+        return b""
+
+
+def test_without_a_terminal_there_are_plain_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich's and CI's; a file is a file
+    now = 1000.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    with Progress(1_281_167, "images") as progress:
+        for seconds, images in ((0, 500_000), (61, 500_000), (100, 530_000), (122, 561_000)):
+            now = 1000.0 + seconds
+            progress.update(images, "95/256 shards", f"{progress.speed:,.0f} images/s")
+        progress.say(f"{'a long line ' * 20}stays one line")
+    with Progress(3 * 2**30) as progress:
+        now += 61
+        progress.add(2**30)
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.splitlines() == [
+        "95/256 shards: -:--:-- left, 500,000/1,281,167 images, 0 images/s",
+        # 61,000 in 122 s, and 720,167 are left; the first update may say what an earlier launch has done.
+        "95/256 shards: 0:24:01 left, 561,000/1,281,167 images, 300 images/s",
+        f"{'a long line ' * 20}stays one line",
+        "-:--:-- left, 33%",
+    ]
