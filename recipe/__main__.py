@@ -21,6 +21,7 @@ COMMANDS = {
     "pack": "an image folder in a few large files, which train faster",
     "evaluate": "accuracy, confusion and calibration of a trained model, class by class",
     "predict": "the most probable classes of image files",
+    "keys": "every key of a config and of a study, as tables",
     "export": "the best weights of a run for plain timm, with a model card",
 }
 

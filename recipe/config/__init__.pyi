@@ -1,5 +1,6 @@
 from .deepspeed_sections import (
     Count as Count,
+    PassedOn as PassedOn,
     Section as Section,
     Size as Size,
 )

@@ -44,7 +44,8 @@ REMOVED_KEYS = frozenset((
 
 
 class Section(BaseModel):
-    """An object of the file. A field's docstring says what belongs there: refusals quote it."""
+    """An object of the file. The first sentence of a field's docstring says what belongs there, and refusals quote it;
+    the others explain it, and stand in docs/configuration.md with it."""
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
@@ -63,7 +64,8 @@ class PassedOn(Section):
 
 class OptimizerParams(Section):
     lr: PositiveFloat | Auto = "auto"
-    """the peak rate, a number > 0, or "auto": the schedule's reference rate, scaled"""
+    """the peak rate, a number > 0, or "auto": the schedule's reference rate, scaled. A written number must be what
+    recipe.schedule.scaling_rule gives; with "none" it is the peak rate as it stands"""
 
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """the momentum, a number >= 0 and < 1; the paper's is 0.9 (section 5.1)"""
@@ -72,7 +74,8 @@ class OptimizerParams(Section):
     """true or false; the paper's momentum is Nesterov's (section 5.1)"""
 
     weight_decay: NonNegativeFloat | Auto = "auto"
-    """the weight decay, a number >= 0, or "auto": the rule recipe.schedule.weight_decay_rule"""
+    """the weight decay, a number >= 0, or "auto": the rule recipe.schedule.weight_decay_rule. It applies to convolution
+    and linear weights, not to biases and batch norm; "auto" is 1e-4 under the rule "constant" """
 
     unsupported = {
         "dampening": ("the recipe's momentum is the paper's, without dampening", "remove it"),
@@ -139,6 +142,8 @@ class Bf16(PassedOn):
     enabled: bool = False
     immediate_grad_update: bool = False
     check_grad_overflow: bool = True
+    """true or false: whether an update whose gradients are not finite is skipped and counted. The check stays on the
+    device. With false such a gradient ends the run at the next report, as in fp32"""
 
     unsupported = dict.fromkeys(
         ("bf16_master_weights_and_grads", "bf16_optimizer_states"),
@@ -150,7 +155,8 @@ class ZeroOptimization(PassedOn):
     """ZeRO. Of DeepSpeed's two spellings only the documented one, so that no setting can be written twice."""
 
     stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """what is partitioned, a whole number from 0 to 3; at 0 checkpoints load on any number of GPUs"""
+    """what is partitioned, a whole number from 0 to 3; at 0 checkpoints load on any number of GPUs. A
+    checkpoint of stage 1 to 3 loads only on as many ranks as have written it"""
 
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
@@ -163,7 +169,8 @@ class ZeroOptimization(PassedOn):
     """elements gathered at a time, a whole number >= 0, without exponent or fraction"""
 
     overlap_comm: bool | None = None
-    """true, false or null: whether gradients travel during the backward pass; at stage 0 they do unless it is false"""
+    """true, false or null: whether gradients are reduced during the backward pass; at stage 0 they are unless it is
+    false. At stage 0 the recipe does this itself: DeepSpeed would wait for the end of the backward pass"""
 
     compute_grad_norm: bool = True
     load_from_fp32_weights: bool = True
@@ -261,7 +268,7 @@ class CommsLogger(PassedOn):
 
 class ThroughputTimer(Section):
     enabled: bool = False
-    """true or false: whether DeepSpeed measures its speed, for which it waits for the GPU twice a micro-batch; false,
+    """true or false: whether DeepSpeed measures its speed, for which it waits for the GPU twice per micro-batch; false,
     because the recipe measures it without (DeepSpeed's default is true)"""
 
     synchronized: bool = True
@@ -276,13 +283,16 @@ class DeepSpeedConfig(Section):
     """The top level without the recipe's section."""
 
     train_batch_size: BatchSize
-    """the global batch: images per optimizer step, over all GPUs, a whole number from 1 to 1000000000"""
+    """the global batch: images per optimizer step, over all GPUs, a whole number from 1 to 1000000000. It is
+    ranks × accumulation steps × micro-batch; peak rate, warmup steps and accumulation follow from it"""
 
     train_micro_batch_size_per_gpu: Count | Auto = "auto"
-    """images per GPU and forward pass, a whole number >= 1, or "auto": the largest that the plan can use"""
+    """images per GPU and forward pass, a whole number >= 1, or "auto": the largest that the plan can use.
+    That is the largest up to recipe.max_micro_batch_size that divides a rank's share of the global batch"""
 
     gradient_accumulation_steps: Count | Auto = "auto"
-    """forward passes per optimizer step, a whole number >= 1, or "auto": as few as the plan needs"""
+    """forward passes per optimizer step, a whole number >= 1, or "auto": as few as the plan needs. That is
+    train_batch_size / (ranks × micro-batch)"""
 
     optimizer: Optimizer = Optimizer()
     """an object with type and params"""
@@ -291,19 +301,21 @@ class DeepSpeedConfig(Section):
     """an object with type and params"""
 
     fp16: Fp16 = Fp16()
-    """DeepSpeed's fp16 section, an object"""
+    """DeepSpeed's fp16 section, an object. "enabled": true trains in fp16 with fp32 master weights; the loss scale is
+    dynamic unless loss_scale is written"""
 
     bf16: Bf16 = Bf16()
-    """DeepSpeed's bf16 section, an object"""
+    """DeepSpeed's bf16 section, an object. "enabled": true trains in bf16 with fp32 master weights"""
 
     zero_optimization: ZeroOptimization = ZeroOptimization()
-    """DeepSpeed's ZeRO section, an object"""
+    """DeepSpeed's ZeRO section, an object. Stages 0 to 3 work; offloading does not"""
 
     gradient_clipping: NonNegativeFloat = 0.0
     """the largest gradient norm, a number >= 0; 0 does not clip, like the paper (DeepSpeed's default is 1)"""
 
     steps_per_print: Count = 10
-    """optimizer steps between DeepSpeed's own progress lines, a whole number >= 1 (it divides by it)"""
+    """optimizer steps between reports, a whole number >= 1 (DeepSpeed divides by it). Progress bar, log and
+    metrics.jsonl are written this often, and only then does the host wait for the device"""
 
     gradient_allreduce_op: Literal["mean"] = "mean"
     """ "mean": the rate rules hold for the mean gradient over the global batch"""
@@ -315,7 +327,7 @@ class DeepSpeedConfig(Section):
     """the part of the division that comes before the sum over the GPUs, a number > 0"""
 
     communication_data_type: Literal["fp32", "fp16", "bf16"] | None = None
-    """ "fp32", "fp16" or "bf16", in which gradients travel; null for the precision of the training"""
+    """ "fp32", "fp16" or "bf16", in which gradients are reduced; null for the precision of the training"""
 
     disable_allgather: bool = False
     zero_allow_untested_optimizer: bool = False

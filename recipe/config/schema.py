@@ -84,7 +84,8 @@ class Model(Section):
 class BatchNorm(Section):
     statistics: Literal["global", "local"] | Count = "global"
     """what batch norm averages over: "global" (all GPUs' micro-batches), "local" (each GPU's) or a number of
-    samples, a whole number >= 1; the paper's is 32"""
+    samples, a whole number >= 1; the paper's is 32. A number of samples makes the training the same on any number of
+    GPUs; "global" is SyncBN"""
 
 
 Unit = Annotated[float, Field(ge=0, le=1)]
@@ -94,14 +95,15 @@ Three = Field(strict=False, min_length=3, max_length=3)
 class Data(Section):
     source: Literal["digits", "imagefolder", "pack", "synthetic"]
     """ "digits" (scikit-learn's), "imagefolder" (a folder for each class), "pack" (what python -m recipe pack makes of
-    one) or "synthetic" (random pixels)"""
+    one) or "synthetic" (random pixels). The digits ship with scikit-learn; "synthetic" is one random batch, for speed
+    tests"""
 
     path: str | None = Field(None, min_length=1)
-    """the folder of an imagefolder or a pack, a string; null for the other sources"""
+    """the folder of an imagefolder or a pack, a string; null for the other sources. --data sets it"""
 
     pack_short_side: Annotated[int, Field(ge=0)] = 0
     """the short side in pixels to which the pack's larger images were resized, a whole number, as its pack.json says;
-    0: all images are the original bytes"""
+    0: all images are the original bytes. A run checks it against the pack, because the pixels depend on it"""
 
     image_size: Annotated[int, Field(ge=8, le=4096)] | Auto
     """height and width of the images that the model sees, in pixels, a whole number from 8 to 4096, or "auto": as the
@@ -114,32 +116,37 @@ class Data(Section):
     """images to validate on, a whole number >= 1, so that a plan needs no data, or "auto": as many as there are"""
 
     crop: Literal["random_resized", "padded", "none"] = "random_resized"
-    """ "random_resized" (the paper's), "padded" (shifted by a few pixels) or "none" """
+    """ "random_resized" (the paper's), "padded" (shifted by a few pixels) or "none". Validation takes the centre
+    crop of an image resized to 8/7 of image_size (256 for 224) for "random_resized"; "padded" shifts by up to 1/8 of
+    image_size"""
 
     flip: bool = True
     """true or false: whether half of the training images are mirrored; the paper's are"""
 
     mean: Annotated[tuple[Unit, ...], Three] | Auto = "auto"
     """the mean of red, green and blue, three numbers from 0 to 1, or "auto": the weights' own, or the
-    source's"""
+    source's. For an imagefolder and a pack that is ImageNet's"""
 
     std: Annotated[tuple[PositiveFloat, ...], Three] | Auto = "auto"
     """the standard deviation of red, green and blue on a scale from 0 to 1, three numbers > 0, or "auto": the
-    weights' own, or the source's"""
+    weights' own, or the source's. For an imagefolder and a pack that is ImageNet's"""
 
     workers: Annotated[int, Field(ge=0)] | Auto = "auto"
-    """loader processes per GPU, a whole number >= 0, or "auto": from the CPU cores at hand"""
+    """loader processes per GPU, a whole number >= 0, or "auto": from the CPU cores at hand. That is a rank's
+    share of the cores less one, and none for digits"""
 
     decoder: Literal["cpu", "gpu", "dali"] = "cpu"
     """what decodes, crops and resizes the JPEGs of an imagefolder or a pack: "cpu" (the workers), "gpu" (nvJPEG and
-    torch) or "dali" (NVIDIA's package, on a CPU, too); the crops are the same, the pixels nearly so"""
+    torch) or "dali" (NVIDIA's package, on a CPU, too); the crops are the same, the pixels nearly so. A
+    run cannot resume with another decoder"""
 
     on_device: bool = False
-    """true or false: whether all images are decoded at the start and live, cut and mirrored there, on the device; for
-    data of CIFAR's size. digits always do; what is trained is the same to the bit"""
+    """true or false: whether all images are decoded once, at the start, and kept on the device, which crops and mirrors
+    whole batches; for data of CIFAR's size. Digits always are; the training is the same to the bit"""
 
     on_bad_image: Literal["stop", "skip"] = "stop"
-    """ "stop" or "skip": what an image that cannot be read does to the run"""
+    """ "stop" or "skip": what an image that cannot be read does to the run. "skip" trains on the next image
+    instead, leaves it out of validation and lists it in the summary"""
 
     @property
     def is_to_be_counted(self) -> bool:
@@ -149,7 +156,7 @@ class Data(Section):
 
 class Schedule(Section):
     epochs: Count
-    """passes over the training images, a whole number >= 1"""
+    """passes over the training images, a whole number >= 1. The last, partial batch of each is dropped"""
 
     reference_lr: PositiveFloat = 0.1
     """the rate at the reference batch, a number > 0; the paper's is 0.1 (section 2.1)"""
@@ -158,10 +165,12 @@ class Schedule(Section):
     """images in the batch for which the reference rate holds, a whole number >= 1; the paper's is 256"""
 
     scaling_rule: Literal["linear", "sqrt", "none"] = "linear"
-    """ "linear" (the paper's), "sqrt" or "none": how the rate follows the global batch"""
+    """ "linear" (the paper's), "sqrt" or "none": how the rate follows the global batch. "none" takes the rate
+    that optimizer.params.lr writes, or else the reference rate"""
 
     warmup: Literal["gradual", "constant", "none"] = "gradual"
-    """ "gradual" (the paper's), "constant" or "none": how the rate comes to its peak"""
+    """ "gradual" (the paper's), "constant" or "none": how the rate comes to its peak. Warmup starts at the reference
+    rate, and only batches above the reference batch have one"""
 
     warmup_epochs: NonNegativeFloat = 5
     """epochs of warmup, a number >= 0; the paper's is 5 (section 2.2)"""
@@ -173,18 +182,21 @@ class Schedule(Section):
     """by what the rate is multiplied at each decay, a number > 0 and <= 1; the paper's is 0.1"""
 
     weight_decay_rule: Literal["constant", "inverse"] = "constant"
-    """ "constant" (the paper's) or "inverse": how the weight decay follows the global batch"""
+    """ "constant" (the paper's) or "inverse": how the weight decay follows the global batch. "inverse" divides
+    the reference weight decay by train_batch_size / reference_batch_size"""
 
     reference_weight_decay: NonNegativeFloat | None = None
-    """the weight decay at the reference batch, a number >= 0, or null"""
+    """the weight decay at the reference batch, a number >= 0, or null. Null is 1e-4, the paper's"""
 
 
 class Checkpoint(Section):
     every_steps: Count | None = None
-    """optimizer steps between checkpoints, a whole number >= 1, or null for one at the end of each epoch"""
+    """optimizer steps between checkpoints within an epoch, a whole number >= 1, or null for none. Each epoch ends with
+    a checkpoint anyway"""
 
     every_minutes: PositiveFloat | None = None
-    """minutes between checkpoints, a number > 0, or null for one at the end of each epoch"""
+    """minutes between checkpoints within an epoch, a number > 0, or null for none. Each epoch ends with a checkpoint
+    anyway"""
 
     keep_last: Count = 2
     """how many of the latest checkpoints stay, a whole number >= 1; 2, because the latest may not be whole"""
@@ -195,7 +207,8 @@ class Checkpoint(Section):
 
 class NoiseScale(Section):
     enabled: bool = False
-    """true or false: whether the gradient noise scale is estimated, that is, up to which batch more images pay"""
+    """true or false: whether the gradient noise scale is estimated, that is, up to which batch more images pay.
+    Not with ZeRO stages 1 to 3, nor with statistics over several ranks ("global")"""
 
     every_steps: Count = 10
     """optimizer steps between two measurements, a whole number >= 1; 10, which divides their cost by ten"""
@@ -204,7 +217,7 @@ class NoiseScale(Section):
 class Distributed(Section):
     timeout_seconds: Annotated[float, Field(ge=5, le=86_400)] = 120
     """how long a rank waits for the others, in seconds, a number from 5 to 86400; 120, because it is the time that a
-    cluster stands still when a host is cut off"""
+    cluster stands still when a host is cut off. A rank without data ends the run after three quarters of it"""
 
 
 class Recipe(Section):
@@ -215,7 +228,8 @@ class Recipe(Section):
 
     max_micro_batch_size: Count | Auto = 256
     """images per GPU and forward pass that an "auto" may take at most, a whole number >= 1, or "auto": as many as fit
-    the GPU, 32 on a CPU"""
+    the GPU, 32 on a CPU. "auto" tries training steps at the start and takes the largest micro-batch that fits every
+    rank's GPU"""
 
     batchnorm: BatchNorm = BatchNorm()
     """an object with statistics"""
@@ -232,7 +246,7 @@ class Recipe(Section):
 
     compile: bool = False
     """true or false: whether torch.compile makes kernels of its own for model and loss, for which the first steps take
-    minutes; other roundings, the same training"""
+    minutes; other roundings, the same training. Not with ZeRO stage 3"""
 
     cudnn_benchmark: bool = False
     """true or false: whether cuDNN tries out which of its algorithms are the fastest, which may be others in a resumed

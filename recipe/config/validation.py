@@ -78,7 +78,8 @@ def _refusal(
     field = _section(root, path).model_fields[str(name)]
     default = json.dumps(field.default, default=lambda section: {})
     expected = field.description or f"{kinds} (DeepSpeed's default is {default})"
-    return ConfigError(file, dotted_key(key), value, problem, f"expected {' '.join(expected.split())}")
+    first_sentence = " ".join(expected.split()).partition(". ")[0]  # what is accepted; the rest explains it
+    return ConfigError(file, dotted_key(key), value, problem, f"expected {first_sentence}")
 
 
 def _locate(loc: Key, raw: Any) -> tuple[Key, Any]:

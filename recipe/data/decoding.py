@@ -65,7 +65,9 @@ def decode(file: bytes) -> Decoded:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(file)
             if colours in ("YCbCr", "Gray", "RGB") and height * width <= _largest():
                 return Decoded(torch.from_numpy(simplejpeg.decode_jpeg(file, colorspace="RGB")))
-        except ValueError:
+        except MemoryError:
+            raise
+        except Exception:  # whatever it finds fault with, PIL judges
             pass
     if not file:
         raise DecodingError("the file is empty")
@@ -103,9 +105,9 @@ def decode_reduced(file: bytes, short_side: int) -> Tensor:
         return torch.from_numpy(
             simplejpeg.decode_jpeg(file, colorspace="RGB", min_height=reduced[0], min_width=reduced[1], min_factor=1)
         )
-    except DecodingError:
+    except (DecodingError, MemoryError):
         raise
-    except ValueError:
+    except Exception:
         raise TooLargeError from None
 
 
@@ -115,7 +117,7 @@ def plain_jpeg_size(file: bytes) -> tuple[int, int] | None:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(file)
-    except ValueError:
+    except Exception:  # whatever it finds fault with is no plain JPEG
         return None
     return (height, width) if colours in ("YCbCr", "Gray") and height * width <= _largest() else None
 

@@ -417,7 +417,7 @@ def test_a_typo_explains_a_missing_key() -> None:
         ("fp16.initial_scale_power", 128, "= 128: too large; expected the first dynamic loss scale"),
         ("fp16.loss_scale_window", 0, "= 0: too small; expected optimizer steps without overflow"),
         (
-            "bf16.check_grad_overflow",
+            "bf16.immediate_grad_update",
             1,
             "= 1: not true or false; expected true or false (DeepSpeed's default",
         ),

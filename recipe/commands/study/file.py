@@ -54,7 +54,7 @@ class Case(Section):
 
 class Figure(Section):
     draw: Draw
-    """ "error_by_batch_size" (the paper's Figure 1), "beside_baseline" (Figure 2: a panel a case, each with the
+    """ "error_by_batch_size" (the paper's Figure 1), "beside_baseline" (Figure 2: a panel per case, each with the
     baseline) or "curves" (Figure 4: all cases over the epochs)"""
 
     title: Text
