@@ -63,7 +63,7 @@ def kill_at(moment: str, trigger: Trigger) -> None:
     import torch
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from recipe import run
+    from recipe import reporting, run
     from recipe.checkpoints import manifest
     from recipe.reporting import telemetry
 
@@ -131,7 +131,7 @@ def kill_at(moment: str, trigger: Trigger) -> None:
         "prune": (manifest, "remove", half_removed),
         "validation": (run, "evaluate", some_batches),
         "last": (run, "evaluate", after_the_last_step),
-        "summary": (run, "summarise", before(run.summarise)),
+        "summary": (reporting, "summarise", before(reporting.summarise)),
     }
     if moment == "clock":
         threading.Timer(trigger.left / 1000, trigger.kill).start()

@@ -83,10 +83,10 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from recipe.engine import start_engine, train_epoch
+    from recipe.data import open_loaders
+    from recipe.engine import deepspeed_config, start_engine, train_epoch
     from recipe.model import parameter_groups
-    from recipe.preflight import prepare
-    from recipe.run import deepspeed_config, open_loaders
+    from recipe.run import prepare
 
     ranks, micro_batch = dist.get_world_size(), arguments.micro_batch
     overrides = [
@@ -98,10 +98,21 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     plan = make_plan(read_config(CONFIG, overrides), ranks)
     run = prepare(plan, arguments.folder, "auto")
-    engine = start_engine(
-        run.model, parameter_groups(run.model, plan.weight_decay), deepspeed_config(plan, run.output), plan.schedule
+    passed_on = deepspeed_config(plan.config.model_dump(mode="json", exclude_none=True), run.output)
+    engine = start_engine(run.model, parameter_groups(run.model, plan.weight_decay), passed_on, plan.schedule)
+    loader, _ = open_loaders(
+        run.samples,
+        global_batch=plan.global_batch,
+        micro_batch=plan.micro_batch,
+        rank=dist.get_rank(),
+        world_size=ranks,
+        seed=plan.config.recipe.seed,
+        workers=plan.workers,
+        device=run.device,
+        dtype=torch.float32,
+        mean=plan.mean,
+        std=plan.std,
     )
-    loader, _ = open_loaders(run, torch.float32)
     gradient_bytes = sum(4 * parameter.numel() for parameter in engine.module.parameters())
     alone = all_reduce_alone(gradient_bytes) if ranks > 1 else 0.0
     reduces, step_of_engine = engine.enable_backward_allreduce, engine.step

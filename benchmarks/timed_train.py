@@ -22,9 +22,9 @@ from recipe import train  # noqa: E402
 
 LAUNCH, IMPORTS, BATCHES, STEP, REST = "launch", "imports", "batches of the first step", "first step", "all else"
 PARTS = {
-    "data set": ("preflight", "open_data"),
-    "model": ("preflight", "build_model"),
-    "look at the model": ("preflight", "check_image_size"),
+    "data set": ("data", "open_samples"),
+    "model": ("run", "build_model"),
+    "look at the model": ("run", "check_image_size"),
     "meeting of the ranks": ("meeting", "meet"),
     "process group": ("run", "join_process_group"),
     "deepspeed.initialize": ("run", "start_engine"),
@@ -36,10 +36,10 @@ def time_parts(given: float, file: Path) -> None:
     """Have the parts timed, and the process end after the first step."""
     import torch.distributed as dist
 
-    from recipe import preflight, run
+    from recipe import data, run
     from recipe.distributed import rendezvous as meeting
 
-    modules: dict[str, Any] = {"preflight": preflight, "meeting": meeting, "run": run}
+    modules: dict[str, Any] = {"data": data, "meeting": meeting, "run": run}
     seconds = dict.fromkeys(ORDER, 0.0)
     seconds[LAUNCH] = BEGUN - given
 

@@ -35,7 +35,7 @@ from recipe.distributed import (
     take_by,
 )
 from recipe.plan import format_plan, make_plan
-from recipe.reporting import Parser, format_summary
+from recipe.reporting import Parser, format_summary, read_summary
 
 COMPLETE, REFUSED = 0, 2
 OTHER_RANKS_WAIT_SECONDS = 15.0
@@ -97,10 +97,10 @@ def run(arguments: argparse.Namespace) -> int:
     # to look through it for garbage takes a tenth of these seconds, and would take as long now and then in training.
     gc.disable()
     set_up_torch(cores)
-    from recipe.distributed import FAILED, DisagreementError, MeetingError, Watch, meet
-    from recipe.preflight import prepare
+    from recipe.checkpoints import is_complete, unused_data
+    from recipe.distributed import FAILED, DisagreementError, MeetingError, Watch, meet, own_facts
     from recipe.reporting import LOG
-    from recipe.run import KNOWN_FAILURES, own_facts, summary_of_complete_run, train, unused_data
+    from recipe.run import KNOWN_FAILURES, prepare, train
 
     gc.freeze()
     gc.enable()
@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = Distributed() if plan is None else plan.config.recipe.distributed
     timeout = timedelta(seconds=settings.timeout_seconds)
     try:
-        meeting = meet(own_facts(checked, refusal), timeout)
+        meeting = meet(own_facts(refusal, **({} if checked is None else checked.facts())), timeout)
     except (DisagreementError, MeetingError) as error:
         if checked is not None:
             checked.undo.close()
@@ -135,13 +135,13 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"rank {rank} on {socket.gethostname()} failed: {cause}")
         return FAILED
     assert checked is not None, "ranks that refuse do not meet"
-    summary = summary_of_complete_run(checked)
+    summary = read_summary(output) if is_complete(checked.plan, checked.start) else None
     if summary is None:
         known = () if arguments.verbose else KNOWN_FAILURES
         with Watch(meeting, timeout, launchers, known, output / LOG) as watch:
             summary = train(checked, meeting, watch, arguments.verbose)
     elif rank == 0:
-        trained = f"{output} is complete already{unused_data(checked)}, and nothing was trained"
+        trained = f"{output} is complete already{unused_data(checked.plan, checked.start)}, and nothing was trained"
         print(printable(f"{trained}; another --output trains it anew"))
     if rank == 0:
         print("\n" + format_summary(summary, output, checked.plan), flush=True)

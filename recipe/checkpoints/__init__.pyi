@@ -1,10 +1,15 @@
 from . import checkpoint as checkpoint, manifest as manifest
 from .checkpoint import CheckpointError as CheckpointError
+from .history import (
+    History as History,
+    load_run as load_run,
+    save_run as save_run,
+)
 from .locking import (
     LOCK as LOCK,
+    claim as claim,
     is_locked as is_locked,
     lock as lock,
-    make_folder as make_folder,
 )
 from .manifest import (
     CHECKPOINTS as CHECKPOINTS,
@@ -22,9 +27,9 @@ from .resume import (
     batchnorm_images as batchnorm_images,
     choose_start as choose_start,
     differing_keys as differing_keys,
+    is_complete as is_complete,
     is_same_training as is_same_training,
     leaves as leaves,
     stated as stated,
-    statistics_change as statistics_change,
-    training_sha256 as training_sha256,
+    unused_data as unused_data,
 )

@@ -2,8 +2,12 @@
 
 import fcntl
 import os
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO
+
+from recipe.checkpoints.manifest import CHECKPOINTS
 
 LOCK = ".lock"
 
@@ -59,6 +63,28 @@ def make_folder(folder: Path, argument: str = "--output") -> list[Path]:
             problem, remedy = f"{there} is no folder", "remove it, or name another"
         raise ValueError(f"{argument} {folder}: {problem}; {remedy}") from None
     return missing
+
+
+def claim(output: Path) -> ExitStack:
+    """Make the folder ``output`` and lock it; what is returned takes both back, as far as they are new and empty.
+
+    Raises:
+        ValueError: another run writes to it, or it cannot be made.
+    """
+    with ExitStack() as undone:
+        undone.callback(_remove_empty, make_folder(output))
+        is_new = not (output / LOCK).exists()
+        undone.enter_context(lock(output))
+        if is_new:
+            undone.callback((output / LOCK).unlink, missing_ok=True)
+        undone.callback(_remove_empty, make_folder(output / CHECKPOINTS))
+        return undone.pop_all()
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _is_still(path: Path, file: IO[str]) -> bool:

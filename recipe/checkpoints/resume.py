@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,6 @@ from typing import Any, Literal
 from recipe.checkpoints.manifest import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, find, unreadable
 from recipe.config import FOLDERS, lacks_batchnorm
 from recipe.plan import Plan, plan_json
-from recipe.reporting import SUMMARY
 
 # A resumed run may differ in these keys: they say where and how it runs, not what is trained.
 FREE_TO_CHANGE = (
@@ -55,9 +55,28 @@ class Start:
     messages: tuple[str, ...] = ()
     must_resume: bool = False
 
+    def micro_batch_on(self, world_size: int) -> int | None:
+        """The micro-batch of the newest checkpoint, if it was trained on as many ranks."""
+        size = (self.earlier_plan or {}).get("train_micro_batch_size_per_gpu")
+        same_ranks = bool(self.checkpoints) and self.checkpoints[0].world_size == world_size
+        return size if same_ranks and isinstance(size, int) else None
 
-def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool) -> Start:
-    """Look what is in the folder ``output``, if there is one.
+
+def is_complete(plan: Plan, start: Start) -> bool:
+    """Whether nothing is left to train."""
+    return bool(start.checkpoints) and start.checkpoints[0].step >= plan.total_steps
+
+
+def unused_data(plan: Plan, start: Start) -> str:
+    """What to say of a folder of images that a complete run was not trained on, as a part of a sentence."""
+    before, now = dict(leaves(start.earlier_plan or {})).get("recipe.data.path"), plan.config.recipe.data.path
+    if before is None or now is None or os.path.realpath(before) == os.path.realpath(now):
+        return ""
+    return f" (on {before}; {now} was not looked at)"
+
+
+def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool, has_summary: bool = False) -> Start:
+    """Look what is in the folder ``output``, if there is one; ``has_summary`` says whether it has one.
 
     Raises:
         ValueError: checkpoints of another training, of other ranks under ZeRO, where there should be none, or none
@@ -69,7 +88,7 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool)
     if not found:
         if resume == "must":
             raise ValueError(f"--resume must: {folder} holds no checkpoint; check --output")
-        if (output / SUMMARY).exists():
+        if has_summary:
             raise ValueError(f"{output} holds a complete run without its checkpoints; name another --output")
         return Start(messages=tuple(messages))
     if resume == "never":

@@ -68,7 +68,14 @@ from .pack_format import (
 from .sampler import epoch_permutation as epoch_permutation
 from .seeds import derive_seed as derive_seed
 from .sources import (
+    class_names as class_names,
+    decoded_beforehand as decoded_beforehand,
     open_datasets as open_datasets,
+    open_loaders as open_loaders,
+    open_samples as open_samples,
     open_validation as open_validation,
 )
-from .synthetic import SyntheticLoader as SyntheticLoader
+from .synthetic import (
+    SyntheticImages as SyntheticImages,
+    SyntheticLoader as SyntheticLoader,
+)

@@ -24,7 +24,6 @@ from torch.utils.data._utils import signal_handling
 from recipe.data.batch import Batch, HostBatch, Normalise
 from recipe.data.datasets import BadImageError, Sample, Samples
 from recipe.data.sampler import TrainSampler, ValidationSampler
-from recipe.distributed import SIGNALS
 
 _SHM = "/dev/shm"
 """Where workers put batches for the main process."""
@@ -34,6 +33,9 @@ PREFETCHED = 2
 
 S = TypeVar("S")
 T = TypeVar("T")
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that ask a run to end: the main process decides, not a worker."""
 
 # torch has a handler for SIGCHLD that raises, wherever the main thread is, that a worker has died. Here it is who waits
 # for that worker that finds out, within 5 s.
@@ -100,7 +102,7 @@ class _Loader:
             # thread; it needs no lock that another thread of this process (gloo, CUDA, a writer) may hold.
             warnings.filterwarnings("ignore", r"This process .* is multi-threaded, use of fork", DeprecationWarning)
             # The workers start with the signals blocked, so that none comes too early.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
             try:
                 with self._failures_told():
                     return iter(self._loader)

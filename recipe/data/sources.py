@@ -1,15 +1,24 @@
 """From the folder of a config to its data sets."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from recipe.data.augment import Crop
-from recipe.data.datasets import ImageDataset, OnBadImage
+from recipe.data.datasets import ImageDataset, OnBadImage, Samples
+from recipe.data.decoders import open_decoder
 from recipe.data.digits import open_digits
+from recipe.data.encoded import EncodedImages
 from recipe.data.folder_index import list_classes
+from recipe.data.held import HeldImages
 from recipe.data.imagefolder import ImageFiles, open_imagefolder
+from recipe.data.loader import TrainLoader, ValidationLoader
 from recipe.data.pack import open_pack
 from recipe.data.pack_format import HEADER
+from recipe.data.synthetic import SyntheticImages, SyntheticLoader
 
 
 def open_datasets(
@@ -73,3 +82,65 @@ def open_validation(path: Path, *, image_size: int, crop: Crop, on_bad_image: On
         return open_pack(path, **common)[1]
     held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), path)
     return ImageFiles(list_classes(held_out), **common)
+
+
+def open_samples(
+    section: Mapping[str, Any], *, classes: int, image_size: int, seed: int, device: torch.device, workers: int
+) -> tuple[Samples, Samples] | SyntheticImages:
+    """Return (training, validation) as the loaders take them: read by workers, decoded by the device, or held on it.
+
+    Args:
+        section: ``recipe.data`` of a resolved config, as a dict.
+        classes: Number of classes.
+        image_size: S, pixels per side of what comes out.
+        seed: The run's.
+        device: That of the batches.
+        workers: Loader processes; the decoder "dali" has as many threads.
+
+    Raises:
+        ValueError: See ``open_datasets``, ``open_decoder`` and ``HeldImages``.
+    """
+    if section["source"] == "synthetic":
+        return SyntheticImages(section["train_images"], section["validation_images"], classes, image_size)
+    decoder = None
+    if section["decoder"] != "cpu":
+        decoder = open_decoder(section["decoder"], image_size, device, threads=max(1, workers))
+    training, validation = open_datasets(
+        section["source"],
+        section.get("path"),
+        image_size=image_size,
+        crop=section["crop"],
+        flip=section["flip"],
+        seed=seed,
+        on_bad_image=section["on_bad_image"],
+        pack_short_side=section["pack_short_side"],
+    )
+    if decoder is not None:
+        return EncodedImages(training, decoder, device), EncodedImages(validation, decoder, device)
+    if section["on_device"] or section["source"] == "digits":
+        return HeldImages(training, device, training=True), HeldImages(validation, device, training=False)
+    return training, validation
+
+
+def class_names(samples: tuple[Samples, Samples] | SyntheticImages) -> Sequence[str]:
+    """The names of the classes in the order of their numbers; none for synthetic images."""
+    return () if isinstance(samples, SyntheticImages) else samples[0].class_names
+
+
+def decoded_beforehand(samples: tuple[Samples, Samples] | SyntheticImages) -> int:
+    """Images for which the slower decoder was needed when they were taken into memory."""
+    return 0 if isinstance(samples, SyntheticImages) else sum(part.decoded_by_pil for part in samples)
+
+
+def open_loaders(
+    samples: tuple[Samples, Samples] | SyntheticImages, *, global_batch: int, seed: int, workers: int, **common: Any
+) -> tuple[TrainLoader | SyntheticLoader, ValidationLoader | SyntheticLoader]:
+    """Return this rank's loaders of training and validation data; ``common`` is what both take, see ``TrainLoader``."""
+    if isinstance(samples, SyntheticImages):
+        loader = SyntheticLoader(**asdict(samples), global_batch=global_batch, seed=seed, **common)
+        return loader, loader
+    training, validation = samples
+    return (
+        TrainLoader(training, global_batch=global_batch, seed=seed, workers=workers, **common),
+        ValidationLoader(validation, workers=workers, **common),
+    )

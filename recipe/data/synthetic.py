@@ -1,12 +1,23 @@
 """Random images made on the device: what training costs when reading images costs nothing."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from recipe.data.batch import Batch, Normalise
 from recipe.data.sampler import PADDING, TrainSampler, ValidationSampler
 from recipe.data.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class SyntheticImages:
+    """Random pixels in the place of data sets, with the labels of a ``SyntheticLoader``."""
+
+    train_images: int
+    validation_images: int
+    classes: int
+    image_size: int
 
 
 class SyntheticLoader:

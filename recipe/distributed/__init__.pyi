@@ -1,5 +1,9 @@
 from . import rendezvous as rendezvous
 from .agreement import Requests as Requests
+from .code_state import (
+    code_sha256 as code_sha256,
+    versions as versions,
+)
 from .deepspeed_env import (
     deepspeed_env_files as deepspeed_env_files,
     read_deepspeed_env as read_deepspeed_env,
@@ -25,10 +29,10 @@ from .placement import (
 )
 from .rendezvous import (
     DisagreementError as DisagreementError,
-    Facts as Facts,
     Meeting as Meeting,
     MeetingError as MeetingError,
     meet as meet,
+    own_facts as own_facts,
 )
 from .signals import (
     SIGNALS as SIGNALS,

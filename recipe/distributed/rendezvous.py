@@ -4,6 +4,7 @@ They meet at the store of torch's rendezvous, before there is a process group: r
 versions or another device, or of which one has found something wrong, would hang in the group's first collective.
 """
 
+import hashlib
 import json
 import os
 import secrets
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore, Store
+
+from recipe.distributed.code_state import code_sha256, versions
 
 ASK_EVERY_SECONDS = 0.1
 FAREWELL_SECONDS = 5.0  # for which rank 0, whose process holds the store, waits for the others to have read
@@ -65,6 +68,22 @@ class Meeting:
     def group_store(self) -> Store:
         """Where the process group exchanges addresses; torchrun's store still holds those of ranks it has ended."""
         return PrefixStore(f"group/{self.name}", self.store)
+
+
+def own_facts(
+    refusal: Exception | None, *, config: str = "", device: str = "", checkpoint: str = "none", data: str = ""
+) -> Facts:
+    """What this rank brings to the rendezvous: what of a run must be the same everywhere, or why it refuses."""
+    return Facts(
+        host=socket.gethostname(),
+        config_sha256=hashlib.sha256(config.encode()).hexdigest(),
+        code_sha256=code_sha256(),
+        versions=", ".join(f"{name} {number}" for name, number in versions().items()),
+        device=device,
+        checkpoint=checkpoint,
+        data=data,
+        refusal=None if refusal is None else str(refusal),
+    )
 
 
 def meet(own: Facts, timeout: timedelta) -> Meeting:

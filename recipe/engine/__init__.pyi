@@ -1,3 +1,7 @@
+from .device import (
+    choose_device as choose_device,
+    device_name as device_name,
+)
 from .gradient_norms import GradientNorms as GradientNorms
 from .kernels import (
     choose_kernels as choose_kernels,
@@ -13,12 +17,12 @@ from .loop import (
     train_epoch as train_epoch,
 )
 from .micro_batch import (
-    CPU_MICRO_BATCH as CPU_MICRO_BATCH,
-    largest_on_cpu as largest_on_cpu,
-    largest_on_gpu as largest_on_gpu,
+    MicroBatchError as MicroBatchError,
+    settle_micro_batch as settle_micro_batch,
 )
 from .precision import read_overflows as read_overflows
 from .start import (
+    deepspeed_config as deepspeed_config,
     join_process_group as join_process_group,
     set_loudness as set_loudness,
     start_engine as start_engine,

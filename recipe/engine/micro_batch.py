@@ -12,13 +12,48 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from recipe.engine.device import device_name
 from recipe.model import BatchNorm
+from recipe.plan import Plan, fitting_micro_batches, with_micro_batch
 
 CPU_MICRO_BATCH = 32  # more is no faster, and the activations of ResNet-50 take 6 GB
 # Bytes a parameter beside the trial's own weights and gradients: fp32 master copy and momentum, the gradients in fp32,
 # and the buffer in which they are reduced.
 ENGINE_BYTES_PER_PARAMETER = 16
 RESERVED_SHARE = 0.05  # of the device's memory: for what the allocator cannot use, and for the process group
+
+
+class MicroBatchError(RuntimeError):
+    """A micro-batch does not fit the GPU."""
+
+    def __init__(self, micro_batch: int, device: str, error: Exception) -> None:
+        super().__init__(
+            f"micro-batches of {micro_batch} images do not fit {device}: {error}; lower recipe.max_micro_batch_size, "
+            'or write "auto"'
+        )
+
+
+def settle_micro_batch(plan: Plan, model: nn.Module, device: torch.device, earlier: int | None) -> tuple[Plan, str]:
+    """Replace a micro-batch that the plan assumes by the largest that fits every rank's device, and say why it is that.
+
+    A run that resumes keeps the ``earlier`` one, and with it every bit. The reason is "" where nothing was assumed.
+
+    Raises:
+        RuntimeError: see ``largest_on_gpu``.
+    """
+    if not plan.assumes_micro_batch:
+        return plan, ""
+    candidates = fitting_micro_batches(plan.global_batch, plan.world_size, plan.config.statistics)
+    if plan.config.recipe.noise_scale.enabled:  # it compares two sizes of batch
+        candidates = [size for size in candidates if size < plan.global_batch]
+    if earlier in candidates:
+        return with_micro_batch(plan, earlier), "as before"
+    if device.type == "cpu":
+        size = largest_on_cpu(candidates)
+        return with_micro_batch(plan, size), f"on a CPU the largest up to {CPU_MICRO_BATCH}"
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}.get(plan.precision, torch.float32)
+    size = largest_on_gpu(candidates, model, plan.image_size, dtype, device)
+    return with_micro_batch(plan, size), f"the largest that fits {device_name(device)}"
 
 
 def largest_on_cpu(candidates: Sequence[int]) -> int:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -50,6 +51,17 @@ def join_process_group(device: torch.device, timeout: timedelta, store: Store | 
     # DeepSpeed reduces over a clone of the group, which would wait for half an hour.
     set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # older torch
     set_timeout(timeout, groups._get_data_parallel_group())
+
+
+def deepspeed_config(config: Mapping[str, Any], output: Path) -> dict[str, Any]:
+    """What DeepSpeed gets to see of a resolved config: all but ``recipe``, monitors writing below ``output``."""
+    passed_on = {key: value for key, value in config.items() if key != "recipe"}
+    for monitor in ("tensorboard", "csv_monitor"):
+        section = passed_on.get(monitor, {})
+        if section.get("enabled") and not section.get("output_path"):
+            named = {"output_path": str(output), "job_name": section.get("job_name", monitor)}
+            passed_on[monitor] = section | named
+    return passed_on
 
 
 def start_engine(

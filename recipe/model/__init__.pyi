@@ -4,6 +4,7 @@ from .batchnorm import (
 )
 from .build import (
     build_model as build_model,
+    check_image_size as check_image_size,
     parameter_counts as parameter_counts,
     parameter_groups as parameter_groups,
 )

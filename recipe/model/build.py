@@ -10,7 +10,7 @@ from timm.models.resnet import ResNet
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from recipe.model.batchnorm import Statistics, convert_batchnorm
+from recipe.model.batchnorm import BatchNorm, Statistics, convert_batchnorm
 from recipe.model.weights import freeze_backbone, load_weights
 
 
@@ -124,3 +124,30 @@ def _unknown_name(name: str) -> str:
     )
     remedy = f'did you mean "{close[0]}"?' if close else "timm.list_models() in Python lists those that it has"
     return f'recipe.model.name = "{name}": {reason}; {remedy}'
+
+
+@torch.no_grad()
+def check_image_size(model: nn.Module, image_size: int, samples: int) -> None:
+    """Refuse images that the model does not take, as a vision transformer takes those of one size only.
+
+    And those of which so few samples leave batch norm a single value to average over.
+    """
+    values: list[int] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs: values.append(inputs[0].numel() // inputs[0].shape[1]))
+        for module in model.modules()
+        if isinstance(module, BatchNorm)
+    ]
+    model.eval()
+    try:
+        model(torch.zeros(1, 3, image_size, image_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"recipe.data.image_size = {image_size}: the model takes no such images: {error}") from None
+    for hook in hooks:
+        hook.remove()
+    if values and min(values) * samples < 2:
+        raise ValueError(
+            f"recipe.data.image_size = {image_size}: batch norm over {samples} image averages over a single value; "
+            "take a larger micro-batch, or a larger image"
+        )
+    model.train()

@@ -80,6 +80,19 @@ class Plan:
         """Images of an epoch's permutation that fill no global batch; others each epoch."""
         return self.train_images - self.steps_per_epoch * self.global_batch
 
+    def saves_after(self, steps_done: int, due: bool = False) -> bool:
+        """Whether the clock (``due``) or ``every_steps`` asks for a checkpoint here, where no epoch ends."""
+        every = self.config.recipe.checkpoint.every_steps
+        return (due or (every is not None and steps_done % every == 0)) and steps_done % self.steps_per_epoch != 0
+
+    @property
+    def batchnorm_images(self) -> int:
+        """Images that batch norm's statistics come from."""
+        statistics = self.config.statistics
+        if isinstance(statistics, int):
+            return statistics
+        return self.micro_batch * (self.world_size if statistics == "global" else 1)
+
     @property
     def precision(self) -> str:
         """The precision of forward and backward pass."""

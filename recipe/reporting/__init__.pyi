@@ -1,7 +1,9 @@
 from . import telemetry as telemetry, terminal as terminal
-from .code_state import (
-    code_sha256 as code_sha256,
-    versions as versions,
+from .files import (
+    make_folder as make_folder,
+    remove_summary as remove_summary,
+    replace_text as replace_text,
+    set_former_run_aside as set_former_run_aside,
 )
 from .metrics import (
     METRICS as METRICS,
@@ -13,7 +15,6 @@ from .metrics import (
 from .summary import (
     LAST_EPOCHS as LAST_EPOCHS,
     SUMMARY as SUMMARY,
-    History as History,
     format_summary as format_summary,
     read_summary as read_summary,
     summarise as summarise,
@@ -22,7 +23,6 @@ from .telemetry import (
     LOG as LOG,
     OutputError as OutputError,
     Telemetry as Telemetry,
-    cannot_write as cannot_write,
 )
 from .terminal import (
     Parser as Parser,

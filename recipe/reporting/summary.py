@@ -5,49 +5,17 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recipe.checkpoints import History
 from recipe.config import ConfigError, parse_config, printable
-from recipe.plan import LABEL_WIDTH, NoiseScale, Plan, columns, counted, fields, in_words, make_plan, wrap
-from recipe.reporting.code_state import versions
+from recipe.plan import LABEL_WIDTH, Plan, columns, counted, fields, in_words, make_plan, wrap
+from recipe.reporting.files import SUMMARY
 
-SUMMARY = "summary.json"
 LAST_EPOCHS = 5  # the paper reports the median error of the last five (§5.1)
-
-
-@dataclass
-class History:
-    """What a run has been through; it is saved with every checkpoint, and a resumed run adds to it.
-
-    ``validations`` are the validation lines of ``metrics.jsonl``; ``seconds`` is the wall time of all launches;
-    ``noise_scale`` holds its moving averages; ``decoded_by_pil`` counts the images of all ranks for which the slower
-    decoder was needed, on rank 0 up to the last save, on the others since.
-    """
-
-    validations: list[dict[str, Any]] = field(default_factory=list)
-    bad_images: set[str] = field(default_factory=set)
-    seconds: float = 0.0
-    noise_scale: NoiseScale = field(default_factory=NoiseScale)
-    decoded_by_pil: int = 0
-
-    @property
-    def validated_steps(self) -> int:
-        """The steps that were done when the model was last validated."""
-        return int(self.validations[-1]["step"]) + 1 if self.validations else 0
-
-    def state(self, seconds_since: float) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
-        return {
-            "validations": self.validations,
-            "bad_images": sorted(self.bad_images),
-            "seconds": self.seconds + seconds_since,
-            "noise_scale": asdict(self.noise_scale),
-            "decoded_by_pil": self.decoded_by_pil,
-        }
 
 
 def summarise(
@@ -60,6 +28,7 @@ def summarise(
     images_per_second: float | None,
     best_checkpoint: Path | None,
     classes: Sequence[str],
+    versions: Mapping[str, str],
 ) -> dict[str, Any]:
     """The content of ``summary.json``. Accuracies and errors are in per cent; ``classes`` are names, from 0 on."""
     measured = plan.config.recipe.noise_scale
@@ -89,7 +58,7 @@ def summarise(
         "bad_images": sorted(history.bad_images),
         "decoded_by_pil": history.decoded_by_pil,
         "device": device,
-        "versions": versions(),
+        "versions": dict(versions),
         "classes": list(map(printable, classes)),
     }
 

@@ -16,20 +16,11 @@ from torch import Tensor
 from recipe.config import printable
 from recipe.engine import Step, Validation
 from recipe.plan import NoiseScale, Plan, estimate
+from recipe.reporting.files import LOG, OutputError, cannot_write
 from recipe.reporting.metrics import METRICS, has_diverged, parse_event
 from recipe.reporting.terminal import Progress
 
-LOG = "train.log"
 LINE_EVERY_SECONDS = 30.0
-
-
-class OutputError(RuntimeError):
-    """A file of the run cannot be written; the message names it and the cause."""
-
-
-def cannot_write(path: Path | str, error: OSError) -> OutputError:
-    """The failure to write a file of the run, for people."""
-    return OutputError(f"{path}: {error.strerror}; the checkpoints are whole: mend it, and the same command goes on")
 
 
 Monitor = Callable[[list[tuple[str, float, int]]], None]

@@ -21,10 +21,7 @@ from recipe.commands.hosts.probe import data as count_data
 from recipe.commands.hosts.report import Host, format_table
 from recipe.commands.pack import command, shards as pack_shards
 from recipe.commands.pack.command import main, pack
-from recipe.config.schema import read_config
 from recipe.data import open_datasets
-from recipe.plan.plan import make_plan
-from recipe.preflight import open_data
 from tests.data.images import picture, write_folder
 from tests.launch import DIGITS, ROOT, environment, events, train_ok
 
@@ -359,11 +356,8 @@ def test_the_check_of_the_hosts_counts_a_pack(tmp_path: Path) -> None:
         count_data(str(tmp_path / "images"), "pack")
     with pytest.raises(ValueError, match=r"pack_short_side = 352: .* is a pack of short side 0"):
         count_data(str(tmp_path / "pack"), "pack", 352)
-    data = {"source": "pack", "path": str(tmp_path / "pack"), "pack_short_side": 352, "image_size": 32}
-    data |= {"train_images": 6, "validation_images": 6}
-    overrides = [f"recipe.data={json.dumps(data)}", "train_batch_size=4", "recipe.model.num_classes=2"]
     with pytest.raises(ValueError, match=r"pack_short_side = 352: .* is a pack of short side 0"):
-        open_data(make_plan(read_config(DIGITS, overrides), 1), torch.device("cpu"))
+        open_datasets("pack", tmp_path / "pack", 32, "none", False, 0, "stop", pack_short_side=352)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from recipe.commands.hosts.network import exchange, network, take_port, unreached
-from recipe.reporting import code_sha256, versions
+from recipe.distributed import code_sha256, versions
 
 MARK = "recipe-hosts: "
 # Whatever happens to the host that asks, nothing is left on this one after this time.

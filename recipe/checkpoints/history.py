@@ -1,0 +1,117 @@
+"""What a run has been through, and how it is saved and taken up again."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from recipe.checkpoints import checkpoint, manifest
+from recipe.checkpoints.checkpoint import CheckpointError
+from recipe.checkpoints.resume import Start, statistics_change, training_sha256
+from recipe.engine import Step, Validation
+from recipe.model import average_running_statistics, gather_running_averages, restore_running_averages
+from recipe.plan import NoiseScale, Plan, plan_json
+
+
+@dataclass
+class History:
+    """What a run has been through; it is saved with every checkpoint, and a resumed run adds to it.
+
+    ``validations`` are the validation lines of ``metrics.jsonl``; ``seconds`` is the wall time of all launches;
+    ``noise_scale`` holds its moving averages; ``decoded_by_pil`` counts the images of all ranks for which the slower
+    decoder was needed, on rank 0 up to the last save, on the others since.
+    """
+
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    bad_images: set[str] = field(default_factory=set)
+    seconds: float = 0.0
+    noise_scale: NoiseScale = field(default_factory=NoiseScale)
+    decoded_by_pil: int = 0
+
+    @property
+    def validated_steps(self) -> int:
+        """The steps that were done when the model was last validated."""
+        return int(self.validations[-1]["step"]) + 1 if self.validations else 0
+
+    def add(self, passed: Step | Validation) -> None:
+        """Take note of the images of a step or a validation."""
+        self.bad_images |= set(passed.bad_images)
+        self.decoded_by_pil += passed.decoded_by_pil
+
+    def gather(self, device: torch.device, names_too: bool) -> None:
+        """Bring together what only the single ranks know; every rank calls it."""
+        if names_too:
+            names: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+            dist.all_gather_object(names, self.bad_images)
+            self.bad_images = set().union(*names)
+        decoded_by_pil = torch.tensor(self.decoded_by_pil, device=device)
+        dist.all_reduce(decoded_by_pil)
+        self.decoded_by_pil = int(decoded_by_pil) if dist.get_rank() == 0 else 0
+
+    def state(self, seconds_since: float) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {
+            "validations": self.validations,
+            "bad_images": sorted(self.bad_images),
+            "seconds": self.seconds + seconds_since,
+            "noise_scale": asdict(self.noise_scale),
+            "decoded_by_pil": self.decoded_by_pil,
+        }
+
+
+def load_run(engine: DeepSpeedEngine, plan: Plan, start: Start) -> tuple[History | None, list[str]]:
+    """Load the newest checkpoint that is whole; return its history, None if there is none, and what there is to say.
+
+    Raises:
+        CheckpointError: those that are whole cannot be loaded, or none is and the run must resume.
+    """
+    if not start.checkpoints:
+        return None, list(start.messages)
+    loaded, state, problems = checkpoint.load_newest(engine, start.checkpoints)
+    messages = [*start.messages, *problems]
+    if loaded is None:
+        if start.must_resume:
+            raise CheckpointError(f"--resume must: no checkpoint is whole: {'; '.join(messages)}")
+        checkpoint.set_aside(start.checkpoints)
+        return None, [*messages, "no whole checkpoint is left: training begins anew"]
+    restore_running_averages(engine.module, state["running_averages"])
+    history = History(
+        state["validations"],
+        set(state["bad_images"]),
+        state["seconds"],
+        NoiseScale(**state.get("noise_scale", {})),  # checkpoints of earlier versions do not know it
+        state.get("decoded_by_pil", 0) if dist.get_rank() == 0 else 0,
+    )
+    messages += statistics_change(plan, start)
+    return history, [*messages, f"resumed from {loaded.path}, {engine.global_steps:,} steps done"]
+
+
+def save_run(
+    engine: DeepSpeedEngine, folder: Path, plan: Plan, history: History, seconds: float, top1: float | None
+) -> None:
+    """Write a checkpoint, then remove those that the config does not keep. The engine is left as it was.
+
+    ``seconds`` is the wall time of this launch so far; ``top1`` the accuracy of these weights, None where they have not
+    been validated.
+    """
+    recipe = plan.config.recipe
+    history.gather(engine.device, names_too=recipe.data.on_bad_image == "skip")
+    # DeepSpeed writes rank 0's running averages. Their mean is what can be used, each rank's own what goes on.
+    own = gather_running_averages(engine.module)
+    average_running_statistics(engine.module)
+    resolved = plan_json(plan)
+    checkpoint.save(
+        engine,
+        folder,
+        top1=top1,
+        client_state=history.state(seconds) | {"running_averages": own},
+        plan=resolved,
+        training_sha256=training_sha256(json.loads(resolved)),
+    )
+    restore_running_averages(engine.module, own)
+    if dist.get_rank() == 0:
+        manifest.prune(folder, recipe.checkpoint.keep_last, recipe.checkpoint.keep_best)
