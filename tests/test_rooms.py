@@ -16,8 +16,8 @@ MAY_IMPORT = {
     "data": {"config"},
     "engine": {"plan", "model"},
     "distributed": {"config"},
-    "checkpoints": {"config", "plan", "engine"},
-    "reporting": {"plan"},
+    "checkpoints": {"config", "plan", "model", "engine"},
+    "reporting": {"config", "plan", "engine", "checkpoints"},
 }
 
 

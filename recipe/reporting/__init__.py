@@ -1,6 +1,6 @@
 """What people and programs see of a run: bar, log, ``metrics.jsonl``, monitors, summary.
 
-May import ``plan``.
+The topmost room: may import ``plan``, and ``engine`` and ``checkpoints`` for what they have to report.
 """
 
 import lazy_loader

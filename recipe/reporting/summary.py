@@ -8,19 +8,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recipe.checkpoints import History
 from recipe.config import ConfigError, parse_config, printable
 from recipe.plan import LABEL_WIDTH, Plan, columns, counted, fields, in_words, make_plan, wrap
 from recipe.reporting.files import SUMMARY
 
+if TYPE_CHECKING:
+    from recipe.checkpoints import History  # needs torch, for which a refused config shall not wait
+
+AGAIN = "again"
 LAST_EPOCHS = 5  # the paper reports the median error of the last five (§5.1)
 
 
 def summarise(
     plan: Plan,
-    history: History,
+    history: "History",
     *,
     device: str,
     hosts: int,
@@ -114,7 +117,7 @@ def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = No
         f"{_launcher()} -q {ranks_option}recipe/train.py --deepspeed_config {output / 'plan.json'} "
         f"--output {output}-again"
     )
-    rows.append(("again", " \\\n".join(wrap(command, width - LABEL_WIDTH - 4))))
+    rows.append((AGAIN, " \\\n".join(wrap(printable(command), width - LABEL_WIDTH - 4))))
     following = None if plan is None else _following_plan(plan)
     if following is not None:
         rate, warmup = following.schedule.peak_rate, following.schedule.warmup_steps
@@ -125,7 +128,7 @@ def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = No
                 + (f"warmup of {counted(warmup, 'step')}" if warmup else "no warmup"),
             )
         )
-    return fields([(label, printable(text)) for label, text in rows], width)
+    return fields([(label, text if label == AGAIN else printable(text)) for label, text in rows], width)
 
 
 def _following_plan(plan: Plan) -> Plan | None:

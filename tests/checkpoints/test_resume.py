@@ -217,7 +217,7 @@ def test_it_is_said_when_other_ranks_change_the_statistics(
 def test_results_without_checkpoints_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a complete run without its checkpoints"):
-        choose_start(plan(), tmp_path, "auto", accept_changes=False)
+        choose_start(plan(), tmp_path, "auto", accept_changes=False, has_summary=True)
 
 
 def test_a_manifest_that_contradicts_its_plan_gives_way_to_an_older_one(tmp_path: Path) -> None:

@@ -4,15 +4,15 @@ import copy
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from recipe.commands.hosts import command
-from recipe.commands.hosts.report import Host, compare, format_problems, format_table
-from recipe.commands.hosts.visit import NO_FOLDER, NO_INTERPRETER, explain, remote_command, ssh
+from recipe.commands.hosts.command import compare, format_problems, format_table
+from recipe.commands.hosts.visit import NO_FOLDER, NO_INTERPRETER, Host, explain, remote_command, ssh
 from tests.launch import DIGITS, ROOT
 
 FACTS: dict[str, Any] = {
@@ -25,7 +25,7 @@ FACTS: dict[str, Any] = {
         "config_sha256": "c0f1",
     },
     "network": {"machine": "boot 1", "address": "10.0.0.1"},
-    "unseen": [],
+    "unseen": None,
     "unreached": [],
     "devices": {"gpus": ["H100", "H100"], "knows_precision": True},
     "data": {"classes": 10, "train_images": 5000, "validation_images": 100},
@@ -50,8 +50,17 @@ def good_hosts(count: int = 3) -> list[Host]:
 EXPECTED = {"classes": 10, "train_images": 5000, "validation_images": 100}
 
 
-def test_good_hosts_have_no_problems() -> None:
-    hosts = good_hosts()
+@pytest.mark.parametrize(
+    ("count", "question", "fact"),
+    [
+        (3, "unseen", None),  # nothing wrong
+        (3, "clock", 5.0),  # 4.9 s apart
+        (1, "network", {"machine": "boot 1", "address": "127.0.0.1"}),  # one host may be at any address
+    ],
+)
+def test_what_is_no_problem(count: int, question: str, fact: Any) -> None:
+    hosts = good_hosts(count)
+    hosts[-1].facts[question] = fact
     compare(hosts, EXPECTED, "fp16")
     assert format_problems(hosts) == []
 
@@ -84,7 +93,7 @@ def test_good_hosts_have_no_problems() -> None:
             "the data has 10 classes, 4,999 + 100 images, on node-0 10 classes, 5,000 + 100",
         ),
         ("data", {"classes": 9}, "the data has 9 classes, the config says 10; correct either"),
-        ("unseen", ["node-0"], "it does not share the output folder with node-0"),
+        ("unseen", "node-0", "it does not share the output folder with node-0"),
     ],
 )
 def test_what_is_wrong_with_one_host_is_said_of_it_alone(question: str, change: Any, problem: str) -> None:
@@ -101,26 +110,13 @@ def test_what_is_wrong_with_one_host_is_said_of_it_alone(question: str, change: 
     assert all(line.startswith("node-1: ") for line in lines)
 
 
-def test_clocks_may_be_apart_a_little() -> None:
-    hosts = good_hosts()
-    hosts[1].facts["clock"] = 5.0
-    compare(hosts, EXPECTED, "fp16")
-    assert format_problems(hosts) == []
-
-
 def test_hosts_with_the_same_problem_share_a_line() -> None:
     hosts = good_hosts(7)
-    hosts[0].facts["unseen"] = [host.name for host in hosts[1:]]
+    for host in hosts[1:]:
+        host.facts["unseen"] = hosts[0].name
     compare(hosts, EXPECTED, "fp16")
     (line,) = format_problems(hosts)
     assert line.startswith("node-1, node-2, node-3, node-4 and 2 more: it does not share the output folder")
-
-
-def test_one_host_alone_may_be_at_any_address() -> None:
-    (host,) = good_hosts(1)
-    host.facts["network"]["address"] = "127.0.0.1"
-    compare([host], EXPECTED, "fp16")
-    assert host.problems == []
 
 
 def test_the_table() -> None:
@@ -168,19 +164,32 @@ def test_why_a_probe_ended(code: int, said: str, problem: str) -> None:
     assert explain(code, said, "w").startswith(problem)
 
 
-RecordedSsh = Callable[[], list[str]]
+@dataclass
+class Asked:
+    """The command on a hostfile, with an ssh and a pdsh that only write down their arguments."""
+
+    hostfile: Path
+    log: Path
+    capsys: pytest.CaptureFixture[str]
+
+    def __call__(self, text: str, *arguments: str) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of ``python -m recipe hosts``."""
+        self.hostfile.write_text(text, newline="")
+        return command.main([str(self.hostfile), *arguments]), *self.capsys.readouterr()
+
+    def calls(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
 
 
 @pytest.fixture
-def recorded_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RecordedSsh:
-    """An ssh and a pdsh that only write down what they are given."""
+def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Asked:
     folder, log = tmp_path / "bin", tmp_path / "calls"
     folder.mkdir()
     for name in ("ssh", "pdsh"):
         (folder / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {shlex.quote(str(log))}\nexit 255\n')
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    return lambda: log.read_text().splitlines() if log.exists() else []
+    return Asked(tmp_path / "hostfile", log, capsys)
 
 
 @pytest.mark.parametrize(
@@ -214,40 +223,27 @@ def recorded_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RecordedSsh
         "%h",
     ],
 )
-def test_hostile_names_reach_nothing(
-    name: str,
-    tmp_path: Path,
-    recorded_ssh: RecordedSsh,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_hostile_names_reach_nothing(name: str, tmp_path: Path, ask: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text(f"good slots=1\n{name} slots=1\nlast slots=1\n", newline="")
-    assert command.main([str(hostfile)]) == 2
-    printed = capsys.readouterr()
-    assert f"recipe: {hostfile}: line 2 = " in printed.err
-    assert len(printed.err.splitlines()) == 1
-    assert printed.out == ""
-    assert recorded_ssh() == []
+    code, out, err = ask(f"good slots=1\n{name} slots=1\nlast slots=1\n")
+    assert (code, out) == (2, "")
+    assert f"recipe: {ask.hostfile}: line 2 = " in err
+    assert len(err.splitlines()) == 1
+    assert ask.calls() == []
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_good_name_comes_after_the_options(
-    tmp_path: Path, recorded_ssh: RecordedSsh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_good_name_comes_after_the_options(ask: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-tt  -p 2222")
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("ada@node-1 slots=1\nnode-2 slots=1\n")
-    assert command.main([str(hostfile)]) == 1
-    calls = recorded_ssh()
-    assert len(calls) == 5  # a probe and a look at the keepalives each, and where DeepSpeed's master is
-    assert all(" -- ada@node-1" in call or " -- node-2" in call for call in calls)
-    probes = [call for call in calls if "host_probe" in call]
+    code, out, _ = ask("ada@node-1 slots=1\nnode-2 slots=1\n")
+    assert code == 1
+    assert len(ask.calls()) == 5  # a probe and a look at the keepalives each, and where DeepSpeed's master is
+    assert all(" -- ada@node-1" in call or " -- node-2" in call for call in ask.calls())
+    probes = [call for call in ask.calls() if "hosts.probe" in call]
+    assert len(probes) == 2
     assert all(call.startswith("-a -x -tt -p 2222 -T -o BatchMode=yes -o ConnectTimeout=5 -- ") for call in probes)
-    printed = capsys.readouterr().out
-    assert "problem: node-2: it ended with exit code 255, without a word; try it by hand: ssh node-2" in printed
-    assert printed.splitlines()[-1].startswith("A launch would fail or go wrong: 2 problems (2 ranks on 2 hosts; ")
+    assert "problem: node-2: it ended with exit code 255, without a word; try it by hand: ssh node-2" in out
+    assert out.splitlines()[-1].startswith("A launch would fail or go wrong: 2 problems (2 ranks on 2 hosts; ")
 
 
 def test_an_option_as_a_host_is_a_host_to_ssh(tmp_path: Path) -> None:
@@ -261,7 +257,7 @@ def test_an_option_as_a_host_is_a_host_to_ssh(tmp_path: Path) -> None:
 
 def test_folders_and_variables_are_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "a $(touch marker) 'b' \"c\";touch marker"
-    (folder / "recipe/commands").mkdir(parents=True)
+    (folder / "recipe/commands/hosts").mkdir(parents=True)
     (folder / "recipe/__init__.py").touch()
     (folder / "recipe/commands/__init__.py").touch()
     (folder / "recipe/commands/hosts/probe.py").write_text("import os; print(os.getcwd(), os.environ['PYTHONNOTE'])")
@@ -285,65 +281,48 @@ def test_a_folder_or_an_interpreter_that_is_not_there(tmp_path: Path, monkeypatc
     assert subprocess.run(["sh", "-c", here], cwd="/", stderr=subprocess.DEVNULL, check=False).returncode == NO_FOLDER
 
 
-def test_refuses_what_a_launch_would_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("node-1 slots=3\n")
-    assert command.main([str(hostfile), "--config", str(ROOT / DIGITS)]) == 2
-    assert "train_batch_size" in capsys.readouterr().err
-    assert command.main([str(hostfile), "--config", str(tmp_path / "absent.json")]) == 2
-    assert "absent.json" in capsys.readouterr().err
+def test_refuses_what_a_launch_would_refuse(tmp_path: Path, ask: Asked) -> None:
+    code, _, err = ask("node-1 slots=3\n", "--config", str(ROOT / DIGITS))
+    assert code == 2
+    assert "train_batch_size" in err
+    code, _, err = ask("node-1 slots=3\n", "--config", str(tmp_path / "absent.json"))
+    assert code == 2
+    assert "absent.json" in err
     assert command.main([str(tmp_path / "absent")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        ask("node-1 slots=1\n", "--port", "65536")
 
 
-def test_a_single_host_must_be_this_machine(
-    tmp_path: Path, recorded_ssh: RecordedSsh, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("192.0.2.1 slots=1\n")
-    assert command.main([str(hostfile)]) == 1
-    assert "problem: 192.0.2.1, the only host, is another machine than this one" in capsys.readouterr().out
-    assert recorded_ssh() == []
+def test_a_single_host_must_be_this_machine(ask: Asked) -> None:
+    code, out, _ = ask("192.0.2.1 slots=1\n")
+    assert code == 1
+    assert "problem: 192.0.2.1, the only host, is another machine than this one" in out
+    assert ask.calls() == []
 
 
 @pytest.mark.slow
-def test_this_machine_alone_is_told_to_do_without_ssh(
-    tmp_path: Path, recorded_ssh: RecordedSsh, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("localhost slots=2\n")
-    assert command.main([str(hostfile), "--output", str(tmp_path / "run")]) == 1
-    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: DeepSpeed")]
-    assert problems == [
+def test_this_machine_alone_is_told_to_do_without_ssh(tmp_path: Path, ask: Asked) -> None:
+    code, out, _ = ask("localhost slots=2\n", "--output", str(tmp_path / "run"))
+    assert code == 1
+    assert [line for line in out.splitlines() if line.startswith("problem: DeepSpeed")] == [
         "problem: DeepSpeed finds no master address by ssh localhost hostname -I: it prints no address; it is this "
         "machine, which needs no ssh: launch by deepspeed --num_gpus 2 instead of --hostfile"
     ]
 
 
-def test_a_line_of_deepspeed_env_is_a_problem(
-    tmp_path: Path, recorded_ssh: RecordedSsh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".deepspeed_env").write_text("A=1\n\n")
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("node-1 slots=1\nnode-2 slots=1\n")
-    assert command.main([str(hostfile)]) == 1
-    assert f'problem: {tmp_path}/.deepspeed_env: line 2 = "": blank; remove the line' in capsys.readouterr().out
-
-
-def test_needs_pdsh_and_a_plain_path(
-    tmp_path: Path, recorded_ssh: RecordedSsh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_problems_of_the_launching_machine(tmp_path: Path, ask: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bin/pdsh").unlink()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".deepspeed_env").write_text("A=1\n\n")
     folder = tmp_path / "my project"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("node-1 slots=1\nnode-2 slots=1\n")
-    assert command.main([str(hostfile)]) == 1
-    printed = capsys.readouterr().out
-    assert "problem: pdsh, by which DeepSpeed starts the hosts, is not installed here" in printed
-    assert f"problem: the folder {folder} has characters that DeepSpeed does not quote" in printed
+    code, out, _ = ask("node-1 slots=1\nnode-2 slots=1\n")
+    assert code == 1
+    assert "problem: pdsh, by which DeepSpeed starts the hosts, is not installed here" in out
+    assert f"problem: the folder {folder} has characters that DeepSpeed does not quote" in out
+    assert f'problem: {tmp_path}/.deepspeed_env: line 2 = "": blank; remove the line' in out
 
 
 def test_the_asking_side_does_not_wait_for_torch() -> None:

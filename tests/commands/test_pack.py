@@ -17,8 +17,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
 
 from recipe.commands.compare import main as compare
+from recipe.commands.hosts.command import format_table
 from recipe.commands.hosts.probe import data as count_data
-from recipe.commands.hosts.report import Host, format_table
+from recipe.commands.hosts.visit import Host
 from recipe.commands.pack import command, shards as pack_shards
 from recipe.commands.pack.command import main, pack
 from recipe.data import open_datasets
@@ -413,8 +414,8 @@ def test_images_too_large_or_too_long_are_reduced_or_kept_and_named(
     assert "1 images resized, 1 bad" in lines[-2]
     _, held_out = open_datasets("pack", tmp_path / "pack", 16, "none", False, 0, "stop", pack_short_side=256)
     shapes = {held_out.name(index): held_out.image(index).pixels for index in range(len(held_out))}
-    (large,) = (pixels for name, pixels in shapes.items() if "large" in name)
+    (large,) = (pixels for name, pixels in shapes.items() if name.endswith("large.jpg"))
     assert large.shape == (256, 256, 3)
     assert (large.int() - 150).abs().max() <= 1
-    (long,) = (pixels for name, pixels in shapes.items() if "long" in name)
+    (long,) = (pixels for name, pixels in shapes.items() if name.endswith("long.png"))
     assert long.shape == (80_000, 300, 3)

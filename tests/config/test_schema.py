@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from recipe.config import deepspeed_sections as sections
 from recipe.config.schema import (
     ABSENT,
     BatchNorm,
@@ -19,7 +20,6 @@ from recipe.config.schema import (
     Model,
     Recipe,
     Schedule,
-    deepspeed_sections as sections,
     parse_config,
     read_config,
 )

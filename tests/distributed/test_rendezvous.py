@@ -8,8 +8,8 @@ from datetime import timedelta
 
 import pytest
 
+from recipe.distributed.code_state import code_sha256
 from recipe.distributed.rendezvous import DisagreementError, Facts, MeetingError, meet, name_ranks, objection_of
-from recipe.reporting.code_state import code_sha256
 from tests.ranks import run_ranks
 
 FACTS = Facts(
@@ -156,7 +156,7 @@ def test_the_codes_digest_follows_the_code(tmp_path, monkeypatch: pytest.MonkeyP
     (tmp_path / "data").mkdir()
     for name in ("code_state.py", "data/loader.py"):
         (tmp_path / name).write_text("a = 1\n")
-    monkeypatch.setattr("recipe.reporting.code_state.__file__", str(tmp_path / "reporting" / "code_state.py"))
+    monkeypatch.setattr("recipe.distributed.code_state.__file__", str(tmp_path / "distributed" / "code_state.py"))
     before = code_sha256()
     (tmp_path / "notes.txt").write_text("no code")
     assert code_sha256() == before

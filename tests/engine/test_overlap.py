@@ -78,7 +78,7 @@ def test_gradients_become_their_mean_over_the_ranks_once_at_the_end_of_an_accumu
 
 
 def _messages_under_way_at_the_end_of_backward(rank: int, world_size: int) -> list[int]:
-    from recipe.engine.start import overlap
+    from recipe.engine import overlap
 
     started: list[int] = []
     all_reduce = dist.all_reduce

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.commands.hosts.questions import KEEPALIVE_LIMIT_SECONDS
+from recipe.commands.hosts.visit import KEEPALIVE_LIMIT_SECONDS
 from tests.data.images import write_folder
 from tests.launch import DIGITS, ROOT
 from tests.multinode.cluster import Cluster, wait_until
@@ -29,7 +29,7 @@ def ask(cluster: Cluster, *arguments: str, hosts: Sequence[str] = (), **variable
     with cluster.started(command, on="node-0", **variables) as process:
         printed, _ = process.communicate(timeout=LIMIT_SECONDS)
     for name in cluster.names:
-        wait_until(lambda name=name: "host_probe" not in "".join(cluster.processes(name)), seconds=10)
+        wait_until(lambda name=name: "hosts.probe" not in "".join(cluster.processes(name)), seconds=10)
     assert "Traceback" not in printed, printed
     return process.returncode, printed
 
@@ -132,7 +132,7 @@ def test_another_interpreter_path(two_hosts: Cluster, tmp_path: Path) -> None:
 def test_other_code_and_another_clock(two_hosts: Cluster, tmp_path: Path) -> None:
     """The other code's clock is ahead by ten seconds."""
     probe = ROOT / "recipe/commands/hosts/probe.py"
-    changed = tmp_path / "host_probe.py"
+    changed = tmp_path / "probe.py"
     changed.write_text(probe.read_text().replace("return time.time()", "return time.time() + 10"))
     with covered(two_hosts, "node-1", probe, changed):
         code, clock = problems(two_hosts)
@@ -230,7 +230,7 @@ def test_debians_127_0_1_1_and_its_remedy(two_hosts: Cluster, tmp_path: Path) ->
         try:
             environment.write_text(f"{before}GLOO_SOCKET_IFNAME=eth1\n")
             (problem,) = problems(two_hosts)
-            assert "GLOO_SOCKET_IFNAME names eth1, but the interfaces are eth0, lo" in problem
+            assert "GLOO_SOCKET_IFNAME names eth1, which has no IPv4 address; the interfaces are eth0, lo" in problem
             environment.write_text(f"{before}GLOO_SOCKET_IFNAME=eth0\n")
             code, printed = ask(two_hosts)
         finally:

@@ -490,7 +490,7 @@ def test_the_summary_advises_what_the_next_plan_says(tmp_path: Path, changes: di
     plan = make_plan(config(**{f"recipe__{section[key]}__{key}": value for key, value in changes.items()}), 32)
     summary = read_summary(write_run(tmp_path, summary={}))
     assert summary is not None
-    assert format_summary(summary, tmp_path, plan).splitlines()[-1] == f"  next          --set {advice}"
+    assert format_summary(summary, tmp_path, plan).splitlines()[-1] == f"  next            --set {advice}"
 
 
 def test_the_summary_advises_no_batch_where_none_goes(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.commands.hosts.report import format_table
+from recipe.commands.hosts.command import format_table
 from recipe.commands.plan_screen import side_by_side
 from recipe.config.schema import read_config
 from recipe.plan.model_facts import SHIPPED

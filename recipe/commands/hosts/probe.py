@@ -1,84 +1,138 @@
-"""What ``python -m recipe hosts`` starts on each host: answers the questions that come on its stdin, a line each.
+"""The process that ``python -m recipe hosts`` starts on each host; it answers the questions that come on its stdin.
 
-A question is a JSON object with the name of a function below and its arguments. An answer is a line of stdout that
-begins with ``MARK``, whatever else a login or a library prints there. The probe ends with its stdin.
+A question is a line with a JSON object: the name of a function in ``QUESTIONS`` and its arguments. The answer is a line
+of stdout that begins with ``MARK``, whatever else a login or a library prints there. The probe ends with its stdin.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import queue
 import signal
+import socket
+import statistics
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
+<<<<<<< HEAD
 from recipe.commands.hosts.network import exchange, network, take_port, unreached
 from recipe.distributed import code_sha256, versions
+=======
+from recipe.commands.hosts.visit import MARK
+from recipe.reporting import code_sha256, versions
+>>>>>>> thin-hosts
 
-MARK = "recipe-hosts: "
-# Whatever happens to the host that asks, nothing is left on this one after this time.
-LIFETIME_SECONDS = 300
+LIFETIME_SECONDS = 300  # after which the probe ends, whatever happens to the host that asks
+REACH_SECONDS = 3
+GROUP_SECONDS = 10  # for which the hosts wait for each other
+LATENCY_BYTES, LATENCY_ROUNDS = 8, 9
+BANDWIDTH_BYTES, BANDWIDTH_ROUNDS = 4 * 2**20, 2
+SIOCGIFADDR = 0x8915  # of <linux/sockios.h>
 
-
-def clock() -> float:
-    """Seconds of this host's clock."""
-    return time.time()
+# Sockets and stores to which other hosts connect until the probe ends.
+kept_open: list[Any] = []
+tokens: list[Path] = []
 
 
 def checkout(config: str | None) -> dict[str, Any]:
-    """What code this host would run, on which config."""
-    text = None if config is None else Path(config).read_bytes()
+    """The code that this host would run, and the config's digest."""
     return {
         "versions": versions(),
         "code_sha256": code_sha256(),
         "commit": _git("rev-parse", "--short=8", "HEAD"),
         "is_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "config_sha256": None if text is None else hashlib.sha256(text).hexdigest(),
+        "config_sha256": config and hashlib.sha256(Path(config).read_bytes()).hexdigest(),
     }
 
 
 def _git(*arguments: str) -> str:
     try:
-        done = subprocess.run(("git", *arguments), capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(
+            ("git", *arguments), capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
-class Token:
-    """A small file in the place of the output, by which the hosts find out whether they share it."""
+def network() -> dict[str, Any]:
+    """The machine's identity, and the address at which gloo listens, with a port that is open there."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    address = _gloo_address()
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, 0), family=family, backlog=1024)
+    kept_open.append(listener)
+    return {
+        "machine": f"{boot} {os.stat('/proc/self/ns/net').st_ino}",
+        "address": address,
+        "port": listener.getsockname()[1],
+    }
 
-    own: Path | None = None
 
-    @classmethod
-    def write(cls, output: str, nonce: str, number: int) -> None:
-        """Leave this host's token in the folder of the output, or in the nearest one above that is there."""
-        folder = next(folder for folder in (Path(output), *Path(output).absolute().parents) if folder.exists())
-        cls.own = folder / f".hosts-{nonce}-{number}"
-        cls.own.write_text(nonce, encoding="utf-8")
+def _gloo_address() -> str:
+    """The address that torch's ProcessGroupGloo takes: the named interface's, or what the host's name resolves to."""
+    if interface := os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+            try:
+                answer = fcntl.ioctl(asked, SIOCGIFADDR, struct.pack("256s", interface.encode()))
+            except OSError:
+                others = ", ".join(sorted(name for _, name in socket.if_nameindex()))
+                problem = f"GLOO_SOCKET_IFNAME names {interface}, which has no IPv4 address"
+                raise ValueError(f"{problem}; the interfaces are {others}") from None
+        return socket.inet_ntoa(answer[20:24])
+    try:
+        resolved = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+    except OSError:
+        resolved = []
+    for family, _, _, _, address in resolved:
+        with socket.socket(family, socket.SOCK_STREAM) as bound, suppress(OSError):
+            bound.bind(address)
+            return str(address[0])
+    return "127.0.0.1"  # gloo's fallback
 
-    @classmethod
-    def unseen(cls, nonce: str, numbers: list[int]) -> list[int]:
-        """The hosts whose tokens this one does not see. Each name is looked up: NFS may know an old listing."""
-        assert cls.own is not None
-        return [number for number in numbers if not cls.own.with_name(f".hosts-{nonce}-{number}").exists()]
 
-    @classmethod
-    def remove(cls) -> None:
-        """Remove this host's token, if there is one."""
-        if cls.own is not None:
-            cls.own.unlink(missing_ok=True)
-            cls.own = None
+def take_port(port: int) -> None:
+    """Raise OSError if rank 0 could not listen at the port."""
+    is_dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dual else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=is_dual).close()
+    except OSError as error:
+        raise OSError(os.strerror(error.errno or 0)) from None
+
+
+def write_token(output: str, nonce: str, name: str) -> None:
+    """Leave a small file where the output will be, by which other hosts see that they share the file system.
+
+    It lies in the output folder, or in the nearest one above that exists.
+    """
+    folder = next(folder for folder in (Path(output), *Path(output).absolute().parents) if folder.exists())
+    tokens.append(folder / f".hosts-{nonce}-{name}")
+    tokens[0].write_text(nonce, encoding="utf-8")
+
+
+def unseen(nonce: str, name: str) -> str | None:
+    """The other host's name, if its token is not beside this host's. Not listed, since NFS may know an old listing."""
+    return None if tokens[0].with_name(f".hosts-{nonce}-{name}").exists() else name
+
+
+def remove_token() -> None:
+    """Remove this host's token, if there is one."""
+    while tokens:
+        tokens.pop().unlink(missing_ok=True)
 
 
 def devices(precision: str) -> dict[str, Any]:
-    """The GPUs that torch sees, and whether they, or this CPU, know the precision, by what DeepSpeed says."""
+    """The GPUs that torch sees, and whether DeepSpeed trains in the precision on them, or on this CPU."""
     import torch
 
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
@@ -91,77 +145,146 @@ def devices(precision: str) -> dict[str, Any]:
     return {"gpus": gpus, "knows_precision": precision not in supported or bool(supported[precision]())}
 
 
-def data(folder: str, source: str | None, pack_short_side: int | None = None) -> dict[str, Any]:
-    """Count an imagefolder or a pack as a run does; without a config the folder tells which it is."""
+def data(
+    folder: str, source: Literal["imagefolder", "pack"] | None, pack_short_side: int | None = None
+) -> dict[str, Any]:
+    """Count an imagefolder or a pack as a run does; without a config the folder's content decides which it is."""
     from recipe.data import HEADER, open_datasets
 
-    is_pack = source == "pack" or (source is None and Path(folder, HEADER).is_file())
+    if source is None:
+        source = "pack" if Path(folder, HEADER).is_file() else "imagefolder"
     train, validation = open_datasets(
-        "pack" if is_pack else "imagefolder",
-        folder,
-        8,
-        crop="none",
-        flip=False,
-        seed=0,
-        on_bad_image="stop",
-        pack_short_side=pack_short_side,
+        source, folder, 8, crop="none", flip=False, seed=0, on_bad_image="stop", pack_short_side=pack_short_side
     )
-    counted = {"classes": train.classes, "train_images": len(train), "validation_images": len(validation)}
-    # Its header has the SHA-256 of every file.
-    return counted | ({"pack": hashlib.sha256(Path(folder, HEADER).read_bytes()).hexdigest()} if is_pack else {})
+    counts = {"classes": train.classes, "train_images": len(train), "validation_images": len(validation)}
+    # The header holds the SHA-256 of every file.
+    pack = {"pack": hashlib.sha256(Path(folder, HEADER).read_bytes()).hexdigest()} if source == "pack" else {}
+    return counts | pack
 
 
-QUESTIONS: dict[str, Callable[..., Any]] = {
-    "clock": clock,
-    "checkout": checkout,
-    "network": network,
-    "take_port": take_port,
-    "unreached": unreached,
-    "write_token": Token.write,
-    "unseen": Token.unseen,
-    "remove_token": Token.remove,
-    "devices": devices,
-    "data": data,
-    "exchange": exchange,
-}
+def unreached(networks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The hosts that this one cannot connect to, at the address and port that they found for ``network``."""
 
-
-def say(answer: Any) -> None:
-    """Write a line that the asking host finds."""
-    print(MARK + json.dumps(answer), flush=True)
-
-
-def answer(questions: "queue.SimpleQueue[str]") -> None:
-    """Answer one question after the other."""
-    while True:
-        question = json.loads(questions.get())
-        os.environ.update(question.pop("environment"))
+    def is_shut(host: str) -> bool:
         try:
-            say({"answer": QUESTIONS[question.pop("ask")](**question)})
-        except Exception as error:
-            say({"error": str(error) or type(error).__name__})
+            socket.create_connection((networks[host]["address"], networks[host]["port"]), REACH_SECONDS).close()
+        except OSError:
+            return True
+        return False
+
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        return [host for host, shut in zip(networks, pool.map(is_shut, networks), strict=True) if shut]
 
 
-def expire(signum: int, frame: FrameType | None) -> None:
-    """End, through ``finally``."""
-    sys.exit("the host that asked is gone")
+def exchange(address: str, port: int, rank: int, hosts: Sequence[str]) -> dict[str, Any]:
+    """Meet the other hosts as ranks do and exchange messages with each: latency and bandwidth of the slowest pair.
+
+    If some do not come, only their names: ``missing``.
+    """
+    import torch.distributed as dist
+
+    timeout, world_size = timedelta(seconds=GROUP_SECONDS), len(hosts)
+    try:
+        store = dist.TCPStore(address, port, None, rank == 0, timeout, wait_for_workers=False)
+    except dist.DistError as error:
+        raise ConnectionError(f"does not reach {address}:{port} on the first host") from error
+    kept_open.append(store)
+    store.set(f"here/{rank}", "")
+    if rank == 0:
+        deadline = time.monotonic() + GROUP_SECONDS
+        keys = {host: f"here/{other}" for other, host in enumerate(hosts)}
+        while not store.check(list(keys.values())) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        store.set("missing", json.dumps([host for host, key in keys.items() if not store.check([key])]))
+    store.wait(["missing"], timeout + timedelta(seconds=5))
+    missing = json.loads(store.get("missing"))
+    if missing:
+        return {"missing": missing}
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    latency, bandwidth = [], []
+    for distance in range(1, world_size):
+        ahead, behind = (rank + distance) % world_size, (rank - distance) % world_size
+        latency.append((_round_trip_seconds(ahead, behind, LATENCY_BYTES, LATENCY_ROUNDS), hosts[ahead]))
+        seconds = _round_trip_seconds(ahead, behind, BANDWIDTH_BYTES, BANDWIDTH_ROUNDS)
+        bandwidth.append((2 * BANDWIDTH_BYTES / seconds, hosts[ahead]))
+    dist.barrier()
+    found: dict[str, Any] = {"missing": []}
+    found["latency_seconds"], found["latency_with"] = max(latency)
+    found["bytes_per_second"], found["bandwidth_with"] = min(bandwidth)
+    return found
+
+
+def _round_trip_seconds(ahead: int, behind: int, size_bytes: int, rounds: int) -> float:
+    """The median time of a message to the rank ahead and one back from it, while all ranks do the same."""
+    import torch
+    import torch.distributed as dist
+
+    message = torch.zeros(size_bytes, dtype=torch.uint8)
+    received = torch.empty_like(message)
+    seconds = []
+    for _ in range(rounds):
+        dist.barrier()
+        start = time.perf_counter()
+        for receiver, sender in ((ahead, behind), (behind, ahead)):
+            # The receive is posted first: on the way to the same rank its readiness would queue behind the message.
+            for work in (dist.irecv(received, sender), dist.isend(message, receiver)):
+                assert work is not None
+                work.wait()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median_high(seconds)
+
+
+def clock() -> float:
+    """Seconds on this host's clock."""
+    return time.time()
+
+
+QUESTIONS: Sequence[Callable[..., Any]] = (
+    clock,
+    checkout,
+    network,
+    take_port,
+    write_token,
+    unseen,
+    remove_token,
+    devices,
+    data,
+    unreached,
+    exchange,
+)
 
 
 def main() -> None:
     """Answer until nobody asks any more."""
-    signal.signal(signal.SIGALRM, expire)
+    # Through ``finally``, which the signal's default would skip.
+    signal.signal(signal.SIGALRM, lambda *_: sys.exit("the host that asked is gone"))
     signal.alarm(LIFETIME_SECONDS)
-    questions: queue.SimpleQueue[str] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     # An answer may wait for a disk or a host that hangs; the end must not.
-    threading.Thread(target=answer, args=(questions,), daemon=True).start()
-    say("ready")
+    threading.Thread(target=_answer, args=(waiting,), daemon=True).start()
+    _say("ready")
     try:
         for line in sys.stdin:
-            questions.put(line)
+            waiting.put(line)
     finally:
-        Token.remove()
+        remove_token()
         sys.stdout.flush()
         os._exit(0)
+
+
+def _answer(waiting: "queue.SimpleQueue[str]") -> None:
+    functions = {function.__name__: function for function in QUESTIONS}
+    while True:
+        question = json.loads(waiting.get())
+        os.environ.update(question.pop("environment"))
+        try:
+            _say({"answer": functions[question.pop("question")](**question)})
+        except Exception as error:
+            _say({"error": (str(error) or type(error).__name__).splitlines()[0]})
+
+
+def _say(answer: Any) -> None:
+    print(MARK + json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

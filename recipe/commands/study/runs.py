@@ -33,7 +33,7 @@ from recipe.reporting import has_diverged, parse_object, read_events, read_summa
 
 LAUNCH_LOG = "launch.log"
 PROMPT = "$ "  # before the command, with which the log of each launch begins
-SCRIPT = Path(__file__).parents[1] / "train.py"
+SCRIPT = Path(__file__).parents[2] / "train.py"
 REFUSED = 2  # the exit code of a run whose input was refused
 POLL_SECONDS = 0.5
 INSISTS_AFTER_SECONDS = 2.0  # what comes sooner is the same Ctrl-C, passed on by someone else
