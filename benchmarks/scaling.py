@@ -2,7 +2,7 @@
 
 resnet18 trains on the digits by the recipe's own loop under the ``deepspeed`` launcher, with as many images a rank on
 any number of ranks. Steps take turns: the recipe's, which reduces the gradients within the backward pass; DeepSpeed's,
-which reduces after it; and one that leaves the reduction out. The model (``recipe/plan/communication.py``) gets the
+which reduces after it; and one that leaves the reduction out. The model (``recipe/plan/cost.py``) gets the
 link as it is measured around the ring of ranks, and predicts the all-reduce; beside it stands what one takes that all
 ranks begin together. With ``--hosts`` the ranks are also put on hosts made of namespaces, one each, whose links are
 limited to given rates (needs root, and what ``tests/multinode`` needs). The same model then says what large clusters

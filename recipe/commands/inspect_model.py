@@ -28,7 +28,10 @@ def inspect_model(name: str, num_classes: int, image_size: int) -> ModelFacts:
             saved[precision] = saved_bytes_an_image(model, image_size, dtype, torch.device("meta"))
         except (RuntimeError, AssertionError) as error:
             first = str(error).partition("\n")[0] or type(error).__name__
-            raise ValueError(f"{name} cannot be inspected with images of {image_size} px: {first}") from error
+            raise ValueError(
+                f'recipe.model.name = "{name}": cannot be inspected with images of {image_size} px: {first}; choose '
+                "another model or image size"
+            ) from error
     return ModelFacts(
         decayed_parameters=decayed,
         undecayed_parameters=undecayed,

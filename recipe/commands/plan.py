@@ -1,23 +1,17 @@
 """``python -m recipe plan``: what a config will do on a number of ranks, without a GPU and without importing torch."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from recipe.checkpoints import PLAN
-from recipe.commands.plan_screen import (
-    Assumptions,
-    as_json,
-    draw_rates,
-    json_text,
-    plan_screen,
-    side_by_side,
-)
-from recipe.config import Config, ConfigError, printable, read_config
+from recipe.commands.plan_screen import Answer, as_json, draw_rates, format_answers
+from recipe.config import Config, printable, read_config
 from recipe.data import look
 from recipe.distributed import count_slots, read_hostfile
-from recipe.plan import SHIPPED, Link, ModelFacts, Plan, counted, format_fields, make_plan, notes
+from recipe.plan import SHIPPED, Link, ModelFacts, Plan, counted, make_plan
 from recipe.reporting import Parser, read_summary
 from recipe.train import overrides
 
@@ -38,24 +32,17 @@ def main(argv: Sequence[str]) -> int:
         configs = [read_config(config, overrides(arguments)) for config in arguments.config]
         # The folder that a config names may lie on the machines that will train.
         looks = None if arguments.data is None else look
-        plans = [make_plan(config, world_size, look=looks) for config in configs]
-        known = [facts_of(plan, arguments.inspect) for plan in plans]
-        assumed = [assumptions(plan, arguments) for plan in plans]
-        pictures = draw(plans, arguments.plot) if arguments.plot else []
+        answers = [answer(make_plan(config, world_size, look=looks), arguments) for config in configs]
+        pictures = draw_rates([one.plan for one in answers], arguments.plot) if arguments.plot else []
     except ValueError as refusal:
         print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
         return 2
-    everything = list(zip(plans, known, assumed, strict=True))
     if arguments.json:
-        print(json_text([as_json(*one) for one in everything]), end="")
-    elif len(plans) == 2:
-        said_of = [notes(plan, facts) for plan, facts, _ in everything]
-        print(side_by_side(plans, [plan_screen(*one) for one in everything], said_of), end="")
+        found = [as_json(one) for one in answers]
+        print(json.dumps(found[0] if len(found) == 1 else found, indent=2, ensure_ascii=False))
     else:
-        said = notes(plans[0], known[0])
-        if not arguments.hostfile and arguments.world_size is None:
-            said = ["for one rank; --hostfile or --world-size plan for more", *said]
-        print(format_fields(plans[0], [*plan_screen(*everything[0]), *(("note", note) for note in said)]), end="")
+        hint = "for one rank; --hostfile or --world-size plan for more"
+        print(format_answers(answers, [] if arguments.hostfile or arguments.world_size else [hint]), end="")
     for picture in pictures:
         print(f"recipe: wrote {picture}", file=sys.stderr)
     return 0
@@ -98,45 +85,24 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def facts_of(plan: Plan, inspects: bool) -> ModelFacts | None:
-    """What is known of the plan's model, without or with a look at the model itself.
+def answer(plan: Plan, arguments: argparse.Namespace) -> Answer:
+    """The plan with what is known of its model, and what the command line says of speed and network or is assumed.
 
     Raises:
-        ConfigError: timm has no such model, or it takes no images of this size.
+        ValueError: --images-per-second names neither a speed nor a fitting run, or the model cannot be inspected.
     """
-    model = plan.config.recipe.model
-    if not inspects:
-        return SHIPPED.get((model.architecture, model.num_classes))
-    from recipe.commands.inspect_model import inspect_model
-
-    try:
-        return inspect_model(model.architecture, model.num_classes, plan.image_size)
-    except ValueError as error:
-        message = str(error)
-        if isinstance(error, ConfigError):
-            raise
-        if message.startswith("recipe."):
-            raise ValueError(f"{plan.config.source.file}: {message}") from error
-        raise plan.config.source.refusal("recipe.model.name", message, "choose another model or image size") from error
-
-
-def assumptions(plan: Plan, arguments: argparse.Namespace) -> Assumptions:
-    """What the command line says of speed and network, or else what is assumed.
-
-    Raises:
-        ValueError: it names neither a speed nor a complete run.
-    """
-    model, given = plan.config.recipe.model.architecture, arguments.images_per_second
-    speed: float | None = None
-    source = ""
-    if given is not None:
-        speed, source = _speed(given, plan)
+    model = plan.config.recipe.model.architecture
+    speed, source = None, ""
+    if arguments.images_per_second is not None:
+        speed, source = _given_speed(arguments.images_per_second, plan)
     elif model in ASSUMED_SPEED and plan.image_size == 224:
         speed = ASSUMED_SPEED[model]
         source = f"{speed:,.0f} images/s per GPU (assumed: {model} on an H100)"
     bandwidth = arguments.bandwidth or ASSUMED_GBIT_PER_SECOND
     kind = "given" if arguments.bandwidth else "assumed"
-    return Assumptions(
+    return Answer(
+        plan,
+        _facts(plan, arguments.inspect),
         images_per_second=speed,
         speed_source=source,
         link=Link(bandwidth * 1e9 / 8, LATENCY_SECONDS),
@@ -145,42 +111,39 @@ def assumptions(plan: Plan, arguments: argparse.Namespace) -> Assumptions:
     )
 
 
-def draw(plans: Sequence[Plan], path: Path) -> list[Path]:
-    """``draw_rates``, with a refusal where the files cannot be written.
+def _facts(plan: Plan, inspects: bool) -> ModelFacts | None:
+    model = plan.config.recipe.model
+    if not inspects:
+        return SHIPPED.get((model.architecture, model.num_classes))
+    from recipe.commands.inspect_model import inspect_model  # imports torch
 
-    Raises:
-        ValueError: they cannot be, or matplotlib is not installed.
-    """
-    if not path.name or path.name == ".." or path.is_dir():
-        raise ValueError(f'--plot "{path}": no file; write one such as plan.png')
     try:
-        return draw_rates(plans, path)
-    except OSError as error:
-        raise ValueError(f"--plot {path}: {error.strerror}; write a file in a folder that is there") from error
+        return inspect_model(model.architecture, model.num_classes, plan.image_size)
+    except ValueError as error:
+        raise ValueError(f"{plan.config.source.file}: {error}") from error
 
 
-def _speed(given: str, plan: Plan) -> tuple[float, str]:
+def _given_speed(given: str, plan: Plan) -> tuple[float, str]:
     """A number, or what a run of the same model and precision has measured on one rank, where nothing is sent."""
     try:
         number = float(given)
     except ValueError:
-        return _measured(Path(given), plan)
+        return _measured_speed(Path(given), plan)
     if not _is_plausible(number):
         raise ValueError(f"--images-per-second {given}: not from 0.001 to 1e9; write images per second of one GPU")
     return number, f"{number:,.6g} images/s per GPU (given)"
 
 
-def _measured(run: Path, plan: Plan) -> tuple[float, str]:
-    summary = read_summary(run)
-    measured = None if summary is None else summary["images_per_second"]
-    if summary is None or not isinstance(measured, (int, float)) or not _is_plausible(measured):
+def _measured_speed(run: Path, plan: Plan) -> tuple[float, str]:
+    summary = read_summary(run) or {}
+    measured = summary.get("images_per_second")
+    if not isinstance(measured, (int, float)) or not _is_plausible(measured):
         raise ValueError(
             f"--images-per-second {run}: neither a number nor the folder of a complete run that has trained; write "
             "images per second of one GPU"
         )
     config = read_config(run / PLAN)
-    trained = f"{_what(config)} on {counted(summary['world_size'], 'rank')}"
-    needed = f"{_what(plan.config)} on 1 rank"
+    trained, needed = _trained(config, summary["world_size"]), _trained(plan.config, 1)
     if trained != needed:
         raise ValueError(
             f"--images-per-second {run}: that run trained {trained}, and this plan needs the speed of {needed}; name "
@@ -192,10 +155,10 @@ def _measured(run: Path, plan: Plan) -> tuple[float, str]:
     return measured, printable(f"{measured:,.4g} images/s per GPU (measured by {run} on {summary['device']}: {how})")
 
 
-def _what(config: Config) -> str:
+def _trained(config: Config, ranks: int) -> str:
     """What a speed belongs to; the number of classes hardly counts."""
     recipe = config.recipe
-    return f"{recipe.model.name} at {recipe.data.image_size} px in {config.precision}"
+    return f"{recipe.model.name} at {recipe.data.image_size} px in {config.precision} on {counted(ranks, 'rank')}"
 
 
 def _is_plausible(number: float) -> bool:

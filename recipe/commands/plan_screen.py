@@ -1,6 +1,5 @@
-"""The plan command's answers: one screen, two configs side by side, JSON, a picture of the rate."""
+"""How the plan command answers: one screen, two configs side by side, JSON, a picture of the rate."""
 
-import json
 import math
 import textwrap
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from recipe.plan import (
     columns,
     counted,
     fields,
+    format_fields,
     gradient_bytes,
     hidden_bandwidth,
     largest_micro_batch,
@@ -42,8 +42,12 @@ PICTURE_POINTS = 4000
 
 
 @dataclass(frozen=True)
-class Assumptions:
-    """What a plan takes for granted, each with words for where it comes from."""
+class Answer:
+    """A plan, and what its cost is reckoned from, each assumption with words for where it comes from."""
+
+    plan: Plan
+    facts: ModelFacts | None
+    """None where nobody knows the model"""
 
     images_per_second: float | None
     """of one GPU that computes alone; None where nobody knows"""
@@ -54,16 +58,36 @@ class Assumptions:
     gpu_bytes: float
 
 
-def cost_fields(plan: Plan, facts: ModelFacts | None, assumed: Assumptions) -> list[tuple[str, str]]:
+def format_answers(answers: Sequence[Answer], hints: Sequence[str] = (), width: int | None = None) -> str:
+    """One plan as a block; two, A and B, in columns, with ≠ before the rows that differ. Notes stand below."""
+    plans, screens = (
+        [one.plan for one in answers],
+        [[*plan_fields(one.plan, one.facts), *_cost(one)] for one in answers],
+    )
+    said = [notes(one.plan, one.facts) for one in answers]
+    if len(answers) == 1:
+        return format_fields(plans[0], [*screens[0], *(("note", note) for note in (*hints, *said[0]))], width)
+    width = width or columns(SIDE_BY_SIDE_WIDTH)
+    names = [(name, printable(plan.config.source.file)) for name, plan in zip("AB", plans, strict=True)]
+    rows = [("", "A", "B")]
+    for label in dict.fromkeys(label for screen in screens for label, _ in screen):
+        a, b = (dict(screen).get(label, "–").replace(NO_BREAK, " ") for screen in screens)
+        rows.append((f"{' ' if a == b else '≠'} {label:<{LABEL_WIDTH - 2}}", a, b))
+    found = [("note", f"{name}: {note}") for name, one in zip("AB", said, strict=True) for note in one]
+    return f"{fields(names, width)}\n{table(rows, width)}{fields(found, width)}"
+
+
+def _cost(answer: Answer) -> list[tuple[str, str]]:
     """What the run will cost, label and text."""
-    if facts is None:
+    if answer.facts is None:
         unknown = "not known for this model, whose name was not looked up either"
         return [("cost", f"{unknown}; --inspect asks timm for it, builds it without memory for it, and counts")]
+    plan, facts = answer.plan, answer.facts
     return [
         ("batch norm", _batchnorm(plan, facts)),
-        ("memory per GPU", _memory(plan, facts, assumed.gpu_bytes)),
-        ("all-reduce", _all_reduce(plan, facts, assumed)),
-        *_speed(plan, facts, assumed),
+        ("memory per GPU", _memory(plan, facts, answer.gpu_bytes)),
+        ("all-reduce", _all_reduce(plan, facts, answer.images_per_second)),
+        *_speed(plan, facts, answer),
     ]
 
 
@@ -104,19 +128,19 @@ def _memory(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> str:
     return f"{text}; {where}"
 
 
-def _all_reduce(plan: Plan, facts: ModelFacts, assumed: Assumptions) -> str:
+def _all_reduce(plan: Plan, facts: ModelFacts, images_per_second: float | None) -> str:
     if plan.world_size == 1:
         return "none, for one rank"
     sent = all_reduce_bytes(reduced_bytes(plan, facts), plan.world_size)
     gradients = f"{_size(gradient_bytes(plan, facts))} of {travelling_precision(plan)} gradients"
     text = f"{gradients}, {_size(sent)} sent per rank and step"
-    if assumed.images_per_second is not None and overlaps_reduction(plan):
-        needed = hidden_bandwidth(plan, facts, assumed.images_per_second)
+    if images_per_second is not None and overlaps_reduction(plan):
+        needed = hidden_bandwidth(plan, facts, images_per_second)
         text += f"; at {_gbit(needed)} per rank the backward pass hides it"
     return text
 
 
-def _speed(plan: Plan, facts: ModelFacts, assumed: Assumptions) -> list[tuple[str, str]]:
+def _speed(plan: Plan, facts: ModelFacts, assumed: Answer) -> list[tuple[str, str]]:
     if assumed.images_per_second is None:
         return [("speed", "not known for this model: --images-per-second of one GPU, or the folder of a run, tells it")]
     found = speed(plan, facts, assumed.images_per_second, assumed.link)
@@ -141,120 +165,82 @@ def _speed(plan: Plan, facts: ModelFacts, assumed: Assumptions) -> list[tuple[st
     ]
 
 
-def side_by_side(
-    plans: Sequence[Plan],
-    answers: Sequence[Sequence[tuple[str, str]]],
-    said: Sequence[Sequence[str]],
-    width: int | None = None,
-) -> str:
-    """Two plans, A and B, in two columns, and what is ``said`` of each below; ≠ marks the rows that differ."""
-    width = width or columns(SIDE_BY_SIDE_WIDTH)
-    names = [(name, printable(plan.config.source.file)) for name, plan in zip("AB", plans, strict=True)]
-    rows = [("", "A", "B")]
-    for label in dict.fromkeys(label for answer in answers for label, _ in answer):
-        a, b = (dict(answer).get(label, "–").replace(NO_BREAK, " ") for answer in answers)
-        rows.append((f"{' ' if a == b else '≠'} {label:<{LABEL_WIDTH - 2}}", a, b))
-    found = [("note", f"{name}: {note}") for name, one in zip("AB", said, strict=True) for note in one]
-    return f"{fields(names, width)}\n{table(rows, width)}{fields(found, width)}"
-
-
-def plan_screen(plan: Plan, facts: ModelFacts | None, assumed: Assumptions) -> list[tuple[str, str]]:
-    """All that the screen says of a plan, but for the notes."""
-    return [*plan_fields(plan, facts), *cost_fields(plan, facts, assumed)]
-
-
-def as_json(plan: Plan, facts: ModelFacts | None, assumed: Assumptions) -> dict[str, Any]:
-    """The same for programs; bytes and seconds, rates as pairs of step and rate."""
-    schedule = plan.schedule
-    answer: dict[str, Any] = {
+def as_json(answer: Answer) -> dict[str, Any]:
+    """The same for programs: bytes and seconds, rates as pairs of step and rate."""
+    plan, facts = answer.plan, answer.facts
+    numbers = (
+        *("world_size", "global_batch", "micro_batch", "accumulation", "train_images", "validation_images"),
+        *("steps_per_epoch", "left_over_images", "total_steps"),
+    )
+    found: dict[str, Any] = {
         "file": plan.config.source.file,
-        "world_size": plan.world_size,
-        "global_batch": plan.global_batch,
-        "micro_batch": plan.micro_batch,
-        "accumulation": plan.accumulation,
-        "train_images": plan.train_images,
-        "validation_images": plan.validation_images,
-        "steps_per_epoch": plan.steps_per_epoch,
-        "left_over_images": plan.left_over_images,
-        "total_steps": plan.total_steps,
-        "peak_rate": schedule.peak_rate,
-        "warmup_steps": schedule.warmup_steps,
+        **{name: getattr(plan, name) for name in numbers},
+        "peak_rate": plan.schedule.peak_rate,
+        "warmup_steps": plan.schedule.warmup_steps,
         "rates": rates(plan),
         "weight_decay": plan.weight_decay,
         "notes": notes(plan, facts),
         "config": plan.config.model_dump(mode="json", exclude_none=True),
     }
     if facts is None:
-        return answer
-    largest = largest_micro_batch(plan, facts, assumed.gpu_bytes)
+        return found
     parts = memory(plan, facts)
-    answer |= {
+    found |= {
         "parameters": {"decayed": facts.decayed_parameters, "undecayed": facts.undecayed_parameters},
         "batchnorm": asdict(batchnorm_traffic(plan, facts)),
         "memory_bytes": asdict(parts) | {"total": parts.total},
-        "largest_micro_batch": {"gpu_bytes": assumed.gpu_bytes, "images": largest},
+        "largest_micro_batch": {
+            "gpu_bytes": answer.gpu_bytes,
+            "images": largest_micro_batch(plan, facts, answer.gpu_bytes),
+        },
         "gradient_bytes": gradient_bytes(plan, facts),
         "all_reduce_bytes_sent": all_reduce_bytes(reduced_bytes(plan, facts), plan.world_size),
     }
-    if assumed.images_per_second is not None:
-        found = speed(plan, facts, assumed.images_per_second, assumed.link)
-        answer["speed"] = asdict(found) | {
-            "step_seconds": found.step_seconds,
-            "assumed": {"speed": assumed.speed_source, "link": assumed.link_source},
-        }
-    return answer
-
-
-def json_text(answers: Sequence[dict[str, Any]]) -> str:
-    """One plan as an object, two as a list."""
-    return json.dumps(answers[0] if len(answers) == 1 else list(answers), indent=2, ensure_ascii=False) + "\n"
+    if answer.images_per_second is not None:
+        time = speed(plan, facts, answer.images_per_second, answer.link)
+        assumed = {"speed": answer.speed_source, "link": answer.link_source}
+        found["speed"] = asdict(time) | {"step_seconds": time.step_seconds, "assumed": assumed}
+    return found
 
 
 def draw_rates(plans: Sequence[Plan], path: Path) -> list[Path]:
     """The rate over epochs, the warmup once more enlarged; return the files.
 
     Raises:
-        ValueError: matplotlib is not installed.
-        OSError: the files cannot be written.
+        ValueError: the files cannot be written, or matplotlib is not installed.
     """
+    if not path.name or path.name == ".." or path.is_dir():
+        raise ValueError(f'--plot "{path}": no file; write one such as plan.png')
     warm = max(plan.schedule.warmup_steps / plan.steps_per_epoch for plan in plans)
     figure, axes = new_figure(1, 2 if warm else 1, (11 if warm else 7, 4.5))
-    from matplotlib.lines import Line2D
-
     whole, *enlarged = axes if warm else [axes]
     for one, epochs in [(whole, max(plan.epochs for plan in plans)), *((one, 1.6 * warm) for one in enlarged)]:
         curves = [_rate_curve(plan, min(plan.total_steps, math.ceil(epochs * plan.steps_per_epoch))) for plan in plans]
-        for plan, curve, colour, style in zip(plans, curves, COLOURS, line_styles(curves), strict=False):
-            file = textwrap.shorten(Path(drawable(plan.config.source.file)).name, 70, placeholder=" …")
-            name = f"{file}: batch {plan.global_batch:,}"
-            one.plot(*curve, color=colour, label=name, drawstyle="steps-post", linewidth=1.6, **style)
+        for curve, colour, style in zip(curves, COLOURS, line_styles(curves), strict=False):
+            one.plot(*curve, color=colour, drawstyle="steps-post", linewidth=1.6, **style)
         one.set_xlim(0, max(x[-1] for x, _ in curves))
-    for one in (whole, *enlarged):
-        one.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
-    rates = [plan.schedule.rate(step) for plan in plans for step in (0, *_turns(plan, plan.total_steps))]
-    logarithmic = max(rates) > 20 * min(rates)  # else what is small would lie on the axis
-    if logarithmic:
+        one.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None), title="The warmup, enlarged, linear")
+    drawn = [rate for line in whole.get_lines() for rate in line.get_ydata()]
+    is_logarithmic = max(drawn) > 20 * min(drawn)  # else what is small would lie on the axis
+    if is_logarithmic:
         whole.autoscale(axis="y")
         set_log_scale(whole)
-    whole.set(title="The whole run" + (", logarithmic" if logarithmic else ""))
-    for one in enlarged:
-        one.set(title="The warmup, enlarged, linear")
-    handles = [Line2D([], [], color=line.get_color()) for line in whole.get_lines()]
-    labels = [str(line.get_label()) for line in whole.get_lines()]
-    add_legend(figure, handles, labels, loc="outside lower center", ncols=1)
-    return save_figure(figure, path)
+    whole.set(title="The whole run" + (", logarithmic" if is_logarithmic else ""))
+    files = [textwrap.shorten(Path(drawable(plan.config.source.file)).name, 70, placeholder=" …") for plan in plans]
+    labels = [f"{file}: batch {plan.global_batch:,}" for file, plan in zip(files, plans, strict=True)]
+    add_legend(figure, whole.get_lines(), labels, loc="outside lower center", ncols=1)
+    try:
+        return save_figure(figure, path)
+    except OSError as error:
+        raise ValueError(f"--plot {path}: {error.strerror}; write a file in a folder that is there") from error
 
 
 def _rate_curve(plan: Plan, end: int) -> tuple[list[float], list[float]]:
     """Epochs at which steps begin, and their rates; the last rate holds to the end of its step."""
-    steps = sorted({*range(0, end, max(1, end // PICTURE_POINTS)), end - 1, *_turns(plan, end)})
+    turns = {turn + side for turn in (plan.schedule.warmup_steps, *plan.schedule.milestones) for side in (-1, 0)}
+    steps = sorted({*range(0, end, max(1, end // PICTURE_POINTS)), end - 1, *turns & set(range(end))})
     rates = [plan.schedule.rate(step) for step in steps]
     return [step / plan.steps_per_epoch for step in (*steps, end)], [*rates, rates[-1]]
-
-
-def _turns(plan: Plan, end: int) -> list[int]:
-    around = (plan.schedule.warmup_steps, *plan.schedule.milestones)
-    return [step for turn in around for step in (turn - 1, turn) if 0 <= step < end]
 
 
 def _size(size: float) -> str:

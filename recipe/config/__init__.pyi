@@ -1,3 +1,5 @@
+from . import deepspeed_sections as deepspeed_sections
+from .contents import Contents as Contents
 from .deepspeed_sections import (
     Count as Count,
     PassedOn as PassedOn,

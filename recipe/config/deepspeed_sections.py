@@ -1,11 +1,10 @@
-"""The part of a config that DeepSpeed reads, field by field as DeepSpeed 0.19.8 knows it.
+"""The part of a config that DeepSpeed reads, as DeepSpeed 0.19.8 knows it.
 
-A mirror, because importing DeepSpeed to check a file would import torch, and because DeepSpeed lets typos
-pass. Names and defaults are DeepSpeed's, except where a docstring says otherwise; a test compares them. What
-DeepSpeed knows and this recipe does not take is ``unsupported``: what is wrong, and what would be right.
+Importing DeepSpeed to check a file would import torch, and DeepSpeed lets misspelt keys pass. Names and defaults are
+DeepSpeed's, except where a docstring says otherwise; a test compares them. ``unsupported`` are DeepSpeed's keys that
+this recipe refuses: what is wrong with each, and what would be right.
 """
 
-import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,38 +13,21 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 Auto = Literal["auto"]
 # Upper bounds keep arithmetic with them finite.
 Count = Annotated[int, Field(ge=1, le=10**15)]
-# Its divisors are looked for one by one.
-BatchSize = Annotated[int, Field(ge=1, le=10**9)]
+BatchSize = Annotated[int, Field(ge=1, le=10**9)]  # its divisors are looked for one by one
 Size = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e15)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e15)]
 
-NOT_HERE = ("this recipe does not support this key of DeepSpeed's", "remove it")
-REMOVED = ("DeepSpeed has removed this feature", "remove it")
-OFFLOAD = (
-    "DeepSpeed's offloading is made for its own CPU Adam and Lion; this recipe trains with SGD",
-    "remove it",
-)
+Refusals = dict[str, tuple[str, str]]
 
 
-# fmt: off
-OTHER_KEYS = frozenset((
-    "activation_checkpointing", "aio", "autotuning", "checkpoint", "compile", "data_efficiency",
-    "data_parallel_size", "data_types", "datastates_ckpt", "disable_python_gc", "expert_parallel",
-    "hybrid_engine", "log_level", "managed_gradient_accumulation", "pipeline",
-    "seq_parallel_communication_data_type", "sequence_parallel_size", "tensor_parallel",
-    "use_data_before_expert_parallelism", "vocabulary_size", "weight_quantization",
-))
-REMOVED_KEYS = frozenset((
-    "amp", "compression_training", "curriculum_learning", "eigenvalue", "graph_harvesting", "nebula",
-    "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients",
-))
-# fmt: on
+def _refused(names: str, problem: str, remedy: str = "remove it") -> Refusals:
+    return dict.fromkeys(names.split(), (problem, remedy))
 
 
 class Section(BaseModel):
-    """An object of the file. The first sentence of a field's docstring says what belongs there, and refusals quote it;
-    the others explain it, and stand in docs/configuration.md with it."""
+    """An object of the file. Refusals quote the first sentence of a field's docstring, which says what is accepted;
+    docs/configuration.md has all of it."""
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
@@ -55,7 +37,18 @@ class Section(BaseModel):
 
 
 class PassedOn(Section):
-    """A section that is DeepSpeed's affair alone: a dump holds what the file writes and no default."""
+    """A section that is DeepSpeed's affair: a dump holds what the file writes and no default.
+
+    Its class arguments name the keys of which only the type is known here.
+    """
+
+    def __init_subclass__(cls, flags: str = "", numbers: str = "", texts: str = "", **config: Any) -> None:
+        super().__init_subclass__(**config)
+        kinds: tuple[tuple[str, Any], ...] = ((flags, bool), (numbers, int), (texts, str | None))
+        for names, kind in kinds:
+            cls.__annotations__ |= dict.fromkeys(names.split(), kind)
+            for name in names.split():
+                setattr(cls, name, None)
 
     @model_serializer(mode="wrap")
     def _written(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -78,8 +71,8 @@ class OptimizerParams(Section):
     and linear weights, not to biases and batch norm; "auto" is 1e-4 under the rule "constant" """
 
     unsupported = {
-        "dampening": ("the recipe's momentum is the paper's, without dampening", "remove it"),
-        "max_grad_norm": ("DeepSpeed does not take it here", 'write "gradient_clipping" at the top level'),
+        **_refused("dampening", "the recipe's momentum is the paper's, without dampening"),
+        **_refused("max_grad_norm", "DeepSpeed does not take it here", 'write "gradient_clipping" at the top level'),
     }
 
 
@@ -90,7 +83,7 @@ class Optimizer(Section):
     params: OptimizerParams = OptimizerParams()
     """an object with lr, momentum, nesterov and weight_decay"""
 
-    unsupported = {"legacy_fusion": NOT_HERE}
+    unsupported = _refused("legacy_fusion", "this recipe does not support this key of DeepSpeed's")
 
 
 class WarmupParams(Section):
@@ -115,9 +108,9 @@ class Scheduler(Section):
     """an object with warmup_min_lr, warmup_max_lr, warmup_num_steps and warmup_type"""
 
 
-class Fp16(PassedOn):
+class Fp16(PassedOn, flags="consecutive_hysteresis", numbers="hysteresis min_loss_scale"):
     enabled: bool = False
-    auto_cast: bool = False
+    auto_cast: Literal[False] = False
     """false: the loop hands images over in the model's precision itself"""
 
     loss_scale: NonNegativeFloat = 0
@@ -129,42 +122,40 @@ class Fp16(PassedOn):
     loss_scale_window: Count = 1000
     """optimizer steps without overflow after which the loss scale doubles, a whole number >= 1"""
 
-    hysteresis: Count = 2
-    consecutive_hysteresis: bool = False
-    min_loss_scale: Count = 1
-
-    unsupported = {
-        "fp16_master_weights_and_grads": ("the recipe's master weights are fp32", "remove it"),
-    }
+    unsupported = _refused("fp16_master_weights_and_grads", "the recipe's master weights are fp32")
 
 
-class Bf16(PassedOn):
+class Bf16(PassedOn, flags="immediate_grad_update"):
     enabled: bool = False
-    immediate_grad_update: bool = False
     check_grad_overflow: bool = True
     """true or false: whether an update whose gradients are not finite is skipped and counted. The check stays on the
     device. With false such a gradient ends the run at the next report, as in fp32"""
 
-    unsupported = dict.fromkeys(
-        ("bf16_master_weights_and_grads", "bf16_optimizer_states"),
-        ("the recipe's master weights and momentum are fp32", "remove it"),
+    unsupported = _refused(
+        "bf16_master_weights_and_grads bf16_optimizer_states", "the recipe's master weights and momentum are fp32"
     )
 
 
-class ZeroOptimization(PassedOn):
-    """ZeRO. Of DeepSpeed's two spellings only the documented one, so that no setting can be written twice."""
+class ZeroOptimization(
+    PassedOn,
+    flags="contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions "
+    "load_from_fp32_weights ignore_unused_parameters round_robin_gradients parameter_alignment zero_quantized_weights "
+    "zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear override_module_apply "
+    "log_trace_cache_warnings enable_sanity_checks stage3_gather_16bit_weights_on_model_save "
+    "stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential",
+    numbers="sub_group_size zero_hpz_partition_size stage3_prefetch_bucket_size stage3_param_persistence_threshold "
+    "stage3_model_persistence_threshold stage3_max_live_parameters stage3_max_reuse_distance "
+    "stage3_module_granularity_threshold",
+):
+    """ZeRO. Of DeepSpeed's two spellings of a key only the documented one, so that no setting can be written twice."""
 
     stage: Annotated[int, Field(ge=0, le=3)] = 0
     """what is partitioned, a whole number from 0 to 3; at 0 checkpoints load on any number of GPUs. A
     checkpoint of stage 1 to 3 loads only on as many ranks as have written it"""
 
-    contiguous_gradients: bool = True
-    reduce_scatter: bool = True
     reduce_bucket_size: Count = 500_000_000
     """elements reduced at a time, a whole number >= 1, without exponent or fraction"""
 
-    use_multi_rank_bucket_allreduce: bool = True
-    allgather_partitions: bool = True
     allgather_bucket_size: Size = 500_000_000
     """elements gathered at a time, a whole number >= 0, without exponent or fraction"""
 
@@ -173,97 +164,58 @@ class ZeroOptimization(PassedOn):
     false. At stage 0 the recipe does this itself: DeepSpeed would wait for the end of the backward pass"""
 
     compute_grad_norm: bool = True
-    load_from_fp32_weights: bool = True
-    sub_group_size: Size = 1_000_000_000
-    ignore_unused_parameters: bool = True
-    round_robin_gradients: bool = False
-    parameter_alignment: bool = False
-    zero_hpz_partition_size: Size = 1
-    zero_quantized_weights: bool = False
-    zero_quantized_nontrainable_weights: bool = False
-    zero_quantized_gradients: bool = False
-    memory_efficient_linear: bool = True
-    override_module_apply: bool = True
-    log_trace_cache_warnings: bool = False
-    enable_sanity_checks: bool = False
-    stage3_prefetch_bucket_size: Size = 50_000_000
-    stage3_param_persistence_threshold: Size = 100_000
-    stage3_model_persistence_threshold: Size = sys.maxsize
-    stage3_max_live_parameters: Size = 1_000_000_000
-    stage3_max_reuse_distance: Size = 1_000_000_000
-    stage3_gather_16bit_weights_on_model_save: bool = False
-    stage3_module_granularity_threshold: int = 0
-    stage3_use_all_reduce_for_fetch_params: bool = False
-    stage3_allgather_sequential: bool = False
 
     unsupported = {
-        **dict.fromkeys(("offload_param", "offload_optimizer", "zenflow"), OFFLOAD),
-        **dict.fromkeys(("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory"), OFFLOAD),
-        **dict.fromkeys(("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"), REMOVED),
-        **dict.fromkeys(("elastic_checkpoint", "legacy_stage1"), NOT_HERE),
-        "leaf_module": ("it is for mixtures of experts, and an image classifier has none", "remove it"),
-        "pipeline_loading_checkpoint": ("the recipe has no pipeline", "remove it"),
-        "save_muon_momentum_buffer_in_memory": ("this recipe trains with SGD, not with Muon", "remove it"),
-        "stage3_gather_fp16_weights_on_model_save": (
+        **_refused(
+            "offload_param offload_optimizer zenflow cpu_offload cpu_offload_param cpu_offload_use_pin_memory",
+            "DeepSpeed's offloading is made for its own CPU Adam and Lion; this recipe trains with SGD",
+        ),
+        **_refused(
+            "mics_shard_size mics_hierarchical_params_gather zeropp_loco_param elastic_checkpoint legacy_stage1 "
+            "leaf_module pipeline_loading_checkpoint save_muon_momentum_buffer_in_memory",
+            "this recipe does not support this key of DeepSpeed's",
+        ),
+        **_refused(
+            "stage3_gather_fp16_weights_on_model_save",
             "DeepSpeed has renamed this key",
             'write "stage3_gather_16bit_weights_on_model_save"',
         ),
     }
 
 
-class TensorBoard(PassedOn):
+class TensorBoard(PassedOn, texts="output_path job_name"):
     enabled: bool = False
-    output_path: str = ""
-    job_name: str = "DeepSpeedJobName"
 
 
-class Wandb(PassedOn):
+class Wandb(PassedOn, texts="group team project"):
     enabled: bool = False
-    group: str | None = None
-    team: str | None = None
-    project: str = "deepspeed"
 
 
-class CsvMonitor(PassedOn):
+class CsvMonitor(PassedOn, texts="output_path job_name"):
     enabled: bool = False
-    output_path: str = ""
-    job_name: str = "DeepSpeedJobName"
 
 
-class Comet(PassedOn):
+class Comet(PassedOn, numbers="samples_log_interval", texts="project workspace experiment_name experiment_key"):
     enabled: bool = False
-    samples_log_interval: Count = 100
-    project: str | None = None
-    workspace: str | None = None
-    experiment_name: str | None = None
-    experiment_key: str | None = None
     online: bool | None = None
     mode: Literal["get", "create", "get_or_create"] | None = None
 
-    unsupported = {
-        "api_key": (
-            "a run writes its config down, and a secret does not belong there",
-            "set COMET_API_KEY in the environment",
-        )
-    }
+    unsupported = _refused(
+        "api_key",
+        "a run writes its config down, and a secret does not belong there",
+        "set COMET_API_KEY in the environment",
+    )
 
 
-class FlopsProfiler(PassedOn):
-    enabled: bool = False
+class FlopsProfiler(
+    PassedOn, flags="enabled detailed", numbers="profile_step module_depth top_modules", texts="output_file"
+):
     recompute_fwd_factor: NonNegativeFloat = 0.0
-    profile_step: Count = 1
-    module_depth: Annotated[int, Field(ge=-1)] = -1
-    top_modules: Count = 1
-    detailed: bool = True
-    output_file: str | None = None
 
 
-class CommsLogger(PassedOn):
+class CommsLogger(PassedOn, flags="prof_all verbose debug"):
     enabled: bool = False
-    prof_all: bool = True
     prof_ops: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    verbose: bool = False
-    debug: bool = False
 
 
 class ThroughputTimer(Section):
@@ -346,12 +298,20 @@ class DeepSpeedConfig(Section):
     comms_logger: CommsLogger = CommsLogger()
 
     unsupported = {
-        **dict.fromkeys(OTHER_KEYS, NOT_HERE),
-        **dict.fromkeys(REMOVED_KEYS, REMOVED),
-        "bfloat16": ("DeepSpeed has renamed this key", 'write "bf16"'),
-        "dataloader_drop_last": ("the recipe's own sampler decides about the last batch", "remove it"),
-        "elasticity": ("the plan keeps the global batch on any number of GPUs by itself", "remove it"),
-        "torch_autocast": (
+        **_refused(
+            "activation_checkpointing aio amp autotuning checkpoint compile compression_training curriculum_learning "
+            "data_efficiency data_parallel_size data_types datastates_ckpt disable_python_gc eigenvalue "
+            "expert_parallel graph_harvesting hybrid_engine log_level managed_gradient_accumulation nebula pipeline "
+            "progressive_layer_drop quantize_training seq_parallel_communication_data_type sequence_parallel_size "
+            "sparse_attention sparse_gradients tensor_parallel use_data_before_expert_parallelism vocabulary_size "
+            "weight_quantization",
+            "this recipe does not support this key of DeepSpeed's",
+        ),
+        **_refused("bfloat16", "DeepSpeed has renamed this key", 'write "bf16"'),
+        **_refused("dataloader_drop_last", "the recipe's own sampler decides about the last batch"),
+        **_refused("elasticity", "the plan keeps the global batch on any number of GPUs by itself"),
+        **_refused(
+            "torch_autocast",
             "under fp16 its checkpoints lack the loss scale and its skipped steps go uncounted",
             'write "fp16" or "bf16"',
         ),

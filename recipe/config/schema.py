@@ -11,14 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr
 
-from recipe.config.deepspeed_sections import (
-    Auto,
-    Count,
-    DeepSpeedConfig,
-    NonNegativeFloat,
-    PositiveFloat,
-    Section,
-)
+from recipe.config.deepspeed_sections import Auto, Count, DeepSpeedConfig, NonNegativeFloat, PositiveFloat, Section
 from recipe.config.model_names import lacks_batchnorm
 from recipe.config.reader import ABSENT, ConfigError, apply_override, parse_json, read_text
 from recipe.config.validation import validate
@@ -322,8 +315,6 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
     data, schedule = config.recipe.data, config.recipe.schedule
     if params.nesterov and params.momentum == 0:
         yield "optimizer.params.momentum", "Nesterov's needs some", 'write one > 0, or "nesterov": false'
-    if config.fp16.auto_cast:
-        yield "fp16.auto_cast", "the loop hands images over in the model's precision itself", "write false"
     if config.fp16.enabled and config.bf16.enabled:
         yield "bf16.enabled", "fp16 is enabled, too", "enable one of the two"
     if config.recipe.precision is not None and (config.fp16.enabled or config.bf16.enabled):

@@ -1,7 +1,6 @@
 """Typed sections of a JSON file, and what is wrong with one in words: file, key, value, and what would be right."""
 
 import difflib
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, get_args
 
@@ -76,9 +75,7 @@ def _refusal(
         return ConfigError(file, "", ABSENT, f"not {kinds}", whole)
     *path, name = key[: max(i for i, part in enumerate(key, start=1) if isinstance(part, str))]
     field = _section(root, path).model_fields[str(name)]
-    default = json.dumps(field.default, default=lambda section: {})
-    expected = field.description or f"{kinds} (DeepSpeed's default is {default})"
-    first_sentence = " ".join(expected.split()).partition(". ")[0]  # what is accepted; the rest explains it
+    first_sentence = " ".join((field.description or kinds).split()).partition(". ")[0]
     return ConfigError(file, dotted_key(key), value, problem, f"expected {first_sentence}")
 
 
@@ -96,7 +93,7 @@ def _locate(loc: Key, raw: Any) -> tuple[Key, Any]:
 
 def _kind(error: ErrorDetails) -> str:
     if error["type"] == "literal_error":
-        return str(error["ctx"]["expected"]).replace("'", '"')
+        return str(error["ctx"]["expected"]).replace("'", '"').replace("False", "false")
     return _KINDS.get(error["type"]) or error["msg"].removeprefix("Input should be ")
 
 

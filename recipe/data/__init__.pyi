@@ -4,10 +4,7 @@ from .augment import (
     sample_rng as sample_rng,
 )
 from .batch import Batch as Batch
-from .contents import (
-    Contents as Contents,
-    look as look,
-)
+from .contents import look as look
 from .datasets import (
     BadImageError as BadImageError,
     ImageDataset as ImageDataset,

@@ -1,53 +1,18 @@
-"""What the folder of a config holds, for a plan and for what is refused before a run begins: without torch."""
+"""Counts what lies in the folder of the data, for a plan, without torch."""
 
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipe.config import FOLDERS, Config
-
-SHOWN = 5
+from recipe.config import Contents
 
 
-@dataclass(frozen=True)
-class Contents:
-    """The images of an imagefolder or a pack, counted."""
-
-    classes: tuple[tuple[str, int], ...]
-    """name and number of training images; those with the fewest first, as a folder that is no class has few"""
-
-    train_images: int
-    validation_images: int
-    left_out: dict[str, int] = field(default_factory=dict)
-    """the number of files that are no images by their extension, by that"""
-
-    def name_classes(self) -> str:
-        """The first of them in words."""
-        shown = [f"{name} ({images:,})" for name, images in self.classes[:SHOWN]]
-        others = len(self.classes) - len(shown)
-        return ", ".join(shown) + (f" and {others:,} more" if others else "")
-
-    def name_left_out(self) -> str:
-        """What was left out in words; "" where nothing was."""
-        shown = [f"{count:,} {extension or 'without an extension'}" for extension, count in self.left_out.items()]
-        others = f" and {len(shown) - SHOWN} other kinds" if len(shown) > SHOWN else ""
-        return f"left out: {', '.join(shown[:SHOWN])}{others}" if shown else ""
-
-
-def look(config: Config) -> Contents | None:
-    """Count what lies in ``recipe.data.path``; None for data that lies in no folder.
+def look(source: str, path: str) -> Contents:
+    """Count the images in the folder of an imagefolder or a pack.
 
     Raises:
-        ValueError: there is no such folder, or it is not what ``recipe.data.source`` says.
+        ValueError: there is no such folder, or it is not what ``source`` says.
     """
-    data = config.recipe.data
-    if data.source not in FOLDERS:
-        return None
-    assert data.path is not None, "the config refuses a folder without a path"
-    try:
-        return (_pack if data.source == "pack" else _imagefolder)(Path(data.path))
-    except ValueError as error:
-        raise ValueError(f"{config.source.file}: recipe.data.path: {error}") from error
+    return (_pack if source == "pack" else _imagefolder)(Path(path))
 
 
 def _imagefolder(path: Path) -> Contents:

@@ -1,14 +1,14 @@
-from .communication import (
-    Link as Link,
-    all_reduce_bytes as all_reduce_bytes,
-    all_reduce_seconds as all_reduce_seconds,
-    efficiency as efficiency,
-    exposed_seconds as exposed_seconds,
-)
 from .cost import (
     CONTEXT_BYTES as CONTEXT_BYTES,
+    SHIPPED as SHIPPED,
+    Link as Link,
+    ModelFacts as ModelFacts,
     activation_bytes as activation_bytes,
+    all_reduce_bytes as all_reduce_bytes,
+    all_reduce_seconds as all_reduce_seconds,
     batchnorm_traffic as batchnorm_traffic,
+    efficiency as efficiency,
+    exposed_seconds as exposed_seconds,
     gradient_bytes as gradient_bytes,
     hidden_bandwidth as hidden_bandwidth,
     largest_micro_batch as largest_micro_batch,
@@ -26,10 +26,6 @@ from .layout import (
     fields as fields,
     is_terminal as is_terminal,
     wrap as wrap,
-)
-from .model_facts import (
-    SHIPPED as SHIPPED,
-    ModelFacts as ModelFacts,
 )
 from .noise_scale import (
     NoiseScale as NoiseScale,

@@ -1,16 +1,112 @@
-"""What a plan costs, on paper: memory a GPU, messages between ranks, time. The functions say what they assume."""
+"""What a plan costs on paper: memory per GPU, messages between ranks, time. Each function says what it assumes."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from recipe.plan.communication import Link, all_reduce_bytes, all_reduce_seconds, efficiency, exposed_seconds
-from recipe.plan.model_facts import ModelFacts
 from recipe.plan.plan import Plan, fitting_micro_batches
 
 VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp64": 8}
 CONTEXT_BYTES = 1.5 * 2**30  # assumed: CUDA's context, cuDNN's workspaces, what the allocator cannot use
 BACKWARD_SHARE = 2 / 3  # of a training step: twice the multiplications of the forward pass
 VALIDATION_SPEEDUP = 3.0  # a forward pass alone
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of a model: numbers of values, and bytes per image of ``image_size`` pixels a side.
+
+    ``saved_bytes`` is what a forward pass keeps for the backward pass, by precision: the distinct storages among the
+    tensors that autograd saves, without the parameters.
+    """
+
+    decayed_parameters: int
+    undecayed_parameters: int
+    largest_parameter: int
+    batchnorm_layers: int
+    batchnorm_channels: int
+    image_size: int
+    saved_bytes: Mapping[str, int]
+
+    @property
+    def parameters(self) -> int:
+        return self.decayed_parameters + self.undecayed_parameters
+
+
+# The shipped configs' models, by name and classes; tests hold them against the models themselves. Any other is
+# inspected: ``python -m recipe plan --inspect``.
+SHIPPED: Mapping[tuple[str, int], ModelFacts] = {
+    ("resnet50", 1000): ModelFacts(
+        decayed_parameters=25_502_912,
+        undecayed_parameters=54_120,
+        largest_parameter=2_359_296,
+        batchnorm_layers=53,
+        batchnorm_channels=26_560,
+        image_size=224,
+        saved_bytes={"fp32": 85_913_512, "fp16": 43_761_576, "bf16": 43_761_576, "fp64": 170_221_384},
+    ),
+    ("resnet18", 10): ModelFacts(
+        decayed_parameters=11_172_032,
+        undecayed_parameters=9_610,
+        largest_parameter=2_359_296,
+        batchnorm_layers=20,
+        batchnorm_channels=4_800,
+        image_size=64,
+        saved_bytes={"fp32": 1_812_528, "fp16": 971_824, "bf16": 971_824, "fp64": 3_493_976},
+    ),
+    ("test_resnet", 10): ModelFacts(
+        decayed_parameters=371_568,
+        undecayed_parameters=2_090,
+        largest_parameter=165_888,
+        batchnorm_layers=15,
+        batchnorm_channels=1_040,
+        image_size=32,
+        saved_bytes={"fp32": 238_896, "fp16": 127_664, "bf16": 127_664, "fp64": 461_400},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Link:
+    """What lies between two ranks."""
+
+    bytes_per_second: float
+    """what a rank sends while it receives as much"""
+
+    latency_seconds: float
+    """of a short message, one way"""
+
+
+def all_reduce_bytes(message_bytes: float, ranks: int) -> float:
+    """What each rank sends, and receives, in an all-reduce: 2 (P − 1) / P · M.
+
+    No algorithm needs less (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009).
+    """
+    return 2 * (ranks - 1) / ranks * message_bytes
+
+
+def all_reduce_seconds(
+    message_bytes: float, ranks: int, link: Link, algorithm: Literal["ring", "tree"] = "ring"
+) -> float:
+    """The time of an all-reduce: its bytes over the bandwidth, and a latency for each message of a chain.
+
+    A ring has 2 (P − 1) messages one after the other, a tree and halving-doubling 2 ⌈log₂ P⌉ (Thakur, Rabenseifner and
+    Gropp, "Optimization of collective communication operations in MPICH", 2005). Adding up the numbers takes no time
+    here.
+    """
+    messages = 2 * (ranks - 1) if algorithm == "ring" else 2 * math.ceil(math.log2(ranks))
+    return all_reduce_bytes(message_bytes, ranks) / link.bytes_per_second + messages * link.latency_seconds
+
+
+def exposed_seconds(all_reduce: float, backward: float, overlaps: bool) -> float:
+    """What of an all-reduce a step waits for: all of it, or what the backward pass does not hide."""
+    return max(0.0, all_reduce - backward) if overlaps else all_reduce
+
+
+def efficiency(compute_seconds: float, waiting_seconds: float) -> float:
+    """The share of a step in which a rank computes: its speed beside that of one alone, for as many images each."""
+    return compute_seconds / (compute_seconds + waiting_seconds)
 
 
 @dataclass(frozen=True)
@@ -34,12 +130,11 @@ class Memory:
 
     @property
     def fixed(self) -> float:
-        """What does not depend on the micro-batch."""
+        """All that does not depend on the micro-batch."""
         return sum(vars(self).values()) - self.activations
 
     @property
     def total(self) -> float:
-        """All of it."""
         return self.fixed + self.activations
 
 
@@ -61,10 +156,9 @@ def memory(plan: Plan, facts: ModelFacts) -> Memory:
 
 
 def activation_bytes(plan: Plan, facts: ModelFacts) -> float:
-    """Bytes an image: what autograd saves, and the image twice, since the next one is fetched ahead."""
-    size = plan.image_size
-    pixels = 3 * size**2 * VALUE_BYTES[plan.precision]
-    return facts.saved_bytes_at(plan.precision, size) + 2 * pixels
+    """Bytes per image: what autograd saves, which grows with the area, and the image twice, as one is fetched ahead."""
+    pixels = 3 * plan.image_size**2 * VALUE_BYTES[plan.precision]
+    return facts.saved_bytes[plan.precision] * (plan.image_size / facts.image_size) ** 2 + 2 * pixels
 
 
 def largest_micro_batch(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> int | None:
@@ -152,7 +246,6 @@ class Speed:
 
     @property
     def step_seconds(self) -> float:
-        """An optimizer step."""
         return self.compute_seconds + self.exposed_seconds + self.batchnorm_seconds
 
 

@@ -5,19 +5,12 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recipe.config import FOLDERS, Config, parse_config
-from recipe.data import Contents
-from recipe.plan.scaling import (
-    RateSchedule,
-    epochs_to_steps,
-    scaled_rate,
-    scaled_weight_decay,
-    warmup_applies,
-)
+from recipe.config import FOLDERS, Config, Contents, parse_config
+from recipe.plan.scaling import RateSchedule, epochs_to_steps, scaled_rate, scaled_weight_decay, warmup_applies
 
 DIGITS_CLASSES, DIGITS_IMAGES = 10, {"train": 1442, "validation": 355}
 
@@ -103,15 +96,16 @@ def make_plan(
     config: Config,
     world_size: int,
     cores_per_rank: int | None = None,
-    look: Callable[[Config], Contents | None] | None = None,
+    look: Callable[[str, str], Contents] | None = None,
 ) -> Plan:
     """Resolve every "auto" and check every number that is written out against the rule that it follows.
 
-    ``look`` counts what the data's folder holds; it is called once the batch is known to be right.
+    ``look`` counts what a folder holds, given ``recipe.data.source`` and ``path``; it is called once the batch is known
+    to be right.
 
     Raises:
         ConfigError: a contradiction, a batch that the ranks cannot share, a warmup longer than the run, …
-        ValueError: what ``look`` refuses.
+        ValueError: what ``look`` refuses, after the file and "recipe.data.path".
     """
     recipe = config.recipe
     largest, assumes_micro_batch = recipe.max_micro_batch_size, False
@@ -138,7 +132,7 @@ def make_plan(
             'write false, or for recipe.batchnorm.statistics "local" or a number of images up to a micro-batch\'s, '
             f"{micro_batch}",
         )
-    contents = None if look is None else look(config)
+    contents = _contents(config, look)
     train_images, validation_images = _data_set_sizes(config, contents)
     if config.train_batch_size > train_images:
         raise config.source.refusal(
@@ -164,7 +158,7 @@ def make_plan(
         # DeepSpeed takes no 0; without a warmup both rates are the peak, and any number of steps says the same.
         "warmup_num_steps": max(1, schedule.warmup_steps),
     }
-    if config.zero_optimization is not None and config.zero_optimization.stage:
+    if config.zero_optimization.stage:
         # DeepSpeed's word for SGD under ZeRO; without it, it refuses to start.
         resolved["zero_allow_untested_optimizer"] = True
     if recipe.max_micro_batch_size == "auto":
@@ -197,12 +191,24 @@ def make_plan(
     )
 
 
+def _contents(config: Config, look: Callable[[str, str], Contents] | None) -> Contents | None:
+    """What the data's folder holds; None where nobody looks, or the data lies in no folder."""
+    data = config.recipe.data
+    if look is None or data.path is None:
+        return None
+    try:
+        return look(data.source, data.path)
+    except ValueError as error:
+        raise ValueError(f"{config.source.file}: recipe.data.path: {error}") from error
+
+
 def with_micro_batch(plan: Plan, micro_batch: int) -> Plan:
     """The plan with the micro-batch that was found for it, and the accumulation that follows."""
     raw = plan.config.source.raw
     raw |= {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": "auto"}
     raw["recipe"]["max_micro_batch_size"] = micro_batch
-    return make_plan(parse_config(raw, plan.config.source.file), plan.world_size, look=lambda _: plan.contents)
+    settled = make_plan(parse_config(raw, plan.config.source.file), plan.world_size)
+    return replace(settled, contents=plan.contents)
 
 
 def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, int]:

@@ -4,8 +4,8 @@ import json
 from collections.abc import Sequence
 
 from recipe.config import Config, lacks_batchnorm, printable
+from recipe.plan.cost import SHIPPED, ModelFacts
 from recipe.plan.layout import NO_BREAK, columns, counted, fields, wrap
-from recipe.plan.model_facts import SHIPPED, ModelFacts
 from recipe.plan.noise_scale import planned_measurements, too_few
 from recipe.plan.plan import ASSUMED_MICRO_BATCH, Plan, fitting_micro_batches
 

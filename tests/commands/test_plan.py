@@ -14,23 +14,24 @@ from torch.profiler import ProfilerActivity, profile
 from recipe.commands.inspect_model import DTYPES, inspect_model
 from recipe.commands.plan import main
 from recipe.commands.plan_screen import _duration, _rate_curve
-from recipe.config.schema import read_config
-from recipe.model.build import build_model
-from recipe.plan.communication import Link
-from recipe.plan.cost import (
+from recipe.config import read_config
+from recipe.model import build_model
+from recipe.plan import (
     CONTEXT_BYTES,
+    SHIPPED,
+    Link,
+    Plan,
     batchnorm_traffic,
     gradient_bytes,
     hidden_bandwidth,
     largest_micro_batch,
+    make_plan,
     memory,
+    plan_json,
     reduced_bytes,
     speed,
 )
-from recipe.plan.model_facts import SHIPPED
-from recipe.plan.plan import Plan, make_plan
-from recipe.plan.text import plan_json
-from recipe.reporting.summary import SUMMARY
+from recipe.reporting import SUMMARY
 from tests.launch import ROOT
 
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))

@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks.launch import ROOT, environment
 from recipe.__main__ import main as recipe_command
+from recipe.checkpoints import History
 from recipe.checkpoints.locking import is_locked
 from recipe.commands.figure import new_figure
 from recipe.commands.study import command, figures as study_figures
@@ -36,7 +37,7 @@ from recipe.commands.study.runs import (
 )
 from recipe.config.schema import ConfigError
 from recipe.plan.text import plan_json
-from recipe.reporting.summary import History, summarise
+from recipe.reporting.summary import summarise
 
 STUDIES = sorted((ROOT / "ds_configs/studies").glob("*.json"))
 SHORT = {

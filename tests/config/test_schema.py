@@ -1,7 +1,6 @@
 import copy
 import json
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from recipe.config import deepspeed_sections as sections
-from recipe.config.schema import (
+from recipe.config import (
     ABSENT,
-    BatchNorm,
-    Checkpoint,
     Config,
     ConfigError,
-    Data,
-    Model,
-    Recipe,
-    Schedule,
+    PassedOn,
+    deepspeed_sections as sections,
     parse_config,
     read_config,
 )
@@ -33,29 +27,6 @@ SMALL: dict[str, Any] = {
     },
 }
 
-IMAGENET = """{
-  "train_batch_size": 8192,
-  "train_micro_batch_size_per_gpu": "auto",
-  "gradient_accumulation_steps": "auto",
-  "optimizer": {"type": "SGD",
-                "params": {"lr": "auto", "momentum": 0.9, "nesterov": true, "weight_decay": 1e-4}},
-  "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto",
-                "warmup_num_steps": "auto", "warmup_type": "linear"}},
-  "fp16": {"enabled": true, "initial_scale_power": 16},
-  "gradient_clipping": 0.0,
-  "tensorboard": {"enabled": true},
-  "recipe": {
-    "model": {"name": "resnet50", "num_classes": 1000},
-    "max_micro_batch_size": 256,
-    "batchnorm": {"statistics": "global"},
-    "data": {"source": "imagefolder", "path": "imagenet", "image_size": 224,
-             "train_images": 1281167, "validation_images": 50000},
-    "schedule": {"epochs": 90, "reference_lr": 0.1, "reference_batch_size": 256, "scaling_rule": "linear",
-                 "warmup": "gradual", "warmup_epochs": 5, "decay_epochs": [30, 60, 80], "decay_factor": 0.1},
-    "seed": 0
-  }
-}"""
-
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
@@ -68,13 +39,15 @@ def written(folder: Path, text: str | bytes) -> Path:
     return path
 
 
-def changed(dotted: str, value: Any) -> dict[str, Any]:
+def changed(changes: dict[str, Any]) -> dict[str, Any]:
+    """SMALL with other values under dotted keys."""
     raw = copy.deepcopy(SMALL)
-    section = raw
-    *path, last = dotted.split(".")
-    for part in path:
-        section = section.setdefault(part, {})
-    section[last] = value
+    for key, value in changes.items():
+        section = raw
+        *path, last = key.split(".")
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
     return raw
 
 
@@ -85,67 +58,17 @@ def refused(raw: dict[str, Any]) -> ConfigError:
     return caught.value
 
 
-def test_reads_a_whole_config(tmp_path: Path) -> None:
-    config = read_config(written(tmp_path, IMAGENET))
-    assert config.train_batch_size == 8192
-    assert config.optimizer.params.weight_decay == 1e-4
-    assert config.scheduler.params.warmup_num_steps == "auto"
-    assert config.fp16.enabled
-    assert not config.bf16.enabled
-    assert config.recipe.data.train_images == 1281167
-    assert config.recipe.schedule.decay_epochs == (30, 60, 80)
-
-
 def test_what_is_not_written_is_the_papers() -> None:
     config = parse_config(SMALL, "run.json")
     assert config.train_micro_batch_size_per_gpu == config.gradient_accumulation_steps == "auto"
-    assert config.optimizer.model_dump() == {
-        "type": "SGD",
-        "params": {"lr": "auto", "momentum": 0.9, "nesterov": True, "weight_decay": "auto"},
-    }
-    assert config.scheduler.params.warmup_type == "linear"
-    assert config.gradient_clipping == 0
+    params = config.optimizer.params
+    assert (params.lr, params.momentum, params.nesterov, params.weight_decay) == ("auto", 0.9, True, "auto")
+    schedule = config.recipe.schedule
+    assert (schedule.reference_lr, schedule.reference_batch_size, schedule.scaling_rule) == (0.1, 256, "linear")
+    assert (schedule.warmup, schedule.warmup_epochs, config.scheduler.params.warmup_type) == ("gradual", 5, "linear")
+    assert (schedule.decay_epochs, schedule.decay_factor, config.gradient_clipping) == ((30, 60, 80), 0.1, 0)
+    assert (config.recipe.data.crop, config.recipe.data.flip, config.recipe.seed) == ("random_resized", True, 0)
     assert not config.timers.throughput.enabled
-    assert config.recipe.model_dump() == {
-        "model": {"name": "resnet18", "num_classes": 10, "zero_init_last": True},
-        "max_micro_batch_size": 256,
-        "batchnorm": {"statistics": "global"},
-        "data": {
-            "source": "digits",
-            "path": None,
-            "image_size": 8,
-            "train_images": "auto",
-            "validation_images": "auto",
-            "crop": "random_resized",
-            "flip": True,
-            "mean": "auto",
-            "std": "auto",
-            "workers": "auto",
-            "decoder": "cpu",
-            "on_device": False,
-            "pack_short_side": 0,
-            "on_bad_image": "stop",
-        },
-        "schedule": {
-            "epochs": 3,
-            "reference_lr": 0.1,
-            "reference_batch_size": 256,
-            "scaling_rule": "linear",
-            "warmup": "gradual",
-            "warmup_epochs": 5,
-            "decay_epochs": (30, 60, 80),
-            "decay_factor": 0.1,
-            "weight_decay_rule": "constant",
-            "reference_weight_decay": None,
-        },
-        "checkpoint": {"every_steps": None, "every_minutes": None, "keep_last": 2, "keep_best": True},
-        "precision": None,
-        "compile": False,
-        "cudnn_benchmark": False,
-        "noise_scale": {"enabled": False, "every_steps": 10},
-        "distributed": {"timeout_seconds": 120},
-        "seed": 0,
-    }
 
 
 def test_a_view_is_frozen_and_hashable() -> None:
@@ -158,12 +81,12 @@ def test_a_view_is_frozen_and_hashable() -> None:
 
 
 def test_the_source_holds_what_was_written() -> None:
-    raw = changed("optimizer.params.lr", "auto")
+    raw = changed({"optimizer.params.lr": "auto"})
     config = parse_config(raw, "run.json")
     raw["train_batch_size"] = 1
     config.source.raw["train_batch_size"] = 2
     assert config.source.file == "run.json"
-    assert config.source.raw == changed("optimizer.params.lr", "auto")
+    assert config.source.raw == changed({"optimizer.params.lr": "auto"})
     assert config.model_fields_set == {"train_batch_size", "optimizer", "recipe"}
     assert config.optimizer.params.model_fields_set == {"lr"}
 
@@ -178,7 +101,7 @@ def test_the_source_refuses_for_others() -> None:
 
 
 def test_a_dump_is_a_config_with_nothing_of_deepspeeds_that_was_not_written() -> None:
-    config = parse_config(changed("zero_optimization.stage", 1), "run.json")
+    config = parse_config(changed({"zero_optimization.stage": 1}), "run.json")
     dump = config.model_dump(mode="json", exclude_none=True)
     assert dump["zero_optimization"] == {"stage": 1}
     assert not {"fp16", "bf16", "tensorboard", "wandb", "comms_logger", "flops_profiler"} & set(dump)
@@ -195,7 +118,7 @@ def test_errors_survive_pickling() -> None:
 
 
 def test_nothing_from_outside_breaks_the_line() -> None:
-    error = refused(changed("recipe.a\nb", "\x1b[31m" + "x" * 500))
+    error = refused(changed({"recipe.a\nb": "\x1b[31m" + "x" * 500}))
     assert "recipe.a\\u000ab = " in str(error)
     assert str(error).isprintable()
     assert "x" * 100 not in str(error)
@@ -269,7 +192,7 @@ def test_refuses_a_number_with_more_digits_than_python_reads(tmp_path: Path) -> 
         read_config(written(tmp_path, '{"train_batch_size": ' + "1" * 5000 + "}"))
 
 
-# --- the keys
+# --- keys and values
 
 
 @pytest.mark.parametrize(
@@ -302,277 +225,181 @@ def test_refuses_a_number_with_more_digits_than_python_reads(tmp_path: Path) -> 
     ],
 )
 def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
-    message = str(refused(changed(key, 7)))
-    assert message.startswith(f"run.json: {key} = 7: unknown key; ")
-    assert remedy in message
-
-
-@pytest.mark.parametrize(
-    ("key", "parts"),
-    [
-        ("pipeline", ["this recipe does not support this key of DeepSpeed's; remove it"]),
-        ("data_types", ["this recipe does not support this key of DeepSpeed's; remove it"]),
-        ("amp", ["DeepSpeed has removed this feature; remove it"]),
-        ("elasticity", ["the plan keeps the global batch on any number of GPUs"]),
-        ("torch_autocast", ["loss scale", 'write "fp16" or "bf16"']),
-        ("bfloat16", ['write "bf16"']),
-        ("optimizer.params.max_grad_norm", ['write "gradient_clipping" at the top level']),
-        ("optimizer.params.dampening", ["without dampening; remove it"]),
-        ("fp16.fp16_master_weights_and_grads", ["master weights are fp32; remove it"]),
-        ("zero_optimization.offload_optimizer", ["its own CPU Adam and Lion; this recipe trains with SGD"]),
-        ("zero_optimization.offload_param", ["its own CPU Adam and Lion; this recipe trains with SGD"]),
-        ("zero_optimization.zenflow", ["its own CPU Adam and Lion; this recipe trains with SGD"]),
-        ("zero_optimization.leaf_module", ["mixtures of experts"]),
-        (
-            "zero_optimization.stage3_gather_fp16_weights_on_model_save",
-            ['write "stage3_gather_16bit_weights_on_model_save"'],
-        ),
-        ("comet.api_key", ["a secret", "COMET_API_KEY"]),
-    ],
-)
-def test_refuses_what_deepspeed_knows_and_this_recipe_does_not(key: str, parts: list[str]) -> None:
-    message = str(refused(changed(key, {})))
-    assert message.startswith(f"run.json: {key} = {{}}: ")
-    for part in parts:
-        assert part in message
-
-
-@pytest.mark.parametrize(
-    ("raw", "message"),
-    [
-        ({}, "run.json: train_batch_size: missing; expected the global batch: images per optimizer step"),
-        (
-            {"train_batch_size": 8},
-            "run.json: recipe: missing; expected an object with model, data and schedule",
-        ),
-        (
-            changed("recipe", {}),
-            "run.json: recipe.model: missing; expected an object with name, num_classes and zero_init_last",
-        ),
-        (
-            changed("recipe.model", {}),
-            "run.json: recipe.model.name: missing; expected timm's name of a model",
-        ),
-        (changed("recipe.data", {}), 'run.json: recipe.data.source: missing; expected "digits"'),
-        (
-            changed("recipe.schedule", {}),
-            "run.json: recipe.schedule.epochs: missing; expected passes over the training images",
-        ),
-    ],
-)
-def test_refuses_a_missing_key(raw: dict[str, Any], message: str) -> None:
-    assert str(refused(raw)).startswith(message)
-
-
-def test_a_typo_explains_a_missing_key() -> None:
-    raw = copy.deepcopy(SMALL)
-    raw["train_btach_size"] = raw.pop("train_batch_size")
-    assert refused(raw).key == "train_btach_size"
-
-
-# --- the values
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("train_batch_size", 8.0, "= 8.0: not a whole number; expected the global batch"),
-        ("train_batch_size", True, "= true: not a whole number; expected the global batch"),
-        ("train_batch_size", "8", '= "8": not a whole number; expected the global batch'),
-        ("train_batch_size", None, "= null: not a whole number;"),
-        ("train_batch_size", "auto", '= "auto": not a whole number; expected the global batch'),
-        ("train_batch_size", 0, "= 0: too small; expected the global batch"),
-        (
-            "train_micro_batch_size_per_gpu",
-            "x",
-            '= "x": not a whole number or "auto"; expected images per GPU',
-        ),
-        ("train_micro_batch_size_per_gpu", 0, "= 0: too small; expected images per GPU and forward pass"),
-        (
-            "gradient_accumulation_steps",
-            False,
-            '= false: not a whole number or "auto"; expected forward passes',
-        ),
-        ("steps_per_print", 0, "= 0: too small; expected optimizer steps between"),
-        ("gradient_clipping", -1, "= -1: too small; expected the largest gradient norm, a number >= 0"),
-        ("gradient_clipping", True, "= true: not a number; expected the largest gradient norm"),
-        ("gradient_clipping", float("nan"), "= NaN: not a finite number;"),
-        ("gradient_allreduce_op", "sum", '= "sum": not "mean"; expected "mean": the rate rules'),
-        ("communication_data_type", "fp8", '= "fp8": not "fp32", "fp16" or "bf16"; expected "fp32", "fp16"'),
-        ("gradient_predivide_factor", 0, "= 0: too small; expected the part of the division"),
-        ("prescale_gradients", 1, "= 1: not true or false; expected true or false"),
-        ("wall_clock_breakdown", None, "= null: not true or false; expected true or false"),
-        ("optimizer", "SGD", '= "SGD": not an object; expected an object with type and params'),
-        ("optimizer.type", "Adam", '= "Adam": not "SGD"; expected "SGD": the recipe\'s rules for rate'),
-        ("optimizer.params.lr", 0, '= 0: too small; expected the peak rate, a number > 0, or "auto"'),
-        ("optimizer.params.lr", "0.1", '= "0.1": not a number or "auto"; expected the peak rate'),
-        ("optimizer.params.momentum", 1, "= 1: too large; expected the momentum, a number >= 0 and < 1"),
-        ("optimizer.params.nesterov", "yes", '= "yes": not true or false; expected true or false'),
-        ("optimizer.params.weight_decay", -1e-4, "= -0.0001: too small; expected the weight decay"),
-        ("scheduler.type", "OneCycle", '= "OneCycle": not "WarmupLR"; expected "WarmupLR": the recipe adds'),
-        ("scheduler.params.warmup_type", "cosine", "DeepSpeed would only warn about any other, and take log"),
-        ("scheduler.params.warmup_num_steps", 0, "= 0: too small; expected optimizer steps of warmup"),
-        ("fp16.enabled", "yes", '= "yes": not true or false; expected true or false'),
-        ("fp16", None, "= null: not an object; expected DeepSpeed's fp16 section"),
-        ("fp16.initial_scale_power", 128, "= 128: too large; expected the first dynamic loss scale"),
-        ("fp16.loss_scale_window", 0, "= 0: too small; expected optimizer steps without overflow"),
-        (
-            "bf16.immediate_grad_update",
-            1,
-            "= 1: not true or false; expected true or false (DeepSpeed's default",
-        ),
-        ("wandb", True, "= true: not an object; expected an object (DeepSpeed's default is {})"),
-        ("zero_optimization", True, "= true: not an object; expected DeepSpeed's ZeRO section"),
-        ("zero_optimization.stage", 4, "= 4: too large; expected what is partitioned, a whole number from 0"),
-        ("zero_optimization.stage", True, "= true: not a whole number;"),
-        ("zero_optimization.reduce_bucket_size", 5e8, "= 500000000.0: not a whole number; expected elements"),
-        ("zero_optimization.overlap_comm", "auto", '= "auto": not true or false; expected true, false or null'),
-        ("comms_logger.prof_ops", ["all_reduce", 1], "prof_ops[1] = 1: not a string; expected a string"),
-        ("comet.mode", "new", '= "new": not "get", "create" or "get_or_create";'),
-        ("recipe.model.name", "", '= "": empty; expected timm\'s name of a model'),
-        ("recipe.model.num_classes", 1, "= 1: too small; expected the number of classes"),
-        ("recipe.max_micro_batch_size", "automatic", 'or "auto": as many as fit the GPU'),
-        (
-            "recipe.batchnorm.statistics",
-            "sync",
-            '= "sync": not "global" or "local" or a whole number; expected',
-        ),
-        ("recipe.batchnorm.statistics", 0, "= 0: too small; expected what batch norm averages over"),
-        ("recipe.batchnorm.statistics", 32.0, '= 32.0: not "global" or "local" or a whole number;'),
-        (
-            "recipe.data.source",
-            "tar",
-            '= "tar": not "digits", "imagefolder", "pack" or "synthetic"; expected "digits"',
-        ),
-        ("recipe.data.path", "", '= "": empty; expected the folder of an imagefolder or a pack'),
-        ("recipe.data.image_size", 7, "= 7: too small; expected height and width of the images"),
-        ("recipe.data.image_size", 10**6, "= 1000000: too large; expected height and width of the images"),
-        ("recipe.data.mean", [0.5, 0.5], "= [0.5, 0.5]: too short; expected the mean of red, green and blue"),
-        (
-            "recipe.data.mean",
-            [0, 0, 0, 0],
-            "= [0, 0, 0, 0]: too long; expected the mean of red, green and blue",
-        ),
-        (
-            "recipe.data.mean",
-            [0, "x", 0],
-            'recipe.data.mean[1] = "x": not a number; expected the mean of red',
-        ),
-        ("recipe.data.mean", 0.5, '= 0.5: not a list or "auto"; expected the mean of red, green and blue'),
-        ("recipe.data.std", [1, 0, 1], "recipe.data.std[1] = 0: too small; expected the standard deviation"),
-        ("recipe.data.workers", -1, "= -1: too small; expected loader processes per GPU"),
-        ("recipe.data.on_bad_image", "warn", '= "warn": not "stop" or "skip"; expected "stop" or "skip"'),
-        ("recipe.schedule.epochs", 0, "= 0: too small; expected passes over the training images"),
-        ("recipe.schedule.epochs", 1.5, "= 1.5: not a whole number; expected passes over"),
-        ("recipe.schedule.warmup", True, '= true: not "gradual", "constant" or "none"; expected "gradual"'),
-        ("recipe.schedule.decay_epochs", 30, "= 30: not a list; expected the epochs after which the rate"),
-        (
-            "recipe.schedule.decay_epochs",
-            [30, True],
-            "decay_epochs[1] = true: not a number; expected the epochs",
-        ),
-        ("recipe.schedule.decay_epochs", [0, 30], "decay_epochs[0] = 0: too small; expected the epochs"),
-        ("recipe.schedule.decay_factor", 1.1, "= 1.1: too large; expected by what the rate is multiplied"),
-        ("recipe.schedule.reference_lr", 10**400, ": not a number; expected the rate at the reference batch"),
-        ("recipe.seed", -1, "= -1: too small; expected the root of all randomness"),
-        ("recipe.seed", 2**63, "= 9223372036854775808: too large; expected the root of all randomness"),
-    ],
-)
-def test_refuses_a_wrong_value(key: str, value: Any, message: str) -> None:
-    error = str(refused(changed(key, value)))
-    assert error.startswith(f"run.json: {key}")
-    assert message in error
+    message = str(refused(changed({key: 7})))
+    assert message.startswith(f"run.json: {key} = 7: unknown key; {remedy}")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        # DeepSpeed's keys that the recipe refuses
+        ({"pipeline": {}}, "this recipe does not support this key of DeepSpeed's; remove it"),
+        ({"data_types": {}}, "this recipe does not support this key of DeepSpeed's; remove it"),
+        ({"amp": {}}, "this recipe does not support this key of DeepSpeed's; remove it"),
+        ({"elasticity": {}}, "the plan keeps the global batch on any number of GPUs"),
+        ({"torch_autocast": {}}, "loss scale"),
+        ({"bfloat16": {}}, 'write "bf16"'),
+        ({"optimizer.params.max_grad_norm": {}}, 'write "gradient_clipping" at the top level'),
+        ({"optimizer.params.dampening": {}}, "without dampening; remove it"),
+        ({"fp16.fp16_master_weights_and_grads": {}}, "master weights are fp32; remove it"),
+        ({"zero_optimization.offload_optimizer": {}}, "its own CPU Adam and Lion; this recipe trains with SGD"),
+        ({"zero_optimization.offload_param": {}}, "its own CPU Adam and Lion; this recipe trains with SGD"),
+        ({"zero_optimization.zenflow": {}}, "its own CPU Adam and Lion; this recipe trains with SGD"),
+        ({"zero_optimization.leaf_module": {}}, "this recipe does not support this key of DeepSpeed's; remove it"),
         (
-            {"optimizer.params.momentum": 0},
-            'optimizer.params.momentum = 0: Nesterov\'s needs some; write one > 0, or "nesterov": false',
+            {"zero_optimization.stage3_gather_fp16_weights_on_model_save": {}},
+            'write "stage3_gather_16bit_weights_on_model_save"',
         ),
-        ({"fp16.auto_cast": True}, "fp16.auto_cast = true: the loop hands images over"),
+        ({"comet.api_key": {}}, "a secret"),
+        # missing keys
+        ({"recipe": {}}, ".model: missing; expected an object with name, num_classes and zero_init_last"),
+        ({"recipe.model": {}}, ".name: missing; expected timm's name of a model"),
+        ({"recipe.data": {}}, '.source: missing; expected "digits"'),
+        ({"recipe.schedule": {}}, ".epochs: missing; expected passes over the training images"),
+        # values of another type, or beyond the bounds
+        ({"train_batch_size": 8.0}, "= 8.0: not a whole number; expected the global batch"),
+        ({"train_batch_size": True}, "= true: not a whole number; expected the global batch"),
+        ({"train_batch_size": "8"}, '= "8": not a whole number; expected the global batch'),
+        ({"train_batch_size": None}, "= null: not a whole number;"),
+        ({"train_batch_size": "auto"}, '= "auto": not a whole number; expected the global batch'),
+        ({"train_batch_size": 0}, "= 0: too small; expected the global batch"),
+        ({"train_micro_batch_size_per_gpu": "x"}, '= "x": not a whole number or "auto"; expected images per GPU'),
+        ({"train_micro_batch_size_per_gpu": 0}, "= 0: too small; expected images per GPU and forward pass"),
+        ({"gradient_accumulation_steps": False}, '= false: not a whole number or "auto"; expected forward passes'),
+        ({"steps_per_print": 0}, "= 0: too small; expected optimizer steps between"),
+        ({"gradient_clipping": -1}, "= -1: too small; expected the largest gradient norm, a number >= 0"),
+        ({"gradient_clipping": True}, "= true: not a number; expected the largest gradient norm"),
+        ({"gradient_clipping": float("nan")}, "= NaN: not a finite number;"),
+        ({"gradient_allreduce_op": "sum"}, '= "sum": not "mean"; expected "mean": the rate rules'),
+        ({"communication_data_type": "fp8"}, '= "fp8": not "fp32", "fp16" or "bf16"; expected "fp32", "fp16"'),
+        ({"gradient_predivide_factor": 0}, "= 0: too small; expected the part of the division"),
+        ({"prescale_gradients": 1}, "= 1: not true or false; expected true or false"),
+        ({"wall_clock_breakdown": None}, "= null: not true or false; expected true or false"),
+        ({"optimizer": "SGD"}, '= "SGD": not an object; expected an object with type and params'),
+        ({"optimizer.type": "Adam"}, '= "Adam": not "SGD"; expected "SGD": the recipe\'s rules for rate'),
+        ({"optimizer.params.lr": 0}, '= 0: too small; expected the peak rate, a number > 0, or "auto"'),
+        ({"optimizer.params.lr": "0.1"}, '= "0.1": not a number or "auto"; expected the peak rate'),
+        ({"optimizer.params.momentum": 1}, "= 1: too large; expected the momentum, a number >= 0 and < 1"),
+        ({"optimizer.params.nesterov": "yes"}, '= "yes": not true or false; expected true or false'),
+        ({"optimizer.params.weight_decay": -0.0001}, "= -0.0001: too small; expected the weight decay"),
+        ({"scheduler.type": "OneCycle"}, '= "OneCycle": not "WarmupLR"; expected "WarmupLR": the recipe adds'),
+        ({"scheduler.params.warmup_type": "cosine"}, "DeepSpeed would only warn about any other, and take log"),
+        ({"scheduler.params.warmup_num_steps": 0}, "= 0: too small; expected optimizer steps of warmup"),
+        ({"fp16.enabled": "yes"}, '= "yes": not true or false; expected true or false'),
+        ({"fp16": None}, "= null: not an object; expected DeepSpeed's fp16 section"),
+        ({"fp16.initial_scale_power": 128}, "= 128: too large; expected the first dynamic loss scale"),
+        ({"fp16.loss_scale_window": 0}, "= 0: too small; expected optimizer steps without overflow"),
+        ({"bf16.immediate_grad_update": 1}, "= 1: not true or false; expected true or false"),
+        ({"wandb": True}, "= true: not an object; expected an object"),
+        ({"zero_optimization": True}, "= true: not an object; expected DeepSpeed's ZeRO section"),
+        ({"zero_optimization.stage": 4}, "= 4: too large; expected what is partitioned, a whole number from 0"),
+        ({"zero_optimization.stage": True}, "= true: not a whole number;"),
+        ({"zero_optimization.reduce_bucket_size": 500000000.0}, "= 500000000.0: not a whole number; expected elements"),
+        ({"zero_optimization.overlap_comm": "auto"}, '= "auto": not true or false; expected true, false or null'),
+        ({"comms_logger.prof_ops": ["all_reduce", 1]}, "prof_ops[1] = 1: not a string; expected a string"),
+        ({"comet.mode": "new"}, '= "new": not "get", "create" or "get_or_create";'),
+        ({"recipe.model.name": ""}, '= "": empty; expected timm\'s name of a model'),
+        ({"recipe.model.num_classes": 1}, "= 1: too small; expected the number of classes"),
+        ({"recipe.max_micro_batch_size": "automatic"}, 'or "auto": as many as fit the GPU'),
+        ({"recipe.batchnorm.statistics": "sync"}, '= "sync": not "global" or "local" or a whole number; expected'),
+        ({"recipe.batchnorm.statistics": 0}, "= 0: too small; expected what batch norm averages over"),
+        ({"recipe.batchnorm.statistics": 32.0}, '= 32.0: not "global" or "local" or a whole number;'),
         (
-            {"fp16.enabled": True, "bf16.enabled": True},
-            "bf16.enabled = true: fp16 is enabled, too; enable one of the two",
+            {"recipe.data.source": "tar"},
+            '= "tar": not "digits", "imagefolder", "pack" or "synthetic"; expected "digits"',
+        ),
+        ({"recipe.data.path": ""}, '= "": empty; expected the folder of an imagefolder or a pack'),
+        ({"recipe.data.image_size": 7}, "= 7: too small; expected height and width of the images"),
+        ({"recipe.data.image_size": 10**6}, "= 1000000: too large; expected height and width of the images"),
+        ({"recipe.data.mean": [0.5, 0.5]}, "= [0.5, 0.5]: too short; expected the mean of red, green and blue"),
+        ({"recipe.data.mean": [0, 0, 0, 0]}, "= [0, 0, 0, 0]: too long; expected the mean of red, green and blue"),
+        ({"recipe.data.mean": [0, "x", 0]}, 'recipe.data.mean[1] = "x": not a number; expected the mean of red'),
+        ({"recipe.data.mean": 0.5}, '= 0.5: not a list or "auto"; expected the mean of red, green and blue'),
+        ({"recipe.data.std": [1, 0, 1]}, "recipe.data.std[1] = 0: too small; expected the standard deviation"),
+        ({"recipe.data.workers": -1}, "= -1: too small; expected loader processes per GPU"),
+        ({"recipe.data.on_bad_image": "warn"}, '= "warn": not "stop" or "skip"; expected "stop" or "skip"'),
+        ({"recipe.schedule.epochs": 0}, "= 0: too small; expected passes over the training images"),
+        ({"recipe.schedule.epochs": 1.5}, "= 1.5: not a whole number; expected passes over"),
+        ({"recipe.schedule.warmup": True}, '= true: not "gradual", "constant" or "none"; expected "gradual"'),
+        ({"recipe.schedule.decay_epochs": 30}, "= 30: not a list; expected the epochs after which the rate"),
+        ({"recipe.schedule.decay_epochs": [30, True]}, "decay_epochs[1] = true: not a number; expected the epochs"),
+        ({"recipe.schedule.decay_epochs": [0, 30]}, "decay_epochs[0] = 0: too small; expected the epochs"),
+        ({"recipe.schedule.decay_factor": 1.1}, "= 1.1: too large; expected by what the rate is multiplied"),
+        ({"recipe.schedule.reference_lr": 10**400}, ": not a number; expected the rate at the reference batch"),
+        ({"recipe.seed": -1}, "= -1: too small; expected the root of all randomness"),
+        ({"recipe.seed": 2**63}, "= 9223372036854775808: too large; expected the root of all randomness"),
+        # values that contradict each other: the first is refused
+        ({"optimizer.params.momentum": 0}, '= 0: Nesterov\'s needs some; write one > 0, or "nesterov": false'),
+        ({"fp16.auto_cast": True}, "= true: not false; expected false: the loop hands images over"),
+        ({"bf16.enabled": True, "fp16.enabled": True}, "= true: fp16 is enabled, too; enable one of the two"),
+        (
+            {"recipe.precision": "fp32", "fp16.enabled": True},
+            '= "fp32": fp16 or bf16 is enabled, too; remove it, or them',
         ),
         (
-            {"fp16.enabled": True, "recipe.precision": "fp32"},
-            'recipe.precision = "fp32": fp16 or bf16 is enabled, too; remove it, or them',
+            {"recipe.precision": "fp64", "zero_optimization.stage": 1},
+            '= "fp64": a ZeRO stage is enabled, too; remove it, or that',
         ),
         (
-            {"zero_optimization.stage": 1, "recipe.precision": "fp64"},
-            'recipe.precision = "fp64": a ZeRO stage is enabled, too; remove it, or that',
+            {"recipe.compile": True, "zero_optimization.stage": 3},
+            "= true: ZeRO stage 3 gathers weights layer by layer, between kernels; write false",
         ),
-        (
-            {"zero_optimization.stage": 3, "recipe.compile": True},
-            "recipe.compile = true: ZeRO stage 3 gathers weights layer by layer, between kernels; write false",
-        ),
-        (
-            {"zero_optimization.compute_grad_norm": False},
-            "zero_optimization.compute_grad_norm = false: only ZeRO stages 1 and 2",
-        ),
+        ({"zero_optimization.compute_grad_norm": False}, "= false: only ZeRO stages 1 and 2"),
         (
             {"recipe.data.source": "imagefolder"},
             "recipe.data.path: an imagefolder has no default; write the path of the folder",
         ),
+        ({"recipe.data.source": "pack"}, "recipe.data.path: a pack has no default; write the path of the folder"),
         (
-            {"recipe.data.source": "pack"},
-            "recipe.data.path: a pack has no default; write the path of the folder",
+            {"recipe.data.train_images": "auto", "recipe.data.source": "synthetic"},
+            '= "auto": "auto" is not for synthetic; write the number of images',
         ),
         (
-            {"recipe.data.source": "synthetic", "recipe.data.train_images": "auto"},
-            'recipe.data.train_images = "auto": "auto" is not for synthetic; write the number of images',
+            {"recipe.data.on_device": True, "recipe.data.source": "synthetic"},
+            "= true: synthetic data is made there; remove it",
         ),
-        (
-            {"recipe.data.source": "synthetic", "recipe.data.on_device": True},
-            "recipe.data.on_device = true: synthetic data is made there; remove it",
-        ),
-        (
-            {"recipe.data.decoder": "dali"},
-            'recipe.data.decoder = "dali": digits data holds no JPEGs; write "cpu"',
-        ),
+        ({"recipe.data.decoder": "dali"}, '= "dali": digits data holds no JPEGs; write "cpu"'),
         (
             {
+                "recipe.data.decoder": "gpu",
                 "recipe.data.source": "pack",
                 "recipe.data.path": "pack",
                 "recipe.data.on_device": True,
-                "recipe.data.decoder": "gpu",
             },
-            'recipe.data.decoder = "gpu": with on_device true all is decoded once, by the CPU; write "cpu"',
+            '= "gpu": with on_device true all is decoded once, by the CPU; write "cpu"',
         ),
         (
             {"recipe.data.source": "synthetic", "recipe.data.train_images": 8},
             'recipe.data.validation_images: "auto" is not for synthetic; write the number of images',
         ),
-        (
-            {"recipe.data.pack_short_side": 352},
-            'recipe.data.pack_short_side = 352: digits data is no pack; write 0, or "source": "pack"',
-        ),
-        (
-            {"recipe.schedule.decay_epochs": [30, 30]},
-            "recipe.schedule.decay_epochs = [30, 30]: the numbers do not rise; write each once",
-        ),
-        (
-            {"recipe.schedule.decay_epochs": [60, 30]},
-            "recipe.schedule.decay_epochs = [60, 30]: the numbers do not rise;",
-        ),
+        ({"recipe.data.pack_short_side": 352}, '= 352: digits data is no pack; write 0, or "source": "pack"'),
+        ({"recipe.schedule.decay_epochs": [30, 30]}, "= [30, 30]: the numbers do not rise; write each once"),
+        ({"recipe.schedule.decay_epochs": [60, 30]}, "= [60, 30]: the numbers do not rise;"),
         (
             {"recipe.noise_scale.enabled": True, "zero_optimization.stage": 1},
-            "recipe.noise_scale.enabled = true: ZeRO stage 1 leaves no rank the whole mean gradient to take its norm "
-            "of; write false, or zero_optimization.stage 0",
+            "= true: ZeRO stage 1 leaves no rank the whole mean gradient to take its norm of; write false, or ",
         ),
     ],
 )
-def test_refuses_values_that_contradict_each_other(changes: dict[str, Any], message: str) -> None:
-    raw = SMALL
-    for key, value in changes.items():
-        section = raw = copy.deepcopy(raw)
-        *path, last = key.split(".")
-        for part in path:
-            section = section.setdefault(part, {})
-        section[last] = value
-    assert str(refused(raw)).startswith(f"run.json: {message}")
+def test_refuses(changes: dict[str, Any], message: str) -> None:
+    error = str(refused(changed(changes)))
+    assert error.startswith("run.json: ")
+    assert (message if message.startswith("recipe.") else next(iter(changes))) in error
+    assert message in error
+
+
+def test_refuses_a_missing_key_and_names_every_other_and_explains_it_by_a_typo() -> None:
+    missing = refused({})
+    assert str(missing).startswith(
+        "run.json: train_batch_size: missing; expected the global batch: images per optimizer"
+    )
+    assert missing.remedy.endswith("; also recipe (missing)")
+    assert str(refused({"train_batch_size": 8})) == (
+        "run.json: recipe: missing; expected an object with model, data and schedule"
+    )
+    raw = copy.deepcopy(SMALL)
+    raw["train_btach_size"] = raw.pop("train_batch_size")
+    assert refused(raw).key == "train_btach_size"
 
 
 @pytest.mark.parametrize(
@@ -594,7 +421,7 @@ def test_refuses_values_that_contradict_each_other(changes: dict[str, Any], mess
     ],
 )
 def test_takes_what_is_right(key: str, value: Any) -> None:
-    parse_config(changed(key, value), "run.json")
+    parse_config(changed({key: value}), "run.json")
 
 
 # --- --set
@@ -633,10 +460,7 @@ def test_overrides_apply_in_order_and_are_part_of_what_was_written(small: Path) 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            "recipe.seed",
-            ": --set recipe.seed is not KEY=VALUE; write it as in --set recipe.schedule.epochs=2",
-        ),
+        ("recipe.seed", ": --set recipe.seed is not KEY=VALUE; write it as in --set recipe.schedule.epochs=2"),
         ("=2", ": --set =2 is not KEY=VALUE;"),
         ("", ": --set  is not KEY=VALUE;"),
         ("recipe..seed=2", ": --set recipe..seed=2 is not KEY=VALUE;"),
@@ -648,10 +472,7 @@ def test_overrides_apply_in_order_and_are_part_of_what_was_written(small: Path) 
         ("recipe.seed=", ': recipe.seed = "": not a whole number;'),
         ("recipe.seed=NaN", ": recipe.seed = NaN: not a finite number;"),
         ("recipe.seed=[1, 1e999]", ": recipe.seed[1] = Infinity: not a finite number;"),
-        (
-            'recipe.model={"name": "a", "name": "b"}',
-            ': recipe.model.name = ["a", "b"]: this key occurs more than',
-        ),
+        ('recipe.model={"name": "a", "name": "b"}', ': recipe.model.name = ["a", "b"]: this key occurs more than'),
         ("recipe.seed=" + "1" * 5000, ': recipe.seed = "1111'),
     ],
 )
@@ -665,15 +486,8 @@ def test_refuses_an_override(small: Path, override: str, message: str) -> None:
 
 
 def test_every_field_of_ours_says_what_belongs_there() -> None:
-    ours: list[type[sections.Section]] = [
-        sections.Optimizer,
-        sections.Timers,
-        sections.OptimizerParams,
-        sections.Scheduler,
-        sections.WarmupParams,
-    ]
-    ours += [Recipe, Model, BatchNorm, Data, Schedule, Checkpoint]
-    for section in ours:
+    passed_on = {PassedOn, sections.DeepSpeedConfig, sections.ThroughputTimer}
+    for section in set(sections.Section.__subclasses__()) - passed_on:
         for name, field in section.model_fields.items():
             assert field.description, (section, name)
 
@@ -712,10 +526,13 @@ def deepspeeds_sections() -> list[tuple[type[sections.Section], dict[str, Any]]]
 
 def test_the_sections_are_deepspeeds() -> None:
     for mirror, theirs in deepspeeds_sections():
-        ours = {name: field.default for name, field in mirror.model_fields.items()}
-        assert set(theirs) - set(mirror.unsupported) == set(ours), mirror
-        for name, default in ours.items():
-            assert (list(default) if isinstance(default, tuple) else default) == theirs[name], (mirror, name)
+        assert set(theirs) - set(mirror.unsupported) == set(mirror.model_fields), mirror
+        for name, field in mirror.model_fields.items():
+            if field.default is not None:  # None: DeepSpeed's, whatever it is
+                default = list(field.default) if isinstance(field.default, tuple) else field.default
+                assert default == theirs[name], (mirror, name)
+            elif theirs[name] is not None:
+                mirror.model_validate({name: theirs[name]})
 
 
 class Recording(dict[str, Any]):
@@ -740,44 +557,19 @@ class Recording(dict[str, Any]):
         return self
 
 
-def test_every_top_level_key_of_deepspeeds_is_known() -> None:
+def test_the_top_level_is_deepspeeds() -> None:
     from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
 
     recording = Recording(train_batch_size=4, steps_per_print=10)
-    DeepSpeedConfig(recording)
-    known = set(Config.model_fields) | set(Config.unsupported)
-    assert recording.asked <= known
+    theirs = DeepSpeedConfig(recording)
+    assert recording.asked <= set(Config.model_fields) | set(Config.unsupported)
     assert set(sections.DeepSpeedConfig.model_fields) <= recording.asked
     assert set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) <= set(Config.unsupported)
-
-
-def test_the_top_levels_defaults_are_deepspeeds() -> None:
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    theirs = DeepSpeedConfig({"train_batch_size": 4})
     ours = parse_config(SMALL, "run.json")
     # What is not here has its own reason to differ: the batch, the sections, and where the docstring says so.
-    for name in [
-        "communication_data_type",
-        "disable_allgather",
-        "dump_state",
-        "gradient_allreduce_op",
-        "gradient_predivide_factor",
-        "memory_breakdown",
-        "prescale_gradients",
-        "wall_clock_breakdown",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-    ]:
+    for name in (
+        *("communication_data_type", "disable_allgather", "dump_state", "gradient_allreduce_op"),
+        *("gradient_predivide_factor", "memory_breakdown", "prescale_gradients", "wall_clock_breakdown"),
+        *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+    ):
         assert getattr(ours, name) == getattr(theirs, name), name
-
-
-def test_importing_it_is_quick_and_needs_no_torch() -> None:
-    program = (
-        "import sys, time; start = time.process_time(); import recipe.config.schema, recipe.hostfile; "
-        "print(time.process_time() - start, 'torch' in sys.modules, 'deepspeed' in sys.modules)"
-    )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    seconds, *imported = run.stdout.split()
-    assert float(seconds) < 0.4
-    assert imported == ["False", "False"]

@@ -228,11 +228,7 @@ def test_a_written_weight_decay_stands_under_the_constant_rule() -> None:
         ({"scheduler__params__warmup_max_lr": 3.3}, "scheduler.params.warmup_max_lr", "3.2"),
         ({"scheduler__params__warmup_min_lr": 0.0}, "scheduler.params.warmup_min_lr", "0.1"),
         ({"scheduler__params__warmup_num_steps": 781}, "scheduler.params.warmup_num_steps", "780"),
-        (
-            {"optimizer__params__lr": 3.2, "recipe__schedule__scaling_rule": "sqrt"},
-            "optimizer.params.lr",
-            "0.5656854",
-        ),
+        ({"optimizer__params__lr": 3.2, "recipe__schedule__scaling_rule": "sqrt"}, "optimizer.params.lr", "0.5656854"),
         ({"train_batch_size": 256, "scheduler__params__warmup_min_lr": 0.05}, "scheduler.params.warmup_min_lr", "0.1"),
     ],
 )
@@ -511,7 +507,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("words", "said"),
     [
         ((), "recipe: name a command; those above are all"),
-        (("eval",), "recipe: there is no command 'eval'; those above are all"),
+        (("eval",), "recipe: there is no command 'eval'; did you mean evaluate?"),
         (("hots",), "recipe: there is no command 'hots'; did you mean hosts?"),
         (("plan", "x.json", "--worldsize=8"), "unrecognized arguments: --worldsize=8; did you mean --world-size?"),
         (("hosts", "h", "--configs", "x"), "unrecognized arguments: --configs x; did you mean --config?"),

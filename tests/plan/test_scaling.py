@@ -4,13 +4,7 @@ import math
 
 import pytest
 
-from recipe.plan.scaling import (
-    RateSchedule,
-    epochs_to_steps,
-    scaled_rate,
-    scaled_weight_decay,
-    warmup_applies,
-)
+from recipe.plan.scaling import RateSchedule, epochs_to_steps, scaled_rate, scaled_weight_decay, warmup_applies
 
 
 @pytest.mark.parametrize(
@@ -45,15 +39,7 @@ def test_weight_decay_rules() -> None:
 
 @pytest.mark.parametrize(
     ("epochs", "steps_per_epoch", "steps"),
-    [
-        (5, 156, 780),
-        (0.5, 3, 2),
-        (0.5, 156, 78),
-        (0.1, 156, 16),
-        (0.001, 156, 0),
-        (30, 5004, 150120),
-        (2.5, 1, 3),
-    ],
+    [(5, 156, 780), (0.5, 3, 2), (0.5, 156, 78), (0.1, 156, 16), (0.001, 156, 0), (30, 5004, 150120), (2.5, 1, 3)],
 )
 def test_epochs_to_steps_rounds_halves_up(epochs: float, steps_per_epoch: int, steps: int) -> None:
     assert epochs_to_steps(epochs, steps_per_epoch) == steps

@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 
 from recipe.commands.hosts.command import format_table
-from recipe.commands.plan_screen import side_by_side
-from recipe.config.schema import read_config
-from recipe.plan.model_facts import SHIPPED
-from recipe.plan.plan import make_plan
-from recipe.plan.text import format_plan, notes, plan_fields
+from recipe.commands.plan_screen import Answer, format_answers
+from recipe.config import read_config
+from recipe.plan import SHIPPED, Link, format_plan, make_plan
 from recipe.reporting import terminal
 from recipe.reporting.summary import format_summary
 from recipe.reporting.terminal import Progress
@@ -26,6 +24,7 @@ from tests.launch import ROOT
 
 FACTS = SHIPPED["resnet50", 1000]
 PLANS = [make_plan(read_config(f"ds_configs/resnet50_b{batch}.json"), 32) for batch in (8192, 256)]
+ANSWERS = [Answer(plan, FACTS, 2500.0, "assumed", Link(12.5e9, 20e-6), "100 Gbit/s", 80 * 2**30) for plan in PLANS]
 SUMMARY = {
     "model": "resnet50", "data": "imagefolder", "epochs": 90, "global_batch": 8192, "precision": "fp16",
     "world_size": 32, "hosts": 4, "device": "NVIDIA H100 80GB HBM3", "final_top1": 76.26, "best_top1": 76.31,
@@ -42,7 +41,8 @@ def words(text: str) -> list[str]:
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_texts_fit_the_width_and_break_no_word(width: int) -> None:
     for show in (
-        lambda width: side_by_side(PLANS, [plan_fields(plan, FACTS) for plan in PLANS], list(map(notes, PLANS)), width),
+        lambda width: format_answers(ANSWERS, width=width),
+        lambda width: format_answers(ANSWERS[:1], width=width),
         lambda width: format_table(good_hosts(2), width),
         lambda width: format_plan(PLANS[0], width),
         lambda width: format_summary(SUMMARY, Path("runs/b8192"), width=width),

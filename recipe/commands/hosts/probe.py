@@ -24,13 +24,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-<<<<<<< HEAD
-from recipe.commands.hosts.network import exchange, network, take_port, unreached
-from recipe.distributed import code_sha256, versions
-=======
 from recipe.commands.hosts.visit import MARK
-from recipe.reporting import code_sha256, versions
->>>>>>> thin-hosts
+from recipe.distributed import code_sha256, versions
 
 LIFETIME_SECONDS = 300  # after which the probe ends, whatever happens to the host that asks
 REACH_SECONDS = 3

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipe.plan.communication import Link, all_reduce_bytes, all_reduce_seconds, efficiency, exposed_seconds
+from recipe.plan import Link, all_reduce_bytes, all_reduce_seconds, efficiency, exposed_seconds
 
 
 @pytest.mark.parametrize(("ranks", "sent"), [(1, 0), (2, 100), (4, 150), (8, 175), (1000, 199.8)])
