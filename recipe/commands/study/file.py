@@ -1,8 +1,7 @@
-"""Reads a study, a JSON of cases and seeds, strictly, and resolves the plan of every run before any starts."""
+"""A study's file: a JSON of cases and seeds, validated strictly, with the plan of every run."""
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +25,12 @@ from recipe.data import look
 from recipe.plan import Plan, make_plan
 
 SEED = "recipe.seed"
-CSV, REPORT, LAUNCHES = "results.csv", "results.md", "launches.jsonl"
+CSV, REPORT = "results.csv", "results.md"
 
 Text = Annotated[str, Field(min_length=1)]
 Overrides = dict[str, Any]
 Draw = Literal["error_by_batch_size", "beside_baseline", "curves"]
-FILES = (CSV, REPORT, LAUNCHES, *(f"{draw}.{kind}" for draw in get_args(Draw) for kind in ("png", "svg")))
+FILES = (CSV, REPORT, *(f"{draw}.{kind}" for draw in get_args(Draw) for kind in ("png", "svg")))
 
 
 class Case(Section):
@@ -92,7 +91,7 @@ class StudyFile(Section):
 
 @dataclass(frozen=True, eq=False)  # each is its own; plans are too large to compare
 class Training:
-    """A run of the study: ``plan`` is what it will do, ``overrides`` how ``--set`` is told so."""
+    """A run of the study: its plan, and the ``--set`` overrides that lead to it."""
 
     case: Case
     seed: int
@@ -101,12 +100,12 @@ class Training:
 
     @property
     def folder(self) -> Path:
-        """Its output, from the study's."""
+        """Its output folder, relative to the study's."""
         return Path(self.case.name, f"seed-{self.seed}")
 
     @property
     def images(self) -> int:
-        """Images that it trains on in all: what it costs, whatever the batch."""
+        """Images that it trains on in all: what it costs, whatever the batch size."""
         return self.plan.total_steps * self.plan.global_batch
 
     def __str__(self) -> str:
@@ -127,58 +126,41 @@ class Study:
         """The first line of its report."""
         return printable(f"# {self.file.title}")
 
-    def of_case(self, name: str) -> list[Training]:
-        """The runs of one case, one a seed."""
-        return [training for training in self.trainings if training.case.name == name]
-
 
 def read_study(path: Path, world_size: int, data: str | None = None, cores_per_rank: int | None = None) -> Study:
-    """Read a study and plan its runs on ``world_size`` ranks, each with so many cores, all of this machine unless
-    told; ``data`` replaces the folder of the data.
+    """Read a study and plan its runs on ``world_size`` ranks; ``data`` replaces the folder of the data.
 
     All cases of the first seed come first, so that a study that is stopped half-way has something to compare.
 
     Raises:
-        ConfigError: what is wrong with the study, with its config or with what a case makes of that.
+        ConfigError: what is wrong with the study, with its config or with what a case makes of it.
     """
     raw = parse_json(read_text(path, "*.json"), str(path))
     file = validate(StudyFile, raw, str(path), "write a study with config, seeds and cases")
-    for key, value, problem, remedy in _contradictions(file):
-        raise ConfigError(str(path), key, value, problem, remedy)
+    for contradiction in _contradictions(file):
+        raise ConfigError(str(path), *contradiction)
     config = Path(os.path.normpath(path.parent / file.config))
     try:
-        read_text(config, "*.json")
+        text = read_text(config, "*.json")
     except ConfigError as error:
         problem, remedy = f"{error.file}: {error.problem}", f"the path is relative to {path.parent}; {error.remedy}"
         raise ConfigError(str(path), "config", file.config, problem, remedy) from None
-    read_config(config)  # by itself, so that what is wrong with it is not laid at a case's door
+    read_config(config)  # by itself first: no case is to blame for what is wrong with it
     common = dict(file.set) if data is None else {**file.set, "recipe.data.path": data}
-    trainings = tuple(
-        _training(path, config, case, seed, {**common, **case.set}, world_size, cores_per_rank)
-        for seed in file.seeds
-        for case in file.cases
-    )
-    _check_points(path, file, trainings)
-    return Study(path, config, file, trainings)
-
-
-def _training(
-    path: Path,
-    config: Path,
-    case: Case,
-    seed: int,
-    changes: Overrides,
-    world_size: int,
-    cores_per_rank: int | None,
-) -> Training:
-    overrides = tuple(f"{key}={_value_text(value)}" for key, value in {**changes, SEED: seed}.items())
-    file = f'{path}, case "{case.name}"'
-    raw = parse_json(read_text(config, "*.json"), str(config))
-    for override in overrides:
-        apply_override(raw, override, file)
-    parsed = parse_config(raw, file)
-    looks = look if parsed.recipe.data.is_to_be_counted else None
-    return Training(case, seed, make_plan(parsed, world_size, cores_per_rank, looks), overrides)
+    trainings = []
+    for seed in file.seeds:
+        for case in file.cases:
+            name, raw = f'{path}, case "{case.name}"', parse_json(text, str(config))
+            overrides = [f"{key}={_value_text(value)}" for key, value in {**common, **case.set, SEED: seed}.items()]
+            for override in overrides:
+                apply_override(raw, override, name)
+            parsed = parse_config(raw, name)
+            looks = look if parsed.recipe.data.is_to_be_counted else None
+            plan = make_plan(parsed, world_size, cores_per_rank, looks)
+            trainings.append(Training(case, seed, plan, tuple(overrides)))
+    for contradiction in _shared_points(file, trainings):
+        raise ConfigError(str(path), *contradiction)
+    return Study(path, config, file, tuple(trainings))
 
 
 def _value_text(value: Any) -> str:
@@ -191,48 +173,48 @@ def _value_text(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _contradictions(file: StudyFile) -> Iterator[tuple[str, Any, str, str]]:
-    """Key, value, problem and remedy of what keys say that only together are wrong."""
-    for number, name in _repeated([case.name for case in file.cases]):
+Contradiction = tuple[str, Any, str, str]
+"""Key, value, problem and remedy of what is wrong only together with other keys."""
+
+
+def _contradictions(file: StudyFile) -> Iterator[Contradiction]:
+    names = [case.name for case in file.cases]
+    for number, name in _repeated(names):
         yield f"cases[{number}].name", name, "another case has this name", "give each its own"
-    for number, case in enumerate(file.cases):
-        if case.name in FILES:
-            yield f"cases[{number}].name", case.name, "a file of the study is called so", "give the case another name"
+    for number, name in enumerate(names):
+        if name in FILES:
+            yield f"cases[{number}].name", name, "a file of the study is called so", "give the case another name"
     for number, seed in _repeated(file.seeds):
         yield f"seeds[{number}]", seed, "it is listed twice", "list each seed once"
     for number, drawn in _repeated([figure.draw for figure in file.figures]):
         yield f"figures[{number}].draw", drawn, "another figure draws the same", "draw each kind once"
     for key, changes in (("", file.set), *((f"cases[{i}].", case.set) for i, case in enumerate(file.cases))):
-        if SEED in changes:
-            yield f"{key}set.{SEED}", changes[SEED], "the seeds are the study's", 'list it under "seeds"'
-        for name in changes:
+        for name, value in changes.items():
+            if name == SEED:
+                yield f"{key}set.{SEED}", value, "the seeds are the study's", 'list it under "seeds"'
             if "=" in name:
                 yield f"{key}set", name, "no key has a =", f'write "{name.partition("=")[0]}": VALUE'
-    names = [case.name for case in file.cases]
     for number, figure in enumerate(file.figures):
         for name in figure.cases:
             if name not in names:
                 yield f"figures[{number}].cases", name, "there is no such case", f"the cases are {', '.join(names)}"
-        needs_baseline = figure.draw == "beside_baseline"
-        if needs_baseline and figure.baseline not in names:
-            baseline = ABSENT if figure.baseline is None else figure.baseline
-            yield f"figures[{number}].baseline", baseline, "no case", f"name one of {', '.join(names)}"
-        if not needs_baseline and figure.baseline is not None:
-            yield f"figures[{number}].baseline", figure.baseline, f"{figure.draw} draws none", "remove it"
+        key, baseline = f"figures[{number}].baseline", ABSENT if figure.baseline is None else figure.baseline
+        if figure.draw != "beside_baseline" and figure.baseline is not None:
+            yield key, baseline, f"{figure.draw} draws none", "remove it"
+        if figure.draw == "beside_baseline" and figure.baseline not in names:
+            yield key, baseline, "no case", f"name one of {', '.join(names)}"
 
 
-def _check_points(path: Path, file: StudyFile, trainings: Sequence[Training]) -> None:
-    """Refuse two cases for one point of "error_by_batch_size", which has a line for each scaling rule."""
+def _shared_points(file: StudyFile, trainings: Sequence[Training]) -> Iterator[Contradiction]:
+    """Cases that "error_by_batch_size" would draw as one point: it has a line for each scaling rule."""
     plans = {training.case.name: training.plan for training in trainings}
     for number, figure in enumerate(file.figures):
         points = [(plans[name].config.recipe.schedule.scaling_rule, plans[name].global_batch) for name in figure.cases]
-        for place, (rule, batch) in _repeated(points):
-            if figure.draw == "error_by_batch_size":
-                key, name = f"figures[{number}].cases[{place}]", figure.cases[place]
-                problem = f'another of these cases has batch {batch} and scaling rule "{rule}", too'
-                raise ConfigError(str(path), key, name, problem, "draw one of them")
+        for place, (rule, batch) in _repeated(points) if figure.draw == "error_by_batch_size" else ():
+            problem = f'another of these cases has batch {batch} and scaling rule "{rule}", too'
+            yield f"figures[{number}].cases[{place}]", figure.cases[place], problem, "draw one of them"
 
 
-def _repeated(values: Any) -> Iterator[tuple[int, Any]]:
-    counts = Counter(values)
-    return ((number, value) for number, value in enumerate(values) if counts[value] > 1)
+def _repeated(values: Sequence[Any]) -> list[tuple[int, Any]]:
+    """The values that occur more than once, each with its place."""
+    return [(place, value) for place, value in enumerate(values) if values.count(value) > 1]

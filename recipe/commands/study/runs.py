@@ -1,51 +1,42 @@
 """Runs the trainings of a study, each by the command that a person would type, until all are over or a signal comes.
 
-What has become of a training is told by its folder alone: a launcher's exit code proves nothing.
+The folder of a run alone says what has become of it: a launcher's exit code proves nothing.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
-import resource
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
-from datetime import date
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
 from recipe.checkpoints import PLAN, batchnorm_images, differing_keys, is_locked
-from recipe.commands.study.file import LAUNCHES, REPORT, Case, Study, Training
-from recipe.commands.study.progress import Progress
+from recipe.commands.study.file import REPORT, Study, Training
 from recipe.config import printable
 from recipe.distributed import heeded
 from recipe.plan import plan_json
-from recipe.reporting import has_diverged, parse_object, read_events, read_summary, steps_done
+from recipe.reporting import Progress, has_diverged, parse_object, read_events, read_summary, steps_done
 
 LAUNCH_LOG = "launch.log"
 PROMPT = "$ "  # before the command, with which the log of each launch begins
 SCRIPT = Path(__file__).parents[2] / "train.py"
 REFUSED = 2  # the exit code of a run whose input was refused
 POLL_SECONDS = 0.5
-INSISTS_AFTER_SECONDS = 2.0  # what comes sooner is the same Ctrl-C, passed on by someone else
-SAVES_WITHIN_SECONDS = 120.0
-
-State = Literal["complete", "diverged", "failed", "interrupted", "not started"]
+INSISTS_AFTER_SECONDS = 2.0  # an earlier second signal is the same Ctrl-C, passed on by another process
 
 
 @dataclass(frozen=True)
 class Where:
-    """What the launcher is told: a hostfile, or a number of ranks on this machine, which has ``gpus``; ``jobs`` runs
-    side by side.
+    """Where the runs take place: on a hostfile's slots, or on ``ranks`` ranks of this machine, which has ``gpus``;
+    ``jobs`` runs side by side.
 
     Raises:
         ValueError: the jobs would have to share GPUs.
@@ -63,9 +54,9 @@ class Where:
                 f"machine has {self.gpus}; at most --jobs {max(1, self.gpus // self.ranks)} fits"
             )
 
-    def words(self, slot: int = 0) -> list[str]:
-        """The launcher's arguments for the run in place ``slot`` of ``jobs``, from 0. A port of its own keeps runs on
-        one machine apart, and GPUs of its own: with --num_gpus each launch would take the first ones.
+    def launcher_arguments(self, slot: int = 0) -> list[str]:
+        """Those of the run in place ``slot`` of ``jobs``, with a port and GPUs of its own: with --num_gpus each launch
+        would take the first ones.
         """
         if self.hostfile is not None:
             return ["--hostfile", str(self.hostfile)]
@@ -78,54 +69,12 @@ class Where:
         return ["--master_port", str(port), *devices]
 
     def cores_per_rank(self) -> int | None:
-        """A rank's share of this machine's cores where runs are side by side; else the run itself finds it."""
+        """A rank's share of this machine's cores where runs are side by side; a run by itself takes them all."""
         return max(1, len(os.sched_getaffinity(0)) // (self.jobs * self.ranks)) if self.jobs > 1 else None
-
-    def environment(self) -> dict[str, str]:
-        """This process's environment without what an outer launch may have left; for each rank its share of cores."""
-        names = os.environ.keys() - {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
-        variables = {name: os.environ[name] for name in names}
-        cores = self.cores_per_rank()
-        if cores is not None:
-            variables.setdefault("OMP_NUM_THREADS", str(cores))
-        return variables
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A launch: a line of ``launches.jsonl`` when it starts, another when it ends. Times in seconds, ``started`` since
-    1970.
-
-    ``cpu_seconds`` are those of all processes on this machine, ``load_before`` the machine's load average before it.
-    ``wall_seconds`` is None while the end has not been seen, ``cpu_seconds`` also after a signal, which may end the
-    launcher before its ranks: nobody counts theirs then. ``failure`` is why the run failed, if it did.
-    """
-
-    case: str
-    seed: int
-    date: str
-    started: float
-    wall_seconds: float | None
-    cpu_seconds: float | None
-    load_before: float
-    failure: str | None = None
-
-
-_LAUNCH = TypeAdapter(Launch)
-
-
-@dataclass
-class _Running:
-    training: Training
-    slot: int
-    process: subprocess.Popen[bytes]
-    launch: Launch
-    cpu_seconds: float = 0.0
-    was_told_to_end: bool = False
 
 
 def ending(training: Training, output: Path) -> Literal["complete", "diverged"] | None:
-    """How a training has ended; None is what another launch may still complete."""
+    """How a training has ended; None if it has not, so that another launch may complete it."""
     folder = output / training.folder
     if read_summary(folder) is not None:
         return "complete"
@@ -141,7 +90,7 @@ def diverged_at(folder: Path) -> int | None:
 
 
 def read_plan(training: Training, output: Path) -> dict[str, Any] | None:
-    """The plan by which a training has begun; None if there is none that can be read."""
+    """The plan with which a training has begun; None if there is none that can be read."""
     try:
         return parse_object((output / training.folder / PLAN).read_bytes())
     except OSError:
@@ -149,7 +98,7 @@ def read_plan(training: Training, output: Path) -> dict[str, Any] | None:
 
 
 def check_output(study: Study, output: Path) -> None:
-    """Refuse an output that holds another study's report, or in which a folder holds another training than this one's.
+    """Refuse an output folder that holds another study's report, or another training in the folder of a run.
 
     Raises:
         ValueError: it names the report, or the folder and the keys that differ.
@@ -165,7 +114,7 @@ def check_output(study: Study, output: Path) -> None:
     for training in study.trainings:
         before, now = read_plan(training, output), json.loads(plan_json(training.plan))
         if before is None:
-            continue  # it has not begun, or the run itself has a word to say
+            continue
         differences = differing_keys(before, now)
         if not differences and not training.plan.assumes_micro_batch:
             images = [batchnorm_images(plan) for plan in (before, now)]
@@ -180,219 +129,162 @@ def check_output(study: Study, output: Path) -> None:
 
 def command(study: Study, training: Training, output: Path, where: Where, slot: int = 0) -> list[str]:
     """The command line of a run in place ``slot`` of those side by side."""
-    overrides = [word for override in _overrides(training, where) for word in ("--set", override)]
+    # By itself a run would take all cores for its loader.
+    workers = [] if where.cores_per_rank() is None else [f"recipe.data.workers={training.plan.workers}"]
     return [
         str(Path(sys.executable).with_name("deepspeed")),
-        *where.words(slot),
+        *where.launcher_arguments(slot),
         str(SCRIPT),
         *("--deepspeed_config", str(study.config), "--output", str(output / training.folder)),
-        *overrides,
+        *(word for override in (*training.overrides, *workers) for word in ("--set", override)),
     ]
 
 
-def _overrides(training: Training, where: Where) -> list[str]:
-    # By itself a run would take all cores for its loader.
-    workers = [] if where.cores_per_rank() is None else [f"recipe.data.workers={training.plan.workers}"]
-    return [*training.overrides, *workers]
+@dataclass
+class _Running:
+    training: Training
+    slot: int
+    process: subprocess.Popen[bytes]
+    signalled: int = 0
+
+    def signal(self, signum: int) -> None:
+        """Send a signal to the launcher and to what it has started."""
+        self.signalled = signum
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signum)
 
 
 class Runner:
-    """Has runs started and ended, ``where.jobs`` at a time."""
+    """Runs what is not over yet, ``where.jobs`` at a time.
 
-    def __init__(self, study: Study, output: Path, where: Where, progress: Progress) -> None:
-        self.study, self.output, self.where, self.progress = study, output, where, progress
-        self.stopped_by: int | None = None
+    Afterwards ``failures`` has the reason of each run that failed, ``stopped_by`` the signal that ended the study.
+    """
+
+    _progress: Progress
+
+    def __init__(self, study: Study, output: Path, where: Where) -> None:
+        self.study, self.output, self.where = study, output, where
         self.failures: dict[Training, str] = {}
-        self.refusal: str | None = None
-        self._pending: list[Training] = []
-        self._refusals: dict[str, str | None] = {}
-        self._running: list[_Running] = []
+        self.stopped_by: int | None = None
         self._stopped_at = 0.0
-        self._insists = False
+        self._signal = 0  # what all runs are sent
+        self._pending = [training for training in study.trainings if ending(training, output) is None]
+        self._running: list[_Running] = []
+        self._has_said_that_it_waits = False
+
+    @property
+    def over(self) -> int:
+        """The number of runs that need not be waited for."""
+        return len(self.study.trainings) - len(self._pending) - len(self._running)
 
     def run(self) -> None:
-        """Run what is open; afterwards ``failures`` says what failed, ``refusal`` what all cases were refused for, and
-        ``stopped_by`` which signal came, if any.
-
-        Whatever way it ends, no process of a run is left.
-        """
-        self._pending = [training for training in self.study.trainings if ending(training, self.output) is None]
+        """Run until nothing is left or a signal comes; no process of a run outlives it."""
+        images = sum(training.images for training in self.study.trainings)
         handlers = {signum: signal.signal(signum, self._stop) for signum in heeded()}
         try:
-            while self._running or (self._pending and self.stopped_by is None):
-                while self._pending and len(self._running) < self.where.jobs and self.stopped_by is None:
-                    training = self._next()
-                    if training is None:
-                        break
-                    self._start(training)
-                time.sleep(POLL_SECONDS)
-                self._look()
+            with Progress(images, done=self._images_done()) as self._progress:
+                while self._running or (self._pending and self.stopped_by is None):
+                    self._start_what_fits()
+                    time.sleep(POLL_SECONDS)
+                    for running in list(self._running):
+                        self._look(running)
+                    self._progress.update(self._images_done(), f"{self.over} of {len(self.study.trainings)} runs")
         finally:
             for running in self._running:
-                _signal_group(running.process, signal.SIGKILL)
+                running.signal(signal.SIGKILL)
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
 
-    def _next(self) -> Training | None:
-        """Take the next training that is still open and in whose folder nobody writes.
+    def _images_done(self) -> int:
+        """Images trained on so far: a measure of the time left, whatever the batch size."""
+        open_trainings = [*self._pending, *(running.training for running in self._running)]
+        done = sum(training.images for training in self.study.trainings if training not in open_trainings)
+        steps = ((running.training, steps_done(self.output / running.training.folder)) for running in self._running)
+        return done + sum(number * training.plan.global_batch for training, number in steps)
 
-        A run may have outlived a study that was killed: it is waited for.
-        """
-        for training in list(self._pending):
-            folder = self.output / training.folder
-            if _is_under_way(folder):
-                self.progress.wait_for(folder)
-                continue
-            self._pending.remove(training)
-            if ending(training, self.output) is None:
-                return training
-            self._judge(training, 0)
-        return None
+    def _start_what_fits(self) -> None:
+        while self.stopped_by is None and self._pending and len(self._running) < self.where.jobs:
+            free = [training for training in self._pending if not is_locked(self.output / training.folder)]
+            if not free:  # runs that have outlived a study that was killed
+                if not self._has_said_that_it_waits:
+                    folder = self.output / self._pending[0].folder
+                    self._progress.say(f"another process is writing to {folder}: waiting for its end")
+                    self._has_said_that_it_waits = True
+                return
+            self._pending.remove(free[0])
+            if ending(free[0], self.output) is None:
+                self._start(free[0])
+            else:
+                self._report(free[0], 0)
 
     def _start(self, training: Training) -> None:
         folder = self.output / training.folder
         folder.mkdir(parents=True, exist_ok=True)
         slot = min(set(range(self.where.jobs)) - {running.slot for running in self._running})
         words = command(self.study, training, self.output, self.where, slot)
-        today, now, load = date.today().isoformat(), round(time.time(), 1), round(os.getloadavg()[0], 2)
-        launch = Launch(training.case.name, training.seed, today, now, None, None, load)
-        self._write_down(launch)
+        cores = self.where.cores_per_rank()
+        threads = {} if cores is None else {"OMP_NUM_THREADS": str(cores)}
         with (folder / LAUNCH_LOG).open("ab") as log:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever inherits the file holds it, too
             log.write(f"{PROMPT}{shlex.join(words)}\n".encode())
             log.flush()
             process = subprocess.Popen(
                 words,
-                env=self.where.environment(),
+                env=threads | os.environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C at the terminal is the study's to pass on
             )
-        self._running.append(_Running(training, slot, process, launch))
-        self.progress.starts(training)
+        self._running.append(_Running(training, slot, process))
+        number = self.over + len(self._running)
+        self._progress.say(f"{number} of {len(self.study.trainings)}: {training} …")
 
-    def _look(self) -> None:
-        """Take note of the runs that have ended, and of how far the others are."""
-        for running in list(self._running):
-            cpu_before = _cpu_seconds()
-            exit_code = running.process.poll()
-            running.cpu_seconds += _cpu_seconds() - cpu_before
-            images = steps_done(self.output / running.training.folder) * running.training.plan.global_batch
-            self.progress.images(running.training, images)
-            if self.stopped_by is not None and not running.was_told_to_end:
-                _signal_group(running.process, signal.SIGTERM)
-                running.was_told_to_end = True
-            # A launcher that a signal has ended leaves ranks that still save.
-            saves = self.stopped_by is not None and is_locked(self.output / running.training.folder)
-            if exit_code is not None and not saves:
-                _signal_group(running.process, signal.SIGKILL)  # what it left
-                self._running.remove(running)
-                wall_seconds = round(time.time() - running.launch.started, 1)
-                cpu_seconds = None if running.was_told_to_end else round(running.cpu_seconds, 1)
-                failure = self._judge(running.training, exit_code)
-                self._write_down(
-                    replace(running.launch, wall_seconds=wall_seconds, cpu_seconds=cpu_seconds, failure=failure)
-                )
-            elif self._insists or (self.stopped_by and time.monotonic() - self._stopped_at > SAVES_WITHIN_SECONDS):
-                _signal_group(running.process, signal.SIGKILL)
+    def _look(self, running: _Running) -> None:
+        """Pass on a signal, and take note of a run that has ended."""
+        exit_code = running.process.poll()
+        if running.signalled != self._signal:
+            running.signal(self._signal)
+        # A launcher that a signal has ended leaves ranks that still save.
+        saves = self.stopped_by is not None and is_locked(self.output / running.training.folder)
+        if exit_code is not None and not saves:
+            running.signal(signal.SIGKILL)  # what the launcher has left
+            self._running.remove(running)
+            self._report(running.training, exit_code)
 
-    def _write_down(self, launch: Launch) -> None:
-        with (self.output / LAUNCHES).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(launch)) + "\n")
-
-    def _judge(self, training: Training, exit_code: int) -> str | None:
-        """Say what has become of a run; return why it failed, if it did."""
-        folder, became = self.output / training.folder, ending(training, self.output)
-        summary = read_summary(folder)
+    def _report(self, training: Training, exit_code: int) -> None:
+        """Say what has become of a run."""
+        folder = self.output / training.folder
+        became, summary = ending(training, self.output), read_summary(folder)
         if became is None and self.stopped_by is not None:
-            return None
-        failure = _last_word(folder / LAUNCH_LOG, exit_code) if became is None else None
-        if failure is not None:
-            # The study has told what is common to all cases, and the case's name tells the rest.
-            changed = " ".join(f"--set {override}" for override in _overrides(training, self.where))
-            failure = failure.replace(printable(f"{self.study.config} (with {changed})"), str(self.study.config))
-            self.failures[training] = f"{failure} ({folder / LAUNCH_LOG})"
-            self.progress.over(training, f"failed: {self.failures[training]}")
-        elif summary is not None:
-            self.progress.over(training, f"median error {summary['median_error_last_epochs']:.2f} %")
+            return
+        if summary is not None:
+            result = f"median error {summary['median_error_last_epochs']:.2f} %"
+        elif became == "diverged":
+            result = "diverged"
         else:
-            self.progress.over(training, "diverged")
-        # What is wrong with its folder is a single run's affair.
-        is_refused = exit_code == REFUSED and failure is not None and str(folder) not in failure
-        self._refusals[training.case.name] = failure if is_refused else None
-        if is_refused:
-            self._do_without(training.case)
-        return failure
-
-    def _do_without(self, refused: Case) -> None:
-        """Start no run that would be refused, too: none of this case, and none at all if all cases so far, two at
-        least, have been refused for the same reason, which then hardly lies in them.
-        """
-        self._pending = [training for training in self._pending if training.case is not refused]
-        reasons = set(self._refusals.values())
-        if len(reasons) == 1 and len(self._refusals) >= min(2, len(self.study.file.cases)):
-            self._pending, self.refusal = [], reasons.pop()
+            reason = _last_word(folder / LAUNCH_LOG, exit_code)
+            self.failures[training] = f"{reason} ({folder / LAUNCH_LOG})"
+            result = f"failed: {self.failures[training]}"
+            if exit_code == REFUSED and str(folder) not in reason:
+                # Its other seeds would be refused, too, unless the folder is what is wrong.
+                self._pending = [pending for pending in self._pending if pending.case is not training.case]
+        self._progress.say(f"[{self.over}/{len(self.study.trainings)}] {training}: {result}")
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
-        """Have the runs save and end; on a second signal, have them killed."""
-        if self.stopped_by is not None:
-            self._insists = self._insists or time.monotonic() - self._stopped_at > INSISTS_AFTER_SECONDS
-            return
-        self.stopped_by, self._stopped_at = signum, time.monotonic()
-
-
-def read_launches(output: Path) -> list[Launch]:
-    """All launches of a study, the earliest first."""
-    try:
-        lines = (output / LAUNCHES).read_bytes().splitlines()
-    except OSError:
-        return []
-    launches = {}
-    for line in lines:
-        try:
-            launch = _LAUNCH.validate_json(line)
-        except ValidationError:
-            continue  # half written, or damaged
-        launches[launch.case, launch.seed, launch.started] = launch  # its end stands for its start
-    return list(launches.values())
-
-
-def _is_under_way(folder: Path) -> bool:
-    """Whether a run writes to its folder, or is a launch that has not got that far: it holds the log it was given."""
-    try:
-        with (folder / LAUNCH_LOG).open("rb") as log:
-            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass  # it has never been launched, or a file system without locks
-    return is_locked(folder)
-
-
-def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
-    try:
-        os.killpg(process.pid, signum)
-    except ProcessLookupError:
-        return
-
-
-def _cpu_seconds() -> float:
-    """CPU time of all descendants that have ended and been waited for."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def was_interrupted(last_word: str) -> bool:
-    """Whether a run ended because a signal told it to, by what it said last."""
-    return re.match(r"ended by SIG|SIG\w+: ended at once", last_word) is not None
+        """Have the runs save and end; on a second signal, kill them."""
+        if self.stopped_by is None:
+            self.stopped_by, self._stopped_at, self._signal = signum, time.monotonic(), signal.SIGTERM
+        elif time.monotonic() - self._stopped_at > INSISTS_AFTER_SECONDS:
+            self._signal = signal.SIGKILL
 
 
 def _last_word(log: Path, exit_code: int) -> str:
-    """What the last launch of a run said last of why it ended."""
+    """What the last launch of a run said last about why it ended."""
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = text[text.rfind(f"\n{PROMPT}") + 1 :].splitlines()[1:]
     said = [line for line in lines if line.startswith(("recipe:", "ended by SIG"))]
     said = said or [line for line in lines if line.strip()]
-    return printable(said[-1].removeprefix("recipe:").strip()) if said else f"exit code {exit_code}"
+    if not said:
+        return f"exit code {exit_code}"
+    # The case's name says what it changes.
+    return printable(re.sub(r" \(with --set .*?\): ", ": ", said[-1].removeprefix("recipe:").strip()))
