@@ -1,32 +1,12 @@
 from . import folder_index as folder_index
-from .augment import (
-    random_resized_box as random_resized_box,
-    sample_rng as sample_rng,
-)
+from .augment import random_resized_box as random_resized_box, sample_rng as sample_rng
 from .batch import Batch as Batch
 from .contents import look as look
-from .datasets import (
-    BadImageError as BadImageError,
-    ImageDataset as ImageDataset,
-    Key as Key,
-    Samples as Samples,
-)
-from .decoders import (
-    NvJpeg as NvJpeg,
-    open_decoder as open_decoder,
-)
-from .decoding import (
-    UNREADABLE as UNREADABLE,
-    TooLargeError as TooLargeError,
-    decode as decode,
-    decode_reduced as decode_reduced,
-    remedy as remedy,
-)
+from .datasets import BadImageError as BadImageError, ImageDataset as ImageDataset, Key as Key, Samples as Samples
+from .decoders import NvJpeg as NvJpeg, open_decoder as open_decoder
+from .decoding import UNREADABLE as UNREADABLE, decode as decode
 from .digits import open_digits as open_digits
-from .encoded import (
-    Decoder as Decoder,
-    EncodedImages as EncodedImages,
-)
+from .encoded import Decoder as Decoder, EncodedImages as EncodedImages
 from .folder_index import (
     IMG_EXTENSIONS as IMG_EXTENSIONS,
     FolderIndex as FolderIndex,
@@ -42,10 +22,7 @@ from .loader import (
     WorkerError as WorkerError,
     collate as collate,
 )
-from .pack import (
-    PackedImages as PackedImages,
-    open_pack as open_pack,
-)
+from .pack import PackedImages as PackedImages, open_pack as open_pack
 from .pack_format import (
     HEADER as HEADER,
     IMAGE as IMAGE,
@@ -57,6 +34,7 @@ from .pack_format import (
     Making as Making,
     Part as Part,
     damage as damage,
+    describe as describe,
     open_index as open_index,
     read_header as read_header,
     sha256_of as sha256_of,

@@ -83,7 +83,7 @@ def evaluation_short_side(image_size: int, crop: Crop) -> int:
 
 
 def evaluation_view(height: int, width: int, *, image_size: int, crop: Crop) -> View:
-    """Return what is seen of an image of (height, width) pixels, nothing drawn.
+    """Return what evaluation sees of an image of (height, width) pixels.
 
     After ``random_resized`` training it is the centre of the image resized to a short side of 256/224 of
     ``image_size`` (the paper's 224 of 256); else the whole image.

@@ -37,13 +37,10 @@ class Batch:
 
 
 class Normalise:
-    """Mirrors uint8 images, maps them to ``(x / 255 - mean) / std`` a colour channel, in ``dtype`` on ``device``.
+    """Mirrors uint8 images and maps them to ``(x / 255 - mean) / std`` per colour channel, in ``dtype`` on ``device``.
 
-    On CUDA one kernel does it all, by a table of the 3 × 256 results: the same bits as on a CPU, whatever is fused.
-
-    Args:
-        mean: Of each of the 3 channels, in units of the full range (0 to 1).
-        std: Likewise.
+    ``mean`` and ``std`` of the 3 channels are in units of the full range, 0 to 1. On CUDA one kernel does it all, by a
+    table of the 3 × 256 results: the same bits as on a CPU, whatever is fused.
     """
 
     def __init__(
@@ -57,10 +54,7 @@ class Normalise:
             self._table = self.table().to(device)
 
     def __call__(self, images: Tensor, mirrored: Tensor) -> Tensor:
-        """Return uint8 (m, 3, S, S), interleaved in memory and from whatever device, as (m, 3, S, S).
-
-        ``mirrored`` is bool (m,).
-        """
+        """Return images, uint8 (m, 3, S, S) and interleaved in memory, as (m, 3, S, S); ``mirrored`` is bool (m,)."""
         # uint8 travels: a quarter of the bytes.
         images = images.to(self._device, non_blocking=True)
         mirrored = mirrored.to(self._device, non_blocking=True)

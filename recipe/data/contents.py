@@ -1,6 +1,7 @@
 """Counts what lies in the folder of the data, for a plan, without torch."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from recipe.config import Contents
@@ -20,8 +21,8 @@ def _imagefolder(path: Path) -> Contents:
 
     train, validation = list_imagefolder(path)
     left_out = Counter(train.left_out) + Counter(validation.left_out)
-    classes = sorted(zip(train.classes, train.counts.tolist(), strict=True), key=lambda one: one[1])
-    return Contents(tuple(classes), len(train), len(validation), dict(left_out.most_common()))
+    classes = _fewest_first(train.classes, train.counts.tolist())
+    return Contents(classes, len(train), len(validation), dict(left_out.most_common()))
 
 
 def _pack(path: Path) -> Contents:
@@ -32,5 +33,8 @@ def _pack(path: Path) -> Contents:
     header = read_header(path)
     images, _ = open_index(path, header, header.train)
     counts = np.bincount(images["label"], minlength=len(header.classes)).tolist()
-    classes = sorted(zip(header.classes, counts, strict=True), key=lambda one: one[1])
-    return Contents(tuple(classes), header.train.images, header.validation.images)
+    return Contents(_fewest_first(header.classes, counts), header.train.images, header.validation.images)
+
+
+def _fewest_first(classes: Sequence[str], counts: Sequence[int]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(zip(classes, counts, strict=True), key=lambda one: one[1]))

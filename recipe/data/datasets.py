@@ -1,8 +1,9 @@
-"""What every data set here is: a function from a key to a sample."""
+"""A data set is a function from a key to a sample."""
 
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset, default_collate
 
 from recipe.data.augment import Crop, View, cut, draw_view, evaluation_view, sample_rng
 from recipe.data.batch import HostBatch
-from recipe.data.decoding import Decoded
+from recipe.data.decoding import UNREADABLE, Decoded, decode
 from recipe.data.sampler import PADDING
 
 Key = tuple[int, int] | int
@@ -21,6 +22,22 @@ OnBadImage = Literal["stop", "skip"]
 
 _HOPELESS = 100
 """So many unreadable images in a row are a disk that has gone, not a data set with a few bad files."""
+
+
+class Options(TypedDict):
+    """The arguments that all data sets take."""
+
+    image_size: int
+    """S, pixels per side of a sample"""
+    crop: Crop
+    """what training cuts out of an image; validation follows it"""
+    flip: bool
+    """whether training mirrors every other image"""
+    seed: int
+    """with (epoch, index) the only source of randomness"""
+    on_bad_image: NotRequired[OnBadImage]
+    """by default "stop", which raises ``BadImageError``; "skip" trains on the next readable image in data-set order,
+    with its own label, leaves a bad one out of validation, and names it in ``Sample.bad_image``"""
 
 
 class Sample(NamedTuple):
@@ -47,7 +64,7 @@ class BadImageError(ValueError):
 
 
 class Samples(Dataset[Sample], ABC):
-    """What a loader takes: samples by key in a worker, and in the main process the way from a batch to its pixels."""
+    """What a loader takes: samples by key in a worker, and their pixels on the device in the main process."""
 
     decoded_by_pil = 0
     """Images that PIL has decoded beforehand; no batch counts them again."""
@@ -59,7 +76,8 @@ class Samples(Dataset[Sample], ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __getitem__(self, key: Key) -> Sample: ...
+    def __getitem__(self, key: Key) -> Sample:
+        """Return the sample of ``key``; ``BadImageError`` where an image cannot be read and is not to be skipped."""
 
     def together(self, images: list[Any]) -> Any:
         """Return a batch's ``Sample.image`` as they travel: a tensor, or a named tuple of tensors."""
@@ -71,105 +89,72 @@ class Samples(Dataset[Sample], ABC):
 
 
 class ImageDataset(Samples):
-    """Labelled images, by key.
-
-    Args:
-        labels: The class of every image, in data-set order.
-        classes: Number of classes.
-        image_size: S, pixels a side of what comes out.
-        crop: What training cuts out of an image; validation follows it.
-        flip: Whether training mirrors every other image.
-        seed: With (epoch, index) the only source of randomness.
-        on_bad_image: "stop" raises ``BadImageError``. "skip" trains on the next readable image in data-set
-            order, with its own label, and leaves a bad one out of validation; both name it in ``bad_image``.
-    """
+    """Labelled images in files, by key; ``labels`` are the numbers of their classes, in data-set order."""
 
     def __init__(
-        self,
-        labels: Sequence[int] | npt.NDArray[np.int64],
-        classes: int,
-        *,
-        image_size: int,
-        crop: Crop,
-        flip: bool,
-        seed: int,
-        on_bad_image: OnBadImage = "stop",
+        self, labels: Sequence[int] | npt.NDArray[np.int64], class_names: Sequence[str], **options: Unpack[Options]
     ) -> None:
         # A tensor stays shared with forked workers; a list is copied by and by, as reference counts change.
         self.labels = torch.tensor(labels)
-        self.classes = classes
-        self.image_size = image_size
-        self.crop = crop
-        self.flip = flip
-        self.seed = seed
-        self._on_bad_image = on_bad_image
-
-    @abstractmethod
-    def image(self, index: int) -> Decoded:
-        """Return image ``index``, whose pixels nobody changes.
-
-        Raises:
-            BadImageError: It cannot be read.
-        """
+        self.class_names = list(class_names)
+        self.classes = len(class_names)
+        self.image_size = options["image_size"]
+        self.crop = options["crop"]
+        self._flip = options["flip"]
+        self._seed = options["seed"]
+        self._on_bad_image = options.get("on_bad_image", "stop")
 
     @abstractmethod
     def name(self, index: int) -> str:
         """Return what a message calls image ``index``."""
 
     def file(self, index: int) -> bytes:
-        """Return the file that holds image ``index``, where there is one; b"" where there is none.
-
-        Raises:
-            OSError: It cannot be read.
-        """
+        """Return the file that holds image ``index``, where there is one; b"" where there is none."""
         return b""
 
-    def view(self, key: tuple[int, int] | int, height: int, width: int) -> View:
+    def image(self, index: int) -> Decoded:
+        """Return image ``index``, whose pixels nobody changes, or raise ``BadImageError``."""
+        try:
+            return decode(self.file(index))
+        except UNREADABLE as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # the fault of the process, not of the image
+            where, remedy = self._where_and_remedy(index)
+            raise BadImageError(
+                f'{where}: not a readable image ({error}); {remedy}, or set recipe.data.on_bad_image to "skip"'
+            ) from error
+
+    def _where_and_remedy(self, index: int) -> tuple[str, str]:
+        return self.name(index), "mend it"
+
+    def view(self, key: Key, height: int, width: int) -> View:
         """Return what ``key`` sees of an image of (height, width) pixels."""
         if isinstance(key, int):
             return evaluation_view(height, width, image_size=self.image_size, crop=self.crop)
-        rng = sample_rng(self.seed, *key)
-        return draw_view(rng, height, width, image_size=self.image_size, crop=self.crop, flip=self.flip)
+        rng = sample_rng(self._seed, *key)
+        return draw_view(rng, height, width, image_size=self.image_size, crop=self.crop, flip=self._flip)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, key: Key) -> Sample:
-        """Return the sample of ``key``.
-
-        Raises:
-            BadImageError: The image cannot be read and ``on_bad_image`` is "stop", or bad ones have no end.
-        """
         if key == PADDING:
             return self._blank()
-        if isinstance(key, int):
-            return self._validation_sample(key)
-        return self._training_sample(*key)
-
-    def _training_sample(self, epoch: int, index: int) -> Sample:
-        (pixels, by_pil), source = self.readable_from(index)
-        # The random numbers stay those of the image that was asked for.
-        view = self.view((epoch, index), *pixels.shape[:2])
-        image = cut(pixels, view, self.image_size)
-        bad_image = "" if source == index else self.name(index)
-        return Sample(image, int(self.labels[source]), 1.0, view.mirrored, bad_image, by_pil)
-
-    def _validation_sample(self, index: int) -> Sample:
+        training, index = (False, key) if isinstance(key, int) else (True, key[1])
         try:
-            pixels, by_pil = self.image(index)
+            (pixels, by_pil), source = self.readable_from(index) if training else (self.image(index), index)
         except BadImageError:
-            if self._on_bad_image == "stop":
+            if training or self._on_bad_image == "stop":
                 raise
             return self._blank(self.name(index))
-        view = self.view(index, *pixels.shape[:2])
-        return Sample(cut(pixels, view, self.image_size), int(self.labels[index]), by_pil=by_pil)
+        # The random numbers stay those of the image that was asked for.
+        view = self.view(key, *pixels.shape[:2])
+        bad_image = "" if source == index else self.name(index)
+        image = cut(pixels, view, self.image_size)
+        return Sample(image, int(self.labels[source]), 1.0, view.mirrored, bad_image, by_pil)
 
     def readable_from(self, index: int) -> tuple[Decoded, int]:
-        """Return image ``index``, or where it is bad and may be skipped the next readable one, and its index.
-
-        Raises:
-            BadImageError: See ``__getitem__``.
-        """
+        """Return image ``index``, or where it is bad and may be skipped the next readable one, and its index."""
         first: BadImageError | None = None
         for offset in range(min(_HOPELESS, len(self))):
             source = (index + offset) % len(self)

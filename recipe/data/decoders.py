@@ -13,16 +13,12 @@ from recipe.data.encoded import Decoder
 
 
 def open_decoder(name: Literal["gpu", "dali"], image_size: int, device: torch.device, *, threads: int) -> Decoder:
-    """Return a decoder that has decoded a first image; ``threads`` of this process are for DALI.
-
-    Raises:
-        ValueError: This machine lacks what it needs.
-    """
+    """Return a decoder that has decoded a first image; ``threads`` of this process are for DALI."""
     if name == "gpu" and device.type != "cuda":
         raise ValueError('recipe.data.decoder = "gpu": there is no CUDA GPU; write "cpu", or "dali"')
     file = simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))
+    decoder: Decoder
     try:
-        decoder: Decoder
         if name == "gpu":
             # Deprecated since torchvision 0.29, in favour of torchcodec, which is no dependency here.
             from torchvision.io import decode_jpeg
@@ -47,12 +43,9 @@ class NvJpeg:
     """
 
     def __init__(self, image_size: int, device: torch.device, decode: Callable[..., list[Tensor]]) -> None:
-        self._image_size = image_size
-        self._device = device
-        self._decode = decode
+        self._image_size, self._device, self._decode = image_size, device, decode
 
     def __call__(self, files: Sequence[Tensor], views: Sequence[View]) -> list[Tensor]:
-        """See ``Decoder``."""
         # torchvision decodes on a stream of its own, into memory of the current one: it waits neither for what that
         # still does with it, nor after an error for what is still written into it.
         if self._device.type == "cuda":
@@ -74,14 +67,11 @@ class Dali:
     """
 
     def __init__(self, image_size: int, device: torch.device, threads: int) -> None:
-        self._image_size = image_size
-        self._device = device
-        self._threads = threads
+        self._image_size, self._device, self._threads = image_size, device, threads
         self._pipeline: Any = None
         self._largest_batch = 0
 
     def __call__(self, files: Sequence[Tensor], views: Sequence[View]) -> Sequence[Tensor]:
-        """See ``Decoder``."""
         from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 
         if self._pipeline is None or len(files) > self._largest_batch:

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,35 +11,18 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-DEEP_GREY_FORMATS = ("PNG", "PPM")  # those whose 32-bit integers hold 16 bits, from 0 to 65,535
-
+_DEEP_GREY_FORMATS = ("PNG", "PPM")  # those whose 32-bit integers hold 16 bits, from 0 to 65,535
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _JPEG = b"\xff\xd8"
 _JPEG_END = b"\xff\xd9"
 
 
 class DecodingError(ValueError):
-    """The bytes are no image that can be trained on; ``remedy`` is what to do about it, if not to mend it."""
-
-    def __init__(self, problem: str, remedy: str = "") -> None:
-        super().__init__(problem)
-        self.remedy = remedy
-
-
-class TooLargeError(DecodingError):
-    """An image of more pixels than PIL takes: the file may be an attack."""
-
-    def __init__(self) -> None:
-        super().__init__(f"it has more than {_largest():,} pixels", "shrink it")
+    """The bytes are no image that can be trained on."""
 
 
 UNREADABLE = (OSError, DecodingError)
 """What makes an image a bad one: its file cannot be read, or is not to be decoded."""
-
-
-def remedy(error: Exception) -> str:
-    """What to do about the file of an image that is ``UNREADABLE``; "" where nothing is better than to mend it."""
-    return error.remedy if isinstance(error, DecodingError) else ""
 
 
 class Decoded(NamedTuple):
@@ -50,21 +34,17 @@ class Decoded(NamedTuple):
     """Whether the slower decoder had to do it, as for all that is no JPEG."""
 
 
-def decode(file: bytes) -> Decoded:
-    """Decode an image into the pixels of torchvision's ``pil_loader``.
+def decode(file: bytes, reduce_to: int = 0) -> Decoded:
+    """Decode an image into the pixels of torchvision's ``pil_loader``, or raise ``DecodingError``.
 
     simplejpeg (libjpeg-turbo) takes three quarters of PIL's time for a JPEG, and is bit for bit the same for RGB,
     progressive and grey ones. What it does not take, as CMYK, or finds fault with, is left to PIL, and so is the
-    judgement of what is damaged.
-
-    Raises:
-        DecodingError: It is no image, damaged, too large, or of pixels whose range is not known.
+    judgement of what is damaged. PIL refuses images of very many pixels, which may be an attack; of those a JPEG is
+    decoded at 1/2, 1/4 or 1/8 of its size if its short side keeps at least ``reduce_to`` > 0 pixels.
     """
-    if file.startswith(_JPEG):
+    if _plain_size(file):
         try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(file)
-            if colours in ("YCbCr", "Gray", "RGB") and height * width <= _largest():
-                return Decoded(torch.from_numpy(simplejpeg.decode_jpeg(file, colorspace="RGB")))
+            return Decoded(torch.from_numpy(simplejpeg.decode_jpeg(file, colorspace="RGB")))
         except MemoryError:
             raise
         except Exception:  # whatever it finds fault with, PIL judges
@@ -81,45 +61,43 @@ def decode(file: bytes) -> Decoded:
         # PIL's own message names the place in memory, another one each time.
         raise DecodingError("cannot identify image file") from None
     except Image.DecompressionBombError:
-        raise TooLargeError from None
+        if reduce_to and (pixels := _reduced(file, reduce_to)) is not None:
+            return Decoded(pixels)
+        raise DecodingError(f"it has more than {_largest():,} pixels; shrink it") from None
     except Exception as error:  # each of PIL's decoders has its own; none of them is ours
         raise DecodingError(str(error) or type(error).__name__) from error
 
 
-def decode_reduced(file: bytes, short_side: int) -> Tensor:
-    """Decode a JPEG that is too large for ``decode`` at 1/2, 1/4 or 1/8 of its size, uint8 (height, width, 3).
-
-    The short side keeps at least ``short_side`` pixels.
-
-    Raises:
-        DecodingError: It is no JPEG, damaged, or too large all the same.
-    """
-    try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(file)
-        for factor in (8, 4, 2):
-            reduced = -(-height // factor), -(-width // factor)
-            if min(reduced) >= short_side:
-                break
-        if reduced[0] * reduced[1] > _largest():
-            raise TooLargeError
-        return torch.from_numpy(
-            simplejpeg.decode_jpeg(file, colorspace="RGB", min_height=reduced[0], min_width=reduced[1], min_factor=1)
-        )
-    except (DecodingError, MemoryError):
-        raise
-    except Exception:
-        raise TooLargeError from None
-
-
 def plain_jpeg_size(file: bytes) -> tuple[int, int] | None:
     """Return (height, width) of a JPEG of a usual kind that ends where its data does, None for all else."""
-    if not file.startswith(_JPEG) or not file.endswith(_JPEG_END):
+    return _plain_size(file, ("YCbCr", "Gray")) if file.endswith(_JPEG_END) else None
+
+
+def _plain_size(file: bytes, colour_spaces: Sequence[str] = ("YCbCr", "Gray", "RGB")) -> tuple[int, int] | None:
+    if not file.startswith(_JPEG):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(file)
     except Exception:  # whatever it finds fault with is no plain JPEG
         return None
-    return (height, width) if colours in ("YCbCr", "Gray") and height * width <= _largest() else None
+    return (height, width) if colours in colour_spaces and height * width <= _largest() else None
+
+
+def _reduced(file: bytes, short_side: int) -> Tensor | None:
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(file)
+        for factor in (8, 4, 2):
+            smaller = -(-height // factor), -(-width // factor)
+            if min(smaller) >= short_side:
+                break
+        if smaller[0] * smaller[1] > _largest():
+            return None
+        least = {"min_height": smaller[0], "min_width": smaller[1], "min_factor": 1}
+        return torch.from_numpy(simplejpeg.decode_jpeg(file, colorspace="RGB", **least))
+    except MemoryError:
+        raise
+    except Exception:
+        return None
 
 
 def _largest() -> int:
@@ -136,15 +114,11 @@ def _decode_by_pil(file: bytes) -> Tensor:
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """Scale a grey image of more than 8 bits by the range of its type; PIL's own conversion cuts off above 255.
-
-    Raises:
-        DecodingError: Its type does not tell the range.
-    """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in DEEP_GREY_FORMATS):
+    """Scale a grey image of more than 8 bits by the range of its type; PIL's own conversion cuts off above 255."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _DEEP_GREY_FORMATS):
         # 65,535 / 255 = 257, rounded to the nearest.
         return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).clip(0, 255).astype(np.uint8))
     if image.mode in ("I", "F"):
         kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
-        raise DecodingError(f"its grey values are {kind}, whose range is not known", "convert it to 8 or 16 bits")
+        raise DecodingError(f"its grey values are {kind}, whose range is not known; convert it to 8 or 16 bits")
     return image

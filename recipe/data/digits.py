@@ -2,28 +2,24 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
 from PIL import Image
 
-from recipe.data.augment import Crop
-from recipe.data.datasets import ImageDataset
+from recipe.data.datasets import ImageDataset, Options
 from recipe.data.decoding import Decoded
 
 _CLASSES = 10
 
 
 class Digits(ImageDataset):
-    """Grey images held in memory, enlarged once; see ``ImageDataset`` for the other arguments."""
+    """Grey images, uint8 (n, 8, 8), enlarged once and held in memory."""
 
-    def __init__(
-        self, greys: np.ndarray, labels: np.ndarray, *, image_size: int, crop: Crop, flip: bool, seed: int
-    ) -> None:
-        """``greys`` is uint8 (n, 8, 8), ``labels`` integers (n,)."""
-        super().__init__(labels.tolist(), _CLASSES, image_size=image_size, crop=crop, flip=flip, seed=seed)
-        self.class_names = [str(digit) for digit in range(_CLASSES)]
-        size = (image_size, image_size)
+    def __init__(self, greys: np.ndarray, labels: np.ndarray, **options: Unpack[Options]) -> None:
+        super().__init__(labels, [str(digit) for digit in range(_CLASSES)], **options)
+        size = (self.image_size, self.image_size)
         enlarged = [np.array(Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR)) for grey in greys]
         self._images = torch.from_numpy(np.stack(enlarged)).unsqueeze(-1).expand(-1, -1, -1, 3).contiguous()
 
@@ -34,11 +30,11 @@ class Digits(ImageDataset):
         return f"digit {index}"
 
 
-def open_digits(*, image_size: int, crop: Crop, flip: bool, seed: int) -> tuple[Digits, Digits]:
+def open_digits(**options: Unpack[Options]) -> tuple[Digits, Digits]:
     """Return (training, validation).
 
-    Every fifth image of each class, in the order of the file, is held out: each class in proportion,
-    and no random split that another version could draw otherwise.
+    Every fifth image of each class, in the order of the file, is held out: each class in proportion, and no random
+    split that another version could draw otherwise.
     """
     # Read without importing scikit-learn, which takes seconds.
     package = find_spec("sklearn")
@@ -50,8 +46,4 @@ def open_digits(*, image_size: int, crop: Crop, flip: bool, seed: int) -> tuple[
     held_out = np.zeros(len(labels), dtype=bool)
     for label in range(_CLASSES):
         held_out[np.flatnonzero(labels == label)[4::5]] = True
-    train, validation = (
-        Digits(greys[part], labels[part], image_size=image_size, crop=crop, flip=flip, seed=seed)
-        for part in (~held_out, held_out)
-    )
-    return train, validation
+    return Digits(greys[~held_out], labels[~held_out], **options), Digits(greys[held_out], labels[held_out], **options)

@@ -15,8 +15,7 @@ from recipe.data.sampler import PADDING
 Decoder = Callable[[Sequence[Tensor], Sequence[View]], Sequence[Tensor]]
 """From JPEGs, uint8 (bytes,) each, and what is seen of each to uint8 (S, S, 3) each, on the device.
 
-It raises a RuntimeError where it does not take one of them.
-"""
+It raises a RuntimeError where it does not take one of them."""
 
 _READY = View(0, 0, 0, 0, 0, 0)
 """Of what a worker has decoded and cut."""
@@ -52,40 +51,26 @@ class EncodedImages(Samples):
         return len(self._dataset)
 
     def __getitem__(self, key: Key) -> Sample:
-        """Return the sample of ``key``.
-
-        Raises:
-            BadImageError: As the data set does.
-        """
         epoch, index = (-1, key) if isinstance(key, int) else key
-        file = b"" if key == PADDING else self._file(index)
+        try:
+            file = b"" if key == PADDING else self._dataset.file(index)
+        except OSError:
+            file = b""
         if size := plain_jpeg_size(file):
             view = self._dataset.view(key, *size)
             content = torch.frombuffer(bytearray(file), dtype=torch.uint8)
             sample = Sample(None, int(self._dataset.labels[index]), 1.0, view.mirrored)
         else:
-            view = _READY
-            sample = self._dataset[key]
+            view, sample = _READY, self._dataset[key]
             content = sample.image.flatten()
             sample = sample._replace(by_pil=sample.weight > 0)
         place = torch.tensor([len(content)]), torch.tensor([[epoch, index]]), torch.tensor([view], dtype=torch.int64)
         return sample._replace(image=Encoded(content, *place))
 
-    def _file(self, index: int) -> bytes:
-        try:
-            return self._dataset.file(index)
-        except OSError:
-            return b""
-
     def together(self, images: list[Encoded]) -> Encoded:
         return Encoded(*(torch.cat(parts) for parts in zip(*images, strict=True)))
 
     def on_device(self, batch: HostBatch) -> HostBatch:
-        """Return the batch with images of uint8 (m, S, S, 3).
-
-        Raises:
-            BadImageError: The decoder refuses an image that the data set cannot read, either, nor skips.
-        """
         encoded: Encoded = batch.images
         contents = encoded.content.split(encoded.sizes.tolist())
         views = [View(*view) for view in encoded.views.tolist()]

@@ -1,4 +1,4 @@
-"""Which images lie below a folder, a folder a class, in the order of torchvision's ImageFolder; kept between runs.
+"""Which images lie below a folder, a folder per class, in the order of torchvision's ImageFolder; kept between runs.
 
 Every rank lists the folder when it starts, all 1.28 million files of ImageNet. So what a scan has found is kept in the
 user's cache, with a digest of the state of every folder that it looked into: any name that comes, goes or changes below
@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,33 +35,25 @@ SETTLED_SECONDS = 2.0
 """A second change within the granularity of a folder's time, which is 2 s at worst (FAT), would not be seen."""
 
 
+@dataclass(eq=False)
 class FolderIndex:
-    """The images below ``root``, class by class.
+    """The images below ``root``, class by class."""
 
-    Args:
-        root: The folder, as it was named.
-        classes: The names of its folders, sorted.
-        counts: int64, the number of images of each class.
-        names: uint8, the images' paths relative to ``root``, each ended by a zero byte. One array: a million strings
-            are a quarter of a GB, and are copied by and by into forked workers, as reference counts change.
-        left_out: The number of files in the classes' folders that are no images by their extension, by that: in
-            lower case with its dot, "" for none; the most frequent first. Hidden files do not count.
-    """
+    root: str
+    """the folder, as it was named"""
+    classes: list[str]
+    """the names of its folders, sorted"""
+    counts: npt.NDArray[np.int64]
+    """the number of images of each class"""
+    names: npt.NDArray[np.uint8]
+    """the images' paths relative to ``root``, each ended by a zero byte. One array: a million strings are a quarter of
+    a GB, and are copied by and by into forked workers, as reference counts change"""
+    left_out: dict[str, int]
+    """the number of files in the classes' folders that are no images by their extension, by that: in lower case with
+    its dot, "" for none; the most frequent first. Hidden files do not count"""
 
-    def __init__(
-        self,
-        root: str,
-        classes: list[str],
-        counts: npt.NDArray[np.int64],
-        names: npt.NDArray[np.uint8],
-        left_out: dict[str, int],
-    ) -> None:
-        self.root = root
-        self.classes = classes
-        self.counts = counts
-        self.names = names
-        self.left_out = left_out
-        self._ends = np.flatnonzero(names == 0)
+    def __post_init__(self) -> None:
+        self._ends = np.flatnonzero(self.names == 0)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -71,7 +64,7 @@ class FolderIndex:
         return np.repeat(np.arange(len(self.classes)), self.counts)
 
     def path(self, index: int) -> str:
-        """The path of an image."""
+        """Return the path of an image."""
         start = int(self._ends[index - 1]) + 1 if index else 0
         return os.path.join(self.root, os.fsdecode(self.names[start : int(self._ends[index])].tobytes()))
 
@@ -79,16 +72,14 @@ class FolderIndex:
 def list_imagefolder(path: Path) -> tuple[FolderIndex, FolderIndex]:
     """Return what (``path/train``, ``path/val`` or else ``path/test``) hold, of the same classes; no file is read.
 
-    Raises:
-        ValueError: A folder is missing or cannot be listed, an image is a pipe or a device, a class has no image,
-            or the two parts differ in their classes. The message says what is wrong with which path.
+    Refuses a folder that is missing or cannot be listed, a class without an image, parts that differ in their classes.
     """
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}; it should hold train/ and val/")
     if (path / HEADER).is_file():
         raise ValueError(f'{path} holds a pack of images; write "source": "pack"')
     if not (path / "train").is_dir():
-        raise ValueError(f"{path} has no folder train/; it should hold a folder a class")
+        raise ValueError(f"{path} has no folder train/; it should hold a folder per class")
     held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
     if held_out is None:
         raise ValueError(f"{path} has neither val/ nor test/ beside train/")
@@ -96,40 +87,29 @@ def list_imagefolder(path: Path) -> tuple[FolderIndex, FolderIndex]:
     train, validation = list_classes(path / "train"), list_classes(held_out)
     for one, other in ((train, validation), (validation, train)):
         if missing := set(one.classes) - set(other.classes):
-            raise ValueError(
-                printable(f"{other.root} lacks classes that {one.root} has: {_some(missing)}") + _twin(missing, other)
-            )
+            problem = printable(f"{other.root} lacks classes that {one.root} has: {_some(missing)}")
+            seen = {_look(name): name for name in other.classes}
+            for name in sorted(missing):
+                if twin := seen.get(_look(name)):
+                    problem += f"; {name!a} looks like {twin!a}, which it has: give both the same name"
+                    break
+            raise ValueError(problem)
     return train, validation
 
 
-def _twin(missing: set[str], other: FolderIndex) -> str:
-    """What of the classes that ``other`` lacks it has under a name that looks the same, or nearly."""
-    seen = {_look(name): name for name in other.classes}
-    for name in sorted(missing):
-        if twin := seen.get(_look(name)):
-            same = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", twin)
-            how = "one is composed, the other decomposed, as macOS writes it" if same else "they differ"
-            return f"; of {name!a} and its {twin!a} {how}: rename the folders of one as those of the other"
-    return ""
-
-
 def _look(name: str) -> str:
-    """A name without what is hard to see: the Unicode form, case, spaces, characters of no width."""
+    """A name without what is hard to see: the Unicode form, which macOS changes, case, spaces, what has no width."""
     return "".join(c for c in unicodedata.normalize("NFKC", name).casefold() if c.isprintable() and c != " ")
 
 
 def list_classes(root: Path) -> FolderIndex:
-    """Return what a folder with a folder per class holds; no file is read.
-
-    Raises:
-        ValueError: See ``list_imagefolder``.
-    """
+    """Return what a folder with a folder per class holds; no file is read."""
     try:
         folder = index_folder(str(root))
     except OSError as error:
         raise ValueError(printable(f"{root} cannot be listed: {error}")) from error
     if not folder.classes:
-        raise ValueError(f"{root} holds no class; it should hold a folder a class")
+        raise ValueError(f"{root} holds no class; it should hold a folder per class")
     if empty := {name for name, count in zip(folder.classes, folder.counts, strict=True) if count == 0}:
         raise ValueError(printable(f"{root} holds no image of {_some(empty)}; fill or remove these folders"))
     return folder
@@ -140,35 +120,26 @@ def _some(names: set[str]) -> str:
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
-@dataclass(frozen=True)
-class _Watched:
-    """What a scan depends on: ``paths``, relative to the root, by a digest of their state before it looked at them.
-
-    They are all the folders, and links that do not lead to one but may some day, as to a disk that is not mounted.
-    ``newest_ns`` is the latest time of any folder, in nanoseconds since 1970.
-    """
+class _Watched(NamedTuple):
+    """What a scan depends on, as it was before the scan looked at it."""
 
     paths: list[str]
+    """relative to the root: all folders, and links that do not lead to one but may some day, as to an unmounted disk"""
     sha256: bytes
     newest_ns: int
+    """the latest time of any folder, in nanoseconds since 1970"""
 
 
 def index_folder(root: str) -> FolderIndex:
-    """The images below a folder, by the cache if nothing has changed, else by a scan.
-
-    Raises:
-        OSError: A folder below ``root`` cannot be listed.
-        ValueError: See ``scan``.
-    """
-    cache = _cache_file(root)
-    index = _read(cache, root)
+    """Return the images below a folder, from the cache if nothing has changed, else by a scan."""
+    index = _read(root)
     if index is None:
         started_ns = time.time_ns()
         index, watched = scan(root)
         settled = watched.newest_ns + SETTLED_SECONDS * 1e9 < started_ns
         # Of the ranks of a host, which all scan, one writes.
         if settled and len(index) >= SMALLEST_KEPT_IMAGES and (os.environ.get("LOCAL_RANK") or "0") == "0":
-            _keep(cache, index, watched)
+            _keep(index, watched)
     return index
 
 
@@ -176,11 +147,8 @@ def scan(root: str) -> tuple[FolderIndex, _Watched]:
     """List a folder as torchvision's ImageFolder does, which does not tell what folders it has looked into.
 
     But for hidden names, which a desktop or a notebook leaves (``._x.jpg``, ``.ipynb_checkpoints``), and for links to
-    a folder that they lie in: torchvision follows them, until after 40 times the system refuses.
-
-    Raises:
-        OSError: A folder below ``root`` cannot be listed, where torchvision would leave out what is in it.
-        ValueError: What is called an image is a pipe, a socket or a device.
+    a folder that they lie in: torchvision follows them, until after 40 times the system refuses. Refuses a folder that
+    cannot be listed, where torchvision would leave out what is in it, and an image that is a pipe or a device.
     """
     before: dict[str, os.stat_result | None] = {}
 
@@ -196,7 +164,7 @@ def scan(root: str) -> tuple[FolderIndex, _Watched]:
 
     entries, status_of_root = look("")
     classes = sorted(entry.name for entry in entries if _is_folder(entry))
-    counts, names, others = [], bytearray(), Counter[str]()
+    counts, paths, others = [], [], Counter[str]()
     for name in classes:
         images: dict[str, list[str]] = {}
         pending: list[tuple[str, tuple[os.stat_result, ...]]] = [(name, (status_of_root,))]
@@ -215,11 +183,11 @@ def scan(root: str) -> tuple[FolderIndex, _Watched]:
                 else:
                     raise ValueError(printable(f"{entry.path}: not a regular file; remove it"))
             images[folder] = sorted(files)
-        paths = [os.path.join(folder, file) for folder in sorted(images) for file in images[folder]]
-        counts.append(len(paths))
-        names += _joined(paths)
+        counts.append(sum(map(len, images.values())))
+        paths.append(_joined(os.path.join(folder, file) for folder in sorted(images) for file in images[folder]))
     left_out = dict(sorted(others.items(), key=lambda item: (-item[1], item[0])))
-    index = FolderIndex(root, classes, np.array(counts, np.int64), np.frombuffer(names, np.uint8), left_out)
+    all_paths = np.concatenate(paths) if paths else np.empty(0, np.uint8)
+    index = FolderIndex(root, classes, np.array(counts, np.int64), all_paths, left_out)
     newest_ns = max(max(status.st_mtime_ns, status.st_ctime_ns) for status in before.values() if status is not None)
     return index, _Watched(list(before), _digest(before.values()), newest_ns)
 
@@ -257,37 +225,31 @@ def _digest(folders: Iterable[os.stat_result | None]) -> bytes:
     return digest.digest()
 
 
-def _joined(names: list[str]) -> bytes:
-    return os.fsencode("".join(f"{name}\0" for name in names))
+def _joined(names: Iterable[str]) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(os.fsencode("".join(f"{name}\0" for name in names)), np.uint8)
 
 
 def _split(names: npt.NDArray[np.uint8]) -> list[str]:
     return os.fsdecode(names.tobytes()).split("\0")[:-1]
 
 
-def _cache_file(root: str) -> Path | None:
-    """Where the index of a folder is kept; None for a user without a home.
-
-    A name a host: the same path may be another disk there, or have other inodes.
-    """
-    try:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
-        return None
+def _cache_file(root: str) -> Path:
+    """A name per host: the same path may be another disk there, or have other inodes."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = (FORMAT, IMG_EXTENSIONS, sys.getfilesystemencoding(), socket.gethostname(), os.path.realpath(root))
     return caches / "large-batch-recipe" / f"images-{hashlib.sha256(ascii(key).encode()).hexdigest()}.npz"
 
 
-def _read(cache: Path | None, root: str) -> FolderIndex | None:
+def _read(root: str) -> FolderIndex | None:
     """What is kept of a folder, if that is still its state."""
-    if cache is None:
-        return None
     try:
         # Not mapped: whoever clears a cache on a network file system would kill the runs that have it mapped. Each
         # array has a CRC-32, which is looked at here.
-        with cache.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            watched = _split(file["watched"])
-            if _digest(_status(os.path.join(root, path)) for path in watched) != file["sha256"].tobytes():
+        with _cache_file(root).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            if (
+                _digest(_status(os.path.join(root, path)) for path in _split(file["watched"]))
+                != file["sha256"].tobytes()
+            ):
                 return None
             left_out = dict(zip(_split(file["left_out"]), file["left_out_counts"].tolist(), strict=True))
             index = FolderIndex(root, _split(file["classes"]), file["counts"], file["names"], left_out)
@@ -296,11 +258,10 @@ def _read(cache: Path | None, root: str) -> FolderIndex | None:
         return None
 
 
-def _keep(cache: Path | None, index: FolderIndex, watched: _Watched) -> None:
+def _keep(index: FolderIndex, watched: _Watched) -> None:
     """Keep an index, whole or not at all; where nothing can be written, the next run scans again."""
-    if cache is None:
-        return
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):  # RuntimeError: the user has no home
+        cache = _cache_file(index.root)
         cache.parent.mkdir(parents=True, exist_ok=True)
         # Not tempfile's, which nobody else may read, whatever the umask says.
         unfinished = cache.with_suffix(f".{secrets.token_hex(8)}.unfinished")
@@ -308,12 +269,12 @@ def _keep(cache: Path | None, index: FolderIndex, watched: _Watched) -> None:
             with unfinished.open("wb") as file:
                 np.savez(
                     file,
-                    watched=np.frombuffer(_joined(watched.paths), np.uint8),
+                    watched=_joined(watched.paths),
                     sha256=np.frombuffer(watched.sha256, np.uint8),
-                    classes=np.frombuffer(_joined(index.classes), np.uint8),
+                    classes=_joined(index.classes),
                     counts=index.counts,
                     names=index.names,
-                    left_out=np.frombuffer(_joined(list(index.left_out)), np.uint8),
+                    left_out=_joined(index.left_out),
                     left_out_counts=np.array(list(index.left_out.values()), np.int64),
                 )
             os.replace(unfinished, cache)

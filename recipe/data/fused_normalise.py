@@ -9,15 +9,9 @@ _BLOCK = 1024
 
 
 def mirror_and_look_up(images: Tensor, mirrored: Tensor, table: Tensor) -> Tensor:
-    """Replace each value of each image by its entry in a table, and mirror some of the images.
+    """Replace each value of uint8 (m, 3, S, S), channels_last, by its entry in a table, and mirror some of the images.
 
-    Args:
-        images: uint8 (m, 3, S, S), interleaved in memory (channels_last).
-        mirrored: bool (m,).
-        table: (3, 256), a row a colour channel.
-
-    Returns:
-        (m, 3, S, S) of the table's dtype, channels_last.
+    ``mirrored`` is bool (m,), ``table`` (3, 256), a row per colour channel. Returns channels_last of the table's dtype.
     """
     assert images.is_contiguous(memory_format=torch.channels_last), images.stride()
     result = torch.empty_like(images, dtype=table.dtype, memory_format=torch.channels_last)

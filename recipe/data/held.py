@@ -20,18 +20,10 @@ _CUT = View(0, 0, 0, 0, 0, 0)
 
 
 class HeldImages(Samples):
-    """The images of a data set on a device; every sample is that of the data set, to the bit.
+    """The images of a data set as one tensor on a device; every sample is that of the data set, to the bit.
 
-    ``Sample.image`` is the image's place, int64 (10,): its row, and its view.
-
-    Args:
-        dataset: What is held. All of it is read now, on all cores.
-        device: Where it is held, as one tensor.
-        training: Whether it is asked for training samples, of (epoch, index), or for validation samples.
-
-    Raises:
-        ValueError: It takes too much memory, or boxes are to be cut out of images that differ in size.
-        BadImageError: An image cannot be read, and the data set does not skip it.
+    All of it is read when this is made, on all cores. ``Sample.image`` is the image's place, int64 (10,): its row, and
+    its view. ``training`` tells whether training samples will be asked for, or validation samples.
     """
 
     def __init__(self, dataset: ImageDataset, device: torch.device, *, training: bool) -> None:
@@ -74,7 +66,6 @@ class HeldImages(Samples):
         return len(self._samples)
 
     def __getitem__(self, key: Key) -> Sample:
-        """Return the sample of ``key``."""
         if key == PADDING:
             return Sample(torch.tensor([PADDING, *_CUT]), 0, 0.0)
         if isinstance(key, int):

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing import queues
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypedDict, TypeVar, Unpack
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -23,7 +23,7 @@ from torch.utils.data._utils import signal_handling
 
 from recipe.data.batch import Batch, HostBatch, Normalise
 from recipe.data.datasets import BadImageError, Sample, Samples
-from recipe.data.sampler import TrainSampler, ValidationSampler
+from recipe.data.sampler import Split, TrainSampler, ValidationSampler
 
 _SHM = "/dev/shm"
 """Where workers put batches for the main process."""
@@ -46,25 +46,34 @@ class WorkerError(RuntimeError):
     """The worker processes have died, or lack what they need; the message names the remedy."""
 
 
-class _Loader:
-    """What training and validation share: worker processes, the way to the device, the end."""
+class LoaderOptions(TypedDict):
+    """The arguments that both loaders take."""
 
-    def __init__(
-        self,
-        dataset: Samples,
-        sampler: Sampler,
-        *,
-        workers: int,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> None:
-        self._device = torch.device(device)
-        self._normalise = Normalise(mean, std, device=self._device, dtype=dtype)
+    workers: int
+    """processes that read images; 0 reads them in this one"""
+    device: torch.device | str
+    """where the batches live"""
+    dtype: torch.dtype
+    """of the images"""
+    mean: Sequence[float]
+    """of the pixels of each of the 3 channels, from 0 to 1"""
+    std: Sequence[float]
+    """likewise"""
+
+
+class _Loader:
+    """What training and validation share: worker processes, the upload to the device, the end.
+
+    Its batches raise ``BadImageError`` where an image cannot be read and is not to be skipped, ``WorkerError`` where a
+    worker process died or lacks what it needs.
+    """
+
+    def __init__(self, dataset: Samples, sampler: Sampler, **options: Unpack[LoaderOptions]) -> None:
+        self._device = torch.device(options["device"])
+        self._normalise = Normalise(options["mean"], options["std"], device=self._device, dtype=options["dtype"])
         self._dataset = dataset
         self._sampler = sampler
-        self._workers = workers
+        self._workers = options["workers"]
         self._begun: Iterator[HostBatch] | None = None
         self._loader = self._new_loader()
 
@@ -180,24 +189,7 @@ def ahead(source: Iterator[S], start: Callable[[S], T], depth: int) -> Iterator[
 
 
 class TrainLoader(_Loader):
-    """Yields a rank's training batches.
-
-    Args:
-        dataset: What is trained on.
-        global_batch: Samples a step, over all ranks and accumulation rounds.
-        micro_batch: m, samples a batch.
-        rank: This process, from 0.
-        world_size: Number of processes.
-        seed: Seed of the permutations.
-        workers: Processes that read images; 0 reads them in this one.
-        device: Where the batches live.
-        dtype: Of the images.
-        mean: Of the pixels of each of the 3 channels, from 0 to 1.
-        std: Likewise.
-
-    Raises:
-        ValueError: See ``TrainSampler``.
-    """
+    """Yields a rank's training batches; see ``Split`` for the arguments that are not ``LoaderOptions``."""
 
     def __init__(
         self,
@@ -208,67 +200,37 @@ class TrainLoader(_Loader):
         rank: int,
         world_size: int,
         seed: int,
-        workers: int,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        mean: Sequence[float],
-        std: Sequence[float],
+        **options: Unpack[LoaderOptions],
     ) -> None:
-        self._order = TrainSampler(
-            len(dataset),
-            global_batch=global_batch,
-            micro_batch=micro_batch,
-            rank=rank,
-            world_size=world_size,
-            seed=seed,
-        )
+        split = Split(global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size, seed=seed)
+        self._order = TrainSampler(len(dataset), **split)
         self._begun_at = (0, 0)
-        super().__init__(dataset, self._order, workers=workers, device=device, dtype=dtype, mean=mean, std=std)
+        super().__init__(dataset, self._order, **options)
 
     @property
     def steps_per_epoch(self) -> int:
         return self._order.steps_per_epoch
 
     def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Have the workers read what ``epoch`` of the same arguments will begin with.
-
-        Raises:
-            ValueError: The epoch has no such step.
-        """
+        """Have the workers read what ``epoch`` of the same arguments will begin with."""
         self._order.set_epoch(epoch, first_step)
         self._begun, self._begun_at = self.host_batches(), (epoch, first_step)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """Yield the micro-batches of the epoch's steps from ``first_step`` on, in order.
-
-        Raises:
-            ValueError: The epoch has no such step.
-            BadImageError: An image cannot be read, and the data set does not skip it.
-            WorkerError: A worker process died, or lacks what it needs.
-        """
+        """Yield the micro-batches of the epoch's steps from ``first_step`` on, in order."""
         if self._begun is None or self._begun_at != (epoch, first_step):
             self.begin_epoch(epoch, first_step)
         yield from self._batches()
 
 
 class ValidationLoader(_Loader):
-    """Yields a rank's share of the validation data; see ``TrainLoader`` for the arguments."""
+    """Yields a rank's share of the validation data."""
 
     def __init__(
-        self,
-        dataset: Samples,
-        *,
-        micro_batch: int,
-        rank: int,
-        world_size: int,
-        workers: int,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        mean: Sequence[float],
-        std: Sequence[float],
+        self, dataset: Samples, *, micro_batch: int, rank: int, world_size: int, **options: Unpack[LoaderOptions]
     ) -> None:
         sampler = ValidationSampler(len(dataset), micro_batch=micro_batch, rank=rank, world_size=world_size)
-        super().__init__(dataset, sampler, workers=workers, device=device, dtype=dtype, mean=mean, std=std)
+        super().__init__(dataset, sampler, **options)
 
     def begin(self) -> None:
         """Have the workers read what the next pass will begin with."""
@@ -276,12 +238,7 @@ class ValidationLoader(_Loader):
             self._begun = self.host_batches()
 
     def batches(self) -> Iterator[Batch]:
-        """Yield the same number of batches on every rank; over all ranks every readable image counts once.
-
-        Raises:
-            BadImageError: An image cannot be read, and the data set does not skip it.
-            WorkerError: A worker process died, or lacks what it needs.
-        """
+        """Yield the same number of batches on every rank; over all ranks every readable image counts once."""
         yield from self._batches()
 
 

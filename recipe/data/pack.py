@@ -4,58 +4,28 @@ import errno
 import os
 import weakref
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
 from recipe.config import printable
-from recipe.data.augment import Crop, evaluation_short_side
-from recipe.data.datasets import BadImageError, ImageDataset, OnBadImage
-from recipe.data.decoding import UNREADABLE, Decoded, decode
+from recipe.data.augment import evaluation_short_side
+from recipe.data.datasets import ImageDataset, Options
 from recipe.data.pack_format import HEADER, Header, Part, damage, open_index, read_header
 
 
 class PackedImages(ImageDataset):
-    """The images of one part of a pack; see ``ImageDataset`` for the other arguments.
+    """The images of one of the two parts of a pack; refuses a file that is missing or has another size."""
 
-    Args:
-        pack: The folder of the pack.
-        header: What it says of itself.
-        part: One of the header's two.
-
-    Raises:
-        ValueError: A file is missing or has another size than was written, or see ``open_index``.
-    """
-
-    def __init__(
-        self,
-        pack: Path,
-        header: Header,
-        part: Part,
-        *,
-        image_size: int,
-        crop: Crop,
-        flip: bool,
-        seed: int,
-        on_bad_image: OnBadImage,
-    ) -> None:
-        folder = pack / part.folder
-        for shard in part.shards:
-            if problem := damage(folder / shard.file, shard):
-                raise ValueError(f"{folder / shard.file}: {problem}; copy it again, or make the pack anew")
+    def __init__(self, pack: Path, header: Header, part: Part, **options: Unpack[Options]) -> None:
+        self._folder = pack / part.folder
+        self._shards = [self._folder / shard.file for shard in part.shards]
+        for path, shard in zip(self._shards, part.shards, strict=True):
+            if problem := damage(path, shard):
+                raise ValueError(f"{path}: {problem}; copy it again, or make the pack anew")
         # Mapped, and no Python objects in them: forked workers, and the other ranks of the host, share them.
         self._images, self._names = open_index(pack, header, part)
-        super().__init__(
-            self._images["label"].astype(np.int64),
-            len(header.classes),
-            image_size=image_size,
-            crop=crop,
-            flip=flip,
-            seed=seed,
-            on_bad_image=on_bad_image,
-        )
-        self.class_names = list(header.classes)
-        self._folder = folder
-        self._shards = [folder / shard.file for shard in part.shards]
+        super().__init__(self._images["label"].astype(np.int64), header.classes, **options)
         # Opened once and for all: on a network file system each opening would ask the server. Workers inherit them,
         # and read at an offset of their own.
         self._files: list[int] = []
@@ -76,16 +46,13 @@ class PackedImages(ImageDataset):
             raise OSError(f"the shard ends {size - len(file):,} bytes too early")
         return file
 
-    def image(self, index: int) -> Decoded:
-        try:
-            return decode(self.file(index))
-        except UNREADABLE as error:
-            row = self._images[index]
-            raise BadImageError(
-                f"{self.name(index)}, {row['bytes']:,} bytes at {row['offset']:,}: not a readable image ({error}); "
-                f"python -m recipe pack --verify {self._folder.parent} tells whether the shard is damaged; pack a "
-                'mended folder anew, or set recipe.data.on_bad_image to "skip"'
-            ) from error
+    def _where_and_remedy(self, index: int) -> tuple[str, str]:
+        row = self._images[index]
+        return (
+            f"{self.name(index)}, {row['bytes']:,} bytes at {row['offset']:,}",
+            f"python -m recipe pack --verify {self._folder.parent} tells whether the shard is damaged; pack a mended "
+            "folder anew",
+        )
 
     def name(self, index: int) -> str:
         """Return the shard, and behind a colon the file that was packed, relative to the folder that was."""
@@ -95,26 +62,12 @@ class PackedImages(ImageDataset):
 
 
 def open_pack(
-    path: str | Path,
-    *,
-    image_size: int,
-    crop: Crop,
-    flip: bool,
-    seed: int,
-    on_bad_image: OnBadImage,
-    short_side: int | None = None,
+    path: str | Path, *, short_side: int | None = None, **options: Unpack[Options]
 ) -> tuple[PackedImages, PackedImages]:
     """Return (training, validation) from the folder of a pack, in the order of the ImageFolder that was packed.
 
-    Args:
-        path: The folder.
-        image_size, crop, flip, seed, on_bad_image: See ``ImageDataset``.
-        short_side: What its larger images were resized to, as who trains on it says; None if nobody says.
-
-    Raises:
-        ValueError: There is no whole pack, a file is not as it was written, or its images have another short side,
-            or a smaller one than validation resizes them to. ``python -m recipe pack --verify`` looks at every byte,
-            this does not.
+    Refuses a pack whose images have another short side than ``short_side``, where that is given, or a smaller one than
+    validation resizes them to. It does not look at every byte, as ``python -m recipe pack --verify`` does.
     """
     path = Path(path)
     if not (path / HEADER).is_file():
@@ -123,7 +76,8 @@ def open_pack(
             'or write "source": "imagefolder"'
         )
     header = read_header(path)
-    packed_at, needed = header.making.short_side, evaluation_short_side(image_size, crop)
+    image_size, packed_at = options["image_size"], header.making.short_side
+    needed = evaluation_short_side(image_size, options["crop"])
     if 0 < packed_at < needed:
         raise ValueError(
             f"recipe.data.path: {path} is a pack of short side {packed_at}, but at recipe.data.image_size "
@@ -134,12 +88,7 @@ def open_pack(
             f"recipe.data.pack_short_side = {short_side}: {path} is a pack of short side {packed_at}, whose pixels are "
             f"others; write {packed_at}, or name another pack"
         )
-    train, validation = (
-        PackedImages(
-            path, header, part, image_size=image_size, crop=crop, flip=flip, seed=seed, on_bad_image=on_bad_image
-        )
-        for part in header.parts
-    )
+    train, validation = (PackedImages(path, header, part, **options) for part in header.parts)
     return train, validation
 
 

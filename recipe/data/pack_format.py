@@ -12,7 +12,6 @@ The validation images lie likewise in ``val/`` or ``test/``. No array holds Pyth
 """
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,10 +33,8 @@ Several = Field(strict=False)
 class File(Section):
     file: str = Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z._-]*$")
     """the name of a file beside the others of its part"""
-
     bytes: Size
     """its size in bytes, a whole number >= 0"""
-
     sha256: Sha256
     """its SHA-256, 64 hexadecimal digits"""
 
@@ -45,7 +42,6 @@ class File(Section):
 class BadImage(Section):
     name: str
     """the original file, relative to the folder that was packed, as a message shows it"""
-
     problem: str
     """why it could not be decoded"""
 
@@ -53,22 +49,16 @@ class BadImage(Section):
 class Part(Section):
     folder: str = Field(pattern="^(train|val|test)$")
     """ "train", "val" or "test" """
-
     images: Count
     """its number of images, a whole number >= 1"""
-
     resized: Size
     """how many of them are not the original bytes, a whole number >= 0"""
-
     shards: Annotated[tuple[File, ...], Several]
     """a list of objects with file, bytes and sha256, one for each shard"""
-
     indices: Annotated[tuple[File, ...], Several]
     """a list of objects with file, bytes and sha256: images.npy, names.npy and each shard's .idx"""
-
     bad_images: Annotated[tuple[BadImage, ...], Several]
     """a list of objects with name and problem: images that are in the pack and cannot be decoded"""
-
     kept_images: Annotated[tuple[BadImage, ...], Several] = ()
     """a list of objects with name and problem: images that could not be made smaller, and are the original bytes"""
 
@@ -78,19 +68,14 @@ class Making(Section):
 
     version: Literal[1] = 1
     """the format's version, 1; make the pack anew with this checkout"""
-
     short_side: Size
     """the short side in pixels to which larger images were resized, a whole number; 0: all are the original bytes"""
-
     jpeg_quality: Count = 92
     """libjpeg's quality of the images that were resized, a whole number"""
-
     jpeg_subsampling: str = "4:2:0"
     """the chroma subsampling of the images that were resized, a string"""
-
     pillow: str
     """the version of Pillow that resized and encoded, a string"""
-
     source_sha256: Sha256
     """the SHA-256 of the source's file names, sizes and times of change"""
 
@@ -98,13 +83,10 @@ class Making(Section):
 class Header(Section):
     making: Making
     """an object with version, short_side and what else decides on the bytes"""
-
     classes: Annotated[tuple[str, ...], Several]
     """a list of the classes' names, as a message shows them, in the order of their numbers"""
-
     train: Part
     """an object with folder, images, shards, indices and bad_images"""
-
     validation: Part
     """an object with folder, images, shards, indices and bad_images"""
 
@@ -114,11 +96,7 @@ class Header(Section):
 
 
 def read_header(pack: Path) -> Header:
-    """The header of the pack in a folder.
-
-    Raises:
-        ValueError: there is none, it cannot be read, or is not one of this version.
-    """
+    """Return the header of the pack in a folder."""
     path = pack / HEADER
     if not path.is_file():
         raise ValueError(f"{pack} holds no whole pack, which has a {HEADER}; make one by python -m recipe pack")
@@ -130,17 +108,19 @@ def read_header(pack: Path) -> Header:
 
 
 def open_index(pack: Path, header: Header, part: Part) -> tuple[npt.NDArray, npt.NDArray]:
-    """(images, names) of a part, mapped into memory.
-
-    Raises:
-        ValueError: they are not what was written, or not what the header speaks of.
-    """
-    folder, files = pack / part.folder, {file.file: file for file in part.indices}
-    for name in (IMAGES, NAMES):
+    """Return (images, names) of a part, mapped into memory: the processes of a host share one copy of them."""
+    folder, files, arrays = pack / part.folder, {file.file: file for file in part.indices}, []
+    for name, dtype in ((IMAGES, IMAGE), (NAMES, np.dtype(np.uint8))):
         if name not in files:
             raise ValueError(f"{pack / HEADER}: {part.folder} has no {name}; make the pack anew")
-    images = load_array(folder / IMAGES, files[IMAGES], IMAGE)
-    names = load_array(folder / NAMES, files[NAMES], np.uint8)
+        problem = damage(folder / name, files[name], every_byte=True)
+        if problem is None:
+            array = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+            problem = f"an array of {array.dtype}" if array.dtype != dtype or array.ndim != 1 else None
+        if problem is not None:
+            raise ValueError(f"{folder / name}: {problem}; copy it again, or make the pack anew")
+        arrays.append(array)
+    images, names = arrays
     if (
         len(images) != part.images
         or int(images["label"].max()) + 1 != len(header.classes)
@@ -155,39 +135,25 @@ def open_index(pack: Path, header: Header, part: Part) -> tuple[npt.NDArray, npt
 
 
 def shard_name(number: int) -> str:
-    """The file of a shard."""
     return f"{number:05}.tar"
 
 
-def damage(path: Path, file: File) -> str | None:
-    """What a look at its size tells against a file, in words; None if nothing."""
+def describe(path: Path) -> File:
+    """Return what the header says of a file."""
+    return File(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def damage(path: Path, file: File, every_byte: bool = False) -> str | None:
+    """Return in words how a file differs from what was written, by its size or by every byte of it; None if nothing."""
     try:
         size = path.stat().st_size
     except OSError as error:
         return error.strerror or str(error)
-    return None if size == file.bytes else f"{size:,} bytes, of {file.bytes:,} that were written"
+    if size != file.bytes:
+        return f"{size:,} bytes, of {file.bytes:,} that were written"
+    return "another SHA-256 than was written" if every_byte and sha256_of(path) != file.sha256 else None
 
 
-def sha256_of(path: Path, count: Callable[[int], None] = lambda size: None) -> str:
-    """The SHA-256 of a file's content; ``count`` hears of the bytes as they are read."""
-    digest = hashlib.sha256()
+def sha256_of(path: Path) -> str:
     with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            count(len(block))
-    return digest.hexdigest()
-
-
-def load_array(path: Path, file: File, dtype: npt.DTypeLike) -> npt.NDArray:
-    """An index, mapped into memory: the processes of a host share one copy of it.
-
-    Raises:
-        ValueError: it is not what was written.
-    """
-    problem = damage(path, file) or ("another SHA-256 than was written" if sha256_of(path) != file.sha256 else None)
-    if problem is None:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if array.dtype == dtype and array.ndim == 1:
-            return array
-        problem = f"an array of {array.dtype}"
-    raise ValueError(f"{path}: {problem}; copy it again, or make the pack anew")
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,7 @@
 """Which samples a rank sees, in which order: a function of (seed, epoch, step), split by arithmetic alone."""
 
 from collections.abc import Iterator
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -18,27 +19,30 @@ def epoch_permutation(seed: int, epoch: int, length: int) -> Tensor:
     return torch.randperm(length, generator=generator)
 
 
+class Split(TypedDict):
+    """How global batches are split into the micro-batches of the ranks."""
+
+    global_batch: int
+    """samples per step, over all ranks and accumulation rounds"""
+    micro_batch: int
+    """samples that a rank takes at once"""
+    rank: int
+    """this process, from 0"""
+    world_size: int
+    """number of processes"""
+    seed: int
+    """seed of the permutations"""
+
+
 class TrainSampler(Sampler[list[tuple[int, int]]]):
     """Yields, for one rank, the keys ``(epoch, index)`` of one micro-batch after the other.
 
     Global step t of an epoch holds the samples ``permutation[t * B : (t + 1) * B]`` for the global batch B,
     whatever the split; the samples after the last whole batch wait for another epoch's permutation.
-
-    Args:
-        length: Samples in the data set.
-        global_batch: Samples a step, over all ranks and accumulation rounds.
-        micro_batch: Samples a rank takes at once.
-        rank: This process, from 0.
-        world_size: Number of processes.
-        seed: Seed of the permutations.
-
-    Raises:
-        ValueError: The global batch is no multiple of ``world_size * micro_batch``, or exceeds the data set.
     """
 
-    def __init__(
-        self, length: int, *, global_batch: int, micro_batch: int, rank: int, world_size: int, seed: int
-    ) -> None:
+    def __init__(self, length: int, **split: Unpack[Split]) -> None:
+        global_batch, micro_batch, world_size = split["global_batch"], split["micro_batch"], split["world_size"]
         if global_batch % (world_size * micro_batch):
             raise ValueError(
                 f"global batch {global_batch} is no multiple of {world_size} ranks × {micro_batch} samples"
@@ -48,36 +52,27 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         self.accumulation = global_batch // (world_size * micro_batch)
         self.steps_per_epoch = length // global_batch
         self._length = length
-        self._global_batch = global_batch
-        self._micro_batch = micro_batch
-        self._rank = rank
-        self._world_size = world_size
-        self._seed = seed
+        self._split = split
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Make the next pass that of ``epoch``, from step ``first_step`` of that epoch on.
-
-        Raises:
-            ValueError: The epoch has no such step.
-        """
+        """Make the next pass that of ``epoch``, from step ``first_step`` of that epoch on."""
         if not 0 <= first_step <= self.steps_per_epoch:
             raise ValueError(f"first step {first_step} is not within an epoch of {self.steps_per_epoch} steps")
-        self._epoch = epoch
-        self._first_step = first_step
+        self._epoch, self._first_step = epoch, first_step
 
     def __len__(self) -> int:
         return (self.steps_per_epoch - self._first_step) * self.accumulation
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, m = self._epoch, self._micro_batch
-        permutation = epoch_permutation(self._seed, epoch, self._length)
+        epoch, split, m = self._epoch, self._split, self._split["micro_batch"]
+        permutation = epoch_permutation(split["seed"], epoch, self._length)
         for step in range(self._first_step, self.steps_per_epoch):
             for accumulation in range(self.accumulation):
                 # The micro-batches of one accumulation round lie side by side across the ranks: n samples in
                 # a row are then on neighbouring ranks at the same moment, and batch norm over groups of n
                 # sees the same groups for every split into ranks, accumulation and micro-batch.
-                start = step * self._global_batch + (accumulation * self._world_size + self._rank) * m
+                start = step * split["global_batch"] + (accumulation * split["world_size"] + split["rank"]) * m
                 yield [(epoch, index) for index in permutation[start : start + m].tolist()]
 
 
@@ -86,19 +81,10 @@ class ValidationSampler(Sampler[list[int]]):
 
     Every rank gets the same number of batches, each of exactly ``micro_batch`` keys, so that no rank waits
     for another in a collective; places beyond the data hold ``PADDING``.
-
-    Args:
-        length: Samples in the data set.
-        micro_batch: Samples a rank takes at once.
-        rank: This process, from 0.
-        world_size: Number of processes.
     """
 
     def __init__(self, length: int, *, micro_batch: int, rank: int, world_size: int) -> None:
-        self._length = length
-        self._micro_batch = micro_batch
-        self._rank = rank
-        self._world_size = world_size
+        self._length, self._micro_batch, self._rank, self._world_size = length, micro_batch, rank, world_size
 
     def __len__(self) -> int:
         return -(-self._length // (self._world_size * self._micro_batch))

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 
 from recipe.data.batch import Batch, Normalise
-from recipe.data.sampler import PADDING, TrainSampler, ValidationSampler
+from recipe.data.sampler import PADDING, Split, TrainSampler, ValidationSampler
 from recipe.data.seeds import derive_seed
 
 
@@ -21,20 +22,9 @@ class SyntheticImages:
 
 
 class SyntheticLoader:
-    """Stands where a ``TrainLoader`` and a ``ValidationLoader`` would.
+    """Stands where a ``TrainLoader`` and a ``ValidationLoader`` would, and yields as many batches as they.
 
-    It yields as many batches as they, all of the same uint8 images and labels, a function of (seed, rank) and
-    normalised anew each time.
-
-    Args:
-        train_images: Images an epoch.
-        validation_images: Images a validation; over all ranks so many weights are 1.
-        classes: Labels are drawn from ``range(classes)``.
-        image_size: S, pixels a side.
-        global_batch, micro_batch, rank, world_size, seed, device, dtype, mean, std: As for ``TrainLoader``.
-
-    Raises:
-        ValueError: See ``TrainSampler``.
+    All are of the same uint8 images and labels, a function of (seed, rank), and normalised anew each time.
     """
 
     def __init__(
@@ -44,30 +34,20 @@ class SyntheticLoader:
         validation_images: int,
         classes: int,
         image_size: int,
-        global_batch: int,
-        micro_batch: int,
-        rank: int,
-        world_size: int,
-        seed: int,
         device: torch.device | str,
         dtype: torch.dtype,
         mean: Sequence[float],
         std: Sequence[float],
+        **split: Unpack[Split],
     ) -> None:
-        self._train_order = TrainSampler(
-            train_images,
-            global_batch=global_batch,
-            micro_batch=micro_batch,
-            rank=rank,
-            world_size=world_size,
-            seed=seed,
-        )
+        self._train_order = TrainSampler(train_images, **split)
+        micro_batch, rank, world_size = split["micro_batch"], split["rank"], split["world_size"]
         self._validation_order = ValidationSampler(
             validation_images, micro_batch=micro_batch, rank=rank, world_size=world_size
         )
         self._device = torch.device(device)
         self._normalise = Normalise(mean, std, device=self._device, dtype=dtype)
-        generator = torch.Generator(self._device).manual_seed(derive_seed("synthetic", seed, rank))
+        generator = torch.Generator(self._device).manual_seed(derive_seed("synthetic", split["seed"], rank))
         shape = (micro_batch, image_size, image_size, 3)
         pixels = torch.randint(256, shape, generator=generator, device=self._device, dtype=torch.uint8)
         self._images = pixels.movedim(-1, 1)
@@ -82,14 +62,10 @@ class SyntheticLoader:
         """Do nothing: nobody waits for these images."""
 
     def begin(self) -> None:
-        """Do nothing, likewise."""
+        """Do nothing: nobody waits for these images."""
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """Yield as many batches as the epoch has micro-batches from ``first_step`` on.
-
-        Raises:
-            ValueError: The epoch has no such step.
-        """
+        """Yield as many batches as the epoch has micro-batches from ``first_step`` on."""
         self._train_order.set_epoch(epoch, first_step)
         weights = torch.ones(len(self._labels), device=self._device)
         for _ in range(len(self._train_order)):

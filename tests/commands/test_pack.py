@@ -129,15 +129,12 @@ def test_a_damaged_shard_of_an_earlier_launch_is_made_anew(tmp_path: Path, monke
     before = [shard.stat().st_ino for shard in shards]
     assert pack(tmp_path / "images", tmp_path / "pack", 0) == 0
     assert contents(tmp_path / "pack") == contents(tmp_path / "undisturbed")
-    assert [shard.stat().st_ino == inode for shard, inode in zip(shards, before, strict=True)][:3] == [
-        True,
-        False,
-        True,
-    ]
+    kept = [shard.stat().st_ino == inode for shard, inode in zip(shards, before, strict=True)]
+    assert kept[:3] == [True, False, True]
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGINT]])
-def test_a_pack_that_is_ended_goes_on(tmp_path: Path, signals: list[signal.Signals]) -> None:
+def under_way(tmp_path: Path) -> tuple[Path, subprocess.Popen[str]]:
+    """A folder of 6,012 images, and a process that has packed the first of two parts."""
     images = write_folder(tmp_path / "images")
     for number in range(6_000):
         os.link(images / "val/c0/0.jpg", images / f"val/c1/again-{number}.jpg")
@@ -148,6 +145,12 @@ def test_a_pack_that_is_ended_goes_on(tmp_path: Path, signals: list[signal.Signa
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    return images, process
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGINT]])
+def test_a_pack_that_is_ended_goes_on(tmp_path: Path, signals: list[signal.Signals]) -> None:
+    images, process = under_way(tmp_path)
     for signum in signals:
         os.kill(process.pid, signum)
         time.sleep(0.02)
@@ -157,8 +160,8 @@ def test_a_pack_that_is_ended_goes_on(tmp_path: Path, signals: list[signal.Signa
         assert process.returncode == -9
     else:  # of two that wait, Python takes either first
         heard = {143: "SIGTERM", 130: "SIGINT"}[process.returncode]
-        assert said == f"recipe: ended by {heard}; the same command goes on\n"
-        assert not list((tmp_path / "pack/.unfinished").glob("*.tar"))
+        assert said == f"recipe: ended by {heard}; the same command resumes\n"
+    deadline = time.monotonic() + 100
     while group(process.pid):
         assert time.monotonic() < deadline, group(process.pid)
         time.sleep(0.05)
@@ -173,15 +176,7 @@ def test_a_pack_that_is_ended_goes_on(tmp_path: Path, signals: list[signal.Signa
 
 
 def test_a_process_that_is_killed_ends_it_in_one_line(tmp_path: Path) -> None:
-    images = write_folder(tmp_path / "images")
-    for number in range(6_000):
-        os.link(images / "val/c0/0.jpg", images / f"val/c1/again-{number}.jpg")
-    process = start(images, tmp_path / "pack", start_new_session=True)
-    record = tmp_path / "pack/.unfinished/train-00000.json"
-    deadline = time.monotonic() + 100
-    while not record.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    _, process = under_way(tmp_path)
     # The server is the parent of the processes that pack, and has no parent but the command.
     listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,pgid="], capture_output=True, text=True, check=True).stdout
     rows = [tuple(map(int, line.split())) for line in listed.splitlines()]
@@ -191,7 +186,7 @@ def test_a_process_that_is_killed_ends_it_in_one_line(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert said == "recipe: a process that packs was killed (out of memory?); the same command goes on\n"
+    assert said == "recipe: a process that packs was killed (out of memory?); the same command resumes\n"
 
 
 def group(leader: int) -> list[str]:
@@ -274,7 +269,7 @@ def test_a_complete_pack_is_left_as_it_is_and_another_is_refused(
         ("nowhere", "pack", "there is no folder {root}/nowhere; it should hold train/ and val/"),
         ("images", "images/pack", "DST {root}/images/pack lies in SRC {root}/images; name a folder outside of it"),
         ("images", "images", "DST {root}/images lies in SRC"),
-        ("images", ".", "DST {root} holds file, images, link, and no pack; name a new or an empty folder"),
+        ("images", ".", "DST {root} holds file, images, link, and no pack; name a new or empty folder"),
         ("images", "link/pack", "DST {root}/link/pack lies in SRC"),
         ("images", "file", "DST {root}/file: {root}/file is no folder; remove it, or name another"),
         (
@@ -326,13 +321,14 @@ def test_a_full_disk_is_told_in_one_line_and_the_same_command_goes_on(tmp_path: 
     process = start(images, tmp_path / "pack", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     _, said = process.communicate(timeout=100)
     assert process.returncode == 2
-    assert said == f"recipe: {tmp_path / 'pack'}: File too large; mend that, and the same command goes on\n"
+    assert said == f"recipe: {tmp_path / 'pack'}: File too large; mend that, and the same command resumes\n"
     assert pack(images, tmp_path / "pack", 0) == 0
 
 
 def test_two_packs_at_once_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images, destination = write_folder(tmp_path / "images"), tmp_path / "pack"
-    hold = "import sys, pathlib, recipe.lock as l; f = l.lock(pathlib.Path(sys.argv[1])); print(flush=True); input()"
+    hold = "import pathlib, sys; from recipe.checkpoints import lock; file = lock(pathlib.Path(sys.argv[1]))"
+    hold += "; print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", hold, destination], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:

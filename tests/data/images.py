@@ -2,7 +2,7 @@
 
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from recipe.data.datasets import ImageDataset
+from recipe.data import Batch, ImageDataset
 from recipe.data.decoding import Decoded
 
 MEAN = (0.485, 0.456, 0.406)
@@ -34,14 +34,22 @@ class Pictures(ImageDataset):
 
     def __init__(self, length: int = 23, *, crop: str = "random_resized", image_size: int = 16) -> None:
         labels = [index % 3 for index in range(length)]
-        super().__init__(labels, 3, image_size=image_size, crop=crop, flip=True, seed=5)
-        self.class_names = ["a", "b", "c"]
+        super().__init__(labels, ["a", "b", "c"], image_size=image_size, crop=crop, flip=True, seed=5)
 
     def image(self, index: int) -> Decoded:
         return Decoded(pixels(picture(index, width=20 + index)))
 
     def name(self, index: int) -> str:
         return f"picture {index}"
+
+
+def assert_same(ours: Iterable[Batch], theirs: Iterable[Batch]) -> None:
+    """The same batches, to the bit."""
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert torch.equal(mine.images, expected.images)
+        assert torch.equal(mine.labels, expected.labels)
+        assert torch.equal(mine.weights, expected.weights)
+        assert mine.bad_images == expected.bad_images
 
 
 def write_folder(root: Path, classes: int = 2, images: int = 3, parts: tuple[str, ...] = ("train", "val")) -> Path:

@@ -11,7 +11,7 @@ from recipe.data import BadImageError, EncodedImages, TrainLoader, ValidationLoa
 from recipe.data.decoders import NvJpeg
 from recipe.data.decoding import UNREADABLE, decode, plain_jpeg_size
 from recipe.data.resizing import _resized_in_float as resized_in_float, resize
-from tests.data.images import MEAN, STD, Pictures, picture, pixels
+from tests.data.images import MEAN, STD, Pictures, assert_same, picture, pixels
 
 CPU = torch.device("cpu")
 SIZE = 16
@@ -72,10 +72,7 @@ def test_the_same_samples_come_from_the_device(folder, crop, workers):
     plain = open_datasets("imagefolder", folder, SIZE, crop, True, 3, "stop")
     on_device = [EncodedImages(part, NVJPEG, CPU) for part in plain]
     seen = batches(on_device, workers)
-    for theirs, ours in zip(batches(plain), seen, strict=True):
-        assert torch.equal(ours.images, theirs.images)
-        assert torch.equal(ours.labels, theirs.labels)
-        assert torch.equal(ours.weights, theirs.weights)
+    assert_same(seen, batches(plain))
     # Of 8 images a class, workers decode what the device should not: CMYK, the PNG and what ends in something else.
     assert sum(batch.decoded_by_pil for batch in seen) == 3 * 2 * 3
 
@@ -93,8 +90,7 @@ def sorted_names(folder):
 
 def test_a_batch_without_a_jpeg_is_the_data_sets():
     plain = Pictures(), Pictures()
-    for theirs, ours in zip(batches(plain), batches([EncodedImages(part, None, CPU) for part in plain]), strict=True):
-        assert torch.equal(ours.images, theirs.images)
+    assert_same(batches([EncodedImages(part, None, CPU) for part in plain]), batches(plain))
 
 
 def damage(file):
@@ -114,12 +110,9 @@ def test_the_data_set_judges_what_the_device_refuses(folder, bad):
         plain = open_datasets("imagefolder", folder, SIZE, "random_resized", True, 3, on_bad_image)
         on_device = [EncodedImages(part, NVJPEG, CPU) for part in plain]
         if on_bad_image == "skip":
-            for theirs, ours in zip(batches(plain), batches(on_device), strict=True):
-                assert torch.equal(ours.images, theirs.images)
-                assert torch.equal(ours.labels, theirs.labels)
-                assert torch.equal(ours.weights, theirs.weights)
-                assert ours.bad_images == theirs.bad_images
-            assert {name for batch in batches(on_device) for name in batch.bad_images} == {
+            seen = batches(on_device)
+            assert_same(seen, batches(plain))
+            assert {name for batch in seen for name in batch.bad_images} == {
                 str(folder / part / "c1" / "1.jpg") for part in ("train", "val")
             }
         else:
@@ -140,11 +133,10 @@ def test_what_the_device_alone_refuses_is_decoded_and_counted(folder):
     plain = open_datasets("imagefolder", folder, SIZE, "random_resized", True, 3, "stop")
     refused = [EncodedImages(part, NvJpeg(SIZE, CPU, refuse_progressive), CPU) for part in plain]
     taken = [EncodedImages(part, NVJPEG, CPU) for part in plain]
-    more = 0
-    for theirs, ours in zip(batches(taken), batches(refused), strict=True):
-        assert torch.equal(ours.images, theirs.images)
-        more += ours.decoded_by_pil - theirs.decoded_by_pil
-    assert more == 2 * 2 + 2
+    seen, expected = batches(refused), batches(taken)
+    assert_same(seen, expected)
+    by_pil = [sum(batch.decoded_by_pil for batch in batches) for batches in (seen, expected)]
+    assert by_pil[0] - by_pil[1] == 2 * 2 + 2
     assert 1 in asked
 
 
@@ -185,12 +177,10 @@ def test_dali_goes_on_after_an_image_that_it_refuses(folder, dali):
 
 
 def test_what_a_decoder_lacks_is_refused(monkeypatch):
-    with pytest.raises(
-        ValueError, match=r'^recipe\.data\.decoder = "gpu": there is no CUDA GPU; write "cpu", or "dali"$'
-    ):
-        open_decoder("gpu", SIZE, CPU, threads=1)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(
-        ValueError, match=r'^recipe\.data\.decoder = "dali": .* pip install nvidia-dali-cuda130, or write'
-    ):
-        open_decoder("dali", SIZE, CPU, threads=1)
+    for name, problem in {
+        "gpu": 'there is no CUDA GPU; write "cpu", or "dali"$',
+        "dali": ".* pip install nvidia-dali-cuda130, or write",
+    }.items():
+        with pytest.raises(ValueError, match=rf'^recipe\.data\.decoder = "{name}": {problem}'):
+            open_decoder(name, SIZE, CPU, threads=1)

@@ -97,15 +97,22 @@ def test_sixteen_bits_of_grey_are_scaled_to_eight(form):
 @pytest.mark.parametrize(
     ("values", "kind", "problem"),
     [
-        ([0, 1], np.float32, "its grey values are floating-point numbers, whose range is not known"),
-        ([0, 70_000], np.int32, "its grey values are 32-bit integers, whose range is not known"),
+        (
+            [0, 1],
+            np.float32,
+            "its grey values are floating-point numbers, whose range is not known; convert it to 8 or 16 bits",
+        ),
+        (
+            [0, 70_000],
+            np.int32,
+            "its grey values are 32-bit integers, whose range is not known; convert it to 8 or 16 bits",
+        ),
     ],
 )
 def test_grey_of_an_unknown_range_is_refused(values, kind, problem):
     with pytest.raises(module.DecodingError) as error:
         decode(deep_grey(values, "TIFF", kind))
     assert str(error.value) == problem
-    assert module.remedy(error.value) == "convert it to 8 or 16 bits"
 
 
 def test_whatever_a_decoder_raises_is_a_bad_image(monkeypatch):
@@ -132,6 +139,5 @@ def test_whatever_a_decoder_raises_is_a_bad_image(monkeypatch):
 
 def test_an_image_beyond_pils_limit_is_to_be_shrunk(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    with pytest.raises(module.TooLargeError, match="it has more than 500 pixels") as error:
+    with pytest.raises(module.DecodingError, match=r"^it has more than 500 pixels; shrink it$"):
         decode(encoded(picture(), "PNG"))
-    assert module.remedy(error.value) == "shrink it"

@@ -7,7 +7,7 @@ from recipe.data import BadImageError, HeldImages, TrainLoader, ValidationLoader
 from recipe.data.loader import collate
 from recipe.data.resizing import resize, resized_boxes
 from recipe.data.sampler import PADDING
-from tests.data.images import MEAN, STD, Pictures, picture, pixels, write_folder
+from tests.data.images import MEAN, STD, Pictures, assert_same, picture, pixels, write_folder
 
 CPU = torch.device("cpu")
 LOADER = {"device": "cpu", "dtype": torch.float32, "mean": MEAN, "std": STD, "rank": 0, "world_size": 1}
@@ -47,10 +47,7 @@ def test_batches_are_those_of_the_data_set(crop, workers):
         seen.append(batches)
         loader.close()
     assert len(seen[0]) == len(seen[1]) > 40
-    for expected, ours in zip(*seen, strict=True):
-        assert torch.equal(ours.images, expected.images)
-        assert torch.equal(ours.labels, expected.labels)
-        assert torch.equal(ours.weights, expected.weights)
+    assert_same(seen[1], seen[0])
 
 
 def test_bad_images_are_replaced_or_left_out_as_from_the_folder(tmp_path):

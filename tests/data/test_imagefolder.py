@@ -1,3 +1,4 @@
+import io
 import pickle
 import warnings
 
@@ -83,7 +84,7 @@ def test_a_huge_image_is_read_and_a_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 1,200 pixels: more than the limit, less than twice
     assert train.image(0).pixels.shape == (30, 40, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    with pytest.raises(BadImageError, match=r"0\.jpg: .* \(it has more than 500 pixels\); shrink it, or set"):
+    with pytest.raises(BadImageError, match=r"0\.jpg: .* \(it has more than 500 pixels; shrink it\); mend it, or set"):
         train.image(0)
 
 
@@ -156,23 +157,16 @@ def test_classes_that_differ_are_named(tmp_path, here, there):
         open_folder(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs", "what"),
-    [
-        ("caf\u00e9", "cafe\u0301", "one is composed, the other decomposed, as macOS writes it"),
-        ("cat", "Cat ", "they differ"),
-        ("cat", "cat\u200b", "they differ"),
-    ],
-)
-def test_classes_that_look_the_same_are_told_apart(tmp_path, ours, theirs, what):
+@pytest.mark.parametrize(("ours", "theirs"), [("caf\u00e9", "cafe\u0301"), ("cat", "Cat "), ("cat", "cat\u200b")])
+def test_classes_that_look_the_same_are_told_apart(tmp_path, ours, theirs):
     write_folder(tmp_path)
     (tmp_path / "train" / "c1").rename(tmp_path / "train" / ours)
     (tmp_path / "val" / "c1").rename(tmp_path / "val" / theirs)
     with pytest.raises(ValueError, match=r"lacks classes") as error:
         open_folder(tmp_path)
     assert str(error.value) == (
-        f"recipe.data.path: {tmp_path}/val lacks classes that {tmp_path}/train has: {ours}; of {ours!a} and its "
-        f"{theirs!a} {what}: rename the folders of one as those of the other"
+        f"recipe.data.path: {tmp_path}/val lacks classes that {tmp_path}/train has: {ours}; {ours!a} looks like "
+        f"{theirs!a}, which it has: give both the same name"
     )
 
 
@@ -182,10 +176,14 @@ def spoil(path, how: str) -> None:
         path.unlink()
         path.symlink_to(path.parent, target_is_directory=True)
         return
-    path.write_bytes({"truncated": good[: len(good) // 2], "text": b"no image\n", "empty": b""}[how])
+    png = io.BytesIO()
+    picture().save(png, "PNG")
+    broken_png = png.getvalue()[:40] + bytes([png.getvalue()[40] ^ 0xFF]) + png.getvalue()[41:]
+    contents = {"truncated": good[: len(good) // 2], "text": b"no image\n", "empty": b"", "broken PNG": broken_png}
+    path.write_bytes(contents[how])
 
 
-@pytest.mark.parametrize("how", ["truncated", "text", "empty", "directory in its place"])
+@pytest.mark.parametrize("how", ["truncated", "text", "empty", "broken PNG", "directory in its place"])
 def test_a_bad_image_names_its_path_and_the_remedy(tmp_path, how):
     train, validation = open_folder(write_folder(tmp_path))
     for part, dataset, key in (("train", train, (0, 1)), ("val", validation, 1)):
@@ -198,17 +196,6 @@ def test_a_bad_image_names_its_path_and_the_remedy(tmp_path, how):
         again = pickle.loads(pickle.dumps(error.value))
         assert isinstance(again, BadImageError)
         assert str(again) == str(error.value)
-
-
-def test_a_broken_png_is_a_bad_image(tmp_path):
-    train, _ = open_folder(write_folder(tmp_path))
-    path = tmp_path / "train" / "c0" / "1.jpg"
-    picture().save(path, "PNG")
-    data = bytearray(path.read_bytes())
-    data[40] ^= 0xFF
-    path.write_bytes(bytes(data))
-    with pytest.raises(BadImageError, match=r"1\.jpg"):
-        train[0, 1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,6 +1,6 @@
 """``python -m recipe pack``: an ImageFolder in a few large files, from which any image is one read.
 
-The same command, launched again, goes on where it was ended. What lies under the names of a pack is whole: shards come
+The same command, launched again, resumes where it was ended. What lies under the names of a pack is whole: shards come
 one by one, ``pack.json`` last.
 """
 
@@ -10,8 +10,8 @@ import io
 import os
 import shutil
 import signal
-import stat
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,27 +22,26 @@ import PIL
 
 from recipe.checkpoints import LOCK, lock
 from recipe.commands.pack.shards import UNFINISHED, Record, Source, pack_shards, share_out, write_whole
-from recipe.commands.pack.verify import verify
 from recipe.config import parse_json, printable, read_text, validate
 from recipe.data import (
     HEADER,
     IMAGE,
     IMAGES,
     NAMES,
-    BadImage,
-    File,
     FolderIndex,
     Header,
     Making,
     Part,
+    damage,
+    describe,
     list_imagefolder,
+    open_index,
     read_header,
-    sha256_of,
 )
 from recipe.distributed import Interrupted, heeded, outlive_readers, say
 from recipe.reporting import Parser, Progress
 
-COMPLETE, REFUSED = 0, 2
+COMPLETE, DAMAGED, REFUSED = 0, 1, 2
 MAKING = "making.json"
 BAD_IMAGES_SHOWN = 20
 
@@ -55,16 +54,16 @@ def main(argv: Sequence[str]) -> int:
         try:
             if arguments.verify is not None:
                 return verify(arguments.verify)
-            return pack(arguments.source, arguments.destination, arguments.short_side)
+            return pack(arguments.source, arguments.destination, arguments.short_side or 0)
         except OSError as error:
             where = arguments.destination or arguments.verify
-            say(f"{where}: {error.strerror or error}; mend that, and the same command goes on")
+            say(f"{where}: {error.strerror or error}; mend that, and the same command resumes")
             return REFUSED
         except ValueError as refusal:
             say(str(refusal))
             return REFUSED
         except Interrupted as interruption:
-            say(f"ended by {interruption}; the same command goes on")
+            say(f"ended by {interruption}; the same command resumes")
             return interruption.exit_code
 
 
@@ -78,7 +77,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("destination", type=Path, nargs="?", metavar="DST", help="folder of the pack; new or empty")
     parser.add_argument(
         "--short-side",
-        type=_pixels,
+        type=int,
         metavar="PIXELS",
         help="resize larger images to this short side (default: 0, every image as it is)",
     )
@@ -87,20 +86,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     given = [arguments.source, arguments.destination]
     if (None in given) if arguments.verify is None else any(x is not None for x in [*given, arguments.short_side]):
         parser.error("name SRC and DST, or --verify and DST alone")
-    arguments.short_side = arguments.short_side or 0
+    if arguments.short_side and arguments.short_side < 8:
+        parser.error(f"argument --short-side: {arguments.short_side} pixels; 0, or 8 and more")
     return arguments
-
-
-def _pixels(text: str) -> int:
-    number = int(text) if text.isdecimal() and len(text) < 6 else -1
-    if number != 0 and number < 8:
-        raise argparse.ArgumentTypeError("expected a whole number of pixels, 0 or 8 to 99999")
-    return number
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Have the first signal raise ``Interrupted``; the process ends with it, and others change nothing of how."""
+    """Have the first signal raise ``Interrupted``; the process ends with it, and later ones change nothing."""
     came: list[int] = []
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
@@ -116,38 +109,49 @@ def _interruptible() -> Iterator[None]:
 
 
 def pack(source: Path, destination: Path, short_side: int, workers: int | None = None) -> int:
-    """Pack an ImageFolder; larger images are resized to ``short_side`` pixels, 0 for none.
+    """Pack an ImageFolder on ``workers`` processes, by default one per core; return the exit code.
 
-    ``workers`` is the number of processes; None for one a core. Returns the exit code.
-
-    Raises:
-        ValueError: a folder will not do, or the pack was begun otherwise.
-        OSError: the pack cannot be written.
+    Larger images are resized to ``short_side`` pixels, 0 for none.
     """
     if destination.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"DST {destination} lies in SRC {source}; name a folder outside of it")
-    _check_destination(destination)
+    begun = destination / UNFINISHED / MAKING
+    if destination.is_dir() and not (destination / HEADER).is_file() and not begun.is_file():
+        others = sorted(path.name for path in destination.iterdir() if path.name not in (LOCK, UNFINISHED))
+        if others:
+            raise ValueError(
+                f"DST {destination} holds {', '.join(others[:5])}, and no pack; name a new or empty folder"
+            )
     folders = list_imagefolder(source)
     parts = [(Path(folder.root), _sources(folder)) for folder in folders]
-    making = Making(
-        short_side=short_side, pillow=PIL.__version__, source_sha256=_source_sha256(folders[0].classes, parts)
-    )
+    digest = hashlib.sha256(b"\0".join(map(os.fsencode, folders[0].classes)))
+    for root, sources in parts:
+        for file in sources:
+            digest.update(
+                b"\0%b\0%d\0%d" % (os.fsencode(os.path.join(root.name, file.path)), file.bytes, file.changed_ns)
+            )
+    making = Making(short_side=short_side, pillow=PIL.__version__, source_sha256=digest.hexdigest())
     with lock(destination, "DST"):
-        if _begin(destination, making):
+        if (destination / HEADER).is_file():
+            _compare(destination, read_header(destination).making, making)
+            shutil.rmtree(destination / UNFINISHED, ignore_errors=True)
             print(printable(f"{destination} is complete already; python -m recipe pack --verify looks at every byte"))
             return COMPLETE
-        header = _make(destination, making, folders[0].classes, parts, workers or len(os.sched_getaffinity(0)))
+        if begun.is_file():
+            earlier = validate(Making, parse_json(read_text(begun, MAKING), str(begun)), str(begun), "")
+            _compare(destination, earlier, making)
+        else:
+            begun.parent.mkdir(exist_ok=True)
+            write_whole(begun.with_suffix(".new"), begun, making.model_dump_json().encode())
+        workers = workers or len(os.sched_getaffinity(0))
+        train, validation = _make_parts(destination, making, parts, workers)
+        classes = tuple(map(printable, folders[0].classes))
+        header = Header(making=making, classes=classes, train=train, validation=validation)
+        text = header.model_dump_json(indent=1) + "\n"
+        write_whole(destination / UNFINISHED / HEADER, destination / HEADER, text.encode())
+        shutil.rmtree(destination / UNFINISHED)
     _report(destination, header)
     return COMPLETE
-
-
-def _check_destination(destination: Path) -> None:
-    """Refuse a folder with anything but a pack that is complete or under way."""
-    if not destination.is_dir() or (destination / HEADER).is_file() or (destination / UNFINISHED / MAKING).is_file():
-        return
-    others = sorted(path.name for path in destination.iterdir() if path.name not in (LOCK, UNFINISHED))
-    if others:
-        raise ValueError(f"DST {destination} holds {', '.join(others[:5])}, and no pack; name a new or an empty folder")
 
 
 def _sources(folder: FolderIndex) -> list[Source]:
@@ -158,90 +162,40 @@ def _sources(folder: FolderIndex) -> list[Source]:
             status = os.stat(path)
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}; mend or remove it") from None
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path}: not a regular file; remove it")  # to open a pipe would wait for a writer
         sources.append(Source(path.removeprefix(prefix), label, status.st_size, status.st_mtime_ns))
     return sources
 
 
-def _source_sha256(classes: Sequence[str], parts: Sequence[tuple[Path, Sequence[Source]]]) -> str:
-    digest = hashlib.sha256(b"\0".join(map(os.fsencode, classes)))
-    for root, sources in parts:
-        for source in sources:
-            name = os.fsencode(os.path.join(root.name, source.path))
-            digest.update(b"\0%b\0%d\0%d" % (name, source.bytes, source.changed_ns))
-    return digest.hexdigest()
-
-
-def _begin(destination: Path, making: Making) -> bool:
-    """Whether the pack is complete already; if not, the folder is ready for it, or for its rest."""
-    _check_destination(destination)
-    if (destination / HEADER).is_file():
-        _compare(destination, read_header(destination).making, making)
-        shutil.rmtree(destination / UNFINISHED, ignore_errors=True)
-        return True
-    path = destination / UNFINISHED / MAKING
-    if path.is_file():
-        _compare(destination, validate(Making, parse_json(read_text(path, MAKING), str(path)), str(path), ""), making)
-        for leftover in path.parent.glob("*.tar"):
-            leftover.unlink()
-        return False
-    path.parent.mkdir(exist_ok=True)
-    write_whole(path.with_suffix(".new"), path, making.model_dump_json().encode())
-    return False
-
-
 def _compare(destination: Path, begun: Making, making: Making) -> None:
-    remedy = "name another DST, or remove this one"
     old, new = begun.model_dump(), making.model_dump()
-    differing = [key for key in old if old[key] != new[key]]
-    if differing == ["source_sha256"]:
-        raise ValueError(
-            f"{destination} is a pack of other files than are in SRC now: names, sizes or times of change differ; "
-            f"restore them, {remedy}"
-        )
-    if differing:
-        key = differing[0]
-        raise ValueError(f"{destination} is a pack with {key} {old[key]}, not {new[key]}; {remedy}")
+    for key in old:  # the source's comes last
+        if old[key] != new[key]:
+            what = f"with {key} {old[key]}, not {new[key]}; "
+            if key == "source_sha256":
+                what = "of other files than are in SRC now: names, sizes or times of change differ; restore them, "
+            raise ValueError(f"{destination} is a pack {what}name another DST, or remove this one")
 
 
-def _make(
-    destination: Path,
-    making: Making,
-    classes: Sequence[str],
-    parts: Sequence[tuple[Path, Sequence[Source]]],
-    workers: int,
-) -> Header:
-    shards = [share_out(root, destination, sources) for root, sources in parts]
+def _make_parts(
+    destination: Path, making: Making, parts: Sequence[tuple[Path, Sequence[Source]]], workers: int
+) -> Iterator[Part]:
+    """Write what is not written yet of shards and index; yield what the header says of each part."""
+    shards = [shard for root, sources in parts for shard in share_out(root, destination, sources)]
     for root, _ in parts:
         (destination / root.name).mkdir(exist_ok=True)
-    total = sum(len(sources) for _, sources in parts)
-    together = [shard for of_part in shards for shard in of_part]
-    with Progress(total, "images") as progress:
+    with Progress(sum(len(sources) for _, sources in parts), "images") as progress:
 
         def show(done: int, shards_done: int) -> None:
-            progress.update(done, f"{shards_done:,}/{len(together):,} shards", f"{progress.speed:,.0f} images/s")
+            progress.update(done, f"{shards_done:,}/{len(shards):,} shards", f"{progress.speed:,.0f} images/s")
 
-        try:
-            records = pack_shards(together, making, workers, show)
-        except BaseException:
-            for leftover in (destination / UNFINISHED).glob("*.tar"):
-                leftover.unlink(missing_ok=True)
-            raise
-    cut = len(shards[0])
-    train, validation = (
-        _index(destination, root, sources, of_part)
-        for (root, sources), of_part in zip(parts, (records[:cut], records[cut:]), strict=True)
-    )
-    header = Header(making=making, classes=tuple(map(printable, classes)), train=train, validation=validation)
-    text = header.model_dump_json(indent=1) + "\n"
-    write_whole(destination / UNFINISHED / HEADER, destination / HEADER, text.encode())
-    shutil.rmtree(destination / UNFINISHED)
-    return header
+        records = pack_shards(shards, making, workers, show)
+    for root, sources in parts:
+        of_part = [record for shard, record in zip(shards, records, strict=True) if shard.root == root]
+        yield _index(destination, root, sources, of_part)
 
 
 def _index(destination: Path, root: Path, sources: Sequence[Source], records: Sequence[Record]) -> Part:
-    """Write the arrays of a part, and give what the header says of it."""
+    """Write the arrays of a part, and return what the header says of it."""
     names = [os.fsencode(source.path) for source in sources]
     images = np.empty(len(sources), IMAGE)
     images["offset"] = [offset for record in records for offset in record.offsets]
@@ -250,22 +204,18 @@ def _index(destination: Path, root: Path, sources: Sequence[Source], records: Se
     images["label"] = [source.label for source in sources]
     images["name_end"] = np.cumsum([len(name) for name in names])
     arrays: dict[str, npt.NDArray] = {IMAGES: images, NAMES: np.frombuffer(b"".join(names), np.uint8)}
-    indices = []
     for name, array in arrays.items():
         content = io.BytesIO()
         np.save(content, array, allow_pickle=False)
-        path = destination / root.name / name
-        write_whole(destination / UNFINISHED / name, path, content.getvalue())
-        indices.append(File(file=name, bytes=path.stat().st_size, sha256=sha256_of(path)))
-    files = [File(file=name, bytes=size, sha256=sha256) for record in records for name, size, sha256 in record.files]
+        write_whole(destination / UNFINISHED / name, destination / root.name / name, content.getvalue())
     return Part(
         folder=root.name,
         images=len(sources),
         resized=sum(record.resized for record in records),
-        shards=tuple(file for file in files if file.file.endswith(".tar")),
-        indices=(*indices, *(file for file in files if file.file.endswith(".idx"))),
-        bad_images=tuple(BadImage(name=name, problem=problem) for record in records for name, problem in record.bad),
-        kept_images=tuple(BadImage(name=name, problem=problem) for record in records for name, problem in record.kept),
+        shards=tuple(record.shard for record in records),
+        indices=(*(describe(destination / root.name / name) for name in arrays), *(record.index for record in records)),
+        bad_images=tuple(image for record in records for image in record.bad_images),
+        kept_images=tuple(image for record in records for image in record.kept_images),
     )
 
 
@@ -287,3 +237,36 @@ def _report(destination: Path, header: Header) -> None:
     )
     short_side = f'"pack_short_side": {header.making.short_side}, ' if header.making.short_side else ""
     print(f'to train from it: "source": "pack", {short_side}and --data {where}')
+
+
+def verify(destination: Path) -> int:
+    """Compare every byte of a pack with what was written, and the header with the index; return the exit code."""
+    header = read_header(destination)
+    files = [
+        (destination / part.folder / file.file, file) for part in header.parts for file in part.shards + part.indices
+    ]
+    with (
+        Progress(sum(file.bytes for _, file in files)) as progress,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
+    ):
+        problems = []
+        for (path, file), problem in zip(
+            files, threads.map(lambda pair: damage(pair[0], pair[1], every_byte=True), files), strict=True
+        ):
+            progress.add(file.bytes)
+            problems += [f"{path}: {problem}"] if problem else []
+    for problem in problems:
+        print(f"damaged: {problem}")
+    if problems:
+        print(
+            f"{destination}: {len(problems)} of {len(files)} files are damaged; copy them again, or make the pack anew"
+        )
+        return DAMAGED
+    try:
+        for part in header.parts:
+            open_index(destination, header, part)
+    except ValueError as error:
+        print(f"damaged: {error}")
+        return DAMAGED
+    print(f"{destination}: {len(files)} files, whole")
+    return COMPLETE

@@ -1,10 +1,9 @@
-"""Makes the shards of a pack, each by one process: a shard that a record speaks of is whole and on the disk.
+"""Writes the shards of a pack, each by one process; where there is a record of a shard, it is whole and on the disk.
 
-The bytes of a shard are a function of the source and of ``Making`` alone, never of which process made it or when.
+The bytes of a shard are a function of the source and of ``Making`` alone, never of which process wrote it or when.
 """
 
 import io
-import json
 import multiprocessing
 import os
 import signal
@@ -14,42 +13,37 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torchvision.transforms.functional import resize
 
-from recipe.config import printable
-from recipe.data import UNREADABLE, Making, TooLargeError, decode, decode_reduced, remedy, sha256_of, shard_name
-from recipe.distributed import SIGNALS, heeded
+from recipe.config import Section, printable
+from recipe.data import UNREADABLE, BadImage, File, Making, decode, describe, sha256_of, shard_name
+from recipe.distributed import SIGNALS, Interrupted, heeded
 
 UNFINISHED = ".unfinished"
 SMALLEST_SHARD_BYTES = 64 * 2**20
 # A rank keeps every shard open, and a process has 1,024 files unless somebody has raised that.
 MOST_SHARDS = 256
 LONGEST_JPEG_PIXELS = 65_500  # libjpeg's limit, somewhat below the format's 65,535
-_LOOK_EVERY_SECONDS = 0.2
 _made: Any = None  # in a worker: the images of all workers so far
 
 
-@dataclass(frozen=True)
-class Source:
-    """A file to pack: ``path`` relative to its part, ``label`` the number of its class, ``bytes`` its size.
-
-    ``changed_ns`` is its time of change, in nanoseconds.
-    """
+class Source(NamedTuple):
+    """A file to pack."""
 
     path: str
+    """relative to its part"""
     label: int
     bytes: int
     changed_ns: int
+    """its time of change, in nanoseconds"""
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """What one process packs: the files of ``root``, the first of which is image ``first`` of the part."""
 
     root: Path
@@ -60,24 +54,19 @@ class Shard:
 
     @property
     def record(self) -> Path:
-        """The file that tells that it is whole."""
         return self.pack / UNFINISHED / f"{self.root.name}-{self.number:05}.json"
 
 
-@dataclass(frozen=True)
-class Record:
-    """A shard that is whole: where its images lie in bytes, and its files' sizes and SHA-256.
-
-    ``bad`` has path and problem of each image that could not be decoded, ``kept`` of each that could not be made
-    smaller, and is packed as it is.
-    """
+class Record(Section):
+    """A shard that is whole: where its images lie, its files, the images that are bad or could not be made smaller."""
 
     offsets: list[int]
     sizes: list[int]
     resized: int
-    bad: list[tuple[str, str]]
-    kept: list[tuple[str, str]]
-    files: list[tuple[str, int, str]]
+    shard: File
+    index: File
+    bad_images: list[BadImage]
+    kept_images: list[BadImage]
 
 
 class TooLongError(Exception):
@@ -86,7 +75,7 @@ class TooLongError(Exception):
 
 def share_out(root: Path, pack: Path, sources: Sequence[Source]) -> list[Shard]:
     """Cut a part into shards of about equally many bytes of the source."""
-    sizes = [_in_tar(source.bytes) for source in sources]
+    sizes = [_blocks(source.bytes) + 3 * tarfile.BLOCKSIZE for source in sources]  # two heads, and the label
     limit = max(SMALLEST_SHARD_BYTES, -(-sum(sizes) // MOST_SHARDS))
     firsts, filled = [0], 0
     for index, size in enumerate(sizes):
@@ -104,53 +93,47 @@ def share_out(root: Path, pack: Path, sources: Sequence[Source]) -> list[Shard]:
 def pack_shards(
     shards: Sequence[Shard], making: Making, workers: int, show: Callable[[int, int], None]
 ) -> list[Record]:
-    """Make what is not made already, on ``workers`` processes; ``show`` hears of images and shards done so far.
-
-    Raises:
-        ValueError: a file cannot be read, or changes; a process was killed.
-        OSError: the pack cannot be written.
-    """
+    """Write the shards that have no record, on ``workers`` processes; ``show`` takes images and shards done so far."""
     # Not fork: this process has threads. The server imports torch once for all of them.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     made = context.Value("Q")
-    executor = ProcessPoolExecutor(min(workers, len(shards)), context, _begin, (made,))
-    try:
-        with _signals_wait():
-            futures = [executor.submit(_pack_shard, shard, making) for shard in shards]
-        done, waiting = set(), set(futures)
-        while waiting:
-            with _signals_wait():
-                over, waiting = wait(waiting, _LOOK_EVERY_SECONDS, FIRST_COMPLETED)
-            done |= over
-            for future in over:
-                future.result()
-            show(made.value, len(done))
-        return [future.result() for future in futures]
-    except BrokenProcessPool:
-        raise ValueError("a process that packs was killed (out of memory?); the same command goes on") from None
-    except BaseException:
-        for child in multiprocessing.active_children():
-            child.kill()
-        raise
-    finally:
-        executor.shutdown(cancel_futures=True)
+    with _signals_noted() as came:
+        executor = ProcessPoolExecutor(min(workers, len(shards)), context, _begin, (made,))
+        try:
+            # The processes inherit the mask: a Ctrl-C at the terminal reaches them, too, but this one ends them.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                futures = [executor.submit(_pack_shard, shard, making) for shard in shards]
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            waiting = set(futures)
+            while waiting:
+                over, waiting = wait(waiting, 0.2, FIRST_COMPLETED)
+                for future in over:
+                    future.result()
+                if came:
+                    raise Interrupted(came[0])
+                show(made.value, len(shards) - len(waiting))
+            return [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise ValueError("a process that packs was killed (out of memory?); the same command resumes") from None
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
+        finally:
+            executor.shutdown(cancel_futures=True)
 
 
 @contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Put signals off: an exception between the start of a process and the note that it was started would lose it.
-
-    One within ``wait`` would leave locks behind that ``shutdown`` needs.
-    """
+def _signals_noted() -> Iterator[list[int]]:
+    """Put signals off: an exception within the executor would lose a process, or leave locks that its end needs."""
     came: list[int] = []
     handlers = {signum: signal.signal(signum, lambda signum, frame: came.append(signum)) for signum in heeded()}
-    # The processes inherit the mask: a Ctrl-C at the terminal reaches them, too, but it is this one that ends them.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        yield
+        yield came
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         for number in came[:1]:
@@ -171,77 +154,63 @@ def _end_with_the_parent() -> None:
 
 
 def _pack_shard(shard: Shard, making: Making) -> Record:
-    record = _read_record(shard)
-    if record is None:
-        record = _write_shard(shard, making)
-    else:
-        _count(len(shard.sources))
-    return record
-
-
-def _read_record(shard: Shard) -> Record | None:
-    """The record of a shard that an earlier launch has made, if its files are still what was written."""
-    try:
-        record = Record(**json.loads(shard.record.read_text(encoding="utf-8")))
+    try:  # the record of an earlier launch, if its files are still what was written
+        record = Record.model_validate_json(shard.record.read_bytes())
         folder = shard.pack / shard.root.name
-        whole = all(sha256_of(folder / name) == sha256 for name, _, sha256 in record.files)
-    except (OSError, ValueError, TypeError):
-        return None
-    return record if whole else None
+        if all(sha256_of(folder / file.file) == file.sha256 for file in (record.shard, record.index)):
+            _count(len(shard.sources))
+            return record
+    except (OSError, ValueError):
+        pass
+    return _write_shard(shard, making)
 
 
 def _write_shard(shard: Shard, making: Making) -> Record:
-    offsets, sizes, bad, kept, resized = [], [], [], [], 0
+    offsets, sizes, dali_lines, bad, kept, resized = [], [], [], [], [], 0
     unfinished = shard.record.with_suffix(".tar")
     with unfinished.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for index, source in enumerate(shard.sources, shard.first):
-                original = _read(shard.root / source.path, source.bytes)
+            for number, source in enumerate(shard.sources, shard.first):
+                # A bad image keeps its place, so that an index means the same image as in the folder.
+                image = original = _read(shard.root / source.path, source.bytes)
                 name = printable(os.path.join(shard.root.name, source.path))
                 try:
                     image = packed(original, making)
                 except UNREADABLE as error:
-                    # It keeps its place, so that an index means the same image as in the folder.
-                    image = original
-                    bad.append((name, printable(f"{error}; {remedy(error)}" if remedy(error) else str(error))))
+                    bad.append(BadImage(name=name, problem=printable(str(error))))
                 except TooLongError as error:
-                    image = original
-                    kept.append((name, str(error)))
+                    kept.append(BadImage(name=name, problem=str(error)))
                 resized += image is not original
-                offsets.append(_add(archive, f"{index:08}.jpg", image))
+                label = str(source.label).encode()
+                offsets.append(_add(archive, f"{number:08}.jpg", image))
                 sizes.append(len(image))
-                _add(archive, f"{index:08}.cls", str(source.label).encode())
+                label_offset = _add(archive, f"{number:08}.cls", label)
+                dali_lines.append(
+                    f"jpg {offsets[-1]} {len(image)} {number:08}.jpg cls {label_offset} {len(label)} {number:08}.cls\n"
+                )
                 _count(1)
         file.flush()
         os.fsync(file.fileno())
-    name = shard_name(shard.number)
-    lines = list(_dali_lines(shard, offsets, sizes))
-    dali_index = f"v1.2 {len(lines)}\n" + "".join(lines)
-    folder = shard.pack / shard.root.name
-    os.replace(unfinished, folder / name)
-    write_whole(shard.record.with_suffix(".idx"), folder / Path(name).with_suffix(".idx"), dali_index.encode())
-    files = [
-        (path.name, path.stat().st_size, sha256_of(path))
-        for path in (folder / name, folder / Path(name).with_suffix(".idx"))
-    ]
-    record = Record(offsets, sizes, resized, bad, kept, files)
-    write_whole(shard.record.with_suffix(".record"), shard.record, json.dumps(asdict(record)).encode())
+    path = shard.pack / shard.root.name / shard_name(shard.number)
+    os.replace(unfinished, path)
+    dali_index = path.with_suffix(".idx")
+    write_whole(shard.record.with_suffix(".idx"), dali_index, f"v1.2 {len(sizes)}\n{''.join(dali_lines)}".encode())
+    record = Record(
+        offsets=offsets,
+        sizes=sizes,
+        resized=resized,
+        shard=describe(path),
+        index=describe(dali_index),
+        bad_images=bad,
+        kept_images=kept,
+    )
+    write_whole(shard.record.with_suffix(".record"), shard.record, record.model_dump_json().encode())
     return record
 
 
 def packed(original: bytes, making: Making) -> bytes:
-    """The bytes that stand for an image: its own, or those of a smaller JPEG.
-
-    Raises:
-        DecodingError: See ``decode``.
-        TooLongError: It cannot be written as a JPEG.
-    """
-    try:
-        pixels = decode(original).pixels
-    except TooLargeError:
-        if making.short_side == 0:
-            raise
-        pixels = decode_reduced(original, making.short_side)
+    """Return the bytes that stand for an image: its own, or those of a smaller JPEG."""
+    pixels = decode(original, making.short_side).pixels
     if making.short_side == 0 or min(pixels.shape[:2]) <= making.short_side:
         return original
     smaller = io.BytesIO()
@@ -259,16 +228,11 @@ def write_whole(unfinished: Path, path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
-    fsync_folder(path.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(folder)
     finally:
-        os.close(descriptor)
+        os.close(folder)
 
 
 def _read(path: Path, size: int) -> bytes:
@@ -276,7 +240,7 @@ def _read(path: Path, size: int) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; mend it, and the same command goes on") from None
+        raise ValueError(f"{path}: {error.strerror}; mend it, and the same command resumes") from None
     if len(content) != size:
         raise ValueError(
             f"{path}: {len(content):,} bytes, but {size:,} when it was listed; pack what no longer changes"
@@ -285,27 +249,15 @@ def _read(path: Path, size: int) -> bytes:
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> int:
-    """Add a file, and give the offset of its content; owner, time and mode are ``TarInfo``'s constants."""
+    """Add a file, and return the offset of its content; owner, time and mode are ``TarInfo``'s constants."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))
     return archive.offset - _blocks(len(content))
 
 
-def _dali_lines(shard: Shard, offsets: list[int], sizes: list[int]) -> Iterator[str]:
-    for number, (source, offset, size) in enumerate(zip(shard.sources, offsets, sizes, strict=True), shard.first):
-        label_offset = offset + _blocks(size) + tarfile.BLOCKSIZE
-        label_size = len(str(source.label))
-        yield f"jpg {offset} {size} {number:08}.jpg cls {label_offset} {label_size} {number:08}.cls\n"
-
-
 def _blocks(size: int) -> int:
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-
-def _in_tar(size: int) -> int:
-    """Bytes that an image of ``size`` bytes takes: two heads, itself, and its label."""
-    return _blocks(size) + 3 * tarfile.BLOCKSIZE
 
 
 def _count(images: int) -> None:
