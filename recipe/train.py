@@ -30,7 +30,6 @@ from recipe.distributed import (
     listen,
     open_process,
     outlive_readers,
-    read_command,
     say,
     take_by,
 )
@@ -80,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     launchers = {pid: process for pid in above if (process := open_process(pid)) is not None}
     output = arguments.output or Path("runs", arguments.deepspeed_config.stem)
     see_the_same = placement.ranks_here == world_size  # the same file and folder
-    plan, launch, checked, refusal = None, None, None, None
+    plan, checked, refusal = None, None, None
     try:
         config = read_config(arguments.deepspeed_config, overrides(arguments))
         check_machine(config)
@@ -112,9 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
             return refuse(error, rank, arguments.verbose)
         plan, refusal = None, error
     try:
-        launch = None if command is None else read_command(command)
-        if launch is not None:
-            check_ranks(launch, world_size)
+        if command is not None:
+            check_ranks(command, world_size)
         if plan is not None:
             checked = prepare(plan, output, arguments.resume, arguments.accept_changes)
     except ValueError as error:

@@ -42,14 +42,9 @@ def save(
     plan: str,
     training_sha256: str,
 ) -> Path:
-    """Write the state of ``engine`` and ``client_state`` (plain values and tensors) below ``folder``.
+    """Write the state of ``engine`` and ``client_state`` (plain values and tensors) below ``folder``. A collective.
 
-    Every rank calls this, and knows when it returns that the checkpoint is on the disk.
-
-    Args:
-        top1: Of the validation that belongs to it, in per cent.
-        plan: The text of its ``plan.json``.
-        training_sha256: See ``Checkpoint``.
+    ``top1`` is that of its validation, in per cent, ``plan`` the text of its ``plan.json``.
 
     Raises:
         CheckpointError: it could not be written; the older ones are as they were.
@@ -90,10 +85,8 @@ def load_newest(
 ) -> tuple[Checkpoint | None, dict[str, Any], list[str]]:
     """Put ``engine`` into the state of the first of ``checkpoints`` that is whole and can be loaded, on every rank.
 
-    Those before it are set aside; if none is whole, none is.
-
-    Returns:
-        The checkpoint (None if none is whole), its client state, and a message for each that was left aside.
+    Those before it are set aside; if none is whole, none is. Returns the checkpoint (None if none is whole), its client
+    state, and a message for each that was left aside.
 
     Raises:
         CheckpointError: those that are whole cannot be loaded.

@@ -13,9 +13,7 @@ LOCK = ".lock"
 
 
 def lock(output: Path, argument: str = "--output") -> IO[str]:
-    """Keep any other run out of ``output`` for as long as this process lives and the file is open.
-
-    ``argument`` is the one of the command line that names the folder, for messages.
+    """Keep other runs out of ``output``, which ``argument`` names, while this process lives and the file is open.
 
     A POSIX lock: it ends with the process, however that ends, and forked loader processes do not inherit it.
     """
@@ -37,7 +35,7 @@ def lock(output: Path, argument: str = "--output") -> IO[str]:
         ) from None
     except OSError:
         pass  # a file system without locks
-    if not _is_still(path, file):  # a run that was refused has taken it away in between
+    if not _is_still(path, file):  # a run that was refused has removed it in between
         file.close()
         return lock(output, argument)
     return file
@@ -92,15 +90,3 @@ def _is_still(path: Path, file: IO[str]) -> bool:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except OSError:
         return False
-
-
-def is_locked(output: Path) -> bool:
-    """Whether another process writes to ``output``."""
-    try:
-        with (output / LOCK).open("a", encoding="utf-8") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass  # there is no such folder, or a file system without locks
-    return False

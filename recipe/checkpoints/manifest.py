@@ -1,4 +1,4 @@
-"""What a checkpoint is on the disk: its manifest, its name, and how to tell a whole one from a damaged one.
+"""Checkpoints on the disk: manifest and name, and how to tell a whole one from a damaged one.
 
 A checkpoint is a folder ``checkpoints/step-<steps done>/``: what DeepSpeed saved, the plan that it was trained by, and
 ``manifest.json`` with the size and SHA-256 of every other file. It is written under another name and renamed when all
@@ -23,8 +23,8 @@ ASIDE = ".aside"  # behind the name of one that turned out to be damaged
 class Checkpoint:
     """A checkpoint that was written to its end: ``step`` updates done, ``top1`` in per cent if it was validated.
 
-    ``training_sha256`` tells trainings apart (``recipe.resume``); ``world_size`` ranks wrote it; ``files`` has the size
-    in bytes and the SHA-256 of each file as it was written.
+    ``training_sha256`` tells trainings apart (see ``resume``); ``world_size`` ranks wrote it; ``files`` has each file's
+    size in bytes and SHA-256.
     """
 
     path: Path

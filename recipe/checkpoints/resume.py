@@ -45,9 +45,9 @@ Resume = Literal["auto", "never", "must"]
 
 @dataclass(frozen=True)
 class Start:
-    """``checkpoints`` are those that the run may go on from, the newest first; none means that it begins anew.
+    """The checkpoints that a run may resume from, the newest first (none: it begins anew), and the newest one's plan.
 
-    ``earlier_plan`` is the plan of the newest; ``messages`` say what a person should know before training goes on.
+    ``messages`` are for a person, before training.
     """
 
     checkpoints: tuple[Checkpoint, ...] = ()
@@ -83,9 +83,10 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool,
             where there should be some.
     """
     folder = output / CHECKPOINTS
-    found = find(folder)
     messages = [f"checkpoint {path} is left aside: its {MANIFEST} cannot be read" for path in unreadable(folder)]
-    if not found:
+    now = json.loads(plan_json(plan))
+    compared = [(checkpoint, *_compare(checkpoint, now, accept_changes)) for checkpoint in find(folder)]
+    if not compared:
         if resume == "must":
             raise ValueError(f"--resume must: {folder} holds no checkpoint; check --output")
         if has_summary:
@@ -94,30 +95,22 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool,
     if resume == "never":
         raise ValueError(f"--resume never: {output} holds checkpoints; name another --output, or remove it")
 
-    now = json.loads(plan_json(plan))
-    reasons = [_why_not_from(checkpoint, now, accept_changes) for checkpoint in found]
-    candidates = [checkpoint for checkpoint, reason in zip(found, reasons, strict=True) if reason is None]
-    differences = [] if reasons[0] is None else _differences_from(found[0], now)
-    if not differences and not candidates:
-        raise ValueError(f"{output} holds no checkpoint to go on from: {reasons[0]}; name another --output")
-    if differences:
-        text = f"{output} holds another training: {', '.join(differences)}"
-        if _counted_otherwise(differences):
-            raise ValueError(
-                f"{text}; its steps are counted in it, so that it cannot be continued so: name another --output for "
-                "this one"
-            )
-        if not accept_changes:
-            raise ValueError(f"{text}; name another --output for this one, or insist with --accept-changes")
-        if not candidates:
-            raise ValueError(f"{text}; name another --output for this one")
+    usable = [(checkpoint, differences) for checkpoint, differences, why_not in compared if why_not is None]
+    _, differences, why_not = compared[0]
+    counted = _counted_otherwise(differences)
+    if why_not is not None and differences and (counted or not accept_changes or not usable):
+        raise ValueError(
+            f"{output} holds another training: {', '.join(differences)}"
+            f"{'; its steps are counted in it, so that it cannot be resumed' if counted else ''}; name another "
+            f"--output for this one{'' if counted or accept_changes else ', or insist with --accept-changes'}"
+        )
+    if not usable:
+        raise ValueError(f"{output} holds no checkpoint to go on from: {why_not}; name another --output")
     messages += [
-        f"checkpoint {checkpoint.path} is left aside: {reason}"
-        for checkpoint, reason in zip(found, reasons, strict=True)
-        if reason is not None
+        f"checkpoint {checkpoint.path} is left aside: {why_not}" for checkpoint, _, why_not in compared if why_not
     ]
-    newest = candidates[0]
-    if changes := _differences_from(newest, now):
+    newest, changes = usable[0]
+    if changes:
         messages.append(f"goes on with changes: {', '.join(changes)}")
     stage = plan.config.zero_optimization.stage if plan.config.zero_optimization is not None else 0
     if stage and newest.world_size != plan.world_size:
@@ -134,11 +127,11 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool,
         earlier_plan = _plan_of(newest)
     except ValueError:
         earlier_plan = None  # it is damaged, and an older one is taken
-    return Start(tuple(candidates), earlier_plan, tuple(messages), resume == "must")
+    return Start(tuple(checkpoint for checkpoint, _ in usable), earlier_plan, tuple(messages), resume == "must")
 
 
 def training_sha256(plan: dict[str, Any]) -> str:
-    """A digest of the keys that say what is trained. Where two are the same, so is the training; else plans tell."""
+    """A digest of the keys that say what is trained: where it is the same, so is the training; else plans tell."""
     trained = sorted((key, value) for key, value in stated(plan).items() if not _is_free_to_change(key))
     return hashlib.sha256(json.dumps(trained).encode()).hexdigest()
 
@@ -154,7 +147,7 @@ def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def stated(plan: dict[str, Any]) -> dict[str, Any]:
-    """The dotted keys of a plan with their values, without what says as much as if it were not there."""
+    """The dotted keys of a plan with their values, without what is disabled or as without the key."""
     on = {key: value for key, value in plan.items() if not (isinstance(value, dict) and value.get("enabled") is False)}
     keys = dict(leaves(on))
     if keys.get("recipe.data.pack_short_side") == 0:  # plans of earlier versions do not know it
@@ -163,7 +156,7 @@ def stated(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_same_training(key: str, before: Any, now: Any) -> bool:
-    """Whether two values of a dotted key of a plan tell apart at most where or how runs run."""
+    """Whether two values of a dotted key of a plan differ at most in where or how a run runs."""
     if key == "recipe.data.source" and before in FOLDERS and now in FOLDERS:
         return True  # the same images, unless a pack has another short side
     return before == now or _is_free_to_change(key)
@@ -185,7 +178,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def batchnorm_images(plan: dict[str, Any]) -> int | None:
-    """Images that batch norm's statistics come from; None if the plan does not say, or the model has no batch norm."""
+    """The images per batch norm statistic; None if the plan does not say, or the model has no batch norm."""
     keys = dict(leaves(plan))
     if lacks_batchnorm(str(keys.get("recipe.model.name"))):
         return None
@@ -197,7 +190,7 @@ def batchnorm_images(plan: dict[str, Any]) -> int | None:
 
 
 def statistics_change(plan: Plan, start: Start) -> list[str]:
-    """What other ranks or another micro-batch mean for batch norm over all ranks' or each rank's micro-batch."""
+    """A message, if other ranks or another micro-batch change the images that batch norm averages over."""
     statistics = plan.config.recipe.batchnorm.statistics
     before, now = (batchnorm_images(of) for of in (start.earlier_plan or {}, json.loads(plan_json(plan))))
     if isinstance(statistics, int) or before is None or before == now:
@@ -208,43 +201,31 @@ def statistics_change(plan: Plan, start: Start) -> list[str]:
     ]
 
 
-def _why_not_from(checkpoint: Checkpoint, now: dict[str, Any], accept_changes: bool) -> str | None:
-    """Why training may not go on from ``checkpoint``; None if it may."""
+def _compare(checkpoint: Checkpoint, now: dict[str, Any], accept_changes: bool) -> tuple[list[str], str | None]:
+    """How the training of ``checkpoint`` differs, and why no run may resume from it (None if it may)."""
     if checkpoint.training_sha256 == training_sha256(now):
-        return None
+        return [], None
     try:
         before = _plan_of(checkpoint)
     except ValueError as error:
-        return f"{checkpoint.path / PLAN} does not tell what it is of ({error})"
+        silent = f"{checkpoint.path / PLAN} does not tell"
+        return [f"what, {silent} ({error})"], f"{silent} what it is of ({error})"
     differences = differing_keys(before, now)
     if not differences:
         agree = checkpoint.training_sha256 == training_sha256(before)
-        return None if agree else f"its {MANIFEST} and its {PLAN} contradict each other"
+        return [], None if agree else f"its {MANIFEST} and its {PLAN} contradict each other"
     if not accept_changes:
-        return "it is of another config, and --accept-changes was not given"
+        return differences, "it is of another config, and --accept-changes was not given"
     counted = _counted_otherwise(differences)
-    return f"its steps are counted in another {', '.join(counted)}" if counted else None
+    return differences, f"its steps are counted in another {', '.join(counted)}" if counted else None
 
 
 def _counted_otherwise(differences: list[str]) -> list[str]:
     return [text for text in differences if text.startswith(NEVER_TO_CHANGE)]
 
 
-def _differences_from(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
-    if checkpoint.training_sha256 == training_sha256(now):
-        return []
-    try:
-        return differing_keys(_plan_of(checkpoint), now)
-    except ValueError as error:
-        return [f"what, {checkpoint.path / PLAN} does not tell ({error})"]
-
-
 def _plan_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The plan that a checkpoint was trained by.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
+    """The plan that a checkpoint was trained by, or ``ValueError``."""
     try:
         plan: dict[str, Any] = json.loads((checkpoint.path / PLAN).read_text(encoding="utf-8"))
     except OSError as error:

@@ -21,7 +21,6 @@ from .launcher import (
     find_command as find_command,
     is_this_machine as is_this_machine,
     open_process as open_process,
-    read_command as read_command,
 )
 from .placement import (
     Placement as Placement,

@@ -1,7 +1,7 @@
-"""What ranks agree on between two optimizer steps: to end, because of a signal, or to write a checkpoint.
+"""Requests to end (a signal) or to write a checkpoint (the clock), on which the ranks agree after each step.
 
 A signal lets the current step finish and be saved; a second one ends the process at once. It may reach one rank only,
-and the ranks' clocks differ, so that they agree after each step.
+and the ranks' clocks differ.
 """
 
 import os
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from recipe.distributed.launcher import kills_late_ranks
 from recipe.distributed.signals import Interrupted, end_at_once, ignore, listen, say, take_by
 
-# One request may reach a rank several times: by the terminal, by a launcher, by who ends all processes of a name.
+# One request may reach a rank several times: from the terminal, from a launcher, from a pkill.
 SAME_REQUEST_SECONDS = 2.0
 # Less than the 30 s after which DeepSpeed's launcher kills a rank that it has told to end.
 LAUNCHER_LIVES_SECONDS = 20.0
@@ -32,9 +32,9 @@ class Requests:
     """Collects, while training, what a person, a scheduler or the clock asks for.
 
     Args:
-        save_every: The time between two checkpoints, by rank 0's clock; None for none.
-        timeout: After which the ranks' agreement fails.
-        launchers: What started this rank, as far as it is on this machine: process and descriptor of each.
+        save_every: The time between two checkpoints, by rank 0's clock.
+        timeout: That of the agreement.
+        launchers: The processes on this machine that started this rank, each with its descriptor of ``open_process``.
     """
 
     def __init__(
@@ -57,16 +57,13 @@ class Requests:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A run that has failed, or was saved, says so and ends; a signal shall not come before that.
+        # A run that has failed, or was saved, reports it and ends; a signal shall not come before that.
         take_by(end_at_once if kind is None else ignore)
         if self._outliving is not None:
             self._outliving.cancel()
 
     def agree(self) -> tuple[int, bool]:
-        """The signal that any rank got (0: none), and whether rank 0's clock asks for a checkpoint; on all ranks.
-
-        Every rank calls it at the same moments.
-        """
+        """The signal that any rank got (0: none), and whether rank 0's clock asks for a checkpoint. A collective."""
         due = self._save_every is not None and time.monotonic() - self._saved_at >= self._save_every.total_seconds()
         if dist.get_world_size() == 1:
             return self._signum, due
@@ -85,15 +82,15 @@ class Requests:
                 raise Interrupted(signum)
 
     def saved(self) -> None:
-        """A checkpoint was written: the clock starts anew."""
+        """Restart the clock: a checkpoint was written."""
         self._saved_at = time.monotonic()
 
     def _take(self, signum: int, sender: int) -> None:
         name, now = signal.Signals(signum).name, time.monotonic()
         if sender in self._launchers and self._outliving is None and kills_late_ranks(sender):
             self._outlive(sender)
-        # Who loses the terminal loses the launcher with it, and may be told of both: a hangup is no second request. Nor
-        # is what a launcher passes on, to one rank after the other, or the watch's word that the launcher is gone.
+        # A hangup is no second request: the launcher goes with the terminal, and both may be reported. Nor is what a
+        # launcher passes on, to one rank after the other, or what the watch sends where the launcher is gone.
         if self._signum in (0, signal.SIGHUP):
             self._signum, self._signalled_at = signum, now
             if dist.get_rank() == 0:
@@ -105,7 +102,7 @@ class Requests:
             os._exit(128 + signum)
 
     def _outlive(self, launcher: int) -> None:
-        """End a launcher that would end this rank, if the step under way takes so long."""
+        """End a launcher that would kill this rank, if the current step takes that long."""
 
         def end() -> None:
             with suppress(ProcessLookupError):

@@ -1,15 +1,14 @@
-"""Which rank this process is, of how many, and which on its host: as whatever started it says in the environment.
+"""This process's rank, world size and local rank, from the environment variables of whatever launched it.
 
-torchrun and DeepSpeed's own launcher speak torch's language, RANK and so on. ``mpirun`` and ``srun``, which DeepSpeed's
-``--launcher openmpi`` and ``slurm`` call, have their own: a script that knows only the first believes to be alone, on
-every host.
+torchrun and DeepSpeed's own launcher set torch's variables (RANK …). ``mpirun`` and ``srun``, which DeepSpeed's
+``--launcher openmpi`` and ``slurm`` call, have their own: one that reads only torch's runs alone on each host.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-# The same four of others. mpirun may itself be started by srun, once a host, and is asked first.
+# The same four of others. mpirun may itself be started by srun, once per host, and is asked first.
 OTHERS = {
     "OpenMPI": tuple(f"OMPI_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     "MVAPICH2": tuple(f"MV2_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
@@ -18,12 +17,11 @@ OTHERS = {
     # SLURM_GTIDS lists the ranks on this host.
     "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_GTIDS"),
 }
-ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One rank's place. ``launcher`` is None where there is none; ``cores`` what it has set apart for each rank."""
+    """Where a rank runs. ``launcher`` is None without one; ``cores`` is what it has reserved for each rank."""
 
     launcher: str | None = None
     rank: int = 0
@@ -33,7 +31,7 @@ class Placement:
     cores: int | None = None
 
     def variables(self) -> dict[str, str]:
-        """What is to be added to the environment, in which torch and DeepSpeed look for RANK and so on."""
+        """The variables in which torch and DeepSpeed look for the placement."""
         if self.launcher is None:
             return {}
         own = (self.rank, self.world_size, self.local_rank, self.ranks_here)
@@ -41,12 +39,12 @@ class Placement:
         return dict(zip((*TORCH, "LOCAL_SIZE"), map(str, (*own, self.ranks_here)), strict=True))
 
     def check_address(self, environ: Mapping[str, str]) -> None:
-        """Refuse ranks that are not told where to meet.
+        """Refuse ranks without the address of the rendezvous.
 
         Raises:
             ValueError: MASTER_ADDR or MASTER_PORT is missing.
         """
-        absent = [name for name in ADDRESS if not environ.get(name)]
+        absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
         if self.launcher is not None and absent:
             raise ValueError(
                 f"{self.launcher} started rank {self.rank} of {self.world_size}, but without {' and '.join(absent)}; "
@@ -56,7 +54,7 @@ class Placement:
 
 
 def find_placement(environ: Mapping[str, str]) -> Placement:
-    """The place of a process with this environment; torch's own variables, where they are set, win.
+    """The placement of a process with this environment; torch's own variables, where they are set, win.
 
     Raises:
         ValueError: a launcher's variables that are half set; a number that is none, or out of bounds.
@@ -70,24 +68,26 @@ def find_placement(environ: Mapping[str, str]) -> Placement:
     if given:
         # DeepSpeed's launcher calls the last one LOCAL_SIZE.
         return _placement("the launcher", TORCH, {"LOCAL_WORLD_SIZE": environ.get("LOCAL_SIZE", ""), **environ})
+    incomplete = ""
     for launcher, names in OTHERS.items():
-        if all(environ.get(name) for name in names):
+        absent = [name for name in names if not environ.get(name)]
+        if not absent:
             place = _placement(launcher, names, environ)
-            # A single task, as of an interactive srun, is a run of its own and meets nobody.
+            # A single task, as of an interactive srun, is a run of its own.
             return place if place.world_size > 1 else Placement(cores=place.cores)
-    for launcher, names in OTHERS.items():
         if environ.get(names[1], "1") != "1":
-            absent = [name for name in names if not environ.get(name)]
-            raise ValueError(
+            incomplete = (
                 f"{names[1]}={environ[names[1]]} is set, as {launcher} does, but not {', '.join(absent)}; unset it, or "
                 "set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE"
             )
+    if incomplete:
+        raise ValueError(incomplete)
     return Placement()
 
 
 def _placement(launcher: str, names: tuple[str, ...], environ: Mapping[str, str]) -> Placement:
     rank, world_size = _number(names[0], environ), _number(names[1], environ)
-    # Who sets no more than these two starts one rank a host.
+    # A launcher that sets no more than these two starts one rank per host.
     local_rank, ranks_here = _number(names[2], environ, 0), _number(names[3], environ, 1)
     if rank >= world_size:
         raise ValueError(

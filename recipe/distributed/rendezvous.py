@@ -1,7 +1,7 @@
-"""How the ranks of a launch meet: each says what it would train, and all go on, or none does and one says why.
+"""The ranks' rendezvous: each brings what it would train; all train, or none does and one reports why.
 
-They meet at the store of torch's rendezvous, before there is a process group: ranks that hold other files, other
-versions or another device, or of which one has found something wrong, would hang in the group's first collective.
+It takes place at a store before there is a process group: ranks with other files, versions or devices, or of which one
+has found something wrong, would hang in the group's first collective.
 """
 
 import hashlib
@@ -29,15 +29,15 @@ class MeetingError(RuntimeError):
 
 
 class DisagreementError(ValueError):
-    """A rank refuses the run, or the ranks would train different things; the same message on all of them."""
+    """A rank refuses the run, or the ranks would train different things; the message is the same on all."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rank brings along.
+    """What a rank brings along; the digests are those of texts.
 
     ``refusal`` is what it has found wrong, ``checkpoint`` the newest in the output folder or "none", ``data`` how many
-    images it would take; digests are those of texts.
+    images it would take.
     """
 
     host: str
@@ -52,7 +52,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the ranks have met: ``hosts`` has the name of each rank's host; ``name`` is this meeting's alone."""
+    """A rendezvous that succeeded: ``hosts`` has the name of each rank's host; ``name`` is unique to it."""
 
     store: Store
     name: str
@@ -134,82 +134,72 @@ def use_an_own_address() -> None:
 
 
 def objection_of(everyone: Sequence[Facts]) -> str | None:
-    """Why the ranks must not train together, or None. The lowest rank that objects is heard, then what differs."""
+    """Why the ranks must not train together: what the lowest rank refuses, else the first difference; or None."""
     first = everyone[0]
     for rank, other in enumerate(everyone):
         if other.refusal is not None:
             where = "" if rank == 0 else f"rank {rank} on {other.host}: "
             return where + other.refusal
     for rank, other in enumerate(everyone):
-        pair = f"rank {rank} on {other.host} and rank 0 on {first.host}"
-        if other.code_sha256 != first.code_sha256:
-            return f"{pair} run different code of recipe/; bring the checkouts to one state"
-        if other.data != first.data:
-            return f"{pair} would take {other.data} and {first.data}; give all hosts the same data and config"
-        if other.config_sha256 != first.config_sha256:
-            return f"{pair} read different configs; copy one file to all hosts"
-        if other.versions != first.versions:
-            return f"{pair} have different versions: {other.versions} and {first.versions}; install the same"
-        if other.device != first.device:
-            return (
-                f"{pair} would train on {other.device} and {first.device}; check the GPUs and the drivers, or leave "
-                "the host out of the hostfile"
-            )
-        if other.checkpoint != first.checkpoint:
-            return (
-                f"{pair} see different checkpoints in the output folder: {other.checkpoint} and {first.checkpoint}; "
-                "name an --output that all hosts share"
-            )
+        objections = {
+            "code_sha256": "run different code of recipe/; bring the checkouts to one state",
+            "data": f"would take {other.data} and {first.data}; give all hosts the same data and config",
+            "config_sha256": "read different configs; copy one file to all hosts",
+            "versions": f"have different versions: {other.versions} and {first.versions}; install the same",
+            "device": f"would train on {other.device} and {first.device}; check the GPUs and the drivers, or leave the "
+            "host out of the hostfile",
+            "checkpoint": f"see different checkpoints in the output folder: {other.checkpoint} and {first.checkpoint}; "
+            "name an --output that all hosts share",
+        }
+        for name, objection in objections.items():
+            if getattr(other, name) != getattr(first, name):
+                return f"rank {rank} on {other.host} and rank 0 on {first.host} {objection}"
     return None
 
 
-def _gather(own: Facts, hall: Store, rank: int, world_size: int, deadline: float) -> dict[str, Any]:
+def _gather(own: Facts, store: Store, rank: int, world_size: int, deadline: float) -> dict[str, Any]:
     """Rank 0's verdict on what the ranks brought along: ``name``, ``hosts``, ``objection`` and who is ``absent``."""
-    # Rank 0 calls, and answers those who have heard it. A store may hold what an earlier launch left (torchrun's
+    # Rank 0 calls, and answers those that have heard it. A store may hold what an earlier launch left (torchrun's
     # outlives its ranks), and a rank of another run may come late, to a port that is taken: neither gets in.
     nonce = secrets.token_hex(8)
     if rank != 0:
         call = ""
-        while not hall.check([f"verdict/{nonce}"]):
+        while not store.check([f"verdict/{nonce}"]):
             # Rank 0, whose time is over first, says who has not come.
-            _rest_until(deadline + FAREWELL_SECONDS, "rank 0 has not answered")
-            if hall.check(["call"]) and (latest := hall.get("call").decode()) != call:
+            if time.monotonic() > deadline + FAREWELL_SECONDS:
+                raise MeetingError(_late("rank 0 has not answered"))
+            time.sleep(ASK_EVERY_SECONDS)
+            if store.check(["call"]) and (latest := store.get("call").decode()) != call:
                 call = latest
-                hall.set(f"{call}/facts/{rank}", json.dumps({"nonce": nonce} | asdict(own)))
-        verdict: dict[str, Any] = json.loads(hall.get(f"verdict/{nonce}"))
-        hall.set(f"read/{nonce}", "")
+                store.set(f"{call}/facts/{rank}", json.dumps({"nonce": nonce} | asdict(own)))
+        verdict: dict[str, Any] = json.loads(store.get(f"verdict/{nonce}"))
+        store.set(f"read/{nonce}", "")
         return verdict
-    hall.set("call", nonce)
-    hall.set(f"{nonce}/facts/0", json.dumps({"nonce": nonce} | asdict(own)))
-    keys = [f"{nonce}/facts/{other}" for other in range(world_size)]
-    absent = None
-    while not hall.check(keys) and absent is None:
-        try:
-            missing = [other for other, key in enumerate(keys) if not hall.check([key])]
-            _rest_until(deadline, f"{name_ranks(missing)} of {world_size} did not come")
-        except MeetingError as error:
-            absent = str(error)
-    brought = [json.loads(hall.get(key)) for key in keys if hall.check([key])]
-    nonces = [words.pop("nonce") for words in brought]
-    everyone = [Facts(**words) for words in brought]
-    verdict = {"name": nonce, "hosts": [other.host for other in everyone], "absent": absent}
-    verdict["objection"] = objection_of(everyone)
-    for other in nonces[1:]:
-        hall.set(f"verdict/{other}", json.dumps(verdict))
+    store.set("call", nonce)
+    brought = {0: asdict(own)}
+    missing = list(range(1, world_size))
+    while missing and time.monotonic() < deadline:
+        time.sleep(ASK_EVERY_SECONDS)
+        here = [other for other in missing if store.check([f"{nonce}/facts/{other}"])]
+        brought |= {other: json.loads(store.get(f"{nonce}/facts/{other}")) for other in here}
+        missing = [other for other in missing if other not in brought]
+    nonces = [words.pop("nonce") for other, words in brought.items() if other != 0]
+    everyone = [Facts(**words) for _, words in sorted(brought.items())]
+    verdict = {"name": nonce, "hosts": [other.host for other in everyone], "objection": objection_of(everyone)}
+    verdict["absent"] = _late(f"{name_ranks(missing)} of {world_size} did not come") if missing else None
+    for other in nonces:
+        store.set(f"verdict/{other}", json.dumps(verdict))
     farewell = time.monotonic() + FAREWELL_SECONDS
-    while time.monotonic() < farewell and not hall.check([f"read/{other}" for other in nonces[1:]]):
+    while time.monotonic() < farewell and not store.check([f"read/{other}" for other in nonces]):
         time.sleep(ASK_EVERY_SECONDS)
     return verdict
 
 
-def _rest_until(deadline: float, problem: str) -> None:
-    # Store.wait would not let a signal through.
-    if time.monotonic() > deadline:
-        raise MeetingError(
-            f"{problem} at {_address()} in time; python -m recipe hosts HOSTFILE finds out why, or raise "
-            "recipe.distributed.timeout_seconds where hosts start slowly"
-        )
-    time.sleep(ASK_EVERY_SECONDS)
+def _late(problem: str) -> str:
+    return (
+        f"{problem} at {_address()} in time; python -m recipe hosts HOSTFILE finds out why, or raise "
+        "recipe.distributed.timeout_seconds where hosts start slowly"
+    )
 
 
 def _address() -> str:
@@ -217,7 +207,7 @@ def _address() -> str:
 
 
 def name_ranks(ranks: Sequence[int], hosts: Sequence[str] | Mapping[int, str] | None = None) -> str:
-    """Ranks for people: "rank 3 on node-1", "ranks 2, 3 on node-1" or, of more than eight, the first eight."""
+    """Ranks in words: "rank 3 on node-1", "ranks 2, 3 on node-1" or, of more than eight, the first eight."""
     shown = ", ".join(map(str, ranks[:8])) + (" …" if len(ranks) > 8 else "")
     named = f"rank{'s' if len(ranks) > 1 else ''} {shown}"
     if hosts is None:

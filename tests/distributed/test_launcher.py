@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from recipe.config.reader import ConfigError
-from recipe.distributed.launcher import Launch, check_ranks, find_command, is_this_machine
+from recipe.distributed.launcher import Command, check_ranks, find_command, is_this_machine
 from tests.launch import DIGITS, ROOT, environment
 
 CHILD = (
-    "from recipe.distributed.launcher import find_command, read_command; command = find_command(); "
-    "launch = command and read_command(command); print(launch and (launch.pid, *launch.filters))"
+    "from recipe.distributed.launcher import find_command; command = find_command(); "
+    "print((command.pid, command.arguments))"
 )
 
 
-def launch(folder: Path, hostfile: str, *filters: str, forces_ssh: bool = False) -> Launch:
-    return Launch(1, folder, hostfile, hostfile == "/job/hostfile", filters, forces_ssh)
+def launch(folder: Path, *arguments: str) -> Command:
+    return Command(1, (*arguments, "train.py"), folder)
 
 
 def test_the_command_is_found_above(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_the_command_is_found_above(tmp_path: Path) -> None:
         [sys.executable, "-u", str(command), *arguments], cwd=ROOT, capture_output=True, text=True, check=True
     )
     pid, *_, found = done.stdout.splitlines()
-    assert found == f"({pid}, '--num_gpus 3')"
+    assert found == f"({pid}, {tuple(arguments)})"
 
 
 def test_without_the_launcher_nothing_is_known() -> None:
@@ -44,7 +44,7 @@ def test_without_the_launcher_nothing_is_known() -> None:
 def test_a_hostfile_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "cluster").write_text("a slots=1\n")
     with pytest.raises(ConfigError) as caught:
-        check_ranks(launch(tmp_path, "clutser"), 1)
+        check_ranks(launch(tmp_path, "--hostfile", "clutser"), 1)
     message = str(caught.value)
     assert message.startswith(
         "clutser: no such file or directory; DeepSpeed passes that over and trains on this machine"
@@ -52,42 +52,40 @@ def test_a_hostfile_that_is_not_there(tmp_path: Path) -> None:
     assert f"did you mean {tmp_path / 'cluster'}?" in message
 
 
-def test_the_default_hostfile_need_not_be_there(tmp_path: Path) -> None:
-    check_ranks(launch(tmp_path, "/job/hostfile"), 4)
+@pytest.mark.parametrize("arguments", [(), ("--no such option",)])
+def test_without_a_hostfile_and_in_another_program_nothing_is_checked(tmp_path: Path, arguments: tuple) -> None:
+    check_ranks(launch(tmp_path, *arguments), 4)
 
 
 @pytest.mark.parametrize(
     ("text", "filters", "world_size", "message"),
     [
-        ("a slots=2\nb slots=2\n", (), 4, None),
+        ("a slots=2\nb slots=2\n", "", 4, None),
         (
             "a slots=2\nb slots=2\n",
-            ("--num_gpus 1",),
+            "--num_gpus=1",
             2,
             "4 slots on 2 hosts, but DeepSpeed started 2 ranks, by --num_gpus 1",
         ),
-        ("a slots=2\nb slots=2\n", (), 1, "4 slots on 2 hosts, but DeepSpeed started 1 rank; "),
-        ("a slots=2\nb slots=2x\n", (), 4, 'line 2 = "b slots=2x": not a host and its slots'),
-        ("localhost slots=2\n", (), 2, None),
-        ("me@localhost slots=2\n", (), 2, None),
-        ("192.0.2.7 slots=2\n", (), 2, "its only host, 192.0.2.7, is another machine than this one"),
+        ("a slots=2\nb slots=2\n", "", 1, "4 slots on 2 hosts, but DeepSpeed started 1 rank; "),
+        ("a slots=2\nb slots=2x\n", "", 4, 'line 2 = "b slots=2x": not a host and its slots'),
+        ("localhost slots=2\n", "", 2, None),
+        ("me@localhost slots=2\n", "", 2, None),
+        ("192.0.2.7 slots=2\n", "", 2, "its only host, 192.0.2.7, is another machine than this one"),
+        ("192.0.2.7 slots=2\n", "--force_multi", 2, None),
     ],
 )
 def test_ranks_are_those_of_the_hostfile(
-    tmp_path: Path, text: str, filters: tuple[str, ...], world_size: int, message: str | None
+    tmp_path: Path, text: str, filters: str, world_size: int, message: str | None
 ) -> None:
     (tmp_path / "cluster").write_text(text)
+    command = launch(tmp_path, "--hostfile=cluster", *filters.split())
     if message is None:
-        check_ranks(launch(tmp_path, "cluster", *filters), world_size)
+        check_ranks(command, world_size)
         return
     with pytest.raises(ConfigError) as caught:
-        check_ranks(launch(tmp_path, "cluster", *filters), world_size)
+        check_ranks(command, world_size)
     assert message in str(caught.value)
-
-
-def test_a_single_host_elsewhere_is_reached_by_ssh_if_the_launcher_is_told(tmp_path: Path) -> None:
-    (tmp_path / "cluster").write_text("192.0.2.7 slots=2\n")
-    check_ranks(launch(tmp_path, "cluster", forces_ssh=True), 2)
 
 
 @pytest.mark.parametrize(
