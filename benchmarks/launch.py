@@ -27,7 +27,15 @@ def direct_command(ranks: int, script: str, *arguments: str) -> list[str]:
     python = [sys.executable, script, *arguments]
     if ranks == 1:
         return python
-    return ["env", *_meeting_place(ranks), "bash", "-c", START_RANKS, "ranks", *python]
+    return [
+        "env",
+        *(f"{name}={value}" for name, value in meeting_place(ranks).items()),
+        "bash",
+        "-c",
+        START_RANKS,
+        "ranks",
+        *python,
+    ]
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -36,9 +44,10 @@ def environment(**variables: str) -> dict[str, str]:
     return inherited | {"OMP_NUM_THREADS": "1"} | variables
 
 
-def _meeting_place(ranks: int) -> list[str]:
-    sizes = [f"{name}={ranks}" for name in ("WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")]
-    return [*sizes, "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={_free_port()}"]
+def meeting_place(ranks: int) -> dict[str, str]:
+    """What all ranks of this machine have in their environment."""
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
+    return sizes | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
 
 
 def _free_port() -> int:

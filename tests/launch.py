@@ -3,13 +3,17 @@
 import atexit
 import functools
 import json
+import os
+import runpy
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launch import ROOT, deepspeed_command, direct_command, environment
+from benchmarks.launch import ROOT, deepspeed_command, direct_command, environment, meeting_place
+from tests.ranks import fork
 
 __all__ = ["ROOT", "environment"]
 
@@ -29,16 +33,37 @@ def command(*arguments: str, ranks: int = 1, launcher: bool = False, script: str
 def train(
     *arguments: str, ranks: int = 1, launcher: bool = False, script: str = "recipe/train.py", **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end; give its exit code and output."""
-    return subprocess.run(
-        command(*arguments, ranks=ranks, launcher=launcher, script=script),
-        cwd=ROOT,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    """Run to the end; give its exit code and output. Without the launcher the ranks have torch imported already."""
+    if launcher:
+        words = command(*arguments, ranks=ranks, launcher=True, script=script)
+        return subprocess.run(
+            words, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=300, check=False
+        )
+    of_all = environment(**(meeting_place(ranks) if ranks > 1 else {}) | variables)
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for rank in range(ranks):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            processes.append(fork(Path(folder, str(rank)), of_all | own, _run_script, script, arguments))
+        try:
+            for process in processes:
+                process.join(300)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        failed = [process.exitcode for process in processes if process.exitcode]
+        stdout, stderr = (
+            "".join(path.read_text() for path in sorted(Path(folder).glob(f"*.{stream}")))
+            for stream in ("stdout", "stderr")
+        )
+    return subprocess.CompletedProcess([script, *arguments], failed[-1] if failed else 0, stdout, stderr)
+
+
+def _run_script(script: str, arguments: tuple[str, ...]) -> None:
+    os.chdir(ROOT)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
 
 
 def train_ok(

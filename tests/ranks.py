@@ -1,4 +1,4 @@
-"""Runs a function on real ranks: processes joined by a gloo process group."""
+"""Runs functions in processes of their own, and on real ranks: processes joined by a gloo process group."""
 
 import faulthandler
 import os
@@ -6,11 +6,13 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -25,8 +27,27 @@ def start_fork_server() -> None:
 
     Before any test does: ``recipe pack`` would start it with other imports, and with signals blocked.
     """
-    mp.get_context("forkserver").set_forkserver_preload(["deepspeed", "timm", "recipe.engine.start"])
-    forkserver.ensure_running()
+    mp.get_context("forkserver").set_forkserver_preload(["deepspeed", "timm", "sklearn.datasets", "recipe.run"])
+    with mock.patch.dict(os.environ, TORCH_CPP_LOG_LEVEL="ERROR"):  # as a run sets before it imports torch
+        forkserver.ensure_running()
+
+
+def fork(words: Path, variables: Mapping[str, str], function: Callable[..., Any], *args: Any) -> BaseProcess:
+    """Start ``function(*args)`` in a process of that environment, which writes to ``words``.stdout and .stderr."""
+    process: BaseProcess = mp.get_context(START_METHOD).Process(
+        target=_forked_main, args=(words, dict(variables), function, args)
+    )
+    process.start()
+    return process
+
+
+def _forked_main(words: Path, variables: dict[str, str], function: Callable[..., Any], args: tuple) -> None:
+    for suffix, stream in ((".stdout", sys.stdout), (".stderr", sys.stderr)):
+        os.dup2(os.open(words.with_suffix(suffix), os.O_WRONLY | os.O_CREAT), stream.fileno())
+    torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ |= variables
+    function(*args)
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

