@@ -22,7 +22,7 @@ COMMANDS = {
     "evaluate": "accuracy, confusion and calibration of a trained model, class by class",
     "predict": "the most probable classes of image files",
     "keys": "every key of a config and of a study, as tables",
-    "export": "the best weights of a run for plain timm, with a model card",
+    "export": "the best weights of a run as timm and hubs expect them, and as ONNX",
 }
 
 

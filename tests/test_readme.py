@@ -38,6 +38,8 @@ RUN_BY = {
     "ruff check . && ruff format --check . && mypy": ".ci/run",
     "python -m recipe plan": "tests/test_readme.py",
     "python -m recipe export": "tests/commands/test_export.py",
+    "python -m recipe evaluate": "tests/commands/test_evaluate.py",
+    "python -m recipe predict": "tests/commands/test_evaluate.py",
     "python -m recipe plot": "tests/commands/test_plot.py",
     "python -m recipe compare": "tests/commands/test_compare.py",
     "deepspeed -q recipe/train.py --deepspeed_config ds_configs/digits_b512.json --set recipe.noise_scale": (

@@ -1,1 +1,27 @@
 """The commands of ``python -m recipe``, each a module or a room of its own. Nothing else imports them."""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+
+from recipe.distributed import say
+
+
+def refusing(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    """Decorate a command: what it refuses is reported on one line by rank 0, with exit code 2."""
+
+    @functools.wraps(main)
+    def command(argv: Sequence[str]) -> int:
+        try:
+            return main(argv)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            refusal = f"{error.filename}: {error.strerror}"
+        except ValueError as error:
+            refusal = str(error)
+        if os.environ.get("RANK", "0") == "0":
+            say(refusal)
+        return 2
+
+    return command

@@ -1,7 +1,6 @@
 """``python -m recipe compare``: what differs between two runs, and from which step on."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recipe.checkpoints import NEVER_TO_CHANGE, batchnorm_images, is_same_training, leaves, stated
+from recipe.commands import refusing
 from recipe.commands.run_files import Column, RunFiles, read_run
 from recipe.config import ABSENT, printable
 from recipe.reporting import Parser
 
-SAME, DIFFERENT, REFUSED, NOT_TOLD_YET = 0, 1, 2, 3
+SAME, DIFFERENT, NOT_TOLD_YET = 0, 1, 3
 # Relative to the larger loss, with their names: beyond rounding in double precision, and what a curve may show.
 TOLERANCES = (("1e-9", 1e-9), ("1e-3", 1e-3))
 ENVIRONMENT = ("device", "hosts", "versions")  # of summary.json
@@ -29,6 +29,7 @@ class Difference(NamedTuple):
     b: str
 
 
+@refusing
 def main(argv: Sequence[str]) -> int:
     """Print what differs; return 0 if it is the same training, 1 if not, 2 on a refusal, 3 if nothing tells yet."""
     parser = Parser(
@@ -42,11 +43,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("a", type=Path, metavar="RUN_A", help="output folder of a run")
     parser.add_argument("b", type=Path, metavar="RUN_B", help="output folder of another")
     arguments = parser.parse_args(argv)
-    try:
-        lines, exit_code = compare(read_run(arguments.a), read_run(arguments.b))
-    except ValueError as refusal:
-        print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
-        return REFUSED
+    lines, exit_code = compare(read_run(arguments.a), read_run(arguments.b))
     print("\n".join(lines))
     return exit_code
 

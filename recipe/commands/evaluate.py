@@ -4,15 +4,17 @@ import argparse
 import csv
 import json
 import os
-import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recipe.commands import refusing
 from recipe.commands.figure import new_figure, save_figure
 from recipe.config import printable
 from recipe.distributed import find_placement
+from recipe.plan import columns
+from recipe.reporting import Parser, table
 
 if TYPE_CHECKING:
     from recipe.commands.measure import Measured
@@ -23,39 +25,51 @@ MOST_NAMED_CLASSES = 40  # on the axes of the confusion matrix; more would lie o
 TIMEOUT = timedelta(minutes=10)
 
 
+@refusing
 def main(argv: Sequence[str]) -> int:
     """Evaluate; return 0, or 2 where the input is refused."""
-    arguments = _parse(argv)
-    try:
-        os.environ |= find_placement(os.environ).variables()
-        from recipe.train import set_up_torch
+    parser = Parser(
+        prog="python -m recipe evaluate",
+        description="Measure accuracy, confusion and calibration of a trained model. On several ranks: "
+        "deepspeed --no_local_rank --module recipe evaluate …",
+    )
+    add_model_options(parser, "evaluation")
+    parser.add_argument("--data", type=Path, help="folder with val/, or with a folder per class; else the run's own")
+    parser.add_argument("--image-size", type=positive, metavar="S", help="pixels per side (default: as in training)")
+    parser.add_argument(
+        "--micro-batch", type=positive, metavar="N", help="images per forward pass (default: the run's)"
+    )
+    arguments = parser.parse_args(argv)
+    os.environ |= find_placement(os.environ).variables()
+    from recipe.train import set_up_torch
 
-        set_up_torch()
-        from recipe.commands.measure import measure  # torch and DeepSpeed take seconds to import
+    set_up_torch()
+    from recipe.commands.measure import measure  # torch and DeepSpeed take seconds to import
 
-        measured = measure(
-            arguments.model,
-            arguments.checkpoint,
-            arguments.data,
-            image_size=arguments.image_size,
-            micro_batch=arguments.micro_batch,
-            workers=arguments.workers,
-            timeout=TIMEOUT,
-        )
-        if measured is None:
-            return 0  # rank 0 has the result
-        output = arguments.output or model_folder(arguments.model) / "evaluation"
-        write(measured, output)
-    except OSError as error:
-        print(f"recipe: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)
-        return 2
-    except ValueError as refusal:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
-        return 2
+    measured = measure(
+        arguments.model,
+        arguments.checkpoint,
+        arguments.data,
+        image_size=arguments.image_size,
+        micro_batch=arguments.micro_batch,
+        workers=arguments.workers,
+        timeout=TIMEOUT,
+    )
+    if measured is None:
+        return 0  # rank 0 has the result
+    output = arguments.output or model_folder(arguments.model) / "evaluation"
+    write(measured, output)
     print(format_evaluation(measured))
     print(f"\nin {printable(str(output))}: {RESULT}, {PER_CLASS}, {CONFUSION}.csv, .png, .svg")
     return 0
+
+
+def add_model_options(parser: argparse.ArgumentParser, results: str) -> None:
+    """Options of the commands that use a trained model; their results go to the folder ``results`` in it."""
+    parser.add_argument("model", type=Path, metavar="RUN_DIR|FILE", help="a run, or model.safetensors of an export")
+    parser.add_argument("--checkpoint", default="best", help='"best", "last" or a name such as step-00000150')
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    parser.add_argument("--output", type=Path, help=f"folder to write to (default: {results}/ in the run)")
 
 
 def write(measured: "Measured", output: Path) -> None:
@@ -102,48 +116,30 @@ def draw_confusion(measured: "Measured", path: Path) -> None:
 def format_evaluation(measured: "Measured") -> str:
     """The numbers and the classes with the lowest accuracy, as lines for people."""
     rows = measured.per_class()
-    width = max([len("class"), *(len(printable(row.name)) for row in rows[:SHOWN_CLASSES])])
+    shown = [("class", "images", "accuracy", "most often taken for")]
+    for row in rows[:SHOWN_CLASSES]:
+        taken_for = "" if row.taken_for is None else f"{row.taken_for} ({row.times:,})"
+        shown.append((printable(row.name), f"{row.images:,}", f"{row.accuracy:.2f} %", printable(taken_for)))
     lines = [
         printable(f"{measured.model} on {measured.data}"),
         f"top-1 {measured.top1:.2f} %, top-5 {measured.top5:.2f} %, loss {measured.loss:.4f} "
         f"on {measured.count:,} images",
-        f"expected calibration error {measured.calibration_error:.2f} % "
+        f"expected calibration error {measured.expected_calibration_error:.2f} % "
         f"(mean confidence {measured.mean_confidence:.2f} %)",
         "",
-        f"{'class':<{width}}  images  accuracy  most often taken for",
+        table(shown, columns()).rstrip(),
     ]
-    for row in rows[:SHOWN_CLASSES]:
-        taken_for = f"{printable(row.taken_for)} ({row.times:,})" if row.taken_for is not None else ""
-        lines.append(f"{printable(row.name):<{width}}  {row.images:>6,}  {row.accuracy:>6.2f} %  {taken_for}".rstrip())
     if len(rows) > SHOWN_CLASSES:
         lines.append(f"… and {len(rows) - SHOWN_CLASSES:,} classes with higher accuracy")
     if measured.bad_images:
-        shown = ", ".join(map(printable, measured.bad_images[:5]))
-        lines += ["", f"{len(measured.bad_images):,} files could not be read and were left out: {shown}"]
+        names = ", ".join(map(printable, measured.bad_images[:5]))
+        lines += ["", f"{len(measured.bad_images):,} files could not be read and were left out: {names}"]
     return "\n".join(lines)
 
 
 def model_folder(model: Path) -> Path:
     """The folder of a run or an export, from what the command line names."""
     return model.parent if model.is_file() else model
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipe evaluate",
-        description="Measure accuracy, confusion and calibration of a trained model. On several ranks: "
-        "deepspeed --no_local_rank --module recipe evaluate …",
-    )
-    parser.add_argument("model", type=Path, metavar="RUN_DIR|FILE", help="a run, or model.safetensors of an export")
-    parser.add_argument("--data", type=Path, help="folder with val/, or with a folder per class; else the run's own")
-    parser.add_argument("--checkpoint", default="best", help='"best", "last" or a name such as step-00000150')
-    parser.add_argument("--image-size", type=positive, metavar="S", help="pixels per side (default: as in training)")
-    parser.add_argument(
-        "--micro-batch", type=positive, metavar="N", help="images per forward pass (default: the run's)"
-    )
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
-    parser.add_argument("--output", type=Path, help="folder to write to (default: evaluation/ in the run)")
-    return parser.parse_args(argv)
 
 
 def positive(text: str) -> int:

@@ -1,143 +1,197 @@
-"""``python -m recipe export``: the best weights of a run as a file that plain timm loads, and a card that says what
-they are.
-"""
+"""``python -m recipe export``: the best weights of a run, with the config and the card that timm and hubs expect."""
 
+import importlib.util
 import json
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recipe.checkpoints import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, damage, find, unreadable
-from recipe.commands.run_files import run_meant
-from recipe.config import FOLDERS, Config, printable, read_config
+from recipe.checkpoints import CHECKPOINTS, find
+from recipe.commands import refusing
+from recipe.commands.run_files import TIMM_CONFIG, WEIGHTS
+from recipe.config import FOLDERS, Config, printable
 from recipe.plan import json_text
 from recipe.reporting import Parser, read_events, read_summary
 
-WEIGHTS, CARD = "model.safetensors", "README.md"
-SAVED = "mp_rank_00_model_states.pt"  # DeepSpeed's name of what rank 0 writes
+if TYPE_CHECKING:
+    from torch import nn
+
+    from recipe.commands.trained import Trained
+
+CARD, ONNX = "README.md", "model.onnx"
 
 
 @dataclass(frozen=True)
 class Export:
-    """What is exported: a checkpoint with its resolved config, and what the run measured of it.
+    """What is exported, and what the run measured of it.
 
-    ``steps_done`` are those of the newest checkpoint; ``validation`` is the line of ``metrics.jsonl`` that belongs to
-    the weights, None if there is none; ``best_top1`` is the best that the run had, in per cent; ``summary`` is that of
-    a complete run.
+    Attributes:
+        trained: The weights and their config.
+        steps_done: The steps of the newest checkpoint.
+        validation: The line of ``metrics.jsonl`` that belongs to the weights, None if there is none.
+        best_top1: The best of the run, in per cent.
+        summary: That of a complete run.
     """
 
-    checkpoint: Checkpoint
-    steps_done: int
+    trained: "Trained"
     config: Config
+    steps_done: int
     validation: dict[str, Any] | None
     best_top1: float | None
     summary: dict[str, Any] | None
 
 
+@refusing
 def main(argv: Sequence[str]) -> int:
-    """Write the weights and the card; return 0, or 2 where there is nothing to export."""
+    """Write weights, config and card; return 0, or 2 where there is nothing to export."""
     parser = Parser(
-        prog="python -m recipe export", description="Write the best weights of a run for plain timm, with a model card."
+        prog="python -m recipe export",
+        description="Write the best weights of a run as timm and model hubs expect them, with a model card.",
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output folder of a run")
     parser.add_argument("--output", type=Path, help="folder to write to (default: RUN_DIR/export)")
+    parser.add_argument("--format", choices=("timm", "onnx"), default="timm", help=f'"onnx" writes {ONNX} as well')
     arguments = parser.parse_args(argv)
     output = arguments.output or arguments.run / "export"
-    try:
-        export, messages = choose(arguments.run)
-        for message in messages:
-            print(f"recipe: {printable(message)}", file=sys.stderr)
-        write(export, output)
-    except OSError as error:
-        print(f"recipe: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)
-        return 2
-    except ValueError as refusal:
-        print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
-        return 2
-    print(f"{output / WEIGHTS}: after {progress(export.config, export.checkpoint.step)}; {accuracy(export)}")
-    print(f"{output / CARD}: what it is, and how to use it")
-    print(load_line(export, str(output / WEIGHTS)))
+    if arguments.format == "onnx":
+        refuse_without_onnx()
+    export = choose(arguments.run)
+    write(export, output, with_onnx=arguments.format == "onnx")
+    lines = [
+        f"{output / WEIGHTS}: after {progress(export.config, export.trained.step)}; {accuracy(export)}",
+        f"{output / TIMM_CONFIG}: architecture, classes and preprocessing, as timm reads them",
+        f"{output / CARD}: what it is, and how to use it",
+        load_line(output),
+    ]
+    if arguments.format == "onnx":
+        lines.insert(
+            1, f"{output / ONNX}: from images (N, 3, S, S), prepared as {TIMM_CONFIG} says, to logits (N, classes)"
+        )
+    print("\n".join(map(printable, lines)))
     return 0
 
 
-def choose(run: Path) -> tuple[Export, list[str]]:
-    """The best validated checkpoint of ``run`` that is whole, or else the newest; and a message for each left aside.
+def refuse_without_onnx() -> None:
+    """Refuse early what torch's exporter would find missing late."""
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def choose(run: Path) -> Export:
+    """The best validated checkpoint of ``run`` that is whole, or else the newest.
 
     Raises:
-        ValueError: there is none, or it is in shards.
+        ValueError: There is none, it is in shards, or ``run`` is no run.
     """
-    if not run.is_dir():
-        raise ValueError(f"there is no folder {run}")
-    found = find(run / CHECKPOINTS)
-    validated = [checkpoint for checkpoint in found if checkpoint.top1 is not None]
-    validated.sort(key=lambda checkpoint: (checkpoint.top1, -checkpoint.step), reverse=True)
-    messages = [
-        f"checkpoint {path} is left aside: its {MANIFEST} cannot be read" for path in unreadable(run / CHECKPOINTS)
-    ]
-    for checkpoint in [*validated, *(checkpoint for checkpoint in found if checkpoint.top1 is None)]:
-        problem = damage(checkpoint)
-        if problem is None:
-            break
-        messages.append(f"checkpoint {checkpoint.path} is left aside: {problem}")
-    else:
-        raise ValueError("; ".join([*messages, f"{run / CHECKPOINTS} holds no whole checkpoint; {run_meant(run)}"]))
-    if SAVED not in checkpoint.files:
-        raise ValueError(
-            f"{checkpoint.path} is in shards, as ZeRO stage 3 writes it; join them with "
-            "DeepSpeed's zero_to_fp32, or train at a lower stage"
-        )
+    from recipe.commands.trained import read_trained  # torch takes seconds to import
+
+    trained = read_trained(run)
+    if trained.config is None:
+        raise ValueError(f"{run} has been exported already; name the folder of the run")
     validations = [line for line in read_events(run) if _is_validation(line)]
     return Export(
-        checkpoint,
-        found[0].step,
-        read_config(checkpoint.path / PLAN),
-        next((line for line in validations if line["step"] == checkpoint.step - 1), None),
+        trained,
+        trained.config,
+        find(run / CHECKPOINTS)[0].step,
+        next((line for line in validations if line["step"] == trained.step - 1), None),
         max((line["top1"] for line in validations), default=None),
         read_summary(run),
-    ), messages
+    )
 
 
-def write(export: Export, output: Path) -> None:
-    """Write weights and card into ``output``; what is there before stays whole until the new is."""
-    import torch
+def write(export: Export, output: Path, *, with_onnx: bool = False) -> None:
+    """Write weights, config and card into ``output``; what is there before stays whole until the new is."""
+    import timm
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    file = export.checkpoint.path / SAVED
+    trained = export.trained
+    # Half parameters become fp32 exactly, so that timm's fp32 model is the one that was validated.
+    state = {name: value.float() if value.is_floating_point() else value for name, value in trained.state.items()}
+    model = timm.create_model(trained.architecture, num_classes=trained.num_classes).eval()
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)["module"]
-        # Half parameters become fp32 exactly, so that timm's fp32 model is the one that was validated.
-        tensors = {
-            name: (value.float() if value.is_floating_point() else value).contiguous() for name, value in state.items()
-        }
-    except (RuntimeError, UnpicklingError, LookupError, TypeError, AttributeError, EOFError) as error:
-        what = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{file} is not what DeepSpeed saves: {what}") from None
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{trained.name}: the weights are not those of {trained.architecture}: {error}") from None
+    has_batchnorm = any(name.endswith("running_mean") for name in state)
+    described = json.dumps(timm_config(trained, model), indent=2, ensure_ascii=False)
     output.mkdir(parents=True, exist_ok=True)
-    weights, text = output / f".{WEIGHTS}.unfinished", output / f".{CARD}.unfinished"
-    has_batchnorm = any(name.endswith("running_mean") for name in tensors)
-    text.write_text(card(export, has_batchnorm), encoding="utf-8")
+    names = [CARD, TIMM_CONFIG, WEIGHTS, *([ONNX] if with_onnx else [])]
+    unfinished = {name: output / f".unfinished.{name}" for name in names}
     try:
-        save_file(tensors, weights, metadata={"format": "pt"})
+        unfinished[CARD].write_text(card(export, has_batchnorm), encoding="utf-8")
+        unfinished[TIMM_CONFIG].write_text(described + "\n", encoding="utf-8")
+        save_file(state, unfinished[WEIGHTS], metadata={"format": "pt"})
+        shutil.copymode(unfinished[CARD], unfinished[WEIGHTS])  # safetensors lets nobody else read its file
+        if with_onnx:
+            save_onnx(model, trained.image_size, unfinished[ONNX])
+        for name in names:
+            os.replace(unfinished[name], output / name)
     except (SafetensorError, TypeError) as error:
-        for unfinished in (weights, text):
-            unfinished.unlink(missing_ok=True)
         raise ValueError(f"{output / WEIGHTS} could not be written: {error}") from None
-    shutil.copymode(text, weights)  # safetensors lets nobody else read its file, whatever the umask says
-    os.replace(weights, output / WEIGHTS)
-    os.replace(text, output / CARD)
+    finally:
+        for path in unfinished.values():
+            path.unlink(missing_ok=True)
 
 
-def load_line(export: Export, file: str) -> str:
+def timm_config(trained: "Trained", model: "nn.Module") -> dict[str, Any]:
+    """What ``config.json`` holds, as timm reads it from a folder or a hub; ``recipe`` is for our own commands."""
+    from recipe.commands.trained import timm_crop
+
+    crop_mode, crop_pct = timm_crop(trained.image_size, trained.crop)
+    architecture: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    return {
+        "architecture": trained.architecture,
+        "num_classes": trained.num_classes,
+        "num_features": model.num_features,
+        **({} if trained.classes is None else {"label_names": trained.classes}),
+        "pretrained_cfg": {
+            "custom_load": False,
+            "input_size": [3, trained.image_size, trained.image_size],
+            "fixed_input_size": architecture.get("fixed_input_size", False),
+            "interpolation": "bilinear",
+            "crop_pct": crop_pct,
+            "crop_mode": crop_mode,
+            "mean": trained.mean,
+            "std": trained.std,
+            "num_classes": trained.num_classes,
+            "pool_size": None,
+            "first_conv": architecture.get("first_conv"),
+            "classifier": architecture.get("classifier"),
+        },
+        "recipe": {"precision": trained.precision, "micro_batch": trained.micro_batch},
+    }
+
+
+def save_onnx(model: "nn.Module", image_size: int, file: Path) -> None:
+    """Write ``model`` for batches of any number of images, by torch's exporter."""
+    import torch
+
+    try:
+        torch.onnx.export(
+            model,
+            (torch.zeros(2, 3, image_size, image_size),),
+            file,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("images")},),
+            external_data=False,
+            verbose=False,
+        )
+    except RuntimeError as error:  # the base of its own
+        what = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"torch's exporter cannot write this network as ONNX: {what}; leave out --format onnx"
+        ) from None
+
+
+def load_line(folder: Path) -> str:
     """The Python that makes the model."""
-    model = export.config.recipe.model
-    words = f"{model.architecture!r}, num_classes={model.num_classes}, checkpoint_path={file!r}"
-    return f"timm.create_model({words}).eval()"
+    return f"timm.create_model({f'local-dir:{folder}'!r}, pretrained=True).eval()"
 
 
 def progress(config: Config, steps: int) -> str:
@@ -196,11 +250,11 @@ def card(export: Export, has_batchnorm: bool) -> str:
         f"- **Input:** RGB, {size} × {size}: an image is {view}; pixels from 0 to 1, of them mean "
         f"{_numbers(data.mean)} and standard deviation {_numbers(data.std)}.",
         f"- **Output:** {recipe.model.num_classes} classes{order}.",
-        f"- **Trained:** {progress(config, export.checkpoint.step)} on {data.train_images:,} images, by SGD (momentum "
+        f"- **Trained:** {progress(config, export.trained.step)} on {data.train_images:,} images, by SGD (momentum "
         f"{optimizer.momentum:g}{', Nesterov' if optimizer.nesterov else ''}, weight decay {optimizer.weight_decay:g}) "
         f"at a global batch of {config.train_batch_size:,}; of the whole schedule, peak rate {optimizer.lr:g}{decay}; "
         f"{norm}; {config.precision}; seed {recipe.seed}.",
-        f"- **Weights:** after step {export.checkpoint.step:,}, in fp32{trained}.",
+        f"- **Weights:** after step {export.trained.step:,}, in fp32{trained}.",
     ]
     if summary is None:
         lines.append(
@@ -211,14 +265,17 @@ def card(export: Export, has_batchnorm: bool) -> str:
         versions = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
         ranks = f"{summary['world_size']} rank{'' if summary['world_size'] == 1 else 's'}"
         lines.append(f"- **On:** {ranks} on {summary['device']}; {versions}.")
-        if summary.get("classes"):  # earlier versions do not name them
-            lines.append(f"- **Classes,** from 0 on: {json.dumps(summary['classes'], ensure_ascii=False)}.")
+    if export.trained.classes is not None:
+        lines.append(f"- **Classes,** from 0 on: {json.dumps(export.trained.classes, ensure_ascii=False)}.")
     lines += [
         "",
         "```python",
         "import timm",
+        "from PIL import Image",
         "",
-        f"model = {load_line(export, WEIGHTS)}",
+        f"model = {load_line(Path('.'))}  # in this folder",
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
+        'logits = model(transform(Image.open("image.png").convert("RGB"))[None])',
         "```",
         "",
         "The config, with every value that was left to its rule filled in:",

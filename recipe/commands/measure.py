@@ -1,7 +1,7 @@
 """Runs a trained model over validation data and counts what it gets right; the work of ``evaluate``."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,6 @@ from recipe.data import ImageDataset, ValidationLoader, open_datasets, open_vali
 from recipe.engine import Batch, evaluate, join_process_group, set_loudness
 
 CALIBRATION_BINS = 15  # as Guo et al. 2017 take
-MICRO_BATCH = 64
 
 
 class ClassResult(NamedTuple):
@@ -45,7 +44,7 @@ class Measured:
     loss: float
     count: int
     mean_confidence: float
-    calibration_error: float
+    expected_calibration_error: float
     classes: tuple[str, ...]
     confusion: list[list[int]]
     bad_images: tuple[str, ...]
@@ -64,19 +63,9 @@ class Measured:
 
     def summary(self) -> dict[str, Any]:
         """Plain values for ``evaluation.json``."""
-        return {
-            "model": self.model,
-            "data": self.data,
-            "image_size": self.image_size,
-            "top1": self.top1,
-            "top5": self.top5,
-            "loss": self.loss,
-            "count": self.count,
-            "mean_confidence": self.mean_confidence,
-            "expected_calibration_error": self.calibration_error,
-            "classes": [row._asdict() for row in self.per_class()],
-            "bad_images": list(self.bad_images),
-        }
+        fields = asdict(self)
+        del fields["confusion"]
+        return fields | {"classes": [row._asdict() for row in self.per_class()], "bad_images": list(self.bad_images)}
 
 
 class Counts:
@@ -133,7 +122,7 @@ def measure(
     try:
         loader = ValidationLoader(
             dataset,
-            micro_batch=micro_batch or planned_micro_batch(trained),
+            micro_batch=micro_batch or trained.micro_batch,
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             workers=workers,
@@ -217,9 +206,3 @@ def class_names(trained: Trained, dataset: ImageDataset) -> tuple[str, ...]:
         return trained.classes
     names: list[str] = getattr(dataset, "class_names", None) or [str(n) for n in range(trained.num_classes)]
     return tuple(names)
-
-
-def planned_micro_batch(trained: Trained) -> int:
-    """That of the run, so that even rounding is the same as in its own validation."""
-    planned = None if trained.config is None else trained.config.train_micro_batch_size_per_gpu
-    return planned if isinstance(planned, int) else MICRO_BATCH

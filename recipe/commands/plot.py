@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recipe.commands import refusing
 from recipe.commands.figure import COLOURS, add_legend, drawable, line_styles, new_figure, save_figure, set_log_scale
 from recipe.commands.run_files import Column, RunFiles, distinct_names, read_run
 from recipe.config import printable
+from recipe.distributed import say
 from recipe.reporting import Parser
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ CONVERSIONS: dict[str, Callable[[Column], Column]] = {
 }
 
 
+@refusing
 def main(argv: Sequence[str]) -> int:
     """Draw the runs; return 0, or 2 where there is nothing to draw."""
     parser = Parser(
@@ -50,25 +52,20 @@ def main(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     output = arguments.output or (arguments.runs[0] if len(arguments.runs) == 1 else Path())
+    runs = [read_run(folder) for folder in {os.path.abspath(folder): folder for folder in arguments.runs}.values()]
+    for run in runs:
+        if not run.steps_done:
+            say(f"{run.folder} has no step written down yet")
+    runs = [run for run in runs if run.steps_done]
+    if not runs:
+        raise ValueError("there is nothing to draw yet; wait for the first steps")
+    figure = draw(runs)
+    output = output / "plot" if output.is_dir() else output
     try:
-        runs = [read_run(folder) for folder in {os.path.abspath(folder): folder for folder in arguments.runs}.values()]
-        for run in runs:
-            if not run.steps_done:
-                print(f"recipe: {printable(str(run.folder))} has no step written down yet", file=sys.stderr)
-        runs = [run for run in runs if run.steps_done]
-        if not runs:
-            raise ValueError("there is nothing to draw yet; wait for the first steps")
-        figure = draw(runs)
-        output = output / "plot" if output.is_dir() else output
         output.parent.mkdir(parents=True, exist_ok=True)
         written = save_figure(figure, output)
     except OSError as error:
-        where = printable(str(error.filename or output))
-        print(f"recipe: {where}: {error.strerror}; name another --output", file=sys.stderr)
-        return 2
-    except ValueError as refusal:
-        print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
-        return 2
+        raise ValueError(f"{error.filename or output}: {error.strerror}; name another --output") from None
     for file in written:
         print(printable(str(file)))
     return 0

@@ -1,16 +1,17 @@
 """``python -m recipe predict``: the most probable classes of image files, by a trained model."""
 
-import argparse
 import csv
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipe.commands.evaluate import model_folder, positive
+from recipe.commands import refusing
+from recipe.commands.evaluate import add_model_options, model_folder, positive
 from recipe.config import printable
+from recipe.distributed import say
+from recipe.reporting import Parser, Progress
 
 if TYPE_CHECKING:
     from recipe.commands.trained import Trained
@@ -21,31 +22,29 @@ SHOWN_FILES = 20
 CSV, JSONL = "predictions.csv", "predictions.jsonl"
 
 
+@refusing
 def main(argv: Sequence[str]) -> int:
     """Predict; return 0, 1 where files could not be read, or 2 where the input is refused."""
-    arguments = _parse(argv)
+    parser = Parser(prog="python -m recipe predict", description="Print and write the most probable classes of images.")
+    add_model_options(parser, "predictions")
+    parser.add_argument("images", type=Path, nargs="+", metavar="FILE|DIR", help="image files, or folders of them")
+    parser.add_argument("--micro-batch", type=positive, default=64, metavar="N", help="images per forward pass (64)")
+    arguments = parser.parse_args(argv)
     output: Path = arguments.output or model_folder(arguments.model) / "predictions"
-    try:
-        files = list(image_files(arguments.images))
-        if not files:
-            raise ValueError(f"no images in {', '.join(map(str, arguments.images))}")
-        from recipe.train import set_up_torch
+    files = list(image_files(arguments.images))
+    if not files:
+        raise ValueError(f"no images in {', '.join(map(str, arguments.images))}")
+    from recipe.train import set_up_torch
 
-        set_up_torch()
-        from recipe.commands.trained import read_trained  # torch takes seconds to import
+    set_up_torch()
+    from recipe.commands.trained import read_trained  # torch takes seconds to import
 
-        trained = read_trained(arguments.model, arguments.checkpoint)
-        output.mkdir(parents=True, exist_ok=True)
-        unreadable = _write(trained, files, output, micro_batch=arguments.micro_batch, workers=arguments.workers)
-    except OSError as error:
-        print(f"recipe: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)
-        return 2
-    except ValueError as refusal:
-        print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
-        return 2
+    trained = read_trained(arguments.model, arguments.checkpoint)
+    output.mkdir(parents=True, exist_ok=True)
+    unreadable = _write(trained, files, output, micro_batch=arguments.micro_batch, workers=arguments.workers)
     print(f"\n{len(files) - len(unreadable):,} of {len(files):,} images in {printable(str(output))}: {CSV}, {JSONL}")
     for file in unreadable:
-        print(f"recipe: {printable(str(file))} could not be read", file=sys.stderr)
+        say(f"{file} could not be read")
     return 1 if unreadable else 0
 
 
@@ -75,12 +74,17 @@ def _write(trained: "Trained", files: Sequence[Path], output: Path, *, micro_bat
     top = min(TOP, trained.num_classes)
     columns = [column for place in range(1, top + 1) for column in (f"class_{place}", f"probability_{place}")]
     unreadable = []
-    with (output / CSV).open("w", encoding="utf-8", newline="") as table, (output / JSONL).open("w") as lines:
+    with (
+        (output / CSV).open("w", encoding="utf-8", newline="") as table,
+        (output / JSONL).open("w") as lines,
+        Progress(len(files), "images") as progress,
+    ):
         rows = csv.writer(table, lineterminator="\n")
         rows.writerow(["file", *columns])
         for number, (file, best) in enumerate(
             zip(files, predictions(trained, files, top, micro_batch, workers), strict=True)
         ):
+            progress.add(1)
             if best is None:
                 unreadable.append(file)
                 continue
@@ -90,9 +94,9 @@ def _write(trained: "Trained", files: Sequence[Path], output: Path, *, micro_bat
             lines.write(json.dumps(record) + "\n")
             if number < SHOWN_FILES:
                 shown = ", ".join(f"{printable(name)} {100 * p:.1f} %" for name, p in named)
-                print(f"{printable(str(file))}: {shown}", flush=True)
+                progress.say(f"{printable(str(file))}: {shown}")
             elif number == SHOWN_FILES:
-                print(f"… the others are in {printable(str(output / CSV))}", flush=True)
+                progress.say(f"… the others are in {printable(str(output / CSV))}")
     return unreadable
 
 
@@ -137,16 +141,3 @@ def _as_data(trained: "Trained", files: Sequence[Path]) -> "ImageDataset":
     index = FolderIndex("", [""], np.array([len(files)]), np.frombuffer(names, np.uint8), left_out={})
     view: dict[str, Any] = {"image_size": trained.image_size, "crop": trained.crop, "flip": False, "seed": 0}
     return ImageFiles(index, **view, on_bad_image="skip")
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipe predict", description="Print and write the most probable classes of images."
-    )
-    parser.add_argument("model", type=Path, metavar="RUN_DIR|FILE", help="a run, or model.safetensors of an export")
-    parser.add_argument("images", type=Path, nargs="+", metavar="FILE|DIR", help="image files, or folders of them")
-    parser.add_argument("--checkpoint", default="best", help='"best", "last" or a name such as step-00000150')
-    parser.add_argument("--micro-batch", type=positive, default=64, metavar="N", help="images per forward pass (64)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
-    parser.add_argument("--output", type=Path, help="folder to write to (default: predictions/ in the run)")
-    return parser.parse_args(argv)

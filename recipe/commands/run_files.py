@@ -23,6 +23,7 @@ FIELDS = {
     "noise_scale": ("step", "noise_scale"),
 }
 NULLABLE = ("loss", "noise_scale")  # JSON has no word for an infinite number
+WEIGHTS, TIMM_CONFIG = "model.safetensors", "config.json"  # of an export
 NAME_A_RUN = "name the --output folder of a run"
 MOST_STEPS = 2**53  # as whole numbers, a float holds no more
 

@@ -1,7 +1,10 @@
 """A trained model, ready for use: from a run's folder, or from what ``export`` made of one."""
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+import os
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,34 +16,44 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recipe.checkpoints import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, damage, find, unreadable
-from recipe.commands.run_files import run_meant
-from recipe.config import Config, read_config
+from recipe.commands.run_files import TIMM_CONFIG, WEIGHTS, run_meant
+from recipe.config import FOLDERS, Config, read_config
+from recipe.data import evaluation_short_side, open_validation
+from recipe.distributed import say
 from recipe.model import build_model
 from recipe.reporting import read_summary
 
-WEIGHTS, TIMM_CONFIG = "model.safetensors", "config.json"
 SAVED = "mp_rank_00_model_states.pt"  # DeepSpeed's name of what rank 0 writes
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Weights, and how the images were prepared that they were trained and validated on.
+    """Weights, and how images were prepared for them in training and validation.
 
-    ``name`` is what messages call it; ``classes`` are the names of the outputs in their order, None where nothing tells
-    them; ``crop`` is "random_resized" or another value of ``recipe.data.crop``; ``mean`` and ``std`` are those of the
-    pixels of each colour channel, from 0 to 1; ``state`` holds the tensors by name, in the run's own dtypes;
-    ``config`` is the run's, None for an export.
+    Attributes:
+        name: What messages call it, a path.
+        step: The steps after which a run had these weights; 0 for an export.
+        classes: The names of the outputs in their order; None where neither the run nor its data names them.
+        crop: A value of ``recipe.data.crop``.
+        mean, std: Of the pixels of each colour channel, from 0 to 1.
+        precision: "fp32", "bf16", "fp16" or "fp64".
+        micro_batch: Images per forward pass in the run's own validation.
+        state: The tensors by name, in the run's own dtypes.
+        config: That of the run; None for an export.
     """
 
     name: str
+    step: int
     architecture: str
     num_classes: int
     classes: tuple[str, ...] | None
     image_size: int
-    crop: str
+    crop: Any
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    precision: str
+    micro_batch: int
     state: dict[str, Tensor]
     config: Config | None = None
 
@@ -55,7 +68,7 @@ class Trained:
             model.load_state_dict(self.state)
         except RuntimeError as error:
             raise ValueError(f"{self.name}: the weights are not those of {self.architecture}: {error}") from None
-        dtype = DTYPES.get("fp32" if self.config is None else self.config.precision, torch.float32)
+        dtype = DTYPES.get(self.precision, torch.float32)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)  # as DeepSpeed has it, which leaves the buffers in fp32
         if dtype == torch.float64:
@@ -81,31 +94,33 @@ def read_trained(path: Path, checkpoint: str = "best") -> Trained:
             f"{path} has no {TIMM_CONFIG} beside it, which says what model it is; "
             "name a folder that python -m recipe export has written, or a run"
         )
-    chosen, _ = choose_checkpoint(path, checkpoint)
+    chosen = _choose_checkpoint(path, checkpoint)
     config = read_config(chosen.path / PLAN)
-    recipe = config.recipe
-    summary = read_summary(path) or {}
-    classes = summary.get("classes")
+    recipe, micro_batch = config.recipe, config.train_micro_batch_size_per_gpu
     image_size, mean, std = recipe.data.image_size, recipe.data.mean, recipe.data.std
+    assert isinstance(micro_batch, int), "a plan leaves no auto"
     assert image_size != "auto", "a plan leaves no auto"
     assert mean != "auto", "a plan leaves no auto"
     assert std != "auto", "a plan leaves no auto"
     return Trained(
         name=str(chosen.path),
+        step=chosen.step,
         architecture=recipe.model.architecture,
         num_classes=recipe.model.num_classes,
-        classes=None if classes is None else tuple(classes),
+        classes=_class_names(path, config),
         image_size=image_size,
         crop=recipe.data.crop,
         mean=mean,
         std=std,
-        state=read_weights(chosen),
+        precision=config.precision,
+        micro_batch=micro_batch,
+        state=_read_weights(chosen),
         config=config,
     )
 
 
-def choose_checkpoint(run: Path, which: str = "best") -> tuple[Checkpoint, list[str]]:
-    """A whole checkpoint of ``run``, and a message for each that was left aside.
+def _choose_checkpoint(run: Path, which: str) -> Checkpoint:
+    """The first choice among the whole checkpoints of ``run``; each that is left aside is reported.
 
     "best" is the one of the highest validated top-1 accuracy, or the newest where none was validated.
 
@@ -116,8 +131,7 @@ def choose_checkpoint(run: Path, which: str = "best") -> tuple[Checkpoint, list[
         raise ValueError(f"there is no folder {run}")
     folder = run / CHECKPOINTS
     messages = [f"checkpoint {path} is left aside: its {MANIFEST} cannot be read" for path in unreadable(folder)]
-    candidates = list(_in_order(find(folder), which))
-    for checkpoint in candidates:
+    for checkpoint in _in_order(find(folder), which):
         problem = damage(checkpoint)
         if problem is None:
             break
@@ -130,22 +144,34 @@ def choose_checkpoint(run: Path, which: str = "best") -> tuple[Checkpoint, list[
             f"{checkpoint.path} is in shards, as ZeRO stage 3 writes it; join them with "
             "DeepSpeed's zero_to_fp32, or train at a lower stage"
         )
-    return checkpoint, messages
+    if os.environ.get("RANK", "0") == "0":
+        for message in messages:
+            say(message)
+    return checkpoint
 
 
-def _in_order(found: Sequence[Checkpoint], which: str) -> Iterator[Checkpoint]:
-    """Those that may be taken for ``which``, the first choice first; ``found`` has the newest first."""
+def _in_order(newest_first: Sequence[Checkpoint], which: str) -> list[Checkpoint]:
+    """Those that may be taken for ``which``, the first choice first."""
     if which == "last":
-        yield from found
-    elif which == "best":
-        validated = [checkpoint for checkpoint in found if checkpoint.top1 is not None]
-        yield from sorted(validated, key=lambda one: (one.top1, -one.step), reverse=True)
-        yield from (checkpoint for checkpoint in found if checkpoint.top1 is None)
-    else:
-        yield from (checkpoint for checkpoint in found if checkpoint.path.name == which)
+        return list(newest_first)
+    if which == "best":
+        validated = [checkpoint for checkpoint in newest_first if checkpoint.top1 is not None]
+        validated.sort(key=lambda one: (one.top1 or 0.0, -one.step), reverse=True)
+        return [*validated, *(checkpoint for checkpoint in newest_first if checkpoint.top1 is None)]
+    return [checkpoint for checkpoint in newest_first if checkpoint.path.name == which]
 
 
-def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def _class_names(run: Path, config: Config) -> tuple[str, ...] | None:
+    """The names of the model's outputs: from the run's summary, or else from its data where that is still there."""
+    summary, data = read_summary(run) or {}, config.recipe.data
+    names = summary.get("classes")
+    if not names and data.source in FOLDERS and data.path is not None:
+        with suppress(OSError, ValueError):
+            names = open_validation(Path(data.path), image_size=1, crop="none", on_bad_image="skip").class_names
+    return tuple(names) if names and len(names) == config.recipe.model.num_classes else None
+
+
+def _read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The model's tensors by name, in the dtypes in which they were saved.
 
     Raises:
@@ -160,25 +186,44 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
         raise ValueError(f"{file} is not what DeepSpeed saves: {what}") from None
 
 
+def timm_crop(image_size: int, crop: Any) -> tuple[str, float]:
+    """timm's ``crop_mode`` and ``crop_pct`` for the run's own validation.
+
+    timm resizes the short side to floor(size / crop_pct).
+    """
+    if crop != "random_resized":
+        return "squash", 1.0
+    short_side = evaluation_short_side(image_size, crop)
+    shares = (image_size / short_side, image_size / (short_side + 0.5))
+    return "center", next(share for share in shares if math.floor(image_size / share) == short_side)
+
+
 def _read_export(folder: Path, weights: Path) -> Trained:
     file = folder / TIMM_CONFIG
     try:
         described: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        prepared = described["pretrained_cfg"]
-        names = described.get("label_names") or prepared.get("label_names")
+        prepared, of_run = described["pretrained_cfg"], described["recipe"]
+        size, names = int(prepared["input_size"][-1]), described.get("label_names")
+        crop = "none" if prepared["crop_mode"] == "squash" else "random_resized"
+        if (prepared["crop_mode"], prepared["crop_pct"]) != timm_crop(size, crop):
+            raise ValueError(f"crop_mode {prepared['crop_mode']!r} with crop_pct {prepared['crop_pct']}")
         return Trained(
             name=str(weights),
+            step=0,
             architecture=described["architecture"],
             num_classes=described["num_classes"],
             classes=None if names is None else tuple(names),
-            image_size=int(prepared["input_size"][-1]),
-            crop="none" if prepared.get("crop_mode") == "squash" else "random_resized",
+            image_size=size,
+            crop=crop,
             mean=tuple(prepared["mean"]),
             std=tuple(prepared["std"]),
+            # The weights are in fp32; of fp64 they are only rounded.
+            precision="fp32" if of_run["precision"] == "fp64" else of_run["precision"],
+            micro_batch=int(of_run["micro_batch"]),
             state=load_file(weights),
         )
     except OSError as error:
-        raise ValueError(f"{error.filename}: {error.strerror}") from None
+        raise ValueError(f"{error.filename or weights}: {error.strerror or error}") from None
     except SafetensorError as error:
         raise ValueError(f"{weights} is no safetensors file: {error}") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:

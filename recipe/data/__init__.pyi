@@ -1,5 +1,9 @@
 from . import folder_index as folder_index
-from .augment import random_resized_box as random_resized_box, sample_rng as sample_rng
+from .augment import (
+    evaluation_short_side as evaluation_short_side,
+    random_resized_box as random_resized_box,
+    sample_rng as sample_rng,
+)
 from .batch import Batch as Batch
 from .contents import look as look
 from .datasets import BadImageError as BadImageError, ImageDataset as ImageDataset, Key as Key, Samples as Samples

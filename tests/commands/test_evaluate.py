@@ -116,12 +116,31 @@ def test_ranks_and_a_folder_of_the_same_images_give_the_same_counts(run: Path, f
     assert done.stdout.count("top-1 ") == 1  # rank 0 speaks
 
 
+def test_an_export_gives_the_same_numbers_as_its_run(run: Path, folder: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "handed over"
+    assert recipe("export", str(run), "--output", str(exported)).returncode == 0
+    for name, model in (("run", run), ("export", exported)):
+        done = recipe("evaluate", str(model), "--data", str(folder), "--output", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+    for name, model in (("run", run), ("export", exported / "model.safetensors")):
+        done = recipe("predict", str(model), str(folder / "3"), "--output", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+    for file in ("per_class.csv", "confusion.csv", "predictions.jsonl"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "export" / file).read_bytes()
+    of_run, of_export = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("run", "export"))
+    assert of_export == of_run | {"model": str(exported / "model.safetensors")}
+
+
 def test_what_does_not_fit_the_model_is_refused_on_one_line(run: Path, folder: Path, tmp_path: Path) -> None:
     few = tmp_path / "few"
     (few / "val/3").mkdir(parents=True)
     (few / "val/3/a.png").write_bytes(next((folder / "3").iterdir()).read_bytes())
+    export = tmp_path / "other"
+    export.mkdir()
+    (export / "config.json").write_text('{"architecture": "resnet50"}')
     for arguments, message in (
         ([str(tmp_path / "nowhere")], "there is no folder"),
+        ([str(export)], "config.json is not what python -m recipe export writes"),
         ([str(run), "--checkpoint", "step-7"], "holds no whole checkpoint step-7"),
         ([str(run), "--data", str(few)], "1 classes"),
         ([str(run), "--data", str(tmp_path / "none")], "there is no folder"),
