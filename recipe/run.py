@@ -193,7 +193,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
                         result = evaluate(engine, batches, run.device)
                     except NoImageError as error:
                         save_now()
-                        raise BadImageError(f"{error}; what was trained is saved: the same command goes on") from None
+                        raise BadImageError(f"{error}; what was trained is saved: the same command resumes") from None
                     history.add(result)
                     history.validations.append(telemetry.validation(result, engine.global_steps - 1))
                     save_now(result.top1)
@@ -214,7 +214,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
         except Interrupted as end:
             save_now()
             done = f"{engine.global_steps:,} of {plan.total_steps:,} steps"
-            telemetry.say(f"ended by {end}, saved after {done}; the same command goes on")
+            telemetry.say(f"ended by {end}, saved after {done}; the same command resumes")
             leave_process_group(watch)
             raise
         except torch.OutOfMemoryError as error:

@@ -159,9 +159,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--resume",
         choices=("auto", "never", "must"),
         default="auto",
-        help="go on from the newest checkpoint of the run: if there is one, never, or fail without (default: auto)",
+        help="resume from the newest checkpoint: if there is one, never, or fail without one (default: auto)",
     )
-    parser.add_argument("--accept-changes", action="store_true", help="go on from checkpoints of a config that differs")
+    parser.add_argument("--accept-changes", action="store_true", help="resume from another config's checkpoints")
     parser.add_argument("--verbose", action="store_true", help="show all that DeepSpeed says, and tracebacks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher gives it
     return parser.parse_args(argv)

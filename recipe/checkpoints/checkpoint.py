@@ -74,7 +74,7 @@ def save(
             manifest.clear(unfinished)
         raise CheckpointError(
             f"{folder / tag} could not be written, with {free / 2**20:,.0f} MiB free on its disk: {error}; "
-            f"{'make room' if no_room else 'mend it'}, and the same command goes on from the newest that is whole"
+            f"{'make room' if no_room else 'mend it'}, and the same command resumes from the newest that is whole"
         ) from error
     dist.barrier()
     return folder / tag

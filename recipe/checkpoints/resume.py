@@ -105,13 +105,13 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool,
             f"--output for this one{'' if counted or accept_changes else ', or insist with --accept-changes'}"
         )
     if not usable:
-        raise ValueError(f"{output} holds no checkpoint to go on from: {why_not}; name another --output")
+        raise ValueError(f"{output} holds no checkpoint to resume from: {why_not}; name another --output")
     messages += [
         f"checkpoint {checkpoint.path} is left aside: {why_not}" for checkpoint, _, why_not in compared if why_not
     ]
     newest, changes = usable[0]
     if changes:
-        messages.append(f"goes on with changes: {', '.join(changes)}")
+        messages.append(f"resumes with changes: {', '.join(changes)}")
     stage = plan.config.zero_optimization.stage if plan.config.zero_optimization is not None else 0
     if stage and newest.world_size != plan.world_size:
         raise ValueError(

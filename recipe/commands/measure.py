@@ -177,7 +177,7 @@ def open_data(trained: Trained, data: Path | None, image_size: int) -> tuple[Ima
             return dataset, "the digits' validation images"
         assert section.path is not None, "the run had a folder"
         data = Path(section.path)
-        dataset = open_validation(data, **common)
+        dataset = open_validation(data, **common, validation_share=section.validation_share)
     else:
         dataset = open_validation(data, **common)
     names: list[str] = list(getattr(dataset, "class_names"))  # noqa: B009

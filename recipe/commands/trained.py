@@ -167,7 +167,13 @@ def _class_names(run: Path, config: Config) -> tuple[str, ...] | None:
     names = summary.get("classes")
     if not names and data.source in FOLDERS and data.path is not None:
         with suppress(OSError, ValueError):
-            names = open_validation(Path(data.path), image_size=1, crop="none", on_bad_image="skip").class_names
+            names = open_validation(
+                Path(data.path),
+                image_size=1,
+                crop="none",
+                on_bad_image="skip",
+                validation_share=data.validation_share,
+            ).class_names
     return tuple(names) if names and len(names) == config.recipe.model.num_classes else None
 
 

@@ -23,6 +23,14 @@ class Contents:
         others = len(self.classes) - len(shown)
         return ", ".join(shown) + (f" and {others:,} more" if others else "")
 
+    def name_imbalance(self) -> str:
+        """The smallest and the largest class in words, with a warning beyond 1 : 10; "" where all are of one size."""
+        (few, smallest), (many, largest) = self.classes[0], self.classes[-1]
+        if smallest == largest:
+            return ""
+        warning = ", which is beyond 1 : 10: the rare ones will hardly be learnt" if largest > 10 * smallest else ""
+        return f"{smallest:,} ({few}) to {largest:,} ({many}) images per class{warning}"
+
     def name_left_out(self) -> str:
         """What was left out in words; "" where nothing was."""
         shown = [f"{count:,} {extension or 'without an extension'}" for extension, count in self.left_out.items()]

@@ -108,6 +108,10 @@ class Data(Section):
     validation_images: Count | Auto = "auto"
     """images to validate on, a whole number >= 1, so that a plan needs no data, or "auto": as many as there are"""
 
+    validation_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """the share of the images of each class to validate on where an imagefolder has no val/, a number > 0 and < 1, such
+    as 0.1, or null. Which images these are is a function of their names, the same in every run"""
+
     crop: Literal["random_resized", "padded", "none"] = "random_resized"
     """ "random_resized" (the paper's), "padded" (shifted by a few pixels) or "none". Validation takes the centre
     crop of an image resized to 8/7 of image_size (256 for 224) for "random_resized"; "padded" shifts by up to 1/8 of
@@ -337,6 +341,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "recipe.data.path", f"{data.source} data has no folder", 'remove it, or write "source": "imagefolder"'
     if data.source != "pack" and data.pack_short_side:
         yield "recipe.data.pack_short_side", f"{data.source} data is no pack", 'write 0, or "source": "pack"'
+    if data.source != "imagefolder" and data.validation_share is not None:
+        yield "recipe.data.validation_share", f"{data.source} data has a validation part", "remove it"
     if data.source == "synthetic" and data.on_device:
         yield "recipe.data.on_device", "synthetic data is made there", "remove it"
     if data.decoder != "cpu" and data.source not in FOLDERS:

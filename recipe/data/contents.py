@@ -7,19 +7,19 @@ from pathlib import Path
 from recipe.config import Contents
 
 
-def look(source: str, path: str) -> Contents:
-    """Count the images in the folder of an imagefolder or a pack.
+def look(source: str, path: str, validation_share: float | None = None) -> Contents:
+    """Count the images in the folder of an imagefolder, which may be split by ``validation_share``, or of a pack.
 
     Raises:
         ValueError: there is no such folder, or it is not what ``source`` says.
     """
-    return (_pack if source == "pack" else _imagefolder)(Path(path))
+    return _pack(Path(path)) if source == "pack" else _imagefolder(Path(path), validation_share)
 
 
-def _imagefolder(path: Path) -> Contents:
+def _imagefolder(path: Path, validation_share: float | None) -> Contents:
     from recipe.data.folder_index import list_imagefolder  # numpy: not for a plan that looks at nothing
 
-    train, validation = list_imagefolder(path)
+    train, validation = list_imagefolder(path, validation_share)
     left_out = Counter(train.left_out) + Counter(validation.left_out)
     classes = _fewest_first(train.classes, train.counts.tolist())
     return Contents(classes, len(train), len(validation), dict(left_out.most_common()))

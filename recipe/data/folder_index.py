@@ -69,20 +69,27 @@ class FolderIndex:
         return os.path.join(self.root, os.fsdecode(self.names[start : int(self._ends[index])].tobytes()))
 
 
-def list_imagefolder(path: Path) -> tuple[FolderIndex, FolderIndex]:
+def list_imagefolder(path: Path, validation_share: float | None = None) -> tuple[FolderIndex, FolderIndex]:
     """Return what (``path/train``, ``path/val`` or else ``path/test``) hold, of the same classes; no file is read.
 
+    With a ``validation_share`` both are parts of ``path/train`` or, where there is none, of ``path``: see ``split``.
     Refuses a folder that is missing or cannot be listed, a class without an image, parts that differ in their classes.
     """
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}; it should hold train/ and val/")
     if (path / HEADER).is_file():
         raise ValueError(f'{path} holds a pack of images; write "source": "pack"')
+    held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
+    if validation_share is not None:
+        if held_out is not None:
+            raise ValueError(f"{held_out} is there; remove recipe.data.validation_share, or move that folder away")
+        return split(list_classes(path / "train" if (path / "train").is_dir() else path), validation_share)
     if not (path / "train").is_dir():
         raise ValueError(f"{path} has no folder train/; it should hold a folder per class")
-    held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
     if held_out is None:
-        raise ValueError(f"{path} has neither val/ nor test/ beside train/")
+        raise ValueError(
+            f"{path} has neither val/ nor test/ beside train/; add one, or write recipe.data.validation_share 0.1"
+        )
 
     train, validation = list_classes(path / "train"), list_classes(held_out)
     for one, other in ((train, validation), (validation, train)):
@@ -94,6 +101,38 @@ def list_imagefolder(path: Path) -> tuple[FolderIndex, FolderIndex]:
                     problem += f"; {name!a} looks like {twin!a}, which it has: give both the same name"
                     break
             raise ValueError(problem)
+    return train, validation
+
+
+def split(folder: FolderIndex, validation_share: float) -> tuple[FolderIndex, FolderIndex]:
+    """Return (training, validation): of each class the share of images whose names have the lowest SHA-256.
+
+    A function of the names alone: the same on every rank, in every run, and an image that is added or removed moves at
+    most one other per class. Refuses a class of a single image.
+    """
+    names = folder.names.tobytes().split(b"\0")[:-1]
+    kept: tuple[list[bytes], list[bytes]] = ([], [])
+    counts: tuple[list[int], list[int]] = ([], [])
+    for name, count, end in zip(folder.classes, folder.counts.tolist(), folder.counts.cumsum().tolist(), strict=True):
+        if count < 2:
+            problem = f"{folder.root} holds a single image of {name}, which cannot be split; add some"
+            raise ValueError(printable(problem))
+        images, share = names[end - count : end], max(1, min(count - 1, round(validation_share * count)))
+        held_out = set(sorted(images, key=lambda image: hashlib.sha256(image).digest())[:share])
+        for part, is_held_out in enumerate((False, True)):
+            chosen = [image for image in images if (image in held_out) == is_held_out]
+            kept[part].extend(chosen)
+            counts[part].append(len(chosen))
+    train, validation = (
+        FolderIndex(
+            folder.root,
+            folder.classes,
+            np.array(counts[part], np.int64),
+            np.frombuffer(b"".join(image + b"\0" for image in kept[part]), np.uint8),
+            folder.left_out if part == 0 else {},
+        )
+        for part in (0, 1)
+    )
     return train, validation
 
 

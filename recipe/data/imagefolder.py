@@ -23,10 +23,12 @@ class ImageFiles(ImageDataset):
         return printable(self._folder.path(index))
 
 
-def open_imagefolder(path: str | Path, **options: Unpack[Options]) -> tuple[ImageFiles, ImageFiles]:
-    """Return (training, validation): ``path/train``, and ``path/val`` or, where there is none, ``path/test``."""
+def open_imagefolder(
+    path: str | Path, validation_share: float | None = None, **options: Unpack[Options]
+) -> tuple[ImageFiles, ImageFiles]:
+    """Return (training, validation), see ``list_imagefolder``."""
     try:
-        train, validation = list_imagefolder(Path(path))
+        train, validation = list_imagefolder(Path(path), validation_share)
     except ValueError as error:
         raise ValueError(f"recipe.data.path: {error}") from error
     return ImageFiles(train, **options), ImageFiles(validation, **options)

@@ -30,6 +30,7 @@ def open_datasets(
     seed: int,
     on_bad_image: OnBadImage,
     pack_short_side: int | None = None,
+    validation_share: float | None = None,
 ) -> tuple[ImageDataset, ImageDataset]:
     """Return (training, validation); needs no process group, so that what is wrong shows before one starts.
 
@@ -39,6 +40,7 @@ def open_datasets(
         path: The folder of "imagefolder" or "pack".
         image_size, crop, flip, seed, on_bad_image: See ``ImageDataset``.
         pack_short_side: See ``open_pack``.
+        validation_share: See ``list_imagefolder``.
 
     Raises:
         ValueError: The folder is not what it should be; see ``open_imagefolder`` and ``open_pack``.
@@ -53,18 +55,21 @@ def open_datasets(
     if source == "pack":
         datasets = open_pack(path, **views, on_bad_image=on_bad_image, short_side=pack_short_side)
     else:
-        datasets = open_imagefolder(path, **views, on_bad_image=on_bad_image)
+        datasets = open_imagefolder(path, validation_share, **views, on_bad_image=on_bad_image)
     for dataset in datasets:
         dataset.readable_from(0)  # what no image can be read of shall not show after an epoch
     return datasets
 
 
-def open_validation(path: Path, *, image_size: int, crop: Crop, on_bad_image: OnBadImage) -> ImageDataset:
+def open_validation(
+    path: Path, *, image_size: int, crop: Crop, on_bad_image: OnBadImage, validation_share: float | None = None
+) -> ImageDataset:
     """Return labelled images to evaluate on: the ``val/`` or ``test/`` of a folder or pack, or a folder per class.
 
     Args:
         path: The folder that holds one of these.
         image_size, crop, on_bad_image: See ``ImageDataset``.
+        validation_share: That of the run, if its folder was split.
 
     Raises:
         ValueError: The folder is none of these.
@@ -78,6 +83,8 @@ def open_validation(path: Path, *, image_size: int, crop: Crop, on_bad_image: On
     }
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}")
+    if validation_share is not None:
+        return open_imagefolder(path, validation_share, **common)[1]
     if (path / HEADER).is_file():
         return open_pack(path, **common)[1]
     held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), path)
@@ -114,6 +121,7 @@ def open_samples(
         seed=seed,
         on_bad_image=section["on_bad_image"],
         pack_short_side=section["pack_short_side"],
+        validation_share=section["validation_share"],
     )
     if decoder is not None:
         return EncodedImages(training, decoder, device), EncodedImages(validation, decoder, device)

@@ -40,7 +40,7 @@ def end_at_once(signum: int, sender: int) -> None:
     No exception: raised within the import of a library, it may be taken for a failure of that, and pass.
     """
     if os.environ.get("RANK", "0") == "0":
-        say(f"{signal.Signals(signum).name}: ended at once; the same command goes on")
+        say(f"{signal.Signals(signum).name}: ended at once; the same command resumes")
     os._exit(128 + signum)
 
 

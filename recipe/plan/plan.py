@@ -96,12 +96,12 @@ def make_plan(
     config: Config,
     world_size: int,
     cores_per_rank: int | None = None,
-    look: Callable[[str, str], Contents] | None = None,
+    look: Callable[[str, str, float | None], Contents] | None = None,
 ) -> Plan:
     """Resolve every "auto" and check every number that is written out against the rule that it follows.
 
-    ``look`` counts what a folder holds, given ``recipe.data.source`` and ``path``; it is called once the batch is known
-    to be right.
+    ``look`` counts what a folder holds, given ``source``, ``path`` and ``validation_share`` of ``recipe.data``; it is
+    called once the batch is known to be right.
 
     Raises:
         ConfigError: a contradiction, a batch that the ranks cannot share, a warmup longer than the run, …
@@ -191,13 +191,13 @@ def make_plan(
     )
 
 
-def _contents(config: Config, look: Callable[[str, str], Contents] | None) -> Contents | None:
+def _contents(config: Config, look: Callable[[str, str, float | None], Contents] | None) -> Contents | None:
     """What the data's folder holds; None where nobody looks, or the data lies in no folder."""
     data = config.recipe.data
     if look is None or data.path is None:
         return None
     try:
-        return look(data.source, data.path)
+        return look(data.source, data.path, data.validation_share)
     except ValueError as error:
         raise ValueError(f"{config.source.file}: recipe.data.path: {error}") from error
 

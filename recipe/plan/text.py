@@ -183,9 +183,11 @@ def _data(plan: Plan) -> str:
     data = plan.config.recipe.data
     where = f"{data.source} in {printable(data.path)}" if data.path else data.source
     where += f" (short side {data.pack_short_side})" if data.pack_short_side else ""
-    left_out = "" if plan.contents is None else plan.contents.name_left_out()
-    found = f"{where}: {plan.train_images:,} training images, {plan.validation_images:,} for validation"
-    return found + (f"; {printable(left_out)}" if left_out else "")
+    share = f" (a share of {data.validation_share:g})" if data.validation_share is not None else ""
+    found = [f"{where}: {plan.train_images:,} training images, {plan.validation_images:,} for validation{share}"]
+    if plan.contents is not None:
+        found += [plan.contents.name_imbalance(), plan.contents.name_left_out()]
+    return "; ".join(printable(part) for part in found if part)
 
 
 def _images(plan: Plan) -> list[tuple[str, str]]:

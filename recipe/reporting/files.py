@@ -17,7 +17,7 @@ class OutputError(RuntimeError):
 
 def cannot_write(path: Path | str, error: OSError) -> OutputError:
     """The failure to write a file of the run, for people."""
-    return OutputError(f"{path}: {error.strerror}; the checkpoints are whole: mend it, and the same command goes on")
+    return OutputError(f"{path}: {error.strerror}; the checkpoints are whole: mend it, and the same command resumes")
 
 
 def make_folder(path: Path) -> None:

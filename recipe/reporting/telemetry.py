@@ -209,7 +209,7 @@ class Writer:
         if lost:
             self.say(
                 f"{output / METRICS} lacks {lost:,} of the {first_step:,} steps before this one: lines were removed or "
-                "damaged; training goes on as it would, but plot and compare do not see them"
+                "damaged; training continues as it would, but plot and compare do not see them"
             )
 
     def event(self, event: dict[str, Any]) -> None:

@@ -120,7 +120,7 @@ def test_a_change_that_is_accepted_goes_on(tmp_path: Path, undisturbed: list[flo
     assert "recipe.schedule.epochs was 3, is 4" in refused.stderr
     assert "insist with --accept-changes" in refused.stderr
     done = train_ok(*longer, "--accept-changes")
-    assert "goes on with changes: recipe.schedule.epochs was 3, is 4" in done.stdout
+    assert "resumes with changes: recipe.schedule.epochs was 3, is 4" in done.stdout
     assert losses(tmp_path)[:6] == undisturbed
     assert [event["step"] for event in events(tmp_path, "step")] == list(range(8))
 
@@ -144,7 +144,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoints(small_disk: P
     assert full.returncode == 1
     assert f"CheckpointError: {output / 'checkpoints/step-00000003'} could not be written, with " in full.stderr
     assert "MiB free on its disk" in full.stderr
-    assert "make room, and the same command goes on from the newest that is whole" in full.stderr
+    assert "make room, and the same command resumes from the newest that is whole" in full.stderr
     assert "Traceback" not in full.stderr
     assert [(checkpoint.step, damage(checkpoint)) for checkpoint in find(output / "checkpoints")] == [
         (2, None),
@@ -193,7 +193,7 @@ def test_an_epoch_is_saved_where_none_of_the_validation_images_can_be_read_any_m
     assert "Traceback" not in failed.stderr
     assert failed.stderr.splitlines()[-1].endswith(
         f"BadImageError: no validation image could be read, from {images}/val/c0/0.jpg on; what was trained is saved: "
-        "the same command goes on"
+        "the same command resumes"
     )
     assert "resumed from" in train_ok(*arguments).stdout
     assert [event["step"] for event in events(tmp_path / "run", "step")] == [0, 1, 2]

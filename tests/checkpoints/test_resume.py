@@ -122,7 +122,7 @@ def test_another_training_is_refused_with_its_keys_unless_it_is_accepted(tmp_pat
         choose_start(other, tmp_path, "auto", accept_changes=False)
     start = choose_start(other, tmp_path, "auto", accept_changes=True)
     assert steps(start) == [4]
-    assert "goes on with changes: recipe.schedule.decay_epochs" in start.messages[0]
+    assert "resumes with changes: recipe.schedule.decay_epochs" in start.messages[0]
 
 
 @pytest.mark.parametrize("change", ["train_batch_size=256", "recipe.schedule.epochs=50"])
@@ -159,7 +159,7 @@ def test_a_checkpoint_that_does_not_tell_what_it_is_of_lets_no_other_batch_in(tm
     start = choose_start(plan("recipe.seed=1"), tmp_path, "auto", accept_changes=True)
     assert steps(start) == [4]
     assert "step-00000006/plan.json does not tell what it is of (No such file" in start.messages[0]
-    assert start.messages[1] == "goes on with changes: recipe.seed was 0, is 1"
+    assert start.messages[1] == "resumes with changes: recipe.seed was 0, is 1"
 
 
 def test_an_older_checkpoint_of_another_batch_does_not_stand_in(tmp_path: Path) -> None:
@@ -229,6 +229,6 @@ def test_a_manifest_that_contradicts_its_plan_gives_way_to_an_older_one(tmp_path
     assert "000006 is left aside: its manifest.json and its plan.json contradict each other" in start.messages[0]
     shutil.rmtree(tmp_path / "checkpoints/step-00000004")
     with pytest.raises(
-        ValueError, match=r"holds no checkpoint to go on from: its manifest.json and its plan.json contra"
+        ValueError, match=r"holds no checkpoint to resume from: its manifest.json and its plan.json contra"
     ):
         choose_start(plan(), tmp_path, "auto", accept_changes=False)

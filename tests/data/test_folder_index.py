@@ -1,3 +1,4 @@
+import hashlib
 import os
 import random
 import re
@@ -363,3 +364,40 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
     root = tmp_path / "train"
     with pytest.raises(ValueError, match=f"^{root} cannot be listed: .*Permission denied: '{root}/images/a/deep'$"):
         list_imagefolder(tmp_path)
+
+
+def test_a_share_of_each_class_is_held_out_by_the_names_alone(tmp_path):
+    def images(count: int, name: str) -> list[str]:
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            (folder / f"{number}.png").touch()
+        return [f"{name}/{number}.png" for number in range(count)]
+
+    names = {"cat": images(20, "cat"), "dog": images(3, "dog")}
+    train, validation = list_imagefolder(tmp_path / "data", 0.1)
+    assert train.classes == validation.classes == ["cat", "dog"]
+    assert (train.counts.tolist(), validation.counts.tolist()) == ([18, 2], [2, 1])
+    held_out = {os.path.relpath(validation.path(index), tmp_path / "data") for index in range(3)}
+    by_hand = {
+        name
+        for of_class, share in ((names["cat"], 2), (names["dog"], 1))
+        for name in sorted(of_class, key=lambda one: hashlib.sha256(one.encode()).hexdigest())[:share]
+    }
+    assert held_out == by_hand
+    trained = [os.path.relpath(train.path(index), tmp_path / "data") for index in range(20)]
+    assert trained == [name for name in sorted(names["cat"]) + names["dog"] if name not in by_hand]
+    assert train.labels.tolist() == [0] * 18 + [1] * 2
+    # The same folder elsewhere, as another host mounts it, is split alike.
+    os.rename(tmp_path / "data", tmp_path / "train")
+    again = list_imagefolder(tmp_path, 0.1)[1]
+    assert {os.path.relpath(again.path(index), tmp_path / "train") for index in range(3)} == by_hand
+
+    (tmp_path / "val").mkdir()
+    with pytest.raises(ValueError, match=r"val is there; remove recipe\.data\.validation_share"):
+        list_imagefolder(tmp_path, 0.1)
+    (tmp_path / "val").rmdir()
+    (tmp_path / "train/owl").mkdir()
+    (tmp_path / "train/owl/0.png").touch()
+    with pytest.raises(ValueError, match="holds a single image of owl, which cannot be split"):
+        list_imagefolder(tmp_path, 0.1)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the step is finished and saved, the exit code is the signal's, and the same command goes on.
+"""SIGTERM and SIGINT: the step is finished and saved, the exit code is the signal's, and the same command resumes.
 
 The signals come at named moments, as the kills of test_kills.py do.
 """

@@ -28,7 +28,7 @@ def test_a_signal_before_training_ends_the_process_whoever_catches_exceptions(na
     done = subprocess.run([sys.executable, "-c", PROGRAM, name], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == exit_code
     assert done.stdout == ""
-    assert done.stderr == f"recipe: {name}: ended at once; the same command goes on\n"
+    assert done.stderr == f"recipe: {name}: ended at once; the same command resumes\n"
 
 
 PRINTING = """

@@ -91,7 +91,7 @@ def image_config(tmp_path: Path) -> Path:
 
 
 def test_a_rank_that_raises(two_hosts: Cluster, tmp_path: Path, image_config: Path) -> None:
-    """An image that only one of them comes to cannot be read; mended, the same command goes on."""
+    """An image that only one of them comes to cannot be read; mended, the same command resumes."""
     output, bad = tmp_path / "run", tmp_path / "images/train/c1/7.jpg"
     good = bad.read_bytes()
     bad.write_bytes(good[:100])

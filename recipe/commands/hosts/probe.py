@@ -141,16 +141,18 @@ def devices(precision: str) -> dict[str, Any]:
 
 
 def data(
-    folder: str, source: Literal["imagefolder", "pack"] | None, pack_short_side: int | None = None
+    folder: str,
+    source: Literal["imagefolder", "pack"] | None,
+    pack_short_side: int | None = None,
+    validation_share: float | None = None,
 ) -> dict[str, Any]:
     """Count an imagefolder or a pack as a run does; without a config the folder's content decides which it is."""
     from recipe.data import HEADER, open_datasets
 
     if source is None:
         source = "pack" if Path(folder, HEADER).is_file() else "imagefolder"
-    train, validation = open_datasets(
-        source, folder, 8, crop="none", flip=False, seed=0, on_bad_image="stop", pack_short_side=pack_short_side
-    )
+    special: dict[str, Any] = {"pack_short_side": pack_short_side, "validation_share": validation_share}
+    train, validation = open_datasets(source, folder, 8, "none", False, 0, "stop", **special)
     counts = {"classes": train.classes, "train_images": len(train), "validation_images": len(validation)}
     # The header holds the SHA-256 of every file.
     pack = {"pack": hashlib.sha256(Path(folder, HEADER).read_bytes()).hexdigest()} if source == "pack" else {}
