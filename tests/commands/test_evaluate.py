@@ -132,9 +132,9 @@ def test_an_export_gives_the_same_numbers_as_its_run(run: Path, folder: Path, tm
 
 
 def test_what_does_not_fit_the_model_is_refused_on_one_line(run: Path, folder: Path, tmp_path: Path) -> None:
-    few = tmp_path / "few"
-    (few / "val/3").mkdir(parents=True)
-    (few / "val/3/a.png").write_bytes(next((folder / "3").iterdir()).read_bytes())
+    cats = tmp_path / "cats"
+    (cats / "val/cat").mkdir(parents=True)
+    (cats / "val/cat/a.png").write_bytes(next((folder / "3").iterdir()).read_bytes())
     export = tmp_path / "other"
     export.mkdir()
     (export / "config.json").write_text('{"architecture": "resnet50"}')
@@ -142,7 +142,7 @@ def test_what_does_not_fit_the_model_is_refused_on_one_line(run: Path, folder: P
         ([str(tmp_path / "nowhere")], "there is no folder"),
         ([str(export)], "config.json is not what python -m recipe export writes"),
         ([str(run), "--checkpoint", "step-7"], "holds no whole checkpoint step-7"),
-        ([str(run), "--data", str(few)], "1 classes"),
+        ([str(run), "--data", str(cats)], "does not know: 'cat'"),
         ([str(run), "--data", str(tmp_path / "none")], "there is no folder"),
     ):
         done = recipe("evaluate", *arguments)
