@@ -20,7 +20,6 @@ from recipe.config import ConfigError
 from recipe.data import BadImageError, Samples, SyntheticImages, WorkerError
 from recipe.distributed import Interrupted, Meeting, Requests, Watch, versions
 from recipe.engine import (
-    GradientNorms,
     MicroBatchError,
     NoImageError,
     choose_device,
@@ -31,6 +30,7 @@ from recipe.engine import (
     device_name,
     evaluate,
     join_process_group,
+    listen_to_gradients,
     read_overflows,
     set_loudness,
     settle_micro_batch,
@@ -115,8 +115,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     choose_kernels(tf32=recipe.precision is None, cudnn_benchmark=recipe.cudnn_benchmark)
     timeout = timedelta(seconds=recipe.distributed.timeout_seconds)
     join_process_group(run.device, timeout, meeting.group_store)
-    earlier = run.start.micro_batch_on(run.plan.world_size)
-    plan, why = settle_micro_batch(run.plan, run.model, run.device, earlier)
+    plan, why = settle_micro_batch(run.plan, run.model, run.device, run.start.micro_batch_on(run.plan.world_size))
     if why and dist.get_rank() == 0:
         print(f'{format_plan(plan)}\nmax_micro_batch_size "auto": {plan.micro_batch} images, {why}', flush=True)
     join_neighbours(run.model, plan.micro_batch, timeout)
@@ -158,14 +157,9 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
         mean=plan.mean,
         std=plan.std,
     )
-    gradient_norms = None
-    if recipe.noise_scale.enabled:
-        every = recipe.noise_scale.every_steps
-        gradient_norms = GradientNorms(engine.module.parameters(), lambda: engine.global_steps % every == 0)
+    gradient_norms = listen_to_gradients(engine, recipe.noise_scale.every_steps) if recipe.noise_scale.enabled else None
 
-    every_minutes = recipe.checkpoint.every_minutes
-    save_every = None if every_minutes is None else timedelta(minutes=every_minutes)
-    with Requests(save_every, timeout, watch.launchers) as requests:
+    with Requests(recipe.checkpoint.save_every, timeout, watch.launchers) as requests:
 
         def save_now(top1: float | None = None) -> None:
             telemetry.report()

@@ -6,6 +6,7 @@ Every refusal is a ``ConfigError``: one line with file, key, value, what is wron
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -194,6 +195,11 @@ class Checkpoint(Section):
     every_minutes: PositiveFloat | None = None
     """minutes between checkpoints within an epoch, a number > 0, or null for none. Each epoch ends with a checkpoint
     anyway"""
+
+    @property
+    def save_every(self) -> timedelta | None:
+        """``every_minutes`` as a span of time."""
+        return None if self.every_minutes is None else timedelta(minutes=self.every_minutes)
 
     keep_last: Count = 2
     """how many of the latest checkpoints stay, a whole number >= 1; 2, because the latest may not be whole"""

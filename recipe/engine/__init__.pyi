@@ -2,7 +2,7 @@ from .device import (
     choose_device as choose_device,
     device_name as device_name,
 )
-from .gradient_norms import GradientNorms as GradientNorms
+from .gradient_norms import GradientNorms as GradientNorms, listen_to_gradients as listen_to_gradients
 from .kernels import (
     choose_kernels as choose_kernels,
     compile_training as compile_training,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 
@@ -61,3 +62,8 @@ def norm_squared(gradients: list[Tensor]) -> Tensor:
     """Of all of them as one vector; a scalar, float64. The norms of parameters are taken in fp32 at least."""
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
     return torch.stack(torch._foreach_norm(gradients, 2, dtype=dtype)).double().square().sum()
+
+
+def listen_to_gradients(engine: DeepSpeedEngine, every_steps: int) -> GradientNorms:
+    """What the noise scale is estimated from, measured at each ``every_steps``-th optimizer step of ``engine``."""
+    return GradientNorms(engine.module.parameters(), lambda: engine.global_steps % every_steps == 0)
