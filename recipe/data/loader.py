@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import queues
+from multiprocessing import connection, queues
 from types import TracebackType
 from typing import Any, NoReturn, TypedDict, TypeVar, Unpack
 
@@ -133,8 +133,11 @@ class _Loader:
         except BadImageError as error:
             # DataLoader puts the worker's traceback before the message; the message alone says what to do.
             raise BadImageError(str(error).rpartition("BadImageError: ")[2].strip()) from None
-        except (OSError, RuntimeError) as error:
-            ends = [process.exitcode for process in getattr(self._loader._iterator, "_workers", ())]
+        except (OSError, EOFError, RuntimeError) as error:
+            workers = getattr(self._loader._iterator, "_workers", ())
+            if isinstance(error, (ConnectionError, EOFError)):  # one has gone while it sent, or is about to
+                connection.wait([process.sentinel for process in workers], timeout=5)
+            ends = [process.exitcode for process in workers]
             if problem := _problem(error, [end for end in ends if end]):
                 raise WorkerError(problem + (", or --set recipe.data.workers=0" if self._workers else "")) from error
             raise

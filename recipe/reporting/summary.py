@@ -17,7 +17,6 @@ from recipe.reporting.files import SUMMARY
 if TYPE_CHECKING:
     from recipe.checkpoints import History  # needs torch, for which a refused config shall not wait
 
-AGAIN = "again"
 LAST_EPOCHS = 5  # the paper reports the median error of the last five (§5.1)
 
 
@@ -82,7 +81,8 @@ def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = No
 
     With what to type next, as far as ``plan`` is given.
     """
-    width = width or columns()
+    width, folder = width or columns(), printable(str(output))
+    summary = {key: printable(value) if isinstance(value, str) else value for key, value in summary.items()}
     ranks = counted(summary["world_size"], "rank") + (f" of {summary['hosts']} hosts" if summary["hosts"] > 1 else "")
     speed = "" if summary["images_per_second"] is None else f"{summary['images_per_second']:,.0f} images/s, "
     skipped = f", {summary['skipped_steps']} skipped by overflow" if summary["skipped_steps"] else ""
@@ -101,7 +101,7 @@ def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = No
         ),
         ("speed", f"{speed}{summary['steps']:,} steps{skipped}, {_duration(summary['wall_seconds'])} in all"),
         *_noise_scale(summary),
-        ("files", f"{output}: plan.json, metrics.jsonl, train.log, summary.json"),
+        ("files", f"{folder}: plan.json, metrics.jsonl, train.log, summary.json"),
     ]
     if summary["best_checkpoint"] is not None:
         rows.append(("best weights", summary["best_checkpoint"]))
@@ -114,10 +114,9 @@ def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = No
     if summary["hosts"] > 1:
         ranks_option = "--hostfile … "
     command = (
-        f"{_launcher()} -q {ranks_option}recipe/train.py --deepspeed_config {output / 'plan.json'} "
-        f"--output {output}-again"
+        f"{_launcher()} -q {ranks_option}recipe/train.py --deepspeed_config {folder}/plan.json --output {folder}-again"
     )
-    rows.append((AGAIN, " \\\n".join(wrap(printable(command), width - LABEL_WIDTH - 4))))
+    rows.append(("again", " \\\n".join(wrap(command, width - LABEL_WIDTH - 4))))
     following = None if plan is None else _following_plan(plan)
     if following is not None:
         rate, warmup = following.schedule.peak_rate, following.schedule.warmup_steps
@@ -128,7 +127,7 @@ def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = No
                 + (f"warmup of {counted(warmup, 'step')}" if warmup else "no warmup"),
             )
         )
-    return fields([(label, text if label == AGAIN else printable(text)) for label, text in rows], width)
+    return fields(rows, width)
 
 
 def _following_plan(plan: Plan) -> Plan | None:

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.multinode, pytest.mark.slow]
 def refusal(cluster: Cluster, output: Path, *arguments: str, **launch: Sequence[str]) -> str:
     """The message of a launch that is refused, on every rank."""
     with cluster.launched("--deepspeed_config", DIGITS, "--output", str(output), *arguments, **launch) as process:
-        printed, _ = process.communicate(timeout=60)
+        printed, _ = process.communicate(timeout=300)
     assert process.returncode == 2, printed
     said = [line.partition("recipe: ")[2] for line in printed.splitlines() if "recipe: " in line]
     assert len(set(said)) == 1, printed

@@ -61,12 +61,25 @@ class Record(Section):
     """A shard that is whole: where its images lie, its files, the images that are bad or could not be made smaller."""
 
     offsets: list[int]
+    """where each image begins in the shard, in bytes"""
+
     sizes: list[int]
+    """the bytes of each image"""
+
     resized: int
+    """how many of them are not the original bytes"""
+
     shard: File
+    """the tar file"""
+
     index: File
+    """DALI's index of it"""
+
     bad_images: list[BadImage]
+    """images that cannot be decoded"""
+
     kept_images: list[BadImage]
+    """images that could not be made smaller, and are the original bytes"""
 
 
 class TooLongError(Exception):
