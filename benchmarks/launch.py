@@ -39,8 +39,10 @@ def direct_command(ranks: int, script: str, *arguments: str) -> list[str]:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's environment without what an outer launch may have left, one thread a rank."""
-    inherited = {name: os.environ[name] for name in os.environ.keys() - {"RANK", "LOCAL_RANK", "WORLD_SIZE"}}
+    """This process's environment without what an outer launch, or pytest-xdist, may have left; one thread per rank."""
+    inherited = {
+        name: os.environ[name] for name in os.environ.keys() - {"RANK", "LOCAL_RANK", "WORLD_SIZE", "COLUMNS", "LINES"}
+    }
     return inherited | {"OMP_NUM_THREADS": "1"} | variables
 
 

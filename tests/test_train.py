@@ -357,7 +357,9 @@ def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
         shown += chunk
     assert process.wait() == 0
     lines = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode()).replace("\r", "\n").splitlines()
-    assert any(re.fullmatch(r"epoch 3/3 \S+ 0:00:00 left, 6/6 steps, loss \d\.\d+", line) for line in lines), lines[-20:]
+    assert any(re.fullmatch(r"epoch 3/3 \S+ 0:00:00 left, 6/6 steps, loss \d\.\d+", line) for line in lines), lines[
+        -20:
+    ]
     # Lines that are printed while the bar stands begin at the left edge.
     assert sum(line.startswith(f"epoch {epoch}/3: top-1") for epoch in (1, 2, 3) for line in lines) == 3
     too_long = [line for line in lines if len(line) > 60]
