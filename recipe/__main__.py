@@ -48,13 +48,15 @@ def main() -> int:
             say(f"standard output cannot be written: {error.strerror}; the answer is not whole")
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more at its exit
             return CUT_SHORT
-    print(f"usage: python -m recipe COMMAND …\n\n{fields(list(COMMANDS.items()), columns())}", file=sys.stderr)
-    print("Training is started by: deepspeed recipe/train.py --deepspeed_config …", file=sys.stderr)
-    if arguments in (["-h"], ["--help"]):
+    is_asked_for = arguments in (["-h"], ["--help"])
+    stream = sys.stdout if is_asked_for else sys.stderr
+    print(f"usage: python -m recipe COMMAND …\n\n{fields(list(COMMANDS.items()), columns())}", file=stream)
+    print("Training is started by: deepspeed recipe/train.py --deepspeed_config …", file=stream)
+    if is_asked_for:
         return 0
     close = difflib.get_close_matches(arguments[0], COMMANDS, n=1) if arguments else []
     problem = f"there is no command {arguments[0]!r}" if arguments else "name a command"
-    say(f"{problem}; {f'did you mean {close[0]}?' if close else 'those above are all'}")
+    say(f"{problem}; {f'did you mean {close[0]}?' if close else 'the list above has all of them'}")
     return 2
 
 

@@ -127,9 +127,9 @@ def remove(checkpoint: Path) -> None:
 
 
 def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
-    """The validated checkpoint of the best top-1 accuracy, the earliest of equals."""
+    """The validated checkpoint of the best top-1 accuracy; of equals the latest, which has the lower training loss."""
     validated = [checkpoint for checkpoint in checkpoints if checkpoint.top1 is not None]
-    return max(validated, key=lambda checkpoint: (checkpoint.top1, -checkpoint.step), default=None)
+    return max(validated, key=lambda checkpoint: (checkpoint.top1, checkpoint.step), default=None)
 
 
 def _read(path: Path) -> Checkpoint | None:

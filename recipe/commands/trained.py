@@ -156,7 +156,7 @@ def _in_order(newest_first: Sequence[Checkpoint], which: str) -> list[Checkpoint
         return list(newest_first)
     if which == "best":
         validated = [checkpoint for checkpoint in newest_first if checkpoint.top1 is not None]
-        validated.sort(key=lambda one: (one.top1 or 0.0, -one.step), reverse=True)
+        validated.sort(key=lambda one: (one.top1 or 0.0, one.step), reverse=True)
         return [*validated, *(checkpoint for checkpoint in newest_first if checkpoint.top1 is None)]
     return [checkpoint for checkpoint in newest_first if checkpoint.path.name == which]
 

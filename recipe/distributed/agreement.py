@@ -94,7 +94,7 @@ class Requests:
         if self._signum in (0, signal.SIGHUP):
             self._signum, self._signalled_at = signum, now
             if dist.get_rank() == 0:
-                say(f"{name}: this step is finished and saved; a second signal ends the run at once")
+                say(f"{name}: finishing this step, then saving; a second signal ends the run at once")
         elif signum == signal.SIGHUP or (signum == signal.SIGTERM and sender in (os.getpid(), *self._launchers)):
             return
         elif now - self._signalled_at > SAME_REQUEST_SECONDS:

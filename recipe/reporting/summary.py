@@ -34,7 +34,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of ``summary.json``. Accuracies and errors are in per cent; ``classes`` are names, from 0 on."""
     measured = plan.config.recipe.noise_scale
-    best = max(history.validations, key=lambda validation: validation["top1"])
+    best = max(reversed(history.validations), key=lambda validation: validation["top1"])  # of equals the latest
     errors = [100 - validation["top1"] for validation in history.validations[-LAST_EPOCHS:]]
     return {
         "config": plan.config.source.file,

@@ -113,7 +113,7 @@ def test_a_second_signal_ends_the_process_at_once_wherever_it_is() -> None:
         _, stderr = process.communicate(timeout=60)
     assert not ended_early
     assert process.returncode == 143
-    assert "SIGINT: this step is finished and saved; a second signal ends the run at once" in stderr
+    assert "SIGINT: finishing this step, then saving; a second signal ends the run at once" in stderr
     assert "rank 0: a second signal, SIGTERM: ended at once" in stderr
 
 

@@ -506,7 +506,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "recipe: name a command; those above are all"),
+        ((), "recipe: name a command; the list above has all of them"),
         (("eval",), "recipe: there is no command 'eval'; did you mean evaluate?"),
         (("hots",), "recipe: there is no command 'hots'; did you mean hosts?"),
         (("plan", "x.json", "--worldsize=8"), "unrecognized arguments: --worldsize=8; did you mean --world-size?"),
