@@ -119,7 +119,8 @@ class ImageDataset(Samples):
         except UNREADABLE as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise  # the fault of the process, not of the image
-            where, remedy = self._where_and_remedy(index)
+            where, usual_remedy = self._where_and_remedy(index)
+            remedy = getattr(error, "remedy", "") or usual_remedy
             raise BadImageError(
                 f'{where}: not a readable image ({error}); {remedy}, or set recipe.data.on_bad_image to "skip"'
             ) from error

@@ -12,13 +12,18 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 _DEEP_GREY_FORMATS = ("PNG", "PPM")  # those whose 32-bit integers hold 16 bits, from 0 to 65,535
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of a TIFF
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _JPEG = b"\xff\xd8"
 _JPEG_END = b"\xff\xd9"
 
 
 class DecodingError(ValueError):
-    """The bytes are no image that can be trained on."""
+    """The bytes are no image that can be trained on; ``remedy`` is what to do about it, "" where it is to be mended."""
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(problem)
+        self.remedy = remedy
 
 
 UNREADABLE = (OSError, DecodingError)
@@ -63,7 +68,9 @@ def decode(file: bytes, reduce_to: int = 0) -> Decoded:
     except Image.DecompressionBombError:
         if reduce_to and (pixels := _reduced(file, reduce_to)) is not None:
             return Decoded(pixels)
-        raise DecodingError(f"it has more than {_largest():,} pixels; shrink it") from None
+        raise DecodingError(
+            f"it has more than {2 * _largest():,} pixels, the most that PIL takes", "shrink it"
+        ) from None
     except Exception as error:  # each of PIL's decoders has its own; none of them is ours
         raise DecodingError(str(error) or type(error).__name__) from error
 
@@ -116,9 +123,13 @@ def _decode_by_pil(file: bytes) -> Tensor:
 def _in_8_bits(image: Image.Image) -> Image.Image:
     """Scale a grey image of more than 8 bits by the range of its type; PIL's own conversion cuts off above 255."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _DEEP_GREY_FORMATS):
-        # 65,535 / 255 = 257, rounded to the nearest.
-        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).clip(0, 255).astype(np.uint8))
+        # A TIFF tells how many of the 16 bits it uses, and whether 0 is white, for which PIL does not care here.
+        tags = getattr(image, "tag_v2", {})
+        white = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
+        grey = (np.asarray(image).astype(np.uint32) * 255 + white // 2) // white  # rounded to the nearest
+        grey = 255 - grey.clip(0, 255) if tags.get(_PHOTOMETRIC) == 0 else grey.clip(0, 255)
+        return Image.fromarray(grey.astype(np.uint8))
     if image.mode in ("I", "F"):
         kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
-        raise DecodingError(f"its grey values are {kind}, whose range is not known; convert it to 8 or 16 bits")
+        raise DecodingError(f"its grey values are {kind}, whose range is not known", "convert it to 8 or 16 bits")
     return image

@@ -201,19 +201,24 @@ def scan(root: str) -> tuple[FolderIndex, _Watched]:
                 before[os.path.join(folder, entry.name)] = None
         return found, status
 
-    entries, status_of_root = look("")
-    classes = sorted(entry.name for entry in entries if _is_folder(entry))
+    def leads_back(entry: os.DirEntry[str], above: Iterable[os.stat_result]) -> bool:
+        return entry.is_symlink() and any(os.path.samestat(entry.stat(), one) for one in above)
+
+    entries, _ = look("")
+    real_root = Path(root).resolve()
+    roots = tuple(os.stat(folder) for folder in (real_root, *real_root.parents))
+    classes = sorted(entry.name for entry in entries if _is_folder(entry) and not leads_back(entry, roots))
     counts, paths, others = [], [], Counter[str]()
     for name in classes:
         images: dict[str, list[str]] = {}
-        pending: list[tuple[str, tuple[os.stat_result, ...]]] = [(name, (status_of_root,))]
+        pending: list[tuple[str, tuple[os.stat_result, ...]]] = [(name, roots)]
         while pending:
             folder, above = pending.pop()
             entries, status = look(folder)
             above, files = (*above, status), []
             for entry in entries:
                 if _is_folder(entry):
-                    if not (entry.is_symlink() and any(os.path.samestat(entry.stat(), one) for one in above)):
+                    if not leads_back(entry, above):
                         pending.append((os.path.join(folder, entry.name), above))
                 elif not entry.name.lower().endswith(IMG_EXTENSIONS):
                     others[os.path.splitext(entry.name)[1].lower()] += 1

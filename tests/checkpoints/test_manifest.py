@@ -105,7 +105,7 @@ def test_damage_names_the_file(tmp_path: Path, content: str | None, message: str
 
 @pytest.mark.parametrize(
     ("keep_last", "keep_best", "left"),
-    [(1, False, [5]), (1, True, [5, 2]), (2, True, [5, 4, 2]), (3, False, [5, 4, 3]), (9, False, [5, 4, 3, 2, 1])],
+    [(1, False, [5]), (1, True, [5, 3]), (2, True, [5, 4, 3]), (3, False, [5, 4, 3]), (9, False, [5, 4, 3, 2, 1])],
 )
 def test_prune_keeps_the_last_and_the_best(tmp_path: Path, keep_last: int, keep_best: bool, left: list[int]) -> None:
     for step, top1 in ((1, 50.0), (2, 90.0), (3, 90.0), (4, None), (5, 80.0)):
@@ -144,10 +144,10 @@ def test_what_cannot_be_read_or_removed_does_not_end_a_run(tmp_path: Path) -> No
     assert path.exists()
 
 
-def test_best_is_the_earliest_of_equals(tmp_path: Path) -> None:
+def test_best_is_the_latest_of_equals(tmp_path: Path) -> None:
     for step, top1 in ((1, None), (2, 70.0), (3, 70.0)):
         make(tmp_path, step, top1)
     found = best(find(tmp_path))
     assert found is not None
-    assert found.step == 2
+    assert found.step == 3
     assert best([]) is None

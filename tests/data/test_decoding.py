@@ -100,12 +100,12 @@ def test_sixteen_bits_of_grey_are_scaled_to_eight(form):
         (
             [0, 1],
             np.float32,
-            "its grey values are floating-point numbers, whose range is not known; convert it to 8 or 16 bits",
+            "its grey values are floating-point numbers, whose range is not known",
         ),
         (
             [0, 70_000],
             np.int32,
-            "its grey values are 32-bit integers, whose range is not known; convert it to 8 or 16 bits",
+            "its grey values are 32-bit integers, whose range is not known",
         ),
     ],
 )
@@ -139,5 +139,22 @@ def test_whatever_a_decoder_raises_is_a_bad_image(monkeypatch):
 
 def test_an_image_beyond_pils_limit_is_to_be_shrunk(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    with pytest.raises(module.DecodingError, match=r"^it has more than 500 pixels; shrink it$"):
+    with pytest.raises(module.DecodingError, match=r"^it has more than 1,000 pixels, the most that PIL takes$"):
         decode(encoded(picture(), "PNG"))
+
+
+@pytest.mark.parametrize(
+    ("bits", "photometric", "expected"), [(12, 1, [0, 128, 255]), (16, 0, [255, 247, 239]), (16, 1, [0, 8, 16])]
+)
+def test_a_tiff_tells_its_own_range(bits, photometric, expected):
+    """Of 0, 2,048 and 4,095: by 4,095 where 12 bits are used; 65,535 is 16 times as much, but for rounding."""
+    values = np.array([[0, 2048, 4095]], np.uint16)
+    file = bytearray(encoded(Image.fromarray(values), "TIFF"))
+    for tag, value in ((258, bits), (262, photometric)):
+        entry = file.index(tag.to_bytes(2, "little") + b"\x03\x00\x01\x00\x00\x00")  # one value of 16 bits
+        file[entry + 8 : entry + 10] = value.to_bytes(2, "little")
+    if bits == 12:  # PIL unpacks them: three bytes hold two values
+        packed = b"".join(((a << 12) | b).to_bytes(3, "big") for a, b in ((0, 2048), (4095, 0)))
+        at = file.index(values.tobytes())
+        file[at : at + 6] = packed
+    assert decode(bytes(file)).pixels[0, :, 0].tolist() == expected

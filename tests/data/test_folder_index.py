@@ -401,3 +401,13 @@ def test_a_share_of_each_class_is_held_out_by_the_names_alone(tmp_path):
     (tmp_path / "train/owl/0.png").touch()
     with pytest.raises(ValueError, match="holds a single image of owl, which cannot be split"):
         list_imagefolder(tmp_path, 0.1)
+
+
+def test_a_link_to_a_folder_above_the_classes_is_not_followed(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "train/c0/up").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "train/c0/over").symlink_to("/", target_is_directory=True)
+    (tmp_path / "train/c9").symlink_to(tmp_path, target_is_directory=True)
+    index, _ = folder_index.scan(str(tmp_path / "train"))
+    assert index.classes == ["c0", "c1"]
+    assert index.counts.tolist() == [3, 3]

@@ -84,7 +84,9 @@ def test_a_huge_image_is_read_and_a_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 1,200 pixels: more than the limit, less than twice
     assert train.image(0).pixels.shape == (30, 40, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    with pytest.raises(BadImageError, match=r"0\.jpg: .* \(it has more than 500 pixels; shrink it\); mend it, or set"):
+    with pytest.raises(
+        BadImageError, match=r"0\.jpg: .* \(it has more than 1,000 pixels, the most that PIL takes\); shrink it, or set"
+    ):
         train.image(0)
 
 

@@ -190,7 +190,8 @@ def _write_shard(shard: Shard, making: Making) -> Record:
                 try:
                     image = packed(original, making)
                 except UNREADABLE as error:
-                    bad.append(BadImage(name=name, problem=printable(str(error))))
+                    remedy = getattr(error, "remedy", "")
+                    bad.append(BadImage(name=name, problem=printable(f"{error}; {remedy}" if remedy else str(error))))
                 except TooLongError as error:
                     kept.append(BadImage(name=name, problem=str(error)))
                 resized += image is not original
