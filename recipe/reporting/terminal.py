@@ -24,7 +24,10 @@ class Parser(argparse.ArgumentParser):
     """A command line that names the option that was probably meant by an unknown one."""
 
     def error(self, message: str) -> NoReturn:
-        options = [word.partition("=")[0] for word in message.partition("unrecognized arguments: ")[2].split()]
+        # argparse misses a required option before it looks at one that it does not know.
+        words = sys.argv if "required: --" in message else message.partition("unrecognized arguments: ")[2].split()
+        options = [word.partition("=")[0] for word in words if word.startswith("-")]
+        options = [option for option in options if option not in self._option_string_actions]
         close = [
             name for option in options for name in difflib.get_close_matches(option, self._option_string_actions, 1)
         ]

@@ -118,3 +118,14 @@ def test_without_a_terminal_there_are_plain_lines(
         f"{'a long line ' * 20}stays one line",
         "-:--:-- left, 33%",
     ]
+
+
+def test_a_mistyped_option_is_named_where_a_required_one_is_missed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--deepspeed_confg", "x.json"])
+    parser = terminal.Parser()
+    parser.add_argument("--deepspeed_config", required=True)
+    with pytest.raises(SystemExit):
+        parser.parse_args()
+    assert capsys.readouterr().err.endswith("required: --deepspeed_config; did you mean --deepspeed_config?\n")
