@@ -16,6 +16,7 @@ from .manifest import (
     MANIFEST as MANIFEST,
     PLAN as PLAN,
     Checkpoint as Checkpoint,
+    best_first as best_first,
     damage as damage,
     find as find,
     unreadable as unreadable,

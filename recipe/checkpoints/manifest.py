@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,10 +127,15 @@ def remove(checkpoint: Path) -> None:
         shutil.rmtree(checkpoint)
 
 
-def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
-    """The validated checkpoint of the best top-1 accuracy; of equals the latest, which has the lower training loss."""
+def best(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The validated checkpoint of the best top-1 accuracy; see ``best_first``."""
+    return next(iter(best_first(checkpoints)), None)
+
+
+def best_first(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Those that were validated, by top-1 accuracy; of equals the latest first, which was trained for longer."""
     validated = [checkpoint for checkpoint in checkpoints if checkpoint.top1 is not None]
-    return max(validated, key=lambda checkpoint: (checkpoint.top1, checkpoint.step), default=None)
+    return sorted(validated, key=lambda checkpoint: (checkpoint.top1, checkpoint.step), reverse=True)
 
 
 def _read(path: Path) -> Checkpoint | None:

@@ -81,14 +81,14 @@ def write(measured: "Measured", output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / RESULT).write_text(json.dumps(measured.summary(), indent=2) + "\n", encoding="utf-8")
     with (output / PER_CLASS).open("w", encoding="utf-8", newline="") as stream:
-        table = csv.writer(stream, lineterminator="\n")
-        table.writerow(["class", "images", "correct", "accuracy_percent", "most_often_taken_for", "times"])
+        rows = csv.writer(stream, lineterminator="\n")
+        rows.writerow(["class", "images", "correct", "accuracy_percent", "most_often_taken_for", "times"])
         for row in measured.per_class():
-            table.writerow([row.name, row.images, row.correct, f"{row.accuracy:.4f}", row.taken_for or "", row.times])
+            rows.writerow([row.name, row.images, row.correct, f"{row.accuracy:.4f}", row.taken_for or "", row.times])
     with (output / f"{CONFUSION}.csv").open("w", encoding="utf-8", newline="") as stream:
-        table = csv.writer(stream, lineterminator="\n")
-        table.writerow(["true class \\ predicted", *measured.classes])
-        table.writerows([name, *counts] for name, counts in zip(measured.classes, measured.confusion, strict=True))
+        rows = csv.writer(stream, lineterminator="\n")
+        rows.writerow(["true class \\ predicted", *measured.classes])
+        rows.writerows([name, *counts] for name, counts in zip(measured.classes, measured.confusion, strict=True))
     draw_confusion(measured, output / CONFUSION)
 
 

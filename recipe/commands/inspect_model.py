@@ -4,10 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipe.model import BatchNorm, build_model, parameter_counts
+from recipe.model import DTYPES, BatchNorm, build_model, cast_parameters, parameter_counts
 from recipe.plan import ModelFacts
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def inspect_model(name: str, num_classes: int, image_size: int) -> ModelFacts:
@@ -22,8 +20,7 @@ def inspect_model(name: str, num_classes: int, image_size: int) -> ModelFacts:
     norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     saved = {}
     for precision, dtype in DTYPES.items():
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)  # as DeepSpeed does, which leaves the buffers in fp32
+        cast_parameters(model, dtype)
         try:
             saved[precision] = saved_bytes_an_image(model, image_size, dtype, torch.device("meta"))
         except (RuntimeError, AssertionError) as error:

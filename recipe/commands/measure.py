@@ -1,6 +1,5 @@
 """Runs a trained model over validation data and counts what it gets right; the work of ``evaluate``."""
 
-import os
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from recipe.commands.trained import Trained, read_trained
 from recipe.data import ImageDataset, ValidationLoader, open_datasets, open_validation
-from recipe.engine import Batch, evaluate, join_process_group, set_loudness
+from recipe.engine import Batch, evaluate, join_process_group, rank_device, set_loudness
 
 CALIBRATION_BINS = 15  # as Guo et al. 2017 take
 
@@ -111,10 +110,7 @@ def measure(
     """
     set_loudness(verbose=False)
     trained = read_trained(path, checkpoint)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+    device = rank_device()
     size = image_size or trained.image_size
     dataset, shown = open_data(trained, data, size)
     model = trained.build(device)

@@ -15,16 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recipe.checkpoints import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, damage, find, unreadable
+from recipe.checkpoints import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, best_first, damage, find, unreadable
 from recipe.commands.run_files import TIMM_CONFIG, WEIGHTS, run_meant
 from recipe.config import FOLDERS, Config, read_config
 from recipe.data import evaluation_short_side, open_validation
 from recipe.distributed import say
-from recipe.model import build_model
+from recipe.model import DTYPES, build_model, cast_parameters
 from recipe.reporting import read_summary
 
 SAVED = "mp_rank_00_model_states.pt"  # DeepSpeed's name of what rank 0 writes
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,8 @@ class Trained:
             model.load_state_dict(self.state)
         except RuntimeError as error:
             raise ValueError(f"{self.name}: the weights are not those of {self.architecture}: {error}") from None
-        dtype = DTYPES.get(self.precision, torch.float32)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)  # as DeepSpeed has it, which leaves the buffers in fp32
-        if dtype == torch.float64:
+        cast_parameters(model, DTYPES[self.precision])
+        if self.precision == "fp64":
             model = model.double()
         return model.to(device).eval()
 
@@ -155,9 +152,7 @@ def _in_order(newest_first: Sequence[Checkpoint], which: str) -> list[Checkpoint
     if which == "last":
         return list(newest_first)
     if which == "best":
-        validated = [checkpoint for checkpoint in newest_first if checkpoint.top1 is not None]
-        validated.sort(key=lambda one: (one.top1 or 0.0, one.step), reverse=True)
-        return [*validated, *(checkpoint for checkpoint in newest_first if checkpoint.top1 is None)]
+        return [*best_first(newest_first), *(checkpoint for checkpoint in newest_first if checkpoint.top1 is None)]
     return [checkpoint for checkpoint in newest_first if checkpoint.path.name == which]
 
 

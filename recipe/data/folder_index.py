@@ -79,7 +79,7 @@ def list_imagefolder(path: Path, validation_share: float | None = None) -> tuple
         raise ValueError(f"there is no folder {path}; it should hold train/ and val/")
     if (path / HEADER).is_file():
         raise ValueError(f'{path} holds a pack of images; write "source": "pack"')
-    held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
+    held_out = held_out_folder(path)
     if validation_share is not None:
         if held_out is not None:
             raise ValueError(f"{held_out} is there; remove recipe.data.validation_share, or move that folder away")
@@ -102,6 +102,11 @@ def list_imagefolder(path: Path, validation_share: float | None = None) -> tuple
                     break
             raise ValueError(problem)
     return train, validation
+
+
+def held_out_folder(path: Path) -> Path | None:
+    """Return ``path/val`` or else ``path/test``, None where there is neither."""
+    return next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
 
 
 def split(folder: FolderIndex, validation_share: float) -> tuple[FolderIndex, FolderIndex]:

@@ -12,7 +12,7 @@ from recipe.data.datasets import ImageDataset, OnBadImage, Samples
 from recipe.data.decoders import open_decoder
 from recipe.data.digits import open_digits
 from recipe.data.encoded import EncodedImages
-from recipe.data.folder_index import list_classes
+from recipe.data.folder_index import held_out_folder, list_classes
 from recipe.data.held import HeldImages
 from recipe.data.imagefolder import ImageFiles, open_imagefolder
 from recipe.data.loader import TrainLoader, ValidationLoader
@@ -87,8 +87,7 @@ def open_validation(
         return open_imagefolder(path, validation_share, **common)[1]
     if (path / HEADER).is_file():
         return open_pack(path, **common)[1]
-    held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), path)
-    return ImageFiles(list_classes(held_out), **common)
+    return ImageFiles(list_classes(held_out_folder(path) or path), **common)
 
 
 def open_samples(

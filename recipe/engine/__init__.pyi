@@ -1,6 +1,7 @@
 from .device import (
     choose_device as choose_device,
     device_name as device_name,
+    rank_device as rank_device,
 )
 from .gradient_norms import GradientNorms as GradientNorms, listen_to_gradients as listen_to_gradients
 from .kernels import (

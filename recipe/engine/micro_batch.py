@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from recipe.engine.device import device_name
-from recipe.model import BatchNorm
+from recipe.model import DTYPES, BatchNorm, cast_parameters
 from recipe.plan import Plan, fitting_micro_batches, with_micro_batch
 
 CPU_MICRO_BATCH = 32  # more is no faster, and the activations of ResNet-50 take 6 GB
@@ -51,8 +51,7 @@ def settle_micro_batch(plan: Plan, model: nn.Module, device: torch.device, earli
     if device.type == "cpu":
         size = largest_on_cpu(candidates)
         return with_micro_batch(plan, size), f"on a CPU the largest up to {CPU_MICRO_BATCH}"
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}.get(plan.precision, torch.float32)
-    size = largest_on_gpu(candidates, model, plan.image_size, dtype, device)
+    size = largest_on_gpu(candidates, model, plan.image_size, DTYPES[plan.precision], device)
     return with_micro_batch(plan, size), f"the largest that fits {device_name(device)}"
 
 
@@ -100,8 +99,7 @@ def try_training(model: nn.Module, micro_batch: int, image_size: int, dtype: tor
     """
     torch.cuda.empty_cache()  # what a trial before this one left
     trial = copy.deepcopy(model).to(device)
-    for parameter in trial.parameters():
-        parameter.data = parameter.data.to(dtype)  # as DeepSpeed does, which leaves the buffers in fp32
+    cast_parameters(trial, dtype)
     for module in trial.modules():
         # The trial is each rank's own; statistics over several ranks take no more memory than these.
         if isinstance(module, BatchNorm):

@@ -3,7 +3,9 @@ from .batchnorm import (
     join_neighbours as join_neighbours,
 )
 from .build import (
+    DTYPES as DTYPES,
     build_model as build_model,
+    cast_parameters as cast_parameters,
     check_image_size as check_image_size,
     parameter_counts as parameter_counts,
     parameter_groups as parameter_groups,

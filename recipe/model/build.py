@@ -13,6 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 from recipe.model.batchnorm import BatchNorm, Statistics, convert_batchnorm
 from recipe.model.weights import freeze_backbone, load_weights
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+
 
 def build_model(
     name: str,
@@ -82,6 +84,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in trainable if id(p) in kernels], "weight_decay": weight_decay},
         {"params": [p for p in trainable if id(p) not in kernels], "weight_decay": 0.0},
     ]
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the parameters ``dtype``, in place, as DeepSpeed does: the buffers stay as they are, in fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

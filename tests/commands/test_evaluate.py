@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
+from benchmarks.launch import deepspeed_command
 from recipe.commands.measure import Counts
 from recipe.commands.trained import read_trained
 from recipe.data import Batch, open_datasets
@@ -98,9 +99,10 @@ def test_one_process_gives_the_runs_own_validation_to_the_last_bit(
 
 @pytest.mark.slow
 def test_ranks_and_a_folder_of_the_same_images_give_the_same_counts(run: Path, folder: Path, tmp_path: Path) -> None:
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--no_local_rank", "--module"]
+    arguments = ("evaluate", str(run), "--data", str(folder), "--output", str(tmp_path / "two"))
+    launcher, *others = deepspeed_command(2, "recipe", *arguments)
     done = subprocess.run(
-        [*launcher, "recipe", "evaluate", str(run), "--data", str(folder), "--output", str(tmp_path / "two")],
+        [launcher, "--no_local_rank", "--module", *others],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
