@@ -37,6 +37,8 @@ FREE_TO_CHANGE = (
     "recipe.noise_scale",
     "recipe.distributed",
 )
+# Keys that plans of earlier versions do not have, and the values that say the same as their absence.
+ADDED = {"recipe.data.pack_short_side": 0, "recipe.schedule.decay": "step"}
 # Steps are counted in these: with another value the same number of steps is another place in the data.
 NEVER_TO_CHANGE = ("train_batch_size", "recipe.data.train_images")
 
@@ -149,10 +151,7 @@ def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def stated(plan: dict[str, Any]) -> dict[str, Any]:
     """The dotted keys of a plan with their values, without what is disabled or as without the key."""
     on = {key: value for key, value in plan.items() if not (isinstance(value, dict) and value.get("enabled") is False)}
-    keys = dict(leaves(on))
-    if keys.get("recipe.data.pack_short_side") == 0:  # plans of earlier versions do not know it
-        del keys["recipe.data.pack_short_side"]
-    return keys
+    return {key: value for key, value in leaves(on) if key not in ADDED or value != ADDED[key]}
 
 
 def is_same_training(key: str, before: Any, now: Any) -> bool:

@@ -233,7 +233,9 @@ def card(export: Export, has_batchnorm: bool) -> str:
         "fp64": "; trained and validated in fp64, from which they are rounded",
     }.get(config.precision, f"; trained in {config.precision}, and validated with these very values")
     epochs = ", ".join(f"{epoch:g}" for epoch in schedule.decay_epochs)
-    decay = f", × {schedule.decay_factor:g} at epochs {epochs}" if epochs else ""
+    decay = {"step": f", × {schedule.decay_factor:g} at epochs {epochs}" if epochs else "", "none": ""}.get(
+        schedule.decay, f", {schedule.decay} decay to {schedule.final_lr:g}"
+    )
     lines = [
         "---",
         "library_name: timm",

@@ -6,6 +6,7 @@ this recipe refuses: what is wrong with each, and what would be right.
 """
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
@@ -23,6 +24,11 @@ Refusals = dict[str, tuple[str, str]]
 
 def _refused(names: str, problem: str, remedy: str = "remove it") -> Refusals:
     return dict.fromkeys(names.split(), (problem, remedy))
+
+
+def keys_of_others(keys: Mapping[str, tuple[str, ...]], kind: str) -> set[str]:
+    """Of keys that only some kinds of a thing have, those that this ``kind`` does without."""
+    return set(chain.from_iterable(keys.values())).difference(keys[kind])
 
 
 class Section(BaseModel):
@@ -102,7 +108,7 @@ class WarmupParams(Section):
 
 class Scheduler(Section):
     type: Literal["WarmupLR"] = "WarmupLR"
-    """ "WarmupLR": the recipe adds the decay itself, from recipe.schedule.decay_epochs"""
+    """ "WarmupLR": the recipe adds the decay itself, from recipe.schedule.decay"""
 
     params: WarmupParams = WarmupParams()
     """an object with warmup_min_lr, warmup_max_lr, warmup_num_steps and warmup_type"""

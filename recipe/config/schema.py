@@ -10,9 +10,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, model_serializer
 
-from recipe.config.deepspeed_sections import Auto, Count, DeepSpeedConfig, NonNegativeFloat, PositiveFloat, Section
+from recipe.config.deepspeed_sections import (
+    Auto,
+    Count,
+    DeepSpeedConfig,
+    NonNegativeFloat,
+    PositiveFloat,
+    Section,
+    keys_of_others,
+)
 from recipe.config.model_names import lacks_batchnorm
 from recipe.config.reader import ABSENT, ConfigError, apply_override, parse_json, read_text
 from recipe.config.validation import validate
@@ -152,6 +160,15 @@ class Data(Section):
         return self.source in FOLDERS and "auto" in (self.train_images, self.validation_images)
 
 
+DECAY_KEYS = {
+    "step": ("decay_epochs", "decay_factor"),
+    "cosine": ("final_lr",),
+    "polynomial": ("decay_power", "final_lr"),
+    "linear": ("final_lr",),
+    "none": (),
+}
+
+
 class Schedule(Section):
     epochs: Count
     """passes over the training images, a whole number >= 1. The last, partial batch of each is dropped"""
@@ -173,11 +190,23 @@ class Schedule(Section):
     warmup_epochs: NonNegativeFloat = 5
     """epochs of warmup, a number >= 0; the paper's is 5 (section 2.2)"""
 
+    decay: Literal["step", "cosine", "polynomial", "linear", "none"] = "step"
+    """ "step" (the paper's), "cosine", "polynomial", "linear" or "none": how the rate falls after the warmup. "step"
+    has decay_epochs and decay_factor; "cosine", "polynomial" and "linear" lead from the peak rate to final_lr, which
+    would be the rate of the step after the last"""
+
     decay_epochs: Annotated[tuple[PositiveFloat, ...], Field(strict=False)] = (30, 60, 80)
     """the epochs after which the rate decays, a list of rising numbers > 0; the paper's are 30, 60 and 80"""
 
     decay_factor: float = Field(0.1, gt=0, le=1)
     """by what the rate is multiplied at each decay, a number > 0 and <= 1; the paper's is 0.1"""
+
+    decay_power: Annotated[float, Field(gt=0, le=100)] = 2
+    """the power of a polynomial decay, a number > 0 and <= 100; MLPerf's is 2. The rate falls by
+    (1 - share of the steps after the warmup) ** decay_power"""
+
+    final_lr: NonNegativeFloat = 0
+    """the rate to which a cosine, polynomial or linear decay leads, a number >= 0. It does not follow the batch"""
 
     weight_decay_rule: Literal["constant", "inverse"] = "constant"
     """ "constant" (the paper's) or "inverse": how the weight decay follows the global batch. "inverse" divides
@@ -185,6 +214,11 @@ class Schedule(Section):
 
     reference_weight_decay: NonNegativeFloat | None = None
     """the weight decay at the reference batch, a number >= 0, or null. Null is 1e-4, the paper's"""
+
+    @model_serializer(mode="wrap")
+    def _of_this_decay(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        others = keys_of_others(DECAY_KEYS, self.decay)
+        return {name: value for name, value in dump(self).items() if name not in others}
 
 
 class Checkpoint(Section):
@@ -362,5 +396,12 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
     for name, images in ("train_images", data.train_images), ("validation_images", data.validation_images):
         if data.source == "synthetic" and images == "auto":
             yield f"recipe.data.{name}", '"auto" is not for synthetic', "write the number of images"
+    for name in sorted(keys_of_others(DECAY_KEYS, schedule.decay) & schedule.model_fields_set):
+        whose = " or ".join(f'"{decay}"' for decay, keys in DECAY_KEYS.items() if name in keys)
+        yield (
+            f"recipe.schedule.{name}",
+            f'the decay "{schedule.decay}" has none',
+            f"remove it, or write the decay {whose}",
+        )
     if list(schedule.decay_epochs) != sorted(set(schedule.decay_epochs)):
         yield "recipe.schedule.decay_epochs", "the numbers do not rise", "write each once, the smallest first"

@@ -438,14 +438,23 @@ def _rate_schedule(config: Config, steps_per_epoch: int) -> RateSchedule:
             f"the warmup is longer than the run of {rules.epochs} epochs",
             f"write at most {rules.epochs}, or more recipe.schedule.epochs",
         )
+    if rules.final_lr > peak:
+        raise config.source.refusal(
+            "recipe.schedule.final_lr", f"the rate would rise from its peak of {peak:.7g}", "write less than that"
+        )
+    decays_by_steps = rules.decay == "step"
     return RateSchedule(
         start_rate=start,
         peak_rate=peak,
         warmup=rules.warmup if warmup_steps else "none",
         warmup_steps=warmup_steps,
         warmup_type=written.warmup_type,
-        milestones=tuple(epochs_to_steps(epoch, steps_per_epoch) for epoch in rules.decay_epochs),
+        milestones=tuple(epochs_to_steps(epoch, steps_per_epoch) for epoch in rules.decay_epochs if decays_by_steps),
         decay_factor=rules.decay_factor,
+        decay=rules.decay,
+        total_steps=rules.epochs * steps_per_epoch,
+        final_rate=rules.final_lr,
+        decay_power=rules.decay_power,
     )
 
 

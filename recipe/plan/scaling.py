@@ -10,6 +10,7 @@ from typing import Literal
 ScalingRule = Literal["linear", "sqrt", "none"]
 Warmup = Literal["gradual", "constant", "none"]
 WarmupType = Literal["linear", "log"]
+Decay = Literal["step", "cosine", "polynomial", "linear", "none"]
 WeightDecayRule = Literal["constant", "inverse"]
 
 
@@ -55,7 +56,11 @@ class RateSchedule:
     """The learning rate as a pure function of the optimizer step, counted from 0.
 
     ``warmup_steps`` is T_w: update T_w is the first to use ``peak_rate``. ``milestones`` are the steps from
-    which on the rate is multiplied by ``decay_factor`` once more.
+    which on the rate is multiplied by ``decay_factor`` once more, for the decay "step".
+
+    The other decays fall from ``peak_rate`` at T_w to ``final_rate`` at T = ``total_steps``, one step after the last,
+    with p = (t − T_w) / (T − T_w) by (1 + cos πp) / 2 for "cosine" (Loshchilov and Hutter 2017, eq. 5), by (1 − p)ᵏ
+    with k = ``decay_power`` for "polynomial", and by 1 − p for "linear".
     """
 
     start_rate: float
@@ -63,13 +68,32 @@ class RateSchedule:
     warmup: Warmup
     warmup_steps: int
     warmup_type: WarmupType
-    milestones: tuple[int, ...]
-    decay_factor: float
+    milestones: tuple[int, ...] = ()
+    decay_factor: float = 1.0
+    decay: Decay = "step"
+    total_steps: int = 0
+    final_rate: float = 0.0
+    decay_power: float = 1.0
+
+    @property
+    def has_curve(self) -> bool:
+        """Whether the rate falls at every step after the warmup."""
+        return self.decay not in ("step", "none")
 
     def rate(self, step: int) -> float:
         """The rate that update number ``step`` uses."""
-        decays = sum(step >= milestone for milestone in self.milestones)
-        return self._undecayed_rate(step) * self.decay_factor**decays
+        if step < self.warmup_steps or not self.has_curve:
+            decays = sum(step >= milestone for milestone in self.milestones)
+            return self._undecayed_rate(step) * self.decay_factor**decays
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        match self.decay:
+            case "cosine":
+                share = (1 + math.cos(math.pi * progress)) / 2
+            case "polynomial":
+                share = (1 - progress) ** self.decay_power
+            case _:
+                share = 1 - progress
+        return self.final_rate + (self.peak_rate - self.final_rate) * share
 
     def _undecayed_rate(self, step: int) -> float:
         if step >= self.warmup_steps:

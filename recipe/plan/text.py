@@ -252,6 +252,9 @@ def _warmup(plan: Plan) -> str:
 
 def _decay(plan: Plan) -> str:
     rules, milestones = plan.config.recipe.schedule, plan.schedule.milestones
+    if plan.schedule.has_curve:
+        power = f" of power {rules.decay_power:g}" if rules.decay == "polynomial" else ""
+        return f"{rules.decay}{power} from {plan.schedule.peak_rate:.6g} to {rules.final_lr:g} at the end of the run"
     if not milestones:
         return "none"
     reached = [
@@ -267,8 +270,10 @@ def _decay(plan: Plan) -> str:
 
 
 def rates(plan: Plan) -> list[tuple[int, float]]:
-    """Steps and their rates: the first and the last steps, and those before and after whatever changes the rate."""
+    """Steps and their rates: the first and last, half-way down a curve, before and after whatever changes the rate."""
     steps = {0, 1, plan.total_steps - 1}
+    if plan.schedule.has_curve:
+        steps.add((plan.schedule.warmup_steps + plan.total_steps) // 2)
     for turn in (plan.schedule.warmup_steps, *plan.schedule.milestones):
         steps |= {turn - 1, turn}
     return [(step, plan.schedule.rate(step)) for step in sorted(steps) if 0 <= step < plan.total_steps]

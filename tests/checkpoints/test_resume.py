@@ -79,10 +79,11 @@ def test_a_pack_is_the_same_training_as_the_folder_if_its_pixels_are(tmp_path: P
         return plan(f"recipe.data={json.dumps(photos)}")
 
     folder, originals, smaller = of("imagefolder"), of("pack"), of("pack", pack_short_side=352)
-    # A checkpoint of a version that did not know the key.
+    # A checkpoint of a version that did not know the keys.
     checkpoint = leave_checkpoint(tmp_path, 4, folder)
     earlier = json.loads((checkpoint / "plan.json").read_text())
     assert earlier["recipe"]["data"].pop("pack_short_side") == 0
+    assert earlier["recipe"]["schedule"].pop("decay") == "step"
     (checkpoint / "plan.json").write_text(json.dumps(earlier))
     for same in (folder, originals):
         start = choose_start(same, tmp_path, "auto", accept_changes=False)

@@ -375,6 +375,19 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
         ({"recipe.data.pack_short_side": 352}, '= 352: digits data is no pack; write 0, or "source": "pack"'),
         ({"recipe.schedule.decay_epochs": [30, 30]}, "= [30, 30]: the numbers do not rise; write each once"),
         ({"recipe.schedule.decay_epochs": [60, 30]}, "= [60, 30]: the numbers do not rise;"),
+        ({"recipe.schedule.decay": "exponential"}, '= "exponential": not "step", "cosine", "polynomial", "linear" or'),
+        (
+            {"recipe.schedule.decay_factor": 0.1, "recipe.schedule.decay": "cosine"},
+            '= 0.1: the decay "cosine" has none; remove it, or write the decay "step"',
+        ),
+        (
+            {"recipe.schedule.decay_power": 2, "recipe.schedule.decay": "linear"},
+            '= 2: the decay "linear" has none; remove it, or write the decay "polynomial"',
+        ),
+        (
+            {"recipe.schedule.final_lr": 0},
+            '= 0: the decay "step" has none; remove it, or write the decay "cosine" or "polynomial" or "linear"',
+        ),
         (
             {"recipe.noise_scale.enabled": True, "zero_optimization.stage": 1},
             "= true: ZeRO stage 1 leaves no rank the whole mean gradient to take its norm of; write false, or ",

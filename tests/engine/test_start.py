@@ -289,6 +289,7 @@ SCHEDULES = {
     "none": RateSchedule(0.5, 0.5, "none", 0, "linear", (1, 7), 0.1),
     "one step": RateSchedule(0.1, 0.5, "gradual", 1, "linear", (), 0.1),
     "log": RateSchedule(0.1, 0.5, "gradual", 4, "log", (6,), 0.1),
+    "linear": RateSchedule(0.1, 0.5, "gradual", 4, "linear", decay="linear", total_steps=9),
 }
 
 
@@ -325,6 +326,7 @@ def test_every_update_uses_the_rate_of_the_closed_form_also_after_a_resume(tmp_p
         "none": [0.5, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05, 0.005, 0.005],
         "one step": [0.1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5],
         "log": [0.1, 0.3, 0.41699250014423124, 0.5, 0.5, 0.5, 0.05, 0.05, 0.05],
+        "linear": [0.1, 0.2, 0.3, 0.4, 0.5, 0.4, 0.3, 0.2, 0.1],
     }
     assert found == {name: pytest.approx(rates, rel=1e-12) for name, rates in expected.items()}
 

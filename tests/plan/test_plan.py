@@ -13,7 +13,7 @@ from recipe.checkpoints.resume import batchnorm_images
 from recipe.config.schema import Config, ConfigError, parse_config, read_config
 from recipe.distributed.hostfile import read_hostfile
 from recipe.plan.plan import Plan, fitting_micro_batches, make_plan, with_micro_batch
-from recipe.plan.text import format_plan, notes, plan_json
+from recipe.plan.text import format_plan, notes, plan_fields, plan_json
 from recipe.reporting.summary import format_summary, read_summary
 from tests.run_folders import step, write_run
 
@@ -267,6 +267,11 @@ def test_scaling_rule_none_means_what_the_file_says() -> None:
     [
         ({"train_batch_size": 1_300_000}, "train_batch_size", "at most 1281167"),
         ({"recipe__schedule__epochs": 4}, "recipe.schedule.warmup_epochs", "at most 4"),
+        (
+            {"recipe__schedule__decay": "cosine", "recipe__schedule__final_lr": 3.3},
+            "recipe.schedule.final_lr",
+            "less than that",
+        ),
         # At once, though all of their divisors are looked at.
         ({"train_batch_size": 10**9}, "train_batch_size", "at most 1281167"),
         ({"train_batch_size": 10**10}, "train_batch_size", "from 1 to 1000000000"),
@@ -282,6 +287,29 @@ def test_fractional_epochs() -> None:
     plan = make_plan(config(recipe__schedule__warmup_epochs=0.5, recipe__schedule__decay_epochs=[29.5, 60.25]), 1)
     assert plan.schedule.warmup_steps == 78
     assert plan.schedule.milestones == (4602, 9399)
+
+
+@pytest.mark.parametrize(
+    ("rules", "text", "half_way"),
+    [
+        # Half of the way from step 780 to 14,040 is 7,410: a half of 3.2, and a quarter of 3.2 − 0.0004 above that.
+        ({"decay": "cosine"}, "cosine from 3.2 to 0 at the end of the run", "7,410: 1.6"),
+        (
+            {"decay": "polynomial", "final_lr": 0.0004},
+            "polynomial of power 2 from 3.2 to 0.0004 at the end of the run",
+            "7,410: 0.8003",
+        ),
+        ({"decay": "none"}, "none", "780: 3.2, 14,039: 3.2"),
+    ],
+)
+def test_a_curve_in_the_plan_and_in_the_config_that_repeats_it(rules: dict, text: str, half_way: str) -> None:
+    plan = make_plan(config(**{f"recipe__schedule__{key}": value for key, value in rules.items()}), 32)
+    rows = dict(plan_fields(plan, None))
+    assert rows["decay"] == text
+    assert half_way in rows["rate at step"].replace("\N{NO-BREAK SPACE}", " ")
+    again = make_plan(parse_config(json.loads(plan_json(plan)), "plan.json"), 32)
+    assert again.schedule == plan.schedule
+    assert not {"decay_epochs", "decay_factor"} & json.loads(plan_json(plan))["recipe"]["schedule"].keys()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

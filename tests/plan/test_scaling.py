@@ -95,6 +95,28 @@ def test_rate_at_each_step(changes: dict, rates: list[float]) -> None:
     assert [schedule(**changes).rate(step) for step in range(len(rates))] == pytest.approx(rates, rel=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("changes", "rates"),
+    [
+        # From 0.5 at step 4 to 0.1 at step 8; (1 + cos πp) / 2 is 0.8535… at a quarter of the way.
+        (
+            {"decay": "cosine", "final_rate": 0.1},
+            [0.4, 0.5, 0.1 + 0.4 * 0.8535533905932737, 0.3, 0.1 + 0.4 * 0.14644660940672627, 0.1, 0.1],
+        ),
+        ({"decay": "linear", "final_rate": 0.1}, [0.4, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1]),
+        # 0.5 · (1, ¾, ½, ¼)²
+        ({"decay": "polynomial", "decay_power": 2.0}, [0.4, 0.5, 0.28125, 0.125, 0.03125, 0, 0]),
+        ({"decay": "none"}, [0.4, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
+        # The warmup takes the whole run, and nothing is left to fall.
+        ({"decay": "cosine", "total_steps": 4}, [0.4, 0.5, 0, 0]),
+    ],
+)
+def test_curves_from_the_last_step_of_the_warmup_to_the_end_and_beyond(changes: dict, rates: list[float]) -> None:
+    curve = schedule(milestones=(), total_steps=changes.pop("total_steps", 8), **changes)
+    assert [curve.rate(step) for step in range(3, 3 + len(rates))] == pytest.approx(rates, rel=1e-14, abs=1e-17)
+    assert [curve.rate(step) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
+
+
 def test_the_papers_run_at_8k() -> None:
     """kn = 8192 on ImageNet: 156 steps an epoch, 0.1 → 3.2 in 780 steps, ÷10 at epochs 30, 60, 80."""
     paper = schedule(start_rate=0.1, peak_rate=3.2, warmup_steps=780, milestones=(4680, 9360, 12480))
