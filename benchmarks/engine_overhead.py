@@ -249,7 +249,7 @@ def recipe_loop(
 
     It trains on ``batches`` again and again, or on those of ``stream``, which are as large and as many a step.
     """
-    from recipe.engine import GradientNorms, compile_training, cross_entropy, start_engine, train_epoch
+    from recipe.engine import GradientNorms, start_engine, train_epoch, training_loss
 
     micro_batch = len(batches[0].labels)
     config: dict[str, Any] = {
@@ -270,7 +270,7 @@ def recipe_loop(
     constant_rate = RateSchedule(RATE, RATE, "none", 0, "linear", (), 0.1)
     engine = start_engine(model, parameter_groups(model, WEIGHT_DECAY), config, constant_rate)
     norms = None if measured is None else GradientNorms(engine.module.parameters(), measured)
-    loss_function = compile_training(engine.module, cross_entropy) if compiled else cross_entropy
+    loss_function = training_loss(engine.module, label_smoothing=0.0, compiled=compiled)
     steps = train_epoch(engine, stream or itertools.cycle(batches), norms, loss_function)
     return Loop(lambda: next(steps), engine.basic_optimizer)
 

@@ -24,8 +24,6 @@ from recipe.engine import (
     NoImageError,
     choose_device,
     choose_kernels,
-    compile_training,
-    cross_entropy,
     deepspeed_config,
     device_name,
     evaluate,
@@ -36,6 +34,7 @@ from recipe.engine import (
     settle_micro_batch,
     start_engine,
     train_epoch,
+    training_loss,
 )
 from recipe.model import average_running_statistics, build_model, check_image_size, join_neighbours, parameter_groups
 from recipe.plan import Plan, format_plan, plan_json
@@ -122,7 +121,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     groups = parameter_groups(run.model, plan.weight_decay)
     passed_on = deepspeed_config(plan.config.model_dump(mode="json", exclude_none=True), output)
     engine = start_engine(run.model, groups, passed_on, plan.schedule)
-    loss_function = compile_training(engine.module, cross_entropy) if recipe.compile else cross_entropy
+    loss_function = training_loss(engine.module, **recipe.loss.model_dump(), compiled=recipe.compile)
 
     # Where it starts, and what it writes
     history, messages = checkpoints.load_run(engine, plan, run.start)

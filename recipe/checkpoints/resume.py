@@ -38,7 +38,7 @@ FREE_TO_CHANGE = (
     "recipe.distributed",
 )
 # Keys that plans of earlier versions do not have, and the values that say the same as their absence.
-ADDED = {"recipe.data.pack_short_side": 0, "recipe.schedule.decay": "step"}
+ADDED = {"recipe.data.pack_short_side": 0, "recipe.schedule.decay": "step", "recipe.loss.label_smoothing": 0}
 # Steps are counted in these: with another value the same number of steps is another place in the data.
 NEVER_TO_CHANGE = ("train_batch_size", "recipe.data.train_images")
 

@@ -221,6 +221,12 @@ class Schedule(Section):
         return {name: value for name, value in dump(self).items() if name not in others}
 
 
+class Loss(Section):
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """the share of each label that is spread evenly over all classes in training, a number >= 0 and < 1; 0.1 in the
+    records, 0 in the paper. The training loss in metrics.jsonl has it, that of a validation has not"""
+
+
 class Checkpoint(Section):
     every_steps: Count | None = None
     """optimizer steps between checkpoints within an epoch, a whole number >= 1, or null for none. Each epoch ends with
@@ -276,6 +282,9 @@ class Recipe(Section):
 
     schedule: Schedule
     """an object with epochs and what else differs from the paper"""
+
+    loss: Loss = Loss()
+    """an object with label_smoothing"""
 
     precision: Literal["fp32", "fp64"] | None = None
     """ "fp32" keeps GPUs from rounding factors to TF32, "fp64" trains in double precision, for checks in which rounding

@@ -4,18 +4,15 @@ from .device import (
     rank_device as rank_device,
 )
 from .gradient_norms import GradientNorms as GradientNorms, listen_to_gradients as listen_to_gradients
-from .kernels import (
-    choose_kernels as choose_kernels,
-    compile_training as compile_training,
-)
+from .kernels import choose_kernels as choose_kernels
 from .loop import (
     Batch as Batch,
     NoImageError as NoImageError,
     Step as Step,
     Validation as Validation,
-    cross_entropy as cross_entropy,
     evaluate as evaluate,
     train_epoch as train_epoch,
+    training_loss as training_loss,
 )
 from .micro_batch import (
     MicroBatchError as MicroBatchError,

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from recipe.engine.gradient_norms import GradientNorms
-from recipe.engine.kernels import Loss
+from recipe.engine.kernels import Loss, compile_training
 from recipe.engine.precision import loss_scale, overflowed
 from recipe.engine.start import backward
 from recipe.model import update_running_averages
@@ -81,9 +82,15 @@ class Validation:
     decoded_by_pil: int = 0
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The mean loss of a micro-batch, in fp32 at least."""
-    return F.cross_entropy(_at_least_fp32(logits), labels)
+    return F.cross_entropy(_at_least_fp32(logits), labels, label_smoothing=label_smoothing)
+
+
+def training_loss(model: nn.Module, *, label_smoothing: float, compiled: bool) -> Loss:
+    """What ``train_epoch`` minimises; ``compiled`` compiles it and, in place, the forward pass of ``model``."""
+    loss_function = partial(cross_entropy, label_smoothing=label_smoothing)
+    return compile_training(model, loss_function) if compiled else loss_function
 
 
 def train_epoch(

@@ -42,6 +42,7 @@ def plan_fields(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
         ("rate at step", ", ".join(f"{step:,}:{NO_BREAK}{rate:.5g}" for step, rate in rates(plan))),
         ("optimizer", _optimizer(plan)),
         ("weight decay", _weight_decay(plan, facts)),
+        *_loss(plan),
         ("checkpoints", _checkpoints(plan)),
         *_noise_scale(plan),
     ]
@@ -291,6 +292,11 @@ def _weight_decay(plan: Plan, facts: ModelFacts | None) -> str:
     undecayed = f"{facts.undecayed_parameters:,} " if facts else "the "
     which = "batch-norm parameters and biases" if facts and facts.batchnorm_layers else "others, as norms and biases"
     return f"{plan.weight_decay:.6g} on {decayed}convolution and linear weights; none on {undecayed}{which}"
+
+
+def _loss(plan: Plan) -> list[tuple[str, str]]:
+    smoothing = plan.config.recipe.loss.label_smoothing
+    return [("loss", f"cross entropy, in training with labels smoothed by {smoothing:g}")] if smoothing else []
 
 
 def _checkpoints(plan: Plan) -> str:

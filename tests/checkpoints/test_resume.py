@@ -84,6 +84,7 @@ def test_a_pack_is_the_same_training_as_the_folder_if_its_pixels_are(tmp_path: P
     earlier = json.loads((checkpoint / "plan.json").read_text())
     assert earlier["recipe"]["data"].pop("pack_short_side") == 0
     assert earlier["recipe"]["schedule"].pop("decay") == "step"
+    assert earlier["recipe"].pop("loss") == {"label_smoothing": 0}
     (checkpoint / "plan.json").write_text(json.dumps(earlier))
     for same in (folder, originals):
         start = choose_start(same, tmp_path, "auto", accept_changes=False)

@@ -375,6 +375,7 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
         ({"recipe.data.pack_short_side": 352}, '= 352: digits data is no pack; write 0, or "source": "pack"'),
         ({"recipe.schedule.decay_epochs": [30, 30]}, "= [30, 30]: the numbers do not rise; write each once"),
         ({"recipe.schedule.decay_epochs": [60, 30]}, "= [60, 30]: the numbers do not rise;"),
+        ({"recipe.loss.label_smoothing": 1}, "= 1: too large; expected the share of each label that is spread evenly"),
         ({"recipe.schedule.decay": "exponential"}, '= "exponential": not "step", "cosine", "polynomial", "linear" or'),
         (
             {"recipe.schedule.decay_factor": 0.1, "recipe.schedule.decay": "cosine"},

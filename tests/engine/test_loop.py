@@ -62,6 +62,19 @@ def _evaluated(rank: int, world_size: int, cases: list[tuple[int, int]]) -> list
     return results
 
 
+def test_smoothing_spreads_a_share_of_each_label_over_all_classes() -> None:
+    """Szegedy et al. (2016), section 7: the label's distribution is (1 − ε) δ + ε / K."""
+    from recipe.engine.loop import training_loss
+
+    logits, labels = logits_and_labels(9)
+    smoothed = 0.9 * F.one_hot(labels, CLASSES) + 0.1 / CLASSES
+    expected = -(smoothed * logits.log_softmax(1)).sum(1).mean()
+    found = training_loss(nn.Identity(), label_smoothing=0.1, compiled=False)(logits, labels)
+    torch.testing.assert_close(found, expected)
+    plain = training_loss(nn.Identity(), label_smoothing=0.0, compiled=False)(logits, labels)
+    assert torch.equal(plain, F.cross_entropy(logits, labels))
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_validation_image_counts_once(world_size: int) -> None:
     cases = [(1, 1), (23, 4), (24, 4), (25, 4), (97, 8), (3, 8)]

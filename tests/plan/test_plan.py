@@ -441,6 +441,13 @@ def test_the_text_says_how_often_the_noise_scale_is_measured() -> None:
     assert "noise scale" not in format_plan(make_plan(config(), 32))
 
 
+def test_the_text_says_by_how_much_labels_are_smoothed() -> None:
+    assert "smoothed" not in format_plan(make_plan(config(), 32))
+    assert "training with labels smoothed by 0.1" in format_plan(
+        make_plan(config(recipe__loss__label_smoothing=0.1), 32)
+    )
+
+
 def test_the_text_says_where_gamma_does_not_begin_with_zero() -> None:
     assert "γ" not in format_plan(make_plan(config(), 32))
     assert "γ = 1 at the blocks' ends, too" in format_plan(make_plan(config(recipe__model__zero_init_last=False), 32))
