@@ -13,7 +13,7 @@ from recipe.checkpoints import CHECKPOINTS, find
 from recipe.commands import refusing
 from recipe.commands.run_files import TIMM_CONFIG, WEIGHTS
 from recipe.config import FOLDERS, Config, printable
-from recipe.plan import json_text
+from recipe.plan import json_text, optimizer_words
 from recipe.reporting import Parser, read_events, read_summary
 
 if TYPE_CHECKING:
@@ -252,8 +252,8 @@ def card(export: Export, has_batchnorm: bool) -> str:
         f"- **Input:** RGB, {size} × {size}: an image is {view}; pixels from 0 to 1, of them mean "
         f"{_numbers(data.mean)} and standard deviation {_numbers(data.std)}.",
         f"- **Output:** {recipe.model.num_classes} classes{order}.",
-        f"- **Trained:** {progress(config, export.trained.step)} on {data.train_images:,} images, by SGD (momentum "
-        f"{optimizer.momentum:g}{', Nesterov' if optimizer.nesterov else ''}, weight decay {optimizer.weight_decay:g}) "
+        f"- **Trained:** {progress(config, export.trained.step)} on {data.train_images:,} images, by "
+        f"{optimizer_words(config)}, weight decay {optimizer.weight_decay:g}, "
         f"at a global batch of {config.train_batch_size:,}; of the whole schedule, peak rate {optimizer.lr:g}{decay}; "
         f"{norm}; {config.precision}; seed {recipe.seed}.",
         f"- **Weights:** after step {export.trained.step:,}, in fp32{trained}.",

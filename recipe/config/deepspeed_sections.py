@@ -67,10 +67,18 @@ class OptimizerParams(Section):
     recipe.schedule.scaling_rule gives; with "none" it is the peak rate as it stands"""
 
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """the momentum, a number >= 0 and < 1; the paper's is 0.9 (section 5.1)"""
+    """the momentum of SGD and LARS, a number >= 0 and < 1; the paper's is 0.9 (section 5.1)"""
 
     nesterov: bool = True
-    """true or false; the paper's momentum is Nesterov's (section 5.1)"""
+    """true or false; the paper's momentum is Nesterov's (section 5.1). Only for SGD: LARS has plain momentum"""
+
+    trust_coefficient: PositiveFloat = 0.001
+    """LARS's trust coefficient, a number > 0; 0.001 in its paper and in MLPerf. The weights of a layer move by about so
+    large a part of their norm per step, times the rate"""
+
+    eps: NonNegativeFloat | Auto = "auto"
+    """what LARS adds to the norm by which it divides, and LAMB to the root of the second moment, a number >= 0, or
+    "auto": timm's, 1e-8 for LARS and 1e-6 for LAMB"""
 
     weight_decay: NonNegativeFloat | Auto = "auto"
     """the weight decay, a number >= 0, or "auto": the rule recipe.schedule.weight_decay_rule. It applies to convolution
@@ -82,12 +90,26 @@ class OptimizerParams(Section):
     }
 
 
+OPTIMIZER_KEYS = {
+    "SGD": ("momentum", "nesterov"),
+    "LARS": ("momentum", "trust_coefficient", "eps"),
+    "LAMB": ("eps",),
+}
+
+
 class Optimizer(Section):
-    type: Literal["SGD"] = "SGD"
-    """ "SGD": the recipe's rules for rate, momentum and weight decay are SGD's"""
+    type: Literal["SGD", "LARS", "LAMB"] = "SGD"
+    """ "SGD" (the paper's), "LARS" or "LAMB" for the largest batches. The last two are timm's, not DeepSpeed's, and
+    leave biases and batch norm without trust ratio and weight decay. The rules for the rate are SGD's:
+    recipe.schedule.scaling_rule "none" takes a written one. Not with ZeRO stages 1 to 3"""
 
     params: OptimizerParams = OptimizerParams()
-    """an object with lr, momentum, nesterov and weight_decay"""
+    """an object with lr, weight_decay and, for SGD, momentum and nesterov"""
+
+    @model_serializer(mode="wrap")
+    def _of_this_type(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        section, others = dump(self), keys_of_others(OPTIMIZER_KEYS, self.type)
+        return section | {"params": {name: value for name, value in section["params"].items() if name not in others}}
 
     unsupported = _refused("legacy_fusion", "this recipe does not support this key of DeepSpeed's")
 
@@ -134,8 +156,8 @@ class Fp16(PassedOn, flags="consecutive_hysteresis", numbers="hysteresis min_los
 class Bf16(PassedOn, flags="immediate_grad_update"):
     enabled: bool = False
     check_grad_overflow: bool = True
-    """true or false: whether an update whose gradients are not finite is skipped and counted. The check stays on the
-    device. With false such a gradient ends the run at the next report, as in fp32"""
+    """true or false: whether an update whose gradients are not finite is skipped and counted. For SGD the check stays
+    on the device. With false such a gradient ends the run at the next report, as in fp32"""
 
     unsupported = _refused(
         "bf16_master_weights_and_grads bf16_optimizer_states", "the recipe's master weights and momentum are fp32"
@@ -174,7 +196,7 @@ class ZeroOptimization(
     unsupported = {
         **_refused(
             "offload_param offload_optimizer zenflow cpu_offload cpu_offload_param cpu_offload_use_pin_memory",
-            "DeepSpeed's offloading is made for its own CPU Adam and Lion; this recipe trains with SGD",
+            "DeepSpeed's offloading is made for its own CPU Adam and Lion, which this recipe does not have",
         ),
         **_refused(
             "mics_shard_size mics_hierarchical_params_gather zeropp_loco_param elastic_checkpoint legacy_stage1 "

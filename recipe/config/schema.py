@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, model_serializer
 
 from recipe.config.deepspeed_sections import (
+    OPTIMIZER_KEYS,
     Auto,
     Count,
     DeepSpeedConfig,
@@ -366,7 +367,18 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
     """Key, problem and remedy of what keys say that only together are wrong."""
     params, zero = config.optimizer.params, config.zero_optimization
     data, schedule = config.recipe.data, config.recipe.schedule
-    if params.nesterov and params.momentum == 0:
+    optimizer = config.optimizer.type
+    for name in sorted(keys_of_others(OPTIMIZER_KEYS, optimizer) & params.model_fields_set):
+        yield f"optimizer.params.{name}", f"{optimizer} has none", "remove it"
+    if optimizer != "SGD" and zero.stage:
+        yield (
+            "optimizer.type",
+            f"ZeRO stage {zero.stage} cuts the weights into parts, which do not have the norms of whole layers",
+            'write zero_optimization.stage 0, or "SGD"',
+        )
+    if optimizer != "SGD" and params.weight_decay == 0:
+        yield "optimizer.params.weight_decay", f"{optimizer} has no trust ratio without it", "write a number > 0"
+    if optimizer == "SGD" and params.nesterov and params.momentum == 0:
         yield "optimizer.params.momentum", "Nesterov's needs some", 'write one > 0, or "nesterov": false'
     if config.fp16.enabled and config.bf16.enabled:
         yield "bf16.enabled", "fp16 is enabled, too", "enable one of the two"

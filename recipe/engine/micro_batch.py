@@ -17,9 +17,9 @@ from recipe.model import DTYPES, BatchNorm, cast_parameters
 from recipe.plan import Plan, fitting_micro_batches, with_micro_batch
 
 CPU_MICRO_BATCH = 32  # more is no faster, and the activations of ResNet-50 take 6 GB
-# Bytes a parameter beside the trial's own weights and gradients: fp32 master copy and momentum, the gradients in fp32,
-# and the buffer in which they are reduced.
-ENGINE_BYTES_PER_PARAMETER = 16
+# Bytes a parameter beside the trial's own weights and gradients: fp32 master copy and momentum (of LAMB two moments),
+# the gradients in fp32, and the buffer in which they are reduced.
+ENGINE_BYTES_PER_PARAMETER = 20
 RESERVED_SHARE = 0.05  # of the device's memory: for what the allocator cannot use, and for the process group
 
 

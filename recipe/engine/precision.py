@@ -69,6 +69,7 @@ def update_together(engine: DeepSpeedEngine, check_overflow: bool) -> None:
     weights = list(chain.from_iterable(optimizer.fp16_groups))
     masters = list(chain.from_iterable(optimizer.fp32_groups))
     scale = optimizer.loss_scale_on_device = LossScale(optimizer, engine.device)
+    skips_on_device = getattr(optimizer.optimizer, "_step_supports_amp_scaling", False)
 
     @torch.no_grad()
     def step(closure: None = None) -> bool:
@@ -86,9 +87,12 @@ def update_together(engine: DeepSpeedEngine, check_overflow: bool) -> None:
             torch._foreach_mul_(unscaled, (1 / combined).float())
         for master, gradient in zip(masters, unscaled, strict=True):
             master.grad = gradient
-        # torch's fused SGD leaves weights and momentum as they are where this is 1.
-        optimizer.optimizer.found_inf = None if overflowed is None else overflowed.float()
-        optimizer.optimizer.step()
+        # As in torch's GradScaler: fused SGD leaves weights and momentum as they are where this is 1. For an optimizer
+        # that does not know it the host has to ask, and waits.
+        if skips_on_device:
+            optimizer.optimizer.found_inf = None if overflowed is None else overflowed.float()
+        if skips_on_device or overflowed is None or not overflowed:
+            optimizer.optimizer.step()
         for master in masters:
             master.grad = None
         torch._foreach_copy_(weights, masters)

@@ -18,6 +18,7 @@ from deepspeed.utils import groups, logger
 from torch import Tensor, nn
 from torch.distributed import HashStore, Store, distributed_c10d
 
+from recipe.engine.optimizers import make_optimizer
 from recipe.engine.overlap import OverlappedReduction, fill_in_gradients
 from recipe.engine.precision import loss_scale, update_together
 from recipe.engine.schedule import PaperLR
@@ -81,12 +82,11 @@ def start_engine(
     initial = [[parameter.detach().float().clone() for parameter in group["params"]] for group in filled]
     # fp16, bf16 and ZeRO create the momentum by a real optimizer step on zero gradients, which would decay the weights
     # once and leave λ·w in the momentum. Without weight decay that step changes nothing.
-    optimizer = deepspeed_config["optimizer"]
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         model_parameters=[group | {"weight_decay": 0.0} for group in filled],
-        # One kernel for all parameters, where torch's default on a CPU makes several passes over each.
-        config={**deepspeed_config, "optimizer": optimizer | {"params": optimizer["params"] | {"fused": True}}},
+        optimizer=partial(make_optimizer, config=deepspeed_config["optimizer"]),
+        config={key: value for key, value in deepspeed_config.items() if key != "optimizer"},
         lr_scheduler=lambda optimizer: PaperLR(optimizer, schedule),
         dist_init_required=False,
     )
@@ -106,6 +106,7 @@ def start_engine(
             overlap_reduction(engine)
     for optimizer_group, group in zip(engine.basic_optimizer.param_groups, filled, strict=True):
         optimizer_group["weight_decay"] = group["weight_decay"]
+        optimizer_group.pop("step", None)  # LAMB counts its steps, and that real one was none
     if hasattr(engine.optimizer, "fp32_groups"):  # fp16 and bf16 at stage 0
         # DeepSpeed takes the master weights from the halved ones; the rounding of the start need not be kept.
         for masters, values in zip(engine.optimizer.fp32_groups, initial, strict=True):

@@ -49,6 +49,7 @@ from .text import (
     format_plan as format_plan,
     json_text as json_text,
     notes as notes,
+    optimizer_words as optimizer_words,
     plan_fields as plan_fields,
     plan_json as plan_json,
     rates as rates,

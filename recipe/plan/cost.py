@@ -119,6 +119,8 @@ class Memory:
 
     gradients: float
     momentum: float
+    """of LAMB two moments"""
+
     reduction: float
     """the messages in which gradients travel"""
 
@@ -148,7 +150,7 @@ def memory(plan: Plan, facts: ModelFacts) -> Memory:
         weights=value * parameters / (ranks if stage == 3 else 1),
         master_weights=4 * parameters * optimizer_share if half else 0.0,
         gradients=value * parameters / (ranks if stage >= 2 else 1),
-        momentum=max(4, value) * parameters * optimizer_share,
+        momentum=max(4, value) * parameters * optimizer_share * (2 if plan.config.optimizer.type == "LAMB" else 1),
         reduction=gradient_bytes(plan, facts) if ranks > 1 else 0.0,
         activations=plan.micro_batch * activation_bytes(plan, facts),
         workspace=2 * value * facts.largest_parameter + CONTEXT_BYTES,

@@ -23,6 +23,7 @@ PIXEL_MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 
 PAPER_WEIGHT_DECAY = 1e-4
+TIMM_EPS = {"LARS": 1e-8, "LAMB": 1e-6}
 ASSUMED_MICRO_BATCH = 256  # the largest that a plan assumes where "auto" asks the run to measure; the headline's
 RATE_TOLERANCE = 1e-6  # a rate written with seven digits agrees with the rule
 
@@ -152,6 +153,8 @@ def make_plan(
     resolved["train_micro_batch_size_per_gpu"] = micro_batch
     resolved["gradient_accumulation_steps"] = accumulation
     resolved["optimizer"]["params"] |= {"lr": schedule.peak_rate, "weight_decay": weight_decay}
+    if resolved["optimizer"]["params"].get("eps") == "auto":
+        resolved["optimizer"]["params"]["eps"] = TIMM_EPS[config.optimizer.type]
     resolved["scheduler"]["params"] |= {
         "warmup_min_lr": schedule.start_rate,
         "warmup_max_lr": schedule.peak_rate,

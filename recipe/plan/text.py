@@ -90,7 +90,7 @@ def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
     few = too_few(planned_measurements(plan.total_steps, measured.every_steps), plan.total_steps, measured.every_steps)
     if measured.enabled and few is not None:
         found.append(f"noise scale: {few}")
-    if plan.global_batch > 8192:
+    if plan.global_batch > 8192 and plan.config.optimizer.type == "SGD":
         found.append("beyond 8k the paper's error rises: 24.79 % at 16k, 27.55 % at 32k, 33.96 % at 64k (Figure 1)")
     return found
 
@@ -127,7 +127,7 @@ def _batchnorm_notes(plan: Plan, facts: ModelFacts | None) -> list[str]:
 def _rate_notes(plan: Plan) -> list[str]:
     """What the paper found of rates and warmups that are not its own, all at 8k on ImageNet with ResNet-50."""
     rules, found = plan.config.recipe.schedule, []
-    if plan.global_batch <= rules.reference_batch_size:
+    if plan.global_batch <= rules.reference_batch_size or plan.config.optimizer.type != "SGD":
         return []
     if rules.scaling_rule != "linear":
         error = {"sqrt": "26.22", "none": "41.67"}[rules.scaling_rule]
@@ -281,10 +281,21 @@ def rates(plan: Plan) -> list[tuple[int, float]]:
 
 
 def _optimizer(plan: Plan) -> str:
-    params, clipping = plan.config.optimizer.params, plan.config.gradient_clipping
-    nesterov = ", Nesterov" if params.nesterov else ""
+    clipping = plan.config.gradient_clipping
     clipped = f"gradients clipped to norm {clipping:g}" if clipping else "no gradient clipping"
-    return f"SGD, momentum {params.momentum:g}{nesterov}, {clipped}"
+    return f"{optimizer_words(plan.config)}, {clipped}"
+
+
+def optimizer_words(config: Config) -> str:
+    """The optimizer and what it has beside rate and weight decay."""
+    params = config.optimizer.params
+    match config.optimizer.type:
+        case "SGD":
+            return f"SGD, momentum {params.momentum:g}{', Nesterov' if params.nesterov else ''}"
+        case "LARS":
+            return f"LARS, momentum {params.momentum:g}, trust coefficient {params.trust_coefficient:g}"
+        case "LAMB":
+            return "LAMB"
 
 
 def _weight_decay(plan: Plan, facts: ModelFacts | None) -> str:

@@ -97,6 +97,9 @@ def test_memory_by_part() -> None:
     assert parts.workspace == 2 * 2 * 2_359_296 + CONTEXT_BYTES
     assert parts.total == 14 * PARAMETERS + parts.activations + parts.workspace
 
+    lamb = memory(plan_of(HEADLINE, 256, 'optimizer={"type": "LAMB"}'), RESNET50)
+    assert lamb.momentum == 2 * parts.momentum  # two moments
+
     fp32 = memory(plan_of(HEADLINE, 1, "fp16.enabled=false"), RESNET50)
     assert (fp32.weights, fp32.master_weights, fp32.momentum) == (4 * PARAMETERS, 0, 4 * PARAMETERS)
     assert fp32.reduction == 0  # for one rank

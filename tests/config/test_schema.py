@@ -242,9 +242,9 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
         ({"optimizer.params.max_grad_norm": {}}, 'write "gradient_clipping" at the top level'),
         ({"optimizer.params.dampening": {}}, "without dampening; remove it"),
         ({"fp16.fp16_master_weights_and_grads": {}}, "master weights are fp32; remove it"),
-        ({"zero_optimization.offload_optimizer": {}}, "its own CPU Adam and Lion; this recipe trains with SGD"),
-        ({"zero_optimization.offload_param": {}}, "its own CPU Adam and Lion; this recipe trains with SGD"),
-        ({"zero_optimization.zenflow": {}}, "its own CPU Adam and Lion; this recipe trains with SGD"),
+        ({"zero_optimization.offload_optimizer": {}}, "its own CPU Adam and Lion, which this recipe does not have"),
+        ({"zero_optimization.offload_param": {}}, "its own CPU Adam and Lion, which this recipe does not have"),
+        ({"zero_optimization.zenflow": {}}, "its own CPU Adam and Lion, which this recipe does not have"),
         ({"zero_optimization.leaf_module": {}}, "this recipe does not support this key of DeepSpeed's; remove it"),
         (
             {"zero_optimization.stage3_gather_fp16_weights_on_model_save": {}},
@@ -276,10 +276,16 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
         ({"prescale_gradients": 1}, "= 1: not true or false; expected true or false"),
         ({"wall_clock_breakdown": None}, "= null: not true or false; expected true or false"),
         ({"optimizer": "SGD"}, '= "SGD": not an object; expected an object with type and params'),
-        ({"optimizer.type": "Adam"}, '= "Adam": not "SGD"; expected "SGD": the recipe\'s rules for rate'),
+        (
+            {"optimizer.type": "Adam"},
+            '= "Adam": not "SGD", "LARS" or "LAMB"; expected "SGD" (the paper\'s), "LARS" or "LAMB"',
+        ),
         ({"optimizer.params.lr": 0}, '= 0: too small; expected the peak rate, a number > 0, or "auto"'),
         ({"optimizer.params.lr": "0.1"}, '= "0.1": not a number or "auto"; expected the peak rate'),
-        ({"optimizer.params.momentum": 1}, "= 1: too large; expected the momentum, a number >= 0 and < 1"),
+        (
+            {"optimizer.params.momentum": 1},
+            "= 1: too large; expected the momentum of SGD and LARS, a number >= 0 and < 1",
+        ),
         ({"optimizer.params.nesterov": "yes"}, '= "yes": not true or false; expected true or false'),
         ({"optimizer.params.weight_decay": -0.0001}, "= -0.0001: too small; expected the weight decay"),
         ({"scheduler.type": "OneCycle"}, '= "OneCycle": not "WarmupLR"; expected "WarmupLR": the recipe adds'),
@@ -376,6 +382,16 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
         ({"recipe.schedule.decay_epochs": [30, 30]}, "= [30, 30]: the numbers do not rise; write each once"),
         ({"recipe.schedule.decay_epochs": [60, 30]}, "= [60, 30]: the numbers do not rise;"),
         ({"recipe.loss.label_smoothing": 1}, "= 1: too large; expected the share of each label that is spread evenly"),
+        # DeepSpeed's own names of optimizers, one of which means its FusedLamb.
+        ({"optimizer.type": "lamb"}, '= "lamb": not "SGD", "LARS" or "LAMB"; expected "SGD" (the paper\'s), "LARS" or'),
+        ({"optimizer.params.nesterov": True, "optimizer.type": "LARS"}, "= true: LARS has none; remove it"),
+        ({"optimizer.params.momentum": 0.9, "optimizer.type": "LAMB"}, "= 0.9: LAMB has none; remove it"),
+        ({"optimizer.params.eps": "auto"}, '= "auto": SGD has none; remove it'),
+        ({"optimizer.params.weight_decay": 0, "optimizer.type": "LARS"}, "= 0: LARS has no trust ratio without it;"),
+        (
+            {"optimizer.type": "LARS", "zero_optimization.stage": 2},
+            '= "LARS": ZeRO stage 2 cuts the weights into parts, which do not have the norms of whole layers; ',
+        ),
         ({"recipe.schedule.decay": "exponential"}, '= "exponential": not "step", "cosine", "polynomial", "linear" or'),
         (
             {"recipe.schedule.decay_factor": 0.1, "recipe.schedule.decay": "cosine"},

@@ -441,6 +441,36 @@ def test_the_text_says_how_often_the_noise_scale_is_measured() -> None:
     assert "noise scale" not in format_plan(make_plan(config(), 32))
 
 
+@pytest.mark.parametrize(
+    ("kind", "params", "resolved", "text"),
+    [
+        ("SGD", {}, {"momentum": 0.9, "nesterov": True}, "SGD, momentum 0.9, Nesterov, no gradient clipping"),
+        (
+            "LARS",
+            {"momentum": 0.94},
+            {"momentum": 0.94, "trust_coefficient": 0.001, "eps": 1e-8},
+            "LARS, momentum 0.94, trust coefficient 0.001, no gradient clipping",
+        ),
+        ("LAMB", {}, {"eps": 1e-6}, "LAMB, no gradient clipping"),
+    ],
+)
+def test_an_optimizer_has_its_own_keys_and_no_others(kind: str, params: dict, resolved: dict, text: str) -> None:
+    plan = make_plan(config(optimizer={"type": kind, "params": params}), 32)
+    written = json.loads(plan_json(plan))["optimizer"]
+    assert written == {"type": kind, "params": {"lr": 3.2, "weight_decay": 1e-4} | resolved}
+    assert dict(plan_fields(plan, None))["optimizer"] == text
+
+
+def test_what_was_found_of_sgd_is_not_said_of_lars() -> None:
+    lars = {"optimizer": {"type": "LARS"}, "recipe__batchnorm__statistics": 32, "train_batch_size": 16384}
+    assert plan_notes(**lars, recipe__schedule__warmup="none") == ""
+
+
+def test_a_weight_decay_by_rule_that_leaves_lars_without_trust_ratio_is_refused() -> None:
+    error = refusal(optimizer={"type": "LARS"}, recipe__schedule__reference_weight_decay=0)
+    assert error.key == "optimizer.params.weight_decay"
+
+
 def test_the_text_says_by_how_much_labels_are_smoothed() -> None:
     assert "smoothed" not in format_plan(make_plan(config(), 32))
     assert "training with labels smoothed by 0.1" in format_plan(
