@@ -91,7 +91,10 @@ def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
     if measured.enabled and few is not None:
         found.append(f"noise scale: {few}")
     if plan.global_batch > 8192 and plan.config.optimizer.type == "SGD":
-        found.append("beyond 8k the paper's error rises: 24.79 % at 16k, 27.55 % at 32k, 33.96 % at 64k (Figure 1)")
+        found.append(
+            "beyond 8k the paper's error rises: 24.79 % at 16k, 27.55 % at 32k, 33.96 % at 64k (Figure 1); there the "
+            "literature took LARS, a polynomial decay and label smoothing, as resnet50_lars_b32k.json does, or LAMB"
+        )
     return found
 
 

@@ -283,6 +283,21 @@ def test_what_cannot_be_trained_is_refused(changes: dict, key: str, remedy: str)
     assert remedy in error.remedy
 
 
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        # 39 steps an epoch; the half of steps 624 to 2,262 is 1,443, with (1 / 2)² of 21.2 − 0.0001.
+        ("resnet50_lars_b32k", {0: 0, 312: 10.6, 624: 21.2, 1443: 0.0001 + 21.1999 / 4, 2262: 0.0001}),
+        # 19 steps an epoch; the last of the 1,121 from step 589 to 1,710 has (1 / 1,121)² of 24.699 − 0.0001.
+        ("resnet50_b65536_accumulated", {0: 0, 589: 24.699, 589 + 1120: 0.0001 + 24.6989 / 1121**2, 1710: 0.0001}),
+    ],
+)
+def test_the_rates_of_the_largest_batches(name: str, rates: dict[int, float]) -> None:
+    plan = make_plan(read_config(ROOT / f"ds_configs/{name}.json"), 32)
+    assert plan.total_steps == max(rates)
+    assert {step: plan.schedule.rate(step) for step in rates} == pytest.approx(rates, rel=1e-12)
+
+
 def test_fractional_epochs() -> None:
     plan = make_plan(config(recipe__schedule__warmup_epochs=0.5, recipe__schedule__decay_epochs=[29.5, 60.25]), 1)
     assert plan.schedule.warmup_steps == 78
@@ -496,6 +511,7 @@ def test_notes() -> None:
     assert "come from only 4 images" in plan_notes(train_batch_size=256, recipe__max_micro_batch_size=4)
     assert "come from 8,192 images; the paper used 32" in plan_notes(world_size=32)
     assert "24.79 % at 16k" in plan_notes(train_batch_size=16384)
+    assert "the literature took LARS, a polynomial decay and label smoothing" in plan_notes(train_batch_size=8193)
     assert '"auto" that on the GPU' in plan_notes(recipe__max_micro_batch_size="auto")
     assert "depend on the micro-batch" not in plan_notes(recipe__max_micro_batch_size="auto", **n32)
     assert "bf16" in plan_notes(bf16={"enabled": True}, recipe__max_micro_batch_size=64)
