@@ -1,6 +1,7 @@
 """What ``python -m recipe hosts`` makes of the hosts' answers, and that no name of a host is ever run."""
 
 import copy
+import re
 import shlex
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from recipe.commands.hosts import command
+from recipe.commands.hosts import command, probe
 from recipe.commands.hosts.command import compare, format_problems, format_table
 from recipe.commands.hosts.visit import NO_FOLDER, NO_INTERPRETER, Host, explain, remote_command, ssh
 from tests.launch import DIGITS, ROOT
@@ -18,10 +19,15 @@ from tests.launch import DIGITS, ROOT
 FACTS: dict[str, Any] = {
     "clock": 0.1,
     "checkout": {
-        "versions": {"python": "3.11.7", "torch": "2.15.0", "deepspeed": "0.19.8", "timm": "1.0.31"},
+        "versions": {
+            "python": "3.11.7",
+            "torch": "2.15.0",
+            "deepspeed": "0.19.8",
+            "timm": "1.0.31",
+            "torchvision": "0.29.1",
+        },
         "code_sha256": "c0de",
         "commit": "8f7e6184",
-        "is_changed": False,
         "config_sha256": "c0f1",
     },
     "network": {"machine": "boot 1", "address": "10.0.0.1"},
@@ -30,8 +36,7 @@ FACTS: dict[str, Any] = {
     "devices": {"gpus": ["H100", "H100"], "knows_precision": True},
     "data": {"classes": 10, "train_images": 5000, "validation_images": 100},
     "exchange": {
-        "missing": [],
-        "latency_seconds": 0.00021,
+        "latency_ms": 0.21,
         "latency_with": "node-1",
         "bytes_per_second": 1.25e9,
         "bandwidth_with": "node-1",
@@ -70,17 +75,13 @@ def test_what_is_no_problem(count: int, question: str, fact: Any) -> None:
     [
         ("clock", 6.2, "its clock is 6.1 s ahead of node-0's; set both by NTP"),
         ("clock", -5.0, "its clock is 5.1 s behind node-0's; set both by NTP"),
-        ("devices", {"gpus": ["H100"]}, "1 GPUs for 2 slots; write slots=1, or look why the others are not seen"),
+        ("devices", {"gpus": ["H100"]}, "1 GPUs for 2 slots; write slots=1, or find out why the others are not seen"),
         ("devices", {"gpus": []}, "it would train on CPU, node-0 on 2 × H100; check GPUs and drivers"),
         ("devices", {"knows_precision": False}, 'its 2 × H100 does not support fp16; write "fp16": {"enabled": false}'),
-        (
-            "checkout",
-            {"code_sha256": "0ther"},
-            "other code in recipe/ than on node-0; bring the checkouts to one state",
-        ),
-        ("checkout", {"commit": "aaaaaaaa"}, "git commit aaaaaaaa, node-0 has 8f7e6184; bring the checkouts"),
-        ("checkout", {"commit": ""}, "git commit unknown, node-0 has 8f7e6184; bring the checkouts"),
-        ("checkout", {"config_sha256": "0ther"}, "another config than on node-0; copy one file to all hosts"),
+        ("checkout", {"code_sha256": "0ther"}, "code 8f7e6184 0ther, node-0 has 8f7e6184 c0de; bring the checkouts"),
+        ("checkout", {"commit": "aaaaaaaa"}, "code aaaaaaaa c0de, node-0 has 8f7e6184 c0de; bring the checkouts"),
+        ("checkout", {"commit": ""}, "code c0de, node-0 has 8f7e6184 c0de; bring the checkouts"),
+        ("checkout", {"config_sha256": "0ther"}, "config 0ther, node-0 has c0f1; copy one file to all hosts"),
         ("checkout", {"versions": {"timm": "missing"}}, "timm missing, node-0 has 1.0.31; install the same"),
         ("checkout", {"versions": {"torch": "2.11.0"}}, "torch 2.11.0, node-0 has 2.15.0; install the same"),
         ("network", {"address": "127.0.1.1"}, "its own name leads to 127.0.1.1, where no other host reaches it"),
@@ -90,7 +91,7 @@ def test_what_is_no_problem(count: int, question: str, fact: Any) -> None:
         (
             "data",
             {"train_images": 4999},
-            "the data has 10 classes, 4,999 + 100 images, on node-0 10 classes, 5,000 + 100",
+            "data 10 classes, 4,999 + 100 images, node-0 has 10 classes, 5,000 + 100 images; copy what",
         ),
         ("data", {"classes": 9}, "the data has 9 classes, the config says 10; correct either"),
         ("unseen", "node-0", "it does not share the output folder with node-0"),
@@ -121,18 +122,25 @@ def test_hosts_with_the_same_problem_share_a_line() -> None:
 
 def test_the_table() -> None:
     hosts = good_hosts(2)
-    hosts[0].facts["checkout"]["is_changed"] = True
     hosts[1] = Host("node-1", 2)
     for name in ("data", "clock"):
         del hosts[0].facts[name]
-    assert format_table(hosts) == (
-        "host    slots  device    address   Python  torch   DeepSpeed  timm    code       slowest round trip"
-        "  lowest bandwidth\n"
-        "node-0  2      2 × H100  10.0.0.1  3.11.7  2.15.0  0.19.8     1.0.31  8f7e6184+  0.21 ms to node-1 "
-        "  10.0 Gbit/s to node-1\n"
-        "node-1  2      –         –         –       –       –          –       –          –                 "
-        "  –\n"
-    )
+    rows = [re.split(r"  +", line.strip()) for line in format_table(hosts).splitlines()]
+    assert list(zip(*rows, strict=True)) == [
+        ("host", "node-0", "node-1"),
+        ("slots", "2", "2"),
+        ("device", "2 × H100", "–"),
+        ("address", "10.0.0.1", "–"),
+        ("Python", "3.11.7", "–"),
+        ("torch", "2.15.0", "–"),
+        ("torchvision", "0.29.1", "–"),
+        ("DeepSpeed", "0.19.8", "–"),
+        ("timm", "1.0.31", "–"),
+        ("code", "8f7e6184 c0de", "–"),
+        ("config", "c0f1", "–"),
+        ("slowest round trip", "0.21 ms to node-1", "–"),
+        ("lowest bandwidth", "10.0 Gbit/s to node-1", "–"),
+    ]
 
 
 def test_what_hosts_say_cannot_move_the_cursor() -> None:
@@ -148,16 +156,16 @@ def test_what_hosts_say_cannot_move_the_cursor() -> None:
     [
         (97, "sh: cd: nowhere", f"no folder {Path.cwd()}; have the checkout in the same place on every host"),
         (98, "", f"no interpreter {sys.executable}; have the environment in the same place"),
-        (255, "hello\nada@w: Permission denied (publickey).", "ada@w: Permission denied (publickey).; ssh to it must"),
+        (255, "hello\nada@w: Permission denied (publickey).", "ada@w: Permission denied (publickey).; ssh must not"),
         (255, "ssh: Could not resolve hostname w: …", "ssh: Could not resolve hostname w: …; correct the name"),
         (255, "Host key verification failed.", "Host key verification failed.; log in once by hand"),
         (
             255,
             "connect to host w port 22: Connection timed out",
-            "connect to host w port 22: Connection timed out; look",
+            "connect to host w port 22: Connection timed out; check",
         ),
         (1, "/python: No module named recipe", "/python: No module named recipe; run this in the project's folder"),
-        (7, "", "it ended with exit code 7, without a word; try it by hand: ssh w"),
+        (7, "", "it ended with exit code 7, without a message; try it by hand: ssh w"),
     ],
 )
 def test_why_a_probe_ended(code: int, said: str, problem: str) -> None:
@@ -242,7 +250,7 @@ def test_a_good_name_comes_after_the_options(ask: Asked, monkeypatch: pytest.Mon
     probes = [call for call in ask.calls() if "hosts.probe" in call]
     assert len(probes) == 2
     assert all(call.startswith("-a -x -tt -p 2222 -T -o BatchMode=yes -o ConnectTimeout=5 -- ") for call in probes)
-    assert "problem: node-2: it ended with exit code 255, without a word; try it by hand: ssh node-2" in out
+    assert "problem: node-2: it ended with exit code 255, without a message; try it by hand: ssh node-2" in out
     assert out.splitlines()[-1].startswith("A launch would fail or go wrong: 2 problems (2 ranks on 2 hosts; ")
 
 
@@ -308,6 +316,15 @@ def test_this_machine_alone_is_told_to_do_without_ssh(tmp_path: Path, ask: Asked
         "problem: DeepSpeed finds no master address by ssh localhost hostname -I: it prints no address; it is this "
         "machine, which needs no ssh: launch by deepspeed --num_gpus 2 instead of --hostfile"
     ]
+
+
+def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert probe.network()["address"] == "127.0.0.1"
+    probe.kept_open.pop().close()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9,lo")
+    with pytest.raises(ValueError, match=r"names eth9, which has no IPv4 address; the interfaces are .*\blo\b"):
+        probe.network()
 
 
 def test_problems_of_the_launching_machine(tmp_path: Path, ask: Asked, monkeypatch: pytest.MonkeyPatch) -> None:

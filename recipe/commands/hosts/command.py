@@ -1,14 +1,12 @@
 """``python -m recipe hosts``: compares the hosts of a hostfile and reports, in seconds, what a launch would fail on."""
 
 import argparse
-import asyncio
 import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from recipe.commands.hosts.visit import Host, Launch, examine, is_loopback
 from recipe.config import printable, read_config
@@ -23,6 +21,7 @@ DEFAULT_PORT = 29500  # DeepSpeed's
 CLOCK_LIMIT_SECONDS = 5.0
 NAMES_SHOWN = 4
 UNKNOWN = "–"
+PACKAGES = ("Python", "torch", "torchvision", "DeepSpeed", "timm")
 # DeepSpeed and pdsh write the folder and the interpreter into the hosts' command without quoting them.
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]*")
 
@@ -40,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         return REFUSED
     hosts = [Host(name, number) for name, number in slots.items()]
     here = _problems_here(len(hosts)) + [str(refusal) for refusal in refusals]
-    general, notes = asyncio.run(examine(hosts, launch))
+    general, notes = examine(hosts, launch)
     compare(hosts, expected, launch.precision)
     problems = [*map(printable, here + general), *format_problems(hosts)]
     print(format_table(hosts))
@@ -118,8 +117,7 @@ def compare(hosts: Sequence[Host], expected_data: Mapping[str, int | None], prec
     machines: dict[str, Host] = {}
     for host in answered:
         host.problems += _of_one(host, len(hosts), expected_data, precision)
-        if host is not answered[0]:
-            host.problems += _differences(host, answered[0])
+        host.problems += _differences(host, answered[0])
         first = machines.setdefault(host.facts.get("network", {}).get("machine", host.name), host)
         if first is not host:
             host.problems.append(f"the same machine as {first.name}; write one line for it, with all of its slots")
@@ -129,7 +127,7 @@ def _of_one(host: Host, hosts: int, expected_data: Mapping[str, int | None], pre
     if devices := host.facts.get("devices"):
         gpus = len(devices["gpus"])
         if 0 < gpus < host.slots:
-            yield f"{gpus} GPUs for {host.slots} slots; write slots={gpus}, or look why the others are not seen"
+            yield f"{gpus} GPUs for {host.slots} slots; write slots={gpus}, or find out why the others are not seen"
         if not devices["knows_precision"]:
             remedy = f'write "{precision}": {{"enabled": false}} in the config'
             yield f"its {_device(host)} does not support {precision}; {remedy}"
@@ -155,37 +153,17 @@ def _of_one(host: Host, hosts: int, expected_data: Mapping[str, int | None], pre
 
 def _differences(host: Host, first: Host) -> Iterator[str]:
     """What is different on the first host, and must not be."""
-    mine, theirs = host.facts, first.facts
-    known = mine.keys() & theirs.keys()
-    if "checkout" in known:
-        yield from _code_differences(mine["checkout"], theirs["checkout"], first.name)
-    if "devices" in known and bool(mine["devices"]["gpus"]) != bool(theirs["devices"]["gpus"]):
+    for title, remedy in _ALIKE.items():
+        mine, theirs = _cell(title, host), _cell(title, first)
+        if mine != theirs and UNKNOWN not in (mine, theirs):
+            yield f"{title} {mine}, {first.name} has {theirs}; {remedy}"
+    known = host.facts.keys() & first.facts.keys()
+    if "devices" in known and bool(host.facts["devices"]["gpus"]) != bool(first.facts["devices"]["gpus"]):
         remedy = "check GPUs and drivers, or leave the host out"
         yield f"it would train on {_device(host)}, {first.name} on {_device(first)}; {remedy}"
-    if "data" in known and mine["data"] != theirs["data"]:
-        yield f"the data has {_counts(host)}, on {first.name} {_counts(first)}; copy what is missing"
-    if "clock" in known and abs(apart := mine["clock"] - theirs["clock"]) > CLOCK_LIMIT_SECONDS:
+    if "clock" in known and abs(apart := host.facts["clock"] - first.facts["clock"]) > CLOCK_LIMIT_SECONDS:
         order = "ahead of" if apart > 0 else "behind"
         yield f"its clock is {abs(apart):.1f} s {order} {first.name}'s; set both by NTP"
-
-
-def _code_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], first: str) -> Iterator[str]:
-    for package, version in mine["versions"].items():
-        if version != theirs["versions"][package]:
-            yield f"{package} {version}, {first} has {theirs['versions'][package]}; install the same"
-    if mine["code_sha256"] != theirs["code_sha256"]:
-        yield f"other code in recipe/ than on {first}; bring the checkouts to one state"
-    elif mine["commit"] != theirs["commit"]:
-        commits = f"git commit {mine['commit'] or 'unknown'}, {first} has {theirs['commit'] or 'an unknown one'}"
-        yield f"{commits}; bring the checkouts to one state"
-    if mine["config_sha256"] != theirs["config_sha256"]:
-        yield f"another config than on {first}; copy one file to all hosts"
-
-
-def _counts(host: Host) -> str:
-    data = host.facts["data"]
-    pack = f" in pack {data['pack'][:8]}" if "pack" in data else ""
-    return f"{data['classes']:,} classes, {data['train_images']:,} + {data['validation_images']:,} images{pack}"
 
 
 def _device(host: Host) -> str:
@@ -193,14 +171,14 @@ def _device(host: Host) -> str:
     return f"{len(gpus)} × {', '.join(dict.fromkeys(gpus))}" if gpus else "CPU"
 
 
-def _code(host: Host) -> str:
-    found = host.facts["checkout"]
-    return (found["commit"] or found["code_sha256"][:8]) + ("+" if found["is_changed"] else "")
+def _version(package: str) -> Callable[[Host], str]:
+    return lambda host: host.facts["checkout"]["versions"][package.lower()]
 
 
-def _round_trip(host: Host) -> str:
-    found = host.facts["exchange"]
-    return f"{found['latency_seconds'] * 1000:.2f} ms to {found['latency_with']}"
+def _data(host: Host) -> str:
+    data = host.facts["data"]
+    pack = f" in pack {data['pack'][:8]}" if "pack" in data else ""
+    return f"{data['classes']:,} classes, {data['train_images']:,} + {data['validation_images']:,} images{pack}"
 
 
 def _bandwidth(host: Host) -> str:
@@ -215,28 +193,33 @@ _COLUMNS: dict[str, Callable[[Host], str]] = {
     "slots": lambda host: str(host.slots),
     "device": _device,
     "address": lambda host: host.facts["network"]["address"],
-    "Python": lambda host: host.facts["checkout"]["versions"]["python"],
-    "torch": lambda host: host.facts["checkout"]["versions"]["torch"],
-    "DeepSpeed": lambda host: host.facts["checkout"]["versions"]["deepspeed"],
-    "timm": lambda host: host.facts["checkout"]["versions"]["timm"],
-    "code": _code,
-    "data": _counts,
+    **{package: _version(package) for package in PACKAGES},
+    "code": lambda host: "{commit} {code_sha256:.8}".format(**host.facts["checkout"]).strip(),
+    "config": lambda host: host.facts["checkout"]["config_sha256"][:8],
+    "data": _data,
     "clock": lambda host: f"{host.facts['clock']:+.2f} s",
-    "slowest round trip": _round_trip,
+    "slowest round trip": lambda host: "{latency_ms:.2f} ms to {latency_with}".format(**host.facts["exchange"]),
     "lowest bandwidth": _bandwidth,
 }
+# The columns that must be the same on all hosts, with the remedy where they are not.
+_ALIKE = {
+    **dict.fromkeys(PACKAGES, "install the same"),
+    "code": "bring the checkouts to one state",
+    "config": "copy one file to all hosts",
+    "data": "copy what is missing",
+}
+
+
+def _cell(title: str, host: Host) -> str:
+    try:
+        return printable(_COLUMNS[title](host))
+    except (KeyError, TypeError):  # it has not answered, or there is no config
+        return UNKNOWN
 
 
 def format_table(hosts: Sequence[Host], width: int | None = None) -> str:
     """A row per host, without the columns of which nothing is known."""
-
-    def shown(cell: Callable[[Host], str], host: Host) -> str:
-        try:
-            return printable(cell(host))
-        except KeyError:
-            return UNKNOWN
-
-    cells = [[title, *(shown(cell, host) for host in hosts)] for title, cell in _COLUMNS.items()]
+    cells = [[title, *(_cell(title, host) for host in hosts)] for title in _COLUMNS]
     known = [column for column in cells if set(column[1:]) != {UNKNOWN}]
     return table(list(zip(*known, strict=True)), width or columns(10_000))
 

@@ -4,7 +4,6 @@ A question is a line with a JSON object: the name of a function in ``QUESTIONS``
 of stdout that begins with ``MARK``, whatever else a login or a library prints there. The probe ends with its stdin.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +11,6 @@ import queue
 import signal
 import socket
 import statistics
-import struct
 import subprocess
 import sys
 import threading
@@ -24,39 +22,45 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from recipe.commands.hosts.visit import MARK
+import psutil
+
 from recipe.distributed import code_sha256, versions
 
+MARK = "recipe-hosts: "  # begins each answer
 LIFETIME_SECONDS = 300  # after which the probe ends, whatever happens to the host that asks
 REACH_SECONDS = 3
 GROUP_SECONDS = 10  # for which the hosts wait for each other
 LATENCY_BYTES, LATENCY_ROUNDS = 8, 9
 BANDWIDTH_BYTES, BANDWIDTH_ROUNDS = 4 * 2**20, 2
-SIOCGIFADDR = 0x8915  # of <linux/sockios.h>
 
 # Sockets and stores to which other hosts connect until the probe ends.
 kept_open: list[Any] = []
 tokens: list[Path] = []
 
 
+def ready(environment: Mapping[str, str]) -> None:
+    """Take the variables that DeepSpeed will pass to the ranks."""
+    os.environ.update(environment)
+
+
+def clock() -> float:
+    """Seconds on this host's clock."""
+    return time.time()
+
+
 def checkout(config: str | None) -> dict[str, Any]:
     """The code that this host would run, and the config's digest."""
+    try:
+        words = ("git", "rev-parse", "--short=8", "HEAD")
+        commit = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
     return {
         "versions": versions(),
         "code_sha256": code_sha256(),
-        "commit": _git("rev-parse", "--short=8", "HEAD"),
-        "is_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit,
         "config_sha256": config and hashlib.sha256(Path(config).read_bytes()).hexdigest(),
     }
-
-
-def _git(*arguments: str) -> str:
-    try:
-        return subprocess.run(
-            ("git", *arguments), capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def network() -> dict[str, Any]:
@@ -76,22 +80,17 @@ def network() -> dict[str, Any]:
 def _gloo_address() -> str:
     """The address that torch's ProcessGroupGloo takes: the named interface's, or what the host's name resolves to."""
     if interface := os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-            try:
-                answer = fcntl.ioctl(asked, SIOCGIFADDR, struct.pack("256s", interface.encode()))
-            except OSError:
-                others = ", ".join(sorted(name for _, name in socket.if_nameindex()))
-                problem = f"GLOO_SOCKET_IFNAME names {interface}, which has no IPv4 address"
-                raise ValueError(f"{problem}; the interfaces are {others}") from None
-        return socket.inet_ntoa(answer[20:24])
-    try:
-        resolved = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
-    except OSError:
-        resolved = []
-    for family, _, _, _, address in resolved:
-        with socket.socket(family, socket.SOCK_STREAM) as bound, suppress(OSError):
-            bound.bind(address)
-            return str(address[0])
+        addresses = psutil.net_if_addrs()
+        for found in addresses.get(interface, []):
+            if found.family == socket.AF_INET:
+                return found.address
+        problem = f"GLOO_SOCKET_IFNAME names {interface}, which has no IPv4 address"
+        raise ValueError(f"{problem}; the interfaces are {', '.join(sorted(addresses))}")
+    with suppress(OSError):
+        for family, _, _, _, address in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM):
+            with socket.socket(family, socket.SOCK_STREAM) as bound, suppress(OSError):
+                bound.bind(address)
+                return str(address[0])
     return "127.0.0.1"  # gloo's fallback
 
 
@@ -187,28 +186,21 @@ def exchange(address: str, port: int, rank: int, hosts: Sequence[str]) -> dict[s
         raise ConnectionError(f"does not reach {address}:{port} on the first host") from error
     kept_open.append(store)
     store.set(f"here/{rank}", "")
-    if rank == 0:
-        deadline = time.monotonic() + GROUP_SECONDS
-        keys = {host: f"here/{other}" for other, host in enumerate(hosts)}
-        while not store.check(list(keys.values())) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        store.set("missing", json.dumps([host for host, key in keys.items() if not store.check([key])]))
-    store.wait(["missing"], timeout + timedelta(seconds=5))
-    missing = json.loads(store.get("missing"))
-    if missing:
-        return {"missing": missing}
+    try:
+        store.wait([f"here/{other}" for other in range(world_size)])
+    except dist.DistError:
+        return {"missing": [host for other, host in enumerate(hosts) if not store.check([f"here/{other}"])]}
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     latency, bandwidth = [], []
     for distance in range(1, world_size):
         ahead, behind = (rank + distance) % world_size, (rank - distance) % world_size
-        latency.append((_round_trip_seconds(ahead, behind, LATENCY_BYTES, LATENCY_ROUNDS), hosts[ahead]))
+        seconds = _round_trip_seconds(ahead, behind, LATENCY_BYTES, LATENCY_ROUNDS)
+        latency.append((seconds * 1000, hosts[ahead]))
         seconds = _round_trip_seconds(ahead, behind, BANDWIDTH_BYTES, BANDWIDTH_ROUNDS)
         bandwidth.append((2 * BANDWIDTH_BYTES / seconds, hosts[ahead]))
     dist.barrier()
-    found: dict[str, Any] = {"missing": []}
-    found["latency_seconds"], found["latency_with"] = max(latency)
-    found["bytes_per_second"], found["bandwidth_with"] = min(bandwidth)
-    return found
+    found = dict(zip(("latency_ms", "latency_with"), max(latency), strict=True))
+    return found | dict(zip(("bytes_per_second", "bandwidth_with"), min(bandwidth), strict=True))
 
 
 def _round_trip_seconds(ahead: int, behind: int, size_bytes: int, rounds: int) -> float:
@@ -231,35 +223,35 @@ def _round_trip_seconds(ahead: int, behind: int, size_bytes: int, rounds: int) -
     return statistics.median_high(seconds)
 
 
-def clock() -> float:
-    """Seconds on this host's clock."""
-    return time.time()
-
-
-QUESTIONS: Sequence[Callable[..., Any]] = (
-    clock,
-    checkout,
-    network,
-    take_port,
-    write_token,
-    unseen,
-    remove_token,
-    devices,
-    data,
-    unreached,
-    exchange,
-)
+_REACH = "open all ports between the hosts, or launch with --master_addr or GLOO_SOCKET_IFNAME"
+_PORT = "end what listens there, or launch with deepspeed --master_port and check with --port"
+_OUTPUT = "fix it, or name another --output"
+# What can be asked: the seconds for an answer, and what to report with an error: the trouble and its remedy.
+QUESTIONS: dict[Callable[..., Any], tuple[int, str, str]] = {
+    ready: (30, "its probe does not start", "try it by hand"),  # the login, and Python from a cold or distant disk
+    clock: (15, "its clock cannot be read", "fix it"),
+    checkout: (15, "its code or config cannot be read", "fix it, or copy it there"),
+    network: (15, "its address", "name one of them in .deepspeed_env"),
+    take_port: (15, "port {port}", _PORT),
+    write_token: (15, "cannot write to {output}", _OUTPUT),
+    unseen: (15, "cannot read {output}", _OUTPUT),
+    remove_token: (15, "cannot remove its .hosts-… from {output}", "remove it by hand"),
+    # torch and DeepSpeed are imported, maybe from a cold or distant disk
+    devices: (60, "torch or DeepSpeed does not start", "repair the environment"),
+    data: (60, "the data", "fix the folder, or name another --data"),
+    unreached: (15, "the other hosts", _REACH),
+    exchange: (90, "the round trip", _REACH),  # 32 hosts at 100 Mbit/s need half of it
+}
 
 
 def main() -> None:
-    """Answer until nobody asks any more."""
+    """Answer until stdin ends."""
     # Through ``finally``, which the signal's default would skip.
     signal.signal(signal.SIGALRM, lambda *_: sys.exit("the host that asked is gone"))
     signal.alarm(LIFETIME_SECONDS)
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     # An answer may wait for a disk or a host that hangs; the end must not.
     threading.Thread(target=_answer, args=(waiting,), daemon=True).start()
-    _say("ready")
     try:
         for line in sys.stdin:
             waiting.put(line)
@@ -273,15 +265,11 @@ def _answer(waiting: "queue.SimpleQueue[str]") -> None:
     functions = {function.__name__: function for function in QUESTIONS}
     while True:
         question = json.loads(waiting.get())
-        os.environ.update(question.pop("environment"))
         try:
-            _say({"answer": functions[question.pop("question")](**question)})
+            answer = {"answer": functions[question.pop("question")](**question)}
         except Exception as error:
-            _say({"error": (str(error) or type(error).__name__).splitlines()[0]})
-
-
-def _say(answer: Any) -> None:
-    print(MARK + json.dumps(answer), flush=True)
+            answer = {"error": (str(error) or type(error).__name__).splitlines()[0]}
+        print(MARK + json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Asks a probe on each host, all hosts at once: by ssh, as pdsh would call it.
+"""Asks a probe on each host, all hosts at once, over ssh with the options that pdsh would give it.
 
 No text of a hostfile reaches a shell here.
 """
 
-import asyncio
 import json
 import os
 import re
@@ -12,51 +11,34 @@ import shlex
 import subprocess
 import sys
 import time
-from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from subprocess import DEVNULL, PIPE
 from tempfile import TemporaryFile
-from typing import IO, Any
+from threading import Timer
+from typing import Any
 
+from recipe.commands.hosts import probe
 from recipe.distributed import is_this_machine
 
-MARK = "recipe-hosts: "  # begins each answer of a probe
-PROBE = ("-u", "-m", "recipe.commands.hosts.probe")
+PROBE = ("-u", "-c", "from recipe.commands.hosts.probe import main; main()")
 CONNECT_SECONDS = 5
-READY_SECONDS = 30  # for the login and for starting Python from a cold or distant disk
 NO_FOLDER, NO_INTERPRETER = 97, 98
 KEEPALIVE_LIMIT_SECONDS = 60
 KEEPALIVE = 'export PDSH_SSH_ARGS_APPEND="-tt -o ServerAliveInterval=5 -o ServerAliveCountMax=3"'
 
-_REACH = "open all ports between the hosts, or launch with --master_addr or GLOO_SOCKET_IFNAME"
-_PORT = "end what listens there, or launch with deepspeed --master_port and check with --port"
-_OUTPUT = "mend it, or name another --output"
-# For each question: the seconds for an answer, and what to report with the probe's error: the trouble and its remedy.
-_QUESTIONS = {
-    "clock": (15, "its clock cannot be read", "mend it"),
-    "checkout": (15, "its code or config cannot be read", "mend it, or copy it there"),
-    "network": (15, "its address", "name one of them in .deepspeed_env"),
-    "take_port": (15, "port {port}", _PORT),
-    "write_token": (15, "cannot write to {output}", _OUTPUT),
-    "unseen": (15, "cannot read {output}", _OUTPUT),
-    "remove_token": (15, "cannot remove its .hosts-… from {output}", "remove it by hand"),
-    # torch and DeepSpeed are imported, maybe from a cold or distant disk
-    "devices": (60, "torch or DeepSpeed does not start", "mend the environment"),
-    "data": (60, "the data", "mend the folder, or name another --data"),
-    "unreached": (15, "the other hosts", _REACH),
-    "exchange": (90, "the round trip", _REACH),  # 32 hosts at 100 Mbit/s need half of it
-}
 # What ssh says, and the remedy.
 _REMEDIES = {
     "could not resolve hostname": "correct the name in the hostfile, or make it known (DNS, /etc/hosts, ~/.ssh/config)",
-    "permission denied": "ssh to it must ask no password: ssh-copy-id {host}",
+    "permission denied": "ssh must not ask for a password: ssh-copy-id {host}",
     "host key verification failed": "log in once by hand and compare its key: ssh {host}",
-    "host identification has changed": "compare its key and mend ~/.ssh/known_hosts",
+    "host identification has changed": "compare its key and correct ~/.ssh/known_hosts",
     "connection refused": "start its sshd, or correct the port",
-    "no route to host": "look whether it is up and on the network",
-    "timed out": "look whether it is up and on the network",
+    "no route to host": "check that it is up and on the network",
+    "timed out": "check that it is up and on the network",
     "no module named": "run this in the project's folder, and have the same checkout and environment on every host",
 }
 
@@ -88,40 +70,41 @@ class VisitError(RuntimeError):
     """Nothing more can be learnt from a host; the message gives the reason and the remedy."""
 
 
-async def examine(hosts: Sequence[Host], launch: Launch) -> tuple[list[str], list[str]]:
+def examine(hosts: Sequence[Host], launch: Launch) -> tuple[list[str], list[str]]:
     """Fill the hosts' facts and problems; return the problems and notes that belong to no single host."""
-    first = hosts[0]
-    is_alone = len(hosts) == 1
-    if is_alone and not is_this_machine(first.name.rpartition("@")[2]):
+    first, *others = hosts
+    if not others and not is_this_machine(first.name.rpartition("@")[2]):
         first.is_gone = True
         return [
             f"{first.name}, the only host, is another machine than this one, and DeepSpeed starts the ranks of a "
             "single host here; run this and deepspeed there"
         ], []
-    # As DeepSpeed finds the master address: without pdsh's options, and even for this machine.
-    by_ssh = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "--", first.name, "hostname", "-I")
-    asked = asyncio.create_task(asyncio.to_thread(_run, 15, *by_ssh))
-    unguarded = asyncio.create_task(asyncio.to_thread(_without_keepalive, hosts))
     visits: dict[str, Visit] = {}
-    try:
-        notes = await _ask(hosts, visits, launch, asked)
-    finally:
-        await asyncio.gather(*(visit.close() for visit in visits.values()))
+    with ThreadPoolExecutor(len(hosts) + 2) as pool:
+        try:
+            # As DeepSpeed finds the master address: without pdsh's options, and even for this machine.
+            by_ssh = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "--", first.name, "hostname", "-I")
+            master = pool.submit(_run, 15, *by_ssh)
+            unguarded = pool.submit(_without_keepalive, hosts)
+            notes = _ask(hosts, visits, launch, master, pool)
+        finally:
+            for visit in visits.values():
+                visit.close()
     problems = []
-    found = await asked
+    found = master.result()
     if (found.returncode != 0 or not found.stdout.split()) and not first.is_gone:
         said = found.stderr.strip() or "it prints no address"
         reason = explain(found.returncode, said, first.name)
-        if is_alone:
+        if not others:
             reason = (
                 f"{said.splitlines()[-1]}; it is this machine, which needs no ssh: launch by deepspeed --num_gpus "
                 f"{first.slots} instead of --hostfile"
             )
         problems.append(f"DeepSpeed finds no master address by ssh {first.name} hostname -I: {reason}")
-    silent = await unguarded
-    if silent and not is_alone:
+    silent = unguarded.result()
+    if silent and others:
         notes.append(
-            f"without ssh keepalives a launch notices after minutes that {', '.join(silent[:4])} "
+            f"without ssh keepalives it takes a launch minutes to notice that {', '.join(silent[:4])} "
             f"{'are' if len(silent) > 1 else 'is'} cut off; {KEEPALIVE}"
         )
     devices = [host.facts["devices"] for host in hosts if "devices" in host.facts]
@@ -130,74 +113,74 @@ async def examine(hosts: Sequence[Host], launch: Launch) -> tuple[list[str], lis
     return problems, notes
 
 
-async def _ask(
+def _ask(
     hosts: Sequence[Host],
     visits: dict[str, "Visit"],
     launch: Launch,
-    asked: "asyncio.Task[subprocess.CompletedProcess[str]]",
+    master: "Future[subprocess.CompletedProcess[str]]",
+    pool: ThreadPoolExecutor,
 ) -> list[str]:
     """Ask in steps that all hosts take together; return notes."""
     first, nonce = hosts[0], secrets.token_hex(8)
 
-    async def learn(host: Host, question: str, **arguments: Any) -> None:
-        seconds, trouble, remedy = _QUESTIONS[question]
-        arguments |= {"question": question, "environment": launch.environment}
-        answer = await visits[host.name].ask(arguments, seconds)
+    def learn(host: Host, question: Callable[..., Any], **arguments: Any) -> None:
+        seconds, trouble, remedy = probe.QUESTIONS[question]
+        answer = visits[host.name].ask(question.__name__, seconds, **arguments)
         if "error" in answer:
             trouble = trouble.format(port=launch.port, output=launch.output)
             host.problems.append(f"{trouble}: {answer['error']}; {remedy}")
         else:
-            host.facts[question] = answer["answer"]
+            host.facts[question.__name__] = answer["answer"]
 
-    async def together(step: Callable[[Host], Awaitable[None]], members: Sequence[Host]) -> None:
-        async def guarded(host: Host) -> None:
+    def together(step: Callable[[Host], None], members: Sequence[Host]) -> None:
+        def guarded(host: Host) -> None:
             try:
-                await step(host)
+                step(host)
             except VisitError as error:
                 host.problems.append(str(error))
                 host.is_gone = True
 
-        await asyncio.gather(*(guarded(host) for host in members if not host.is_gone))
+        list(pool.map(guarded, [host for host in members if not host.is_gone]))
 
-    async def arrive(host: Host) -> None:
-        visits[host.name] = await Visit.open(host.name, by_ssh=len(hosts) > 1)
-        await visits[host.name].answer(READY_SECONDS, "no answer to ssh")
+    def arrive(host: Host) -> None:
+        visits[host.name] = Visit(host.name, by_ssh=len(hosts) > 1)
+        learn(host, probe.ready, environment=launch.environment)
         before = time.time()
-        await learn(host, "clock")
+        learn(host, probe.clock)
         host.facts["clock"] -= (before + time.time()) / 2
-        await learn(host, "checkout", config=launch.config)
-        await learn(host, "network")
+        learn(host, probe.checkout, config=launch.config)
+        learn(host, probe.network)
         if host is first:
-            await learn(host, "take_port", port=launch.port)
-        await learn(host, "write_token", output=launch.output, nonce=nonce, name=host.name)
+            learn(host, probe.take_port, port=launch.port)
+        learn(host, probe.write_token, output=launch.output, nonce=nonce, name=host.name)
 
-    async def work(host: Host) -> None:
-        await learn(host, "remove_token")
-        await learn(host, "devices", precision=launch.precision)
+    def work(host: Host) -> None:
+        learn(host, probe.remove_token)
+        learn(host, probe.devices, precision=launch.precision)
         if launch.data["folder"] is not None:
-            await learn(host, "data", **launch.data)
+            learn(host, probe.data, **launch.data)
 
-    await together(arrive, hosts)
+    together(arrive, hosts)
     wrote = [host for host in hosts if "write_token" in host.facts]
-    await together(lambda host: learn(host, "unseen", nonce=nonce, name=wrote[0].name), wrote[1:])
-    await together(work, hosts)
-    address = next(iter((await asked).stdout.split()), None)
+    together(lambda host: learn(host, probe.unseen, nonce=nonce, name=wrote[0].name), wrote[1:])
+    together(work, hosts)
     if len(hosts) == 1:
         return []
 
+    not_tried = ["the round trip between the hosts was not tried; it comes when the problems above are solved"]
     members = [host for host in hosts if "devices" in host.facts and not host.is_gone]
     networks = {host.name: host.facts.get("network") for host in members}
-    not_tried = ["the round trip between the hosts was not tried; it comes when the problems above are solved"]
     if not all(network and not is_loopback(network["address"]) for network in networks.values()):
         return not_tried
-    await together(lambda host: learn(host, "unreached", networks=networks), members)
+    together(lambda host: learn(host, probe.unreached, networks=networks), members)
     members = [host for host in members if not host.is_gone]
+    address = next(iter(master.result().stdout.split()), None)
     is_open = all(host.facts.get("unreached") == [] for host in members)
     if first not in members or len(members) < 2 or address is None or "take_port" not in first.facts or not is_open:
         return not_tried
     names = [host.name for host in members]
     meeting = {"address": address, "port": launch.port, "hosts": names}
-    await together(lambda host: learn(host, "exchange", rank=names.index(host.name), **meeting), members)
+    together(lambda host: learn(host, probe.exchange, rank=names.index(host.name), **meeting), members)
     missing = {name for host in members for name in host.facts.get("exchange", {}).get("missing", [])}
     for host in members:
         if host.name in missing and not host.problems:
@@ -211,71 +194,55 @@ def is_loopback(address: str) -> bool:
 
 
 class Visit:
-    """A probe on one host, from ``open`` to ``close``."""
+    """A probe on one host, started by ssh or as a child of this process."""
 
-    def __init__(self, host: str, process: Process, stderr: IO[bytes]) -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self._host, self._process, self._stderr = host, process, stderr
-        self._stdin, self._stdout = process.stdin, process.stdout
-
-    @classmethod
-    async def open(cls, host: str, *, by_ssh: bool) -> "Visit":
-        """Start the probe, by ssh or as a child of this process; its first answer says that it runs."""
+    def __init__(self, host: str, *, by_ssh: bool) -> None:
         command = ssh(host, remote_command()) if by_ssh else [sys.executable, *PROBE]
         # A pipe could stay open for as long as ssh shares the connection.
-        stderr = TemporaryFile()  # noqa: SIM115 (until close)
+        self._host, self._stderr = host, TemporaryFile()  # noqa: SIM115 (until close)
         try:
-            process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=stderr)
+            self._process = subprocess.Popen(
+                command, stdin=PIPE, stdout=PIPE, stderr=self._stderr, text=True, errors="replace"
+            )
         except OSError as error:
             raise VisitError(f"{command[0]}: {error.strerror}; install it on this machine") from None
-        return cls(host, process, stderr)
 
-    async def close(self) -> None:
-        """End the probe, with time to remove its token."""
-        self._stdin.close()
-        try:
-            await asyncio.wait_for(self._process.wait(), 2)
-        except TimeoutError:
-            self._kill()
-            await self._process.wait()
-        self._stderr.close()
-
-    async def ask(self, question: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """Return what the probe makes of a question: its ``answer``, or its ``error``."""
-        with suppress(ConnectionError):
-            self._stdin.write(json.dumps(question).encode() + b"\n")
-            await self._stdin.drain()
-        answer: dict[str, Any] = await self.answer(seconds, f'no answer to "{question["question"]}"')
-        return answer
-
-    async def answer(self, seconds: float, silence: str) -> Any:
-        """Wait for the probe's next answer.
+    def ask(self, question: str, seconds: float, **arguments: Any) -> dict[str, Any]:
+        """Return what the probe makes of a question: its ``answer``, or its ``error``.
 
         Raises:
-            VisitError: there is none, or none in time, and none will come.
+            VisitError: there is none in time, and none will come.
         """
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        limit = Timer(seconds, process.kill)
+        limit.start()
         try:
-            async with asyncio.timeout(seconds):
-                while line := await self._stdout.readline():
-                    _, mark, answer = line.decode(errors="replace").partition(MARK)
-                    if mark:
-                        return json.loads(answer)
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._process.wait(), 2)
-        except TimeoutError:
-            self._kill()
-            raise VisitError(f"{silence} within {seconds:g} s; look whether the host or its disks hang") from None
-        except ValueError:
-            self._kill()
-            raise VisitError("its login prints more than a line can be; make it quiet without a terminal") from None
+            with suppress(BrokenPipeError):
+                print(json.dumps({"question": question} | arguments), file=process.stdin, flush=True)
+            for line in process.stdout:
+                _, mark, answer = line.partition(probe.MARK)
+                if mark:
+                    found: dict[str, Any] = json.loads(answer)
+                    return found
+            code = process.wait()
+        finally:
+            limit.cancel()
+        if code < 0:
+            raise VisitError(f'no answer to "{question}" within {seconds} s; check whether the host or its disks hang')
         written = os.fstat(self._stderr.fileno()).st_size
         said = os.pread(self._stderr.fileno(), 4096, max(0, written - 4096)).decode(errors="replace").strip()
-        raise VisitError(explain(self._process.returncode, said, self._host))
+        raise VisitError(explain(code, said, self._host))
 
-    def _kill(self) -> None:
-        with suppress(ProcessLookupError):
+    def close(self) -> None:
+        """End the probe, with time to remove its token."""
+        try:
+            self._process.communicate(timeout=2)  # closes its stdin
+        except subprocess.TimeoutExpired:
             self._process.kill()
+            self._process.communicate()
+        self._stderr.close()
 
 
 def ssh(host: str, *remote: str) -> list[str]:
@@ -298,17 +265,17 @@ def remote_command() -> str:
     exports = " ".join(shlex.quote(f"{name}={value}") for name, value in inherited.items())
     return (
         f"cd {folder} || exit {NO_FOLDER}; test -x {python} || exit {NO_INTERPRETER}; "
-        f"exec env {exports} {python} {' '.join(PROBE)}"
+        f"exec env {exports} {python} {shlex.join(PROBE)}"
     )
 
 
-def explain(code: int | None, said: str, host: str) -> str:
+def explain(code: int, said: str, host: str) -> str:
     """Problem and remedy of a probe that has ended, from its exit code and the end of its stderr."""
     if code == NO_FOLDER:
         return f"no folder {os.getcwd()}; have the checkout in the same place on every host"
     if code == NO_INTERPRETER:
         return f"no interpreter {sys.executable}; have the environment in the same place on every host"
-    last = said.splitlines()[-1].strip() if said else f"it ended with exit code {code}, without a word"
+    last = said.splitlines()[-1].strip() if said else f"it ended with exit code {code}, without a message"
     remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in said.lower()), "try it by hand: ssh {host}")
     return f"{last}; {remedy.format(host=host)}"
 
