@@ -1,4 +1,7 @@
-"""Compares the ranks that DeepSpeed's launcher started with what its command line and hostfile say.
+"""What started this process: its rank, by the environment, and the ``deepspeed`` command, by the processes above it.
+
+torchrun and DeepSpeed's own launcher set torch's variables (RANK …). ``mpirun`` and ``srun``, which DeepSpeed's
+``--launcher openmpi`` and ``slurm`` call, have their own: one that reads only torch's runs alone on each host.
 
 DeepSpeed ignores a missing hostfile, starts the ranks of a single other host on this machine, and does not check
 ``--num_gpus`` against the slots. It passes its scripts neither the hostfile nor the filters, but its process is an
@@ -8,6 +11,7 @@ visible (rank 0 on another machine, another launcher), nothing is checked.
 
 import os
 import socket
+from collections.abc import Mapping
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +24,92 @@ import psutil
 from recipe.config import ABSENT, ConfigError, read_text
 from recipe.distributed.hostfile import count_slots, read_hostfile
 
+TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# The variables of rank, world size, local rank and local world size. mpirun may itself be started by srun, once per
+# host, and comes first.
+LAUNCHERS = {
+    "the launcher": TORCH,
+    "OpenMPI": tuple(f"OMPI_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    "MVAPICH2": tuple(f"MV2_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    # A batch script, too, has SLURM_PROCID and SLURM_NTASKS, but is no rank: only a step has SLURM_STEP_NUM_TASKS.
+    # SLURM_GTIDS lists the ranks on this host.
+    "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_GTIDS"),
+}
 FILTERS = ("include", "exclude", "num_nodes", "num_gpus")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a rank runs. ``launcher`` is None without one; ``cores`` is what it has reserved for each rank."""
+
+    launcher: str | None = None
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    ranks_here: int = 1
+    cores: int | None = None
+
+    def variables(self) -> dict[str, str]:
+        """The variables in which torch and DeepSpeed look for the placement."""
+        if self.launcher is None:
+            return {}
+        own = (self.rank, self.world_size, self.local_rank, self.ranks_here)
+        # DeepSpeed reads LOCAL_SIZE; without it, it asks numactl for the cores, again and again.
+        return dict(zip((*TORCH, "LOCAL_SIZE"), map(str, (*own, self.ranks_here)), strict=True))
+
+    def check_address(self, environ: Mapping[str, str]) -> None:
+        """Refuse ranks without the address of the rendezvous.
+
+        Raises:
+            ValueError: MASTER_ADDR or MASTER_PORT is missing.
+        """
+        absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
+        if self.launcher is not None and absent:
+            raise ValueError(
+                f"{self.launcher} started rank {self.rank} of {self.world_size}, but without {' and '.join(absent)}; "
+                "export the address of rank 0's host as MASTER_ADDR and a free port there as MASTER_PORT (with "
+                "deepspeed --launcher write them into .deepspeed_env)"
+            )
+
+
+def find_placement(environ: Mapping[str, str]) -> Placement:
+    """The placement of a process with this environment; torch's own variables win where several launchers set theirs.
+
+    Raises:
+        ValueError: a launcher's variables that are incomplete; a number that is none, or out of bounds.
+    """
+    # Torch's first two suffice, of one rank per host; DeepSpeed's launcher calls the last one LOCAL_SIZE.
+    given = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": environ.get("LOCAL_SIZE") or "1"}
+    given |= {name: value for name, value in environ.items() if value}
+    incomplete = ""
+    for launcher, names in LAUNCHERS.items():
+        absent = [name for name in names if name not in given]
+        if not absent:
+            return _placement(launcher, names, given)
+        partly = [name for name in names[:2] if name in given]
+        if partly and (launcher == "the launcher" or given.get(names[1], "1") != "1"):
+            incomplete = incomplete or (
+                f"{', '.join(f'{name}={given[name]}' for name in partly)} is set, as by {launcher}, but not "
+                f"{', '.join(absent)}; unset it, or set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE"
+            )
+    if incomplete:
+        raise ValueError(incomplete)
+    return Placement()
+
+
+def _placement(launcher: str, names: tuple[str, ...], given: Mapping[str, str]) -> Placement:
+    texts = [str(len(given[name].split(","))) if name == "SLURM_GTIDS" else given[name] for name in names]
+    for name, text in zip(names, texts, strict=True):
+        if not text.isdecimal():
+            raise ValueError(f"{name}={text} is not the number of a rank or of ranks")
+    rank, world_size, local_rank, ranks_here = map(int, texts)
+    if rank >= world_size:
+        raise ValueError(f"{names[0]}={rank} with {names[1]}={world_size}: ranks count from 0, up to the number less 1")
+    cores = int(given["SLURM_CPUS_PER_TASK"]) if launcher == "Slurm" and "SLURM_CPUS_PER_TASK" in given else None
+    if launcher != "the launcher" and world_size == 1:
+        return Placement(cores=cores)  # a single task, as of an interactive srun, is a run of its own
+    return Placement(launcher, rank, world_size, local_rank, ranks_here, cores)
 
 
 @dataclass(frozen=True)

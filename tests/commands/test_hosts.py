@@ -339,7 +339,7 @@ def test_problems_of_the_launching_machine(tmp_path: Path, ask: Asked, monkeypat
     assert code == 1
     assert "problem: pdsh, by which DeepSpeed starts the hosts, is not installed here" in out
     assert f"problem: the folder {folder} has characters that DeepSpeed does not quote" in out
-    assert f'problem: {tmp_path}/.deepspeed_env: line 2 = "": blank; remove the line' in out
+    assert f'problem: {tmp_path}/.deepspeed_env: line 2 = "": not NAME=value' in out
 
 
 def test_the_asking_side_does_not_wait_for_torch() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from recipe.config.reader import ConfigError
-from recipe.distributed.hostfile import count_slots, read_hostfile
+from recipe.distributed.hostfile import count_slots, deepspeed_env_files, read_deepspeed_env, read_hostfile
 
 HostfileOf = Callable[[str | bytes], Path]
 
@@ -75,9 +75,9 @@ def test_agrees_with_deepspeed_on_what_is_right(hostfile: HostfileOf) -> None:
         ("exec:w slots=1", "not a host name", "write letters, digits"),
         ("fe80::1 slots=1", "not a host name", "give an IPv6 address a name"),
         ("wörker slots=1", "not a host name", "write letters, digits"),
-        ("first slots=2", "the host of line 2", "write one line a host, with all of its slots"),
-        ("FIRST slots=2", "the host of line 2", "write one line a host"),
-        ("ada@first slots=2", "the host of line 2", "write one line a host"),
+        ("first slots=2", "the host of line 2", "write one line per host, with all of its slots"),
+        ("FIRST slots=2", "the host of line 2", "write one line per host"),
+        ("ada@first slots=2", "the host of line 2", "write one line per host"),
     ],
 )
 def test_refuses_a_line(hostfile: HostfileOf, line: str, problem: str, remedy: str) -> None:
@@ -113,3 +113,46 @@ def test_refuses_a_missing_file_and_a_folder(hostfile: HostfileOf) -> None:
         read_hostfile(folder / "clutser")
     with pytest.raises(ConfigError, match=r"is a directory; .* holds cluster"):
         read_hostfile(folder)
+
+
+def test_reads_what_deepspeed_carries(tmp_path: Path) -> None:
+    file = tmp_path / "env"
+    file.write_text("GLOO_SOCKET_IFNAME=eth0\n NCCL_DEBUG = INFO \nA=b=c\nWORDS=two words\nEMPTY=\n")
+    variables, refusals = read_deepspeed_env([file])
+    expected = {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_DEBUG": "INFO", "A": "b=c", "WORDS": "two words", "EMPTY": ""}
+    assert variables == expected
+    assert refusals == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "# A=1", "export A=1", "A", "=1", "A;reboot=1", 'A="1"', "A='1'", "A=$HOME", "A=`reboot`", "A=50%h", "A=\\n"],
+)
+def test_names_a_line_that_would_not_reach_the_ranks(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "env"
+    file.write_text(f"FIRST=1\n{line}\nLAST=1\n")
+    variables, (refusal,) = read_deepspeed_env([file])
+    assert variables == {"FIRST": "1", "LAST": "1"}
+    assert f"{file}: line 2 = " in str(refusal)
+    assert "not NAME=value as it reaches the ranks" in str(refusal)
+
+
+def test_an_empty_file_and_one_that_cannot_be_read(tmp_path: Path) -> None:
+    empty, bad = tmp_path / "empty", tmp_path / "bad"
+    empty.touch()
+    bad.write_bytes(b"A=\xff\n")
+    variables, refusals = read_deepspeed_env([empty, bad])
+    assert variables == {}
+    assert [refusal.file for refusal in refusals] == [str(bad)]
+
+
+def test_takes_the_files_that_deepspeed_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, folder = tmp_path / "home", tmp_path / "project"
+    for place in (home, folder):
+        place.mkdir()
+        (place / ".deepspeed_env").touch()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(folder)
+    assert deepspeed_env_files() == [home / ".deepspeed_env", folder / ".deepspeed_env"]
+    monkeypatch.setenv("DS_ENV_FILE", "another")
+    assert deepspeed_env_files() == []
