@@ -1,9 +1,10 @@
 """Ends all ranks soon after one has failed, and reports which failed first and why.
 
 Otherwise the others wait in a collective until a connection breaks or the group's timeout has passed, and what they
-then report is not what happened. A thread per rank looks every second whether another one has failed: one that raises
-says so at the rendezvous store; one that was killed, or whose host is gone, is the one that does not answer there. The
-thread also ends a rank whose data does not come.
+then report is not what happened. A thread per rank checks every second whether another one has failed: one that raises
+writes the cause to the rendezvous store; one that was killed, or whose host is gone, is the one that does not answer
+there. One rank reports: the first that raised, else the lowest that is left. The thread also ends a rank whose data
+does not come.
 """
 
 import multiprocessing
@@ -35,7 +36,7 @@ LOOK_EVERY_SECONDS = 1.0
 GRACE_SECONDS = 3.0  # in which a rank that lives answers
 # Of the timeout after which the other ranks give up: a rank without data shall be the first to report.
 PATIENCE = 0.75
-_FAILED, _CAUSE, _SAID = "failed", "cause", "said"  # keys at the store
+_FAILED, _CAUSE = "failed", "cause"  # keys at the store
 _TALK_BETWEEN_RANKS = str(Path(dist.__file__ or "").parent)
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ class Watch:
         timeout: That of the process groups.
         launchers: The processes on this machine that started the ranks, each with its descriptor of ``open_process``.
         known: Exceptions whose message is all that a person needs; others are shown with their traceback.
-        log: File for the last word, beside the terminal.
+        log: File to which rank 0 adds what failed first.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Watch:
         self._waits_since: float | None = None
         self._error = ""  # type and message of what ends this rank
         self._is_cause = False
-        self._wake, self._over, self._settled = threading.Event(), threading.Event(), threading.Event()
+        self._wake, self._over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
     def __enter__(self) -> Self:
@@ -87,19 +88,17 @@ class Watch:
             return
         # The launcher ends the ranks of a host once one of them has ended; this one ends soon, and shall report first.
         take_by(ignore)
-        text = f"{type(error).__name__}: {error}"
         self._is_cause = is_cause(error)
         if self._is_cause and not isinstance(error, self._known):
             traceback.print_exception(error)
-        if self._is_cause or not self._thread.is_alive():  # training is over, and with it the watch
-            say(self._failure(text))
-        self._error = text
+        is_over = not self._thread.is_alive()  # training is, and with it the watch
+        self._error = f"{type(error).__name__}: {error}"
         self._wake.set()
-        # A call to the store may hang: the host that holds it is gone, or this one is, or it is merely busy. Only this
-        # rank knows the cause, and others that are not in a collective wait for no one: it must not leave untold.
-        patience = self._timeout_seconds if self._is_cause else 2 * GRACE_SECONDS + LOOK_EVERY_SECONDS
-        if self._thread.is_alive() and not self._settled.wait(patience) and not self._is_cause:
-            say(self._silent([0], text))
+        # The thread reports and ends the process, but a call to the store may hang: the host that holds it is gone, or
+        # this one is, or it is merely busy. Only this rank knows the cause, and others that are not in a collective
+        # wait for no one: it must be reported.
+        self._thread.join(self._timeout_seconds if self._is_cause else 2 * GRACE_SECONDS + LOOK_EVERY_SECONDS)
+        say(self._failure(self._error) if self._is_cause or is_over else self._silent([0], self._error))
         end_process()
 
     def close(self) -> None:
@@ -141,30 +140,29 @@ class Watch:
                     return
                 self._look_at_data()
                 if launcher_ended.poll(0):
-                    launcher_ended = select.poll()  # of nothing: it is said once
+                    launcher_ended = select.poll()  # of nothing: it is reported once
                     say(f"rank {rank}: the launcher is gone")
                     os.kill(os.getpid(), signal.SIGTERM)
+            take_by(ignore)
             first, speaks = (self._failure(self._error), True) if store is None else self._settle(store)
         except RuntimeError as error:
             if self._over.is_set():
                 return
-            first = self._silent([0], self._error or f"{type(error).__name__}: {error}")
-            # Rank 0 held the store: nobody is left to speak for all, but one on each host.
+            # Rank 0 held the store: the cause is reported by who knows it, what became of rank 0 once per host.
             here = [other for other, host in enumerate(hosts) if host == hosts[rank] and other != 0]
-            speaks = rank == min(here, default=0)
+            speaks = self._is_cause or rank == min(here, default=0)
+            own = self._error or f"{type(error).__name__}: {error}"
+            first, store = self._failure(own) if self._is_cause else self._silent([0], own), None
         if speaks:
-            if self._log is not None:
-                with suppress(OSError), self._log.open("a", encoding="utf-8") as file:  # the disk may be what failed
-                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(first)}\n")
-            if not (self._is_cause and first == self._failure(self._error)):
-                say(first)
-        with suppress(RuntimeError):  # it may be gone with rank 0
-            # Rank 0 has the last word: the launcher ends it when another rank of its host has ended.
-            if store is not None and rank == 0:
-                store.set(_SAID, "")
-            elif store is not None:
-                _wait(partial(store.check, [_SAID]))
-        self._settled.set()
+            say(first)
+        if self._log is not None and (rank == 0 or (speaks and not self._is_cause)):
+            with suppress(OSError), self._log.open("a", encoding="utf-8") as file:  # the disk may be what failed
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(first)}\n")
+        if store is not None:
+            with suppress(RuntimeError):  # it has gone with rank 0
+                # All end together: the launcher ends those of its host once one of them has ended.
+                store.set(f"read/{rank}", "")
+                _wait(partial(store.check, [f"read/{other}" for other in range(len(hosts))]))
         end_process()
 
     def _look_at_data(self) -> None:
@@ -173,30 +171,21 @@ class Watch:
         if not self._error and waited > PATIENCE * self._timeout_seconds:
             self._is_cause = True
             self._error = f"TimeoutError: no images have come from the data for {waited:.0f} s"
-            say(self._failure(self._error))
 
     def _settle(self, store: Store) -> tuple[str, bool]:
-        """Tell the others that this rank ends; return the first failure, and whether to speak for all."""
+        """Tell the others that this rank ends; return the first failure, and whether this rank reports it."""
         rank, ranks = self._meeting.rank, range(self._meeting.world_size)
+        own = self._failure(self._error) if self._error else "a rank lost the others"
         if self._is_cause:
-            store.compare_set(_CAUSE, "", self._failure(self._error))
+            store.compare_set(_CAUSE, "", own)
         store.set(f"heard/{rank}", "")
         store.set(_FAILED, "")
-        all_heard = [f"heard/{other}" for other in ranks]
-        # Rank 0 may hold the store, which goes with it.
-        _wait(lambda: store.check(all_heard) or (rank != 0 and store.check([_CAUSE])))
-        silent = [other for other in ranks if not store.check([f"heard/{other}"])]
-        speaks = rank == 0
+        _wait(lambda: store.check([_CAUSE]) or store.check([f"heard/{other}" for other in ranks]))
         if store.check([_CAUSE]):
             first = store.get(_CAUSE).decode()
-        else:
-            own = self._failure(self._error) if self._error else "a rank lost the others"
-            first = self._silent(silent, self._error) if silent else own
-            speaks = rank == min(set(ranks) - set(silent))
-        store.set(f"read/{rank}", "")
-        if rank == 0:
-            _wait(lambda: store.check([f"read/{other}" for other in ranks if other not in silent]))
-        return first, speaks
+            return first, self._is_cause and first == own
+        silent = [other for other in ranks if not store.check([f"heard/{other}"])]
+        return self._silent(silent, self._error) if silent else own, rank == min(set(ranks) - set(silent))
 
     def _silent(self, ranks: list[int], seen: str) -> str:
         # gloo's messages without the place in its source and without consolation.

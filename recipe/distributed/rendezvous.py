@@ -1,17 +1,17 @@
-"""The ranks' rendezvous: each brings what it would train; all train, or none does and one reports why.
+"""The ranks' rendezvous: they compare what they would train; either all train, or none does and one reports why.
 
 It takes place at a store before there is a process group: ranks with other files, versions or devices, or of which one
 has found something wrong, would hang in the group's first collective.
 """
 
-import hashlib
 import json
 import os
 import secrets
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +23,19 @@ from recipe.distributed.code_state import code_sha256, versions
 ASK_EVERY_SECONDS = 0.1
 FAREWELL_SECONDS = 5.0  # for which rank 0, whose process holds the store, waits for the others to have read
 
+Facts = dict[str, str]
+"""What a rank brings to the rendezvous: its ``host``, the ``refusal`` if it has found something wrong, and the rest."""
+
+# What must be the same on all ranks, in the order in which it is compared, and the objection where it is not.
+OBJECTIONS = {
+    "code": "run different code of recipe/; bring the checkouts to one state",
+    "data": "would take {other} and {first}; give all hosts the same data and config",
+    "config": "read different configs; copy one file to all hosts",
+    "versions": "have different versions: {other} and {first}; install the same",
+    "device": "would train on {other} and {first}; check the GPUs and the drivers, or leave the host out",
+    "checkpoint": "see different checkpoints in the output folder: {other} and {first}; share one --output",
+}
+
 
 class MeetingError(RuntimeError):
     """The ranks could not meet; the message says where, and what may be the cause."""
@@ -30,24 +43,6 @@ class MeetingError(RuntimeError):
 
 class DisagreementError(ValueError):
     """A rank refuses the run, or the ranks would train different things; the message is the same on all."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a rank brings along; the digests are those of texts.
-
-    ``refusal`` is what it has found wrong, ``checkpoint`` the newest in the output folder or "none", ``data`` how many
-    images it would take.
-    """
-
-    host: str
-    config_sha256: str
-    code_sha256: str
-    versions: str
-    device: str
-    checkpoint: str
-    data: str = ""
-    refusal: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,20 +65,14 @@ class Meeting:
         return PrefixStore(f"group/{self.name}", self.store)
 
 
-def own_facts(
-    refusal: Exception | None, *, config: str = "", device: str = "", checkpoint: str = "none", data: str = ""
-) -> Facts:
-    """What this rank brings to the rendezvous: what of a run must be the same everywhere, or why it refuses."""
-    return Facts(
-        host=socket.gethostname(),
-        config_sha256=hashlib.sha256(config.encode()).hexdigest(),
-        code_sha256=code_sha256(),
-        versions=", ".join(f"{name} {number}" for name, number in versions().items()),
-        device=device,
-        checkpoint=checkpoint,
-        data=data,
-        refusal=None if refusal is None else str(refusal),
-    )
+def own_facts(refusal: Exception | None, **facts: str) -> Facts:
+    """What this rank brings to the rendezvous: ``facts`` of its run, by the names in ``OBJECTIONS``, or its refusal."""
+    own = {
+        "host": socket.gethostname(),
+        "code": code_sha256(),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+    }
+    return own | facts | ({} if refusal is None else {"refusal": str(refusal)})
 
 
 def meet(own: Facts, timeout: timedelta) -> Meeting:
@@ -137,23 +126,14 @@ def objection_of(everyone: Sequence[Facts]) -> str | None:
     """Why the ranks must not train together: what the lowest rank refuses, else the first difference; or None."""
     first = everyone[0]
     for rank, other in enumerate(everyone):
-        if other.refusal is not None:
-            where = "" if rank == 0 else f"rank {rank} on {other.host}: "
-            return where + other.refusal
+        if "refusal" in other:
+            where = "" if rank == 0 else f"rank {rank} on {other['host']}: "
+            return where + other["refusal"]
     for rank, other in enumerate(everyone):
-        objections = {
-            "code_sha256": "run different code of recipe/; bring the checkouts to one state",
-            "data": f"would take {other.data} and {first.data}; give all hosts the same data and config",
-            "config_sha256": "read different configs; copy one file to all hosts",
-            "versions": f"have different versions: {other.versions} and {first.versions}; install the same",
-            "device": f"would train on {other.device} and {first.device}; check the GPUs and the drivers, or leave the "
-            "host out of the hostfile",
-            "checkpoint": f"see different checkpoints in the output folder: {other.checkpoint} and {first.checkpoint}; "
-            "name an --output that all hosts share",
-        }
-        for name, objection in objections.items():
-            if getattr(other, name) != getattr(first, name):
-                return f"rank {rank} on {other.host} and rank 0 on {first.host} {objection}"
+        for name, objection in OBJECTIONS.items():
+            if other.get(name) != first.get(name):
+                differing = objection.format(other=other[name], first=first[name])
+                return f"rank {rank} on {other['host']} and rank 0 on {first['host']} {differing}"
     return None
 
 
@@ -171,28 +151,29 @@ def _gather(own: Facts, store: Store, rank: int, world_size: int, deadline: floa
             time.sleep(ASK_EVERY_SECONDS)
             if store.check(["call"]) and (latest := store.get("call").decode()) != call:
                 call = latest
-                store.set(f"{call}/facts/{rank}", json.dumps({"nonce": nonce} | asdict(own)))
+                store.set(f"{call}/facts/{rank}", json.dumps({"nonce": nonce} | own))
         verdict: dict[str, Any] = json.loads(store.get(f"verdict/{nonce}"))
         store.set(f"read/{nonce}", "")
         return verdict
     store.set("call", nonce)
-    brought = {0: asdict(own)}
-    missing = list(range(1, world_size))
-    while missing and time.monotonic() < deadline:
-        time.sleep(ASK_EVERY_SECONDS)
-        here = [other for other in missing if store.check([f"{nonce}/facts/{other}"])]
-        brought |= {other: json.loads(store.get(f"{nonce}/facts/{other}")) for other in here}
-        missing = [other for other in missing if other not in brought]
-    nonces = [words.pop("nonce") for other, words in brought.items() if other != 0]
-    everyone = [Facts(**words) for _, words in sorted(brought.items())]
-    verdict = {"name": nonce, "hosts": [other.host for other in everyone], "objection": objection_of(everyone)}
+    keys = {other: f"{nonce}/facts/{other}" for other in range(1, world_size)}
+    _wait(store, list(keys.values()), deadline - time.monotonic())
+    brought = {other: json.loads(store.get(key)) for other, key in keys.items() if store.check([key])}
+    missing = [other for other in keys if other not in brought]
+    nonces = [facts.pop("nonce") for facts in brought.values()]
+    everyone = [own, *brought.values()]
+    verdict = {"name": nonce, "hosts": [other["host"] for other in everyone]}
     verdict["absent"] = _late(f"{name_ranks(missing)} of {world_size} did not come") if missing else None
+    verdict["objection"] = None if missing else objection_of(everyone)
     for other in nonces:
         store.set(f"verdict/{other}", json.dumps(verdict))
-    farewell = time.monotonic() + FAREWELL_SECONDS
-    while time.monotonic() < farewell and not store.check([f"read/{other}" for other in nonces]):
-        time.sleep(ASK_EVERY_SECONDS)
+    _wait(store, [f"read/{other}" for other in nonces], FAREWELL_SECONDS)
     return verdict
+
+
+def _wait(store: Store, keys: list[str], seconds: float) -> None:
+    with suppress(DistError):  # the time is over
+        store.wait(keys, timedelta(seconds=seconds))
 
 
 def _late(problem: str) -> str:

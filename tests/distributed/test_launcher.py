@@ -214,23 +214,10 @@ def test_this_machine(host: str, here: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            ["--hostfile", "hostfiles/nowhere"],
-            "recipe: hostfiles/nowhere: no such file or directory; DeepSpeed passes that",
-        ),
-        (
-            ["--hostfile", "hostfiles/localhost", "--num_gpus", "2"],
-            "recipe: hostfiles/localhost: 1 slots on 1 hosts, but",
-        ),
-    ],
-)
-def test_a_launch_that_is_not_what_the_hostfile_says(tmp_path: Path, options: list[str], message: str) -> None:
+def test_a_launch_whose_hostfile_is_not_there(tmp_path: Path) -> None:
     # There may be no sshd here.
-    without_ssh = ["--no_ssh_check", "--master_addr", "127.0.0.1"]
-    command = [str(Path(sys.executable).with_name("deepspeed")), *options, *without_ssh, "recipe/train.py"]
+    options = ("--hostfile", "hostfiles/nowhere", "--no_ssh_check", "--master_addr", "127.0.0.1")
+    command = [str(Path(sys.executable).with_name("deepspeed")), *options, "recipe/train.py"]
     done = subprocess.run(
         [*command, "--deepspeed_config", DIGITS, "--output", str(tmp_path / "run")],
         cwd=ROOT,
@@ -241,6 +228,6 @@ def test_a_launch_that_is_not_what_the_hostfile_says(tmp_path: Path, options: li
         check=False,
     )
     assert done.returncode == 2
-    assert message in done.stderr
+    assert "recipe: hostfiles/nowhere: no such file or directory; DeepSpeed passes that" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -3,7 +3,6 @@
 import os
 import socket
 import time
-from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -12,16 +11,15 @@ from recipe.distributed.code_state import code_sha256
 from recipe.distributed.rendezvous import DisagreementError, Facts, MeetingError, meet, name_ranks, objection_of
 from tests.ranks import run_ranks
 
-FACTS = Facts(
-    "node-0",
-    config_sha256="1",
-    code_sha256="2",
-    versions="torch 2.15.0",
-    device="cpu",
-    checkpoint="none",
-    data="6 + 6 images",
-)
-
+FACTS = {
+    "host": "node-0",
+    "config": "1",
+    "code": "2",
+    "versions": "torch 2.15.0",
+    "device": "cpu",
+    "checkpoint": "none",
+    "data": "6 + 6 images",
+}
 
 REMEDY = (
     "in time; python -m recipe hosts HOSTFILE finds out why, or raise recipe.distributed.timeout_seconds where hosts "
@@ -45,12 +43,12 @@ def _meet(rank: int, world_size: int, port: int, brought: dict[int, Facts]) -> t
 
 
 def test_ranks_that_agree_know_each_others_hosts() -> None:
-    brought = {rank: replace(FACTS, host=f"node-{rank // 2}") for rank in range(4)}
+    brought = {rank: FACTS | {"host": f"node-{rank // 2}"} for rank in range(4)}
     assert run_ranks(4, _meet, free_port(), brought) == [("node-0", "node-0", "node-1", "node-1")] * 4
 
 
 def test_a_rank_that_refuses_is_heard_by_all() -> None:
-    brought = {0: FACTS, 1: replace(FACTS, host="node-1", device="", refusal="no data")}
+    brought = {0: FACTS, 1: FACTS | {"host": "node-1", "device": "", "refusal": "no data"}}
     assert run_ranks(2, _meet, free_port(), brought) == ["rank 1 on node-1: no data"] * 2
 
 
@@ -58,34 +56,34 @@ def test_a_rank_that_refuses_is_heard_by_all() -> None:
     ("change", "objection"),
     [
         (
-            {"config_sha256": "x"},
+            {"config": "x"},
             "rank 1 on node-1 and rank 0 on node-0 read different configs; copy one file to all hosts",
         ),
         (
-            {"config_sha256": "x", "data": "6 + 4 images"},  # what "auto" counts stands in the config that is compared
+            {"config": "x", "data": "6 + 4 images"},  # what "auto" counts stands in the config that is compared
             "would take 6 + 4 images and 6 + 6 images; give all hosts the same data and config",
         ),
         (
-            {"code_sha256": "x"},
+            {"code": "x"},
             "rank 1 on node-1 and rank 0 on node-0 run different code of recipe/; bring the checkouts",
         ),
         ({"versions": "torch 2.11.0"}, "have different versions: torch 2.11.0 and torch 2.15.0; install the same"),
         ({"device": "cuda"}, "would train on cuda and cpu; check the GPUs and the drivers"),
         (
             {"checkpoint": "step-00000004"},
-            "see different checkpoints in the output folder: step-00000004 and none; name an --output that all hosts",
+            "see different checkpoints in the output folder: step-00000004 and none; share one --output",
         ),
         ({"refusal": "no room"}, "rank 1 on node-1: no room"),
         ({"host": "node-2"}, None),
     ],
 )
 def test_what_ranks_must_have_in_common(change: dict[str, str], objection: str | None) -> None:
-    found = objection_of([FACTS, replace(FACTS, **{"host": "node-1"} | change)])
+    found = objection_of([FACTS, FACTS | {"host": "node-1"} | change])
     assert found is None if objection is None else objection in str(found)
 
 
 def test_rank_0s_own_refusal_comes_first_and_as_it_is() -> None:
-    assert objection_of([replace(FACTS, refusal="a lock"), replace(FACTS, refusal="no room")]) == "a lock"
+    assert objection_of([FACTS | {"refusal": "a lock"}, FACTS | {"refusal": "no room"}]) == "a lock"
 
 
 def _one_stays_away(rank: int, world_size: int, port: int) -> str | None:
@@ -104,11 +102,11 @@ def _again(rank: int, world_size: int, port: int) -> list[tuple[str, ...]]:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     agent = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
     dist.barrier()
-    first = meet(replace(FACTS, host="node-0"), timedelta(seconds=30))
+    first = meet(FACTS | {"host": "node-0"}, timedelta(seconds=30))
     dist.barrier()
     if rank == 0:
         time.sleep(1)
-    second = meet(replace(FACTS, host=f"node-{rank}"), timedelta(seconds=30))
+    second = meet(FACTS | {"host": f"node-{rank}"}, timedelta(seconds=30))
     dist.barrier()
     del agent
     return [first.hosts, second.hosts]

@@ -41,11 +41,9 @@ def is_the_same_training(output: Path, reference: Path) -> None:
 def test_hosts_train_what_one_process_trains(
     four_hosts: Cluster, tmp_path: Path, one_process: Path, hosts: int, slots: int
 ) -> None:
-    script, names = "tests/multinode/weights_train.py", four_hosts.names[:hosts]
-    four_hosts.train(*RUN, "--output", str(tmp_path), hosts=names, slots=slots, script=script)
+    """In float64 to 1e-9 at every step, which weights that differ from rank to rank would not be."""
+    four_hosts.train(*RUN, "--output", str(tmp_path), hosts=four_hosts.names[:hosts], slots=slots)
     is_the_same_training(tmp_path, one_process)
-    weights = [(tmp_path / f"weights-{rank}").read_text() for rank in range(hosts * slots)]
-    assert len(set(weights)) == 1
 
 
 def test_a_run_goes_on_on_another_number_of_hosts(four_hosts: Cluster, tmp_path: Path, one_process: Path) -> None:
