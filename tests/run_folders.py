@@ -7,7 +7,7 @@ from typing import Any
 
 
 def plan(**values: Any) -> dict[str, Any]:
-    """As much of a plan as the commands read: 10 epochs of 4 steps of 8 images, on one rank."""
+    """A short plan: 10 epochs of 4 steps of 8 images, on one rank."""
     batch = values.pop("train_batch_size", 8)
     return {
         "train_batch_size": batch,
@@ -15,8 +15,14 @@ def plan(**values: Any) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "recipe": {
             "batchnorm": {"statistics": 4},
-            "data": {"train_images": 35, "workers": 0, "source": "digits"},
-            "model": {"name": "test_resnet"},
+            "data": {
+                "train_images": 35,
+                "validation_images": 9,
+                "workers": 0,
+                "source": "synthetic",
+                "image_size": 32,
+            },
+            "model": {"name": "test_resnet", "num_classes": 10},
             "schedule": {"epochs": 10},
             "seed": 0,
         },

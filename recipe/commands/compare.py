@@ -1,7 +1,7 @@
 """``python -m recipe compare``: what differs between two runs, and from which step on."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +11,17 @@ from recipe.checkpoints import NEVER_TO_CHANGE, batchnorm_images, is_same_traini
 from recipe.commands import refusing
 from recipe.commands.run_files import Column, RunFiles, read_run
 from recipe.config import ABSENT, printable
-from recipe.reporting import Parser
+from recipe.plan import counted
+from recipe.reporting import Parser, table
 
-SAME, DIFFERENT, NOT_TOLD_YET = 0, 1, 3
-# Relative to the larger loss, with their names: beyond rounding in double precision, and what a curve may show.
-TOLERANCES = (("1e-9", 1e-9), ("1e-3", 1e-3))
+SAME, DIFFERENT, TOO_EARLY = 0, 1, 3
+TOLERANCES = (
+    "1e-9",
+    "1e-3",
+)  # relative to the larger loss: beyond rounding in double precision, and what a curve may show
 ENVIRONMENT = ("device", "hosts", "versions")  # of summary.json
-APART = " (apart: relative to the larger loss)"
 MISSING = "–"
+NO_WRAPPING = 10_000  # columns: the answer is often read by programs, or searched
 
 
 class Difference(NamedTuple):
@@ -31,14 +34,14 @@ class Difference(NamedTuple):
 
 @refusing
 def main(argv: Sequence[str]) -> int:
-    """Print what differs; return 0 if it is the same training, 1 if not, 2 on a refusal, 3 if nothing tells yet."""
+    """Print what differs; return 0 if it is the same training, 1 if not, 2 on a refusal, 3 if it is too early."""
     parser = Parser(
         prog="python -m recipe compare",
-        description="Print what differs between the plans of two runs, and from which step on their losses part. Runs "
-        "whose steps hold other images are compared by epoch. A run may be in progress.",
+        description="Print what differs between the plans of two runs, and from which step on their losses part. Of "
+        "runs with other global batches only the validations are compared. A run may be in progress.",
         epilog="Exit code: 0 if as far as both have come it is the same training, with the same losses and accuracies "
-        "to the last bit, wherever and however it ran; 1 if not; 2 if a folder cannot be read; 3 if nothing tells yet, "
-        "because there is no step (of other batch sizes: no epoch) that both have done.",
+        "to the last bit, wherever and however it ran; 1 if not; 2 if a folder cannot be read; 3 if it is too early to "
+        "say, because there is no step that both have done.",
     )
     parser.add_argument("a", type=Path, metavar="RUN_A", help="output folder of a run")
     parser.add_argument("b", type=Path, metavar="RUN_B", help="output folder of another")
@@ -50,41 +53,37 @@ def main(argv: Sequence[str]) -> int:
 
 def compare(a: RunFiles, b: RunFiles) -> tuple[list[str], int]:
     """The lines to print, and the exit code."""
-    changed, free = plan_differences(a, b)
+    changed, free = plan_differences(a.plan.config.source.raw, b.plan.config.source.raw)
+    if a.plan.world_size != b.plan.world_size:
+        free.insert(0, Difference("ranks", str(a.plan.world_size), str(b.plan.world_size)))
     lines = _table("", [("A", str(a.folder), _progress(a)), ("B", str(b.folder), _progress(b))])
     lines += _differences("changes the training", changed) or ["", "The plans say the same training."]
     lines += _differences("only where or how it runs", free)
     lines += _differences("what it ran on", environment_differences(a, b))
-    if any(difference.key in NEVER_TO_CHANGE for difference in changed):
-        losses, differ = _compare_by_epoch(a, b)
-    else:
-        losses, differ = _compare_by_step(a, b)
+    has_other_steps = any(difference.key in NEVER_TO_CHANGE for difference in changed)
+    losses, differ = ([], None) if has_other_steps else _compare_losses(a, b)
     validations, validations_differ = _compare_validations(a, b)
     lines += [*losses, *validations, ""]
     if changed or differ or validations_differ:
         return [*lines, "Not the same training."], DIFFERENT
     if differ is None:
-        return [*lines, "Whether it is the same training, nothing tells yet."], NOT_TOLD_YET
+        return [*lines, "It is too early to say whether it is the same training."], TOO_EARLY
     return [*lines, "The same training, as far as both have come."], SAME
 
 
-def plan_differences(a: RunFiles, b: RunFiles) -> tuple[list[Difference], list[Difference]]:
+def plan_differences(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[Difference], list[Difference]]:
     """What of two plans changes the training, and what says only where or how it runs."""
-    keys_a, keys_b = (stated(run.plan) for run in (a, b))
-    found = _differing(keys_a, keys_b)
-    changed = [
-        difference
-        for difference in found
-        if not is_same_training(difference.key, keys_a.get(difference.key), keys_b.get(difference.key))
-    ]
-    free = [difference for difference in found if difference not in changed]
-    images_a, images_b = batchnorm_images(a.plan), batchnorm_images(b.plan)
+    keys_a, keys_b = stated(a), stated(b)
+    changed: list[Difference] = []
+    free: list[Difference] = []
+    for found in _differing(keys_a, keys_b):
+        is_same = is_same_training(found.key, keys_a.get(found.key), keys_b.get(found.key))
+        (free if is_same else changed).append(found)
+    images_a, images_b = batchnorm_images(a), batchnorm_images(b)
     statistics = "recipe.batchnorm.statistics"
     if images_a != images_b and keys_a.get(statistics) == keys_b.get(statistics):
         # Then it is ranks and micro-batch that decide what is trained.
         changed.append(Difference(f"images in {statistics}", str(images_a), str(images_b)))
-    if a.world_size != b.world_size:
-        free.insert(0, Difference("ranks", str(a.world_size), str(b.world_size)))
     return changed, free
 
 
@@ -108,46 +107,29 @@ def relative_differences(a: Column, b: Column) -> Column:
     return relative
 
 
-def epoch_means(run: RunFiles) -> tuple[Column, Column]:
-    """The epochs, from 0, of which every step is there, and the mean of their losses that are finite."""
-    steps, losses = run.events["step"]["step"], run.events["step"]["loss"]
-    epochs, starts, counts = np.unique(steps // run.steps_per_epoch, return_index=True, return_counts=True)
-    whole = counts == run.steps_per_epoch
-    is_finite = ~np.isnan(losses)
-    if not starts.size:
-        return epochs, epochs
-    sums = np.add.reduceat(np.where(is_finite, losses, 0), starts)[whole]
-    finite = np.add.reduceat(is_finite, starts, dtype=float)[whole]
-    return epochs[whole], np.divide(sums, finite, out=np.full(sums.size, np.nan), where=finite > 0)
-
-
-def _compare_by_step(a: RunFiles, b: RunFiles) -> tuple[list[str], bool | None]:
+def _compare_losses(a: RunFiles, b: RunFiles) -> tuple[list[str], bool | None]:
     """Lines on the losses of the steps that both have, and whether any differs; None if there is no such step."""
     events_a, events_b = a.events["step"], b.events["step"]
     steps, at_a, at_b = np.intersect1d(events_a["step"], events_b["step"], assume_unique=True, return_indices=True)
     if not steps.size:
         return ["", "There is no step yet that both have done."], None
+    losses_a, losses_b = events_a["loss"][at_a], events_b["loss"][at_b]
+    relative = relative_differences(losses_a, losses_b)
 
-    def where(place: int) -> str:
-        return f"step {int(steps[place])} (epoch {int(steps[place]) // a.steps_per_epoch + 1})"
+    def described(place: int) -> str:
+        step, loss_a, loss_b = int(steps[place]), _number(losses_a[place]), _number(losses_b[place])
+        return f"step {step} (epoch {step // a.plan.steps_per_epoch + 1}): A {loss_a}, B {loss_b}"
 
-    rows, differ = _partings(events_a["loss"][at_a], events_b["loss"][at_b], where, TOLERANCES)
-    return ["", *_table(f"training loss, {_count(steps.size, 'step')} in common{APART}", rows)], differ
-
-
-def _compare_by_epoch(a: RunFiles, b: RunFiles) -> tuple[list[str], bool | None]:
-    """Lines on the mean losses of the epochs that both have, and whether any differs; None if there is none."""
-    (epochs_a, means_a), (epochs_b, means_b) = epoch_means(a), epoch_means(b)
-    epochs, at_a, at_b = np.intersect1d(epochs_a, epochs_b, assume_unique=True, return_indices=True)
-    steps = [f"{run.global_batch:,} of {run.train_images:,} images" for run in (a, b)]
-    lines = ["", f"Compared by epoch: a step of A is {steps[0]}, of B {steps[1]}."]
-    if not epochs.size:
-        return [*lines, "There is no epoch yet that both have done."], None
-    a_mean, b_mean = means_a[at_a], means_b[at_b]
-    rows, differ = _partings(a_mean, b_mean, lambda place: f"epoch {int(epochs[place]) + 1}", TOLERANCES[-1:])
-    last = f"epoch {int(epochs[-1]) + 1}: A {_number(a_mean[-1])}, B {_number(b_mean[-1])}"
-    title = f"training loss, means of {_count(epochs.size, 'epoch')} in common{APART}"
-    return [*lines, *_table(title, [*rows, ("last", last)])], differ
+    rows = [("first differs", "never: it is the same to the last bit")]
+    if relative.any():
+        rows = [("first differs", described(int((relative > 0).argmax())))]
+        for limit in TOLERANCES:
+            beyond = relative > float(limit)
+            rows.append((f"apart > {limit}", described(int(beyond.argmax())) if beyond.any() else "never"))
+        most = int(relative.argmax())
+        rows.append(("differs most", f"{described(most)}, {relative[most]:.3g} apart"))
+    title = f"training loss, {counted(steps.size, 'step')} in common (apart: relative to the larger loss)"
+    return ["", *_table(title, rows)], bool(relative.any())
 
 
 def _compare_validations(a: RunFiles, b: RunFiles) -> tuple[list[str], bool]:
@@ -173,27 +155,7 @@ def _compare_validations(a: RunFiles, b: RunFiles) -> tuple[list[str], bool]:
         rows = [("first differs", described(int(differs.argmax())))]
         rows.append(("differs most", described(int(np.abs(top1_b - top1_a).argmax()))))
     rows.append(("last", described(epochs.size - 1)))
-    return ["", *_table(f"validation, {_count(epochs.size, 'epoch')} in common", rows)], bool(differs.any())
-
-
-def _partings(
-    a: Column, b: Column, where: Callable[[int], str], tolerances: Sequence[tuple[str, float]]
-) -> tuple[list[tuple[str, str]], bool]:
-    """Rows that say where two series first differ, part by more than each tolerance, and differ most; and whether."""
-    relative = relative_differences(a, b)
-
-    def described(place: int) -> str:
-        return f"{where(place)}: A {_number(a[place])}, B {_number(b[place])}"
-
-    if not relative.any():
-        return [("first differs", "never: it is the same to the last bit")], False
-    rows = [("first differs", described(int((relative > 0).argmax())))]
-    for name, limit in tolerances:
-        beyond = relative > limit
-        rows.append((f"apart > {name}", described(int(beyond.argmax())) if beyond.any() else "never"))
-    most = int(relative.argmax())
-    rows.append(("differs most", f"{described(most)}, {relative[most]:.3g} apart"))
-    return rows, True
+    return ["", *_table(f"validation, {counted(epochs.size, 'epoch')} in common", rows)], bool(differs.any())
 
 
 def _differing(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
@@ -211,21 +173,15 @@ def _differences(title: str, differences: Sequence[Difference]) -> list[str]:
 
 def _table(title: str, rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows in columns beneath a title; what comes from files is made safe to print."""
-    rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = table([[printable(cell) for cell in row] for row in rows], NO_WRAPPING).splitlines()
     return [title, *(f"  {line}" for line in lines)] if title else lines
 
 
 def _progress(run: RunFiles) -> str:
-    done = f"{run.steps_done:,} of {_count(run.total_steps, 'step')}"
+    done = f"{run.steps_done:,} of {counted(run.plan.total_steps, 'step')}"
     return f"{done}, {'not complete' if run.summary is None else 'complete'}"
 
 
 def _number(loss: float) -> str:
     """A loss, with as many digits as it takes to tell it from any other."""
     return "not finite" if np.isnan(loss) else repr(float(loss))
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -2,15 +2,15 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from recipe.checkpoints import PLAN
+from recipe.commands import refusing
 from recipe.commands.plan_screen import Answer, as_json, draw_rates, format_answers
 from recipe.config import Config, printable, read_config
 from recipe.data import look
-from recipe.distributed import count_slots, read_hostfile
+from recipe.distributed import count_slots, read_hostfile, say
 from recipe.plan import SHIPPED, Link, ModelFacts, Plan, counted, make_plan
 from recipe.reporting import Parser, read_summary
 from recipe.train import overrides
@@ -22,29 +22,25 @@ LATENCY_SECONDS = 20e-6
 GPU_MEMORY_GIB = 80.0
 
 
+@refusing
 def main(argv: Sequence[str]) -> int:
     """Print the plan; return 0, or 2 where the run would be refused."""
     arguments = parse_arguments(argv)
-    try:
-        world_size = arguments.world_size or 1
-        if arguments.hostfile:
-            world_size = count_slots(read_hostfile(arguments.hostfile))
-        configs = [read_config(config, overrides(arguments)) for config in arguments.config]
-        # The folder that a config names may lie on the machines that will train.
-        looks = None if arguments.data is None else look
-        answers = [answer(make_plan(config, world_size, look=looks), arguments) for config in configs]
-        pictures = draw_rates([one.plan for one in answers], arguments.plot) if arguments.plot else []
-    except ValueError as refusal:
-        print(f"recipe: {printable(str(refusal))}", file=sys.stderr)
-        return 2
+    world_size = arguments.world_size or 1
+    if arguments.hostfile:
+        world_size = count_slots(read_hostfile(arguments.hostfile))
+    configs = [read_config(config, overrides(arguments)) for config in arguments.config]
+    # The folder that a config names may lie on the machines that will train.
+    looks = None if arguments.data is None else look
+    answers = [answer(make_plan(config, world_size, look=looks), arguments) for config in configs]
     if arguments.json:
         found = [as_json(one) for one in answers]
         print(json.dumps(found[0] if len(found) == 1 else found, indent=2, ensure_ascii=False))
     else:
         hint = "for one rank; --hostfile or --world-size plan for more"
         print(format_answers(answers, [] if arguments.hostfile or arguments.world_size else [hint]), end="")
-    for picture in pictures:
-        print(f"recipe: wrote {picture}", file=sys.stderr)
+    for picture in draw_rates([one.plan for one in answers], arguments.plot) if arguments.plot else ():
+        say(f"wrote {picture}")
     return 0
 
 

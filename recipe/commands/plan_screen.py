@@ -1,13 +1,11 @@
 """How the plan command answers: one screen, two configs side by side, JSON, a picture of the rate."""
 
-import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe.commands.figure import COLOURS, add_legend, drawable, line_styles, new_figure, save_figure, set_log_scale
+from recipe.commands.figure import new_figure, save_figure, scale_y
 from recipe.config import printable
 from recipe.plan import (
     CONTEXT_BYTES,
@@ -204,43 +202,21 @@ def as_json(answer: Answer) -> dict[str, Any]:
 
 
 def draw_rates(plans: Sequence[Plan], path: Path) -> list[Path]:
-    """The rate over epochs, the warmup once more enlarged; return the files.
+    """The rate over the epochs, as PNG and SVG; return the files.
 
     Raises:
-        ValueError: the files cannot be written, or matplotlib is not installed.
+        OSError: they cannot be written.
     """
-    if not path.name or path.name == ".." or path.is_dir():
-        raise ValueError(f'--plot "{path}": no file; write one such as plan.png')
-    warm = max(plan.schedule.warmup_steps / plan.steps_per_epoch for plan in plans)
-    figure, axes = new_figure(1, 2 if warm else 1, (11 if warm else 7, 4.5))
-    whole, *enlarged = axes if warm else [axes]
-    for one, epochs in [(whole, max(plan.epochs for plan in plans)), *((one, 1.6 * warm) for one in enlarged)]:
-        curves = [_rate_curve(plan, min(plan.total_steps, math.ceil(epochs * plan.steps_per_epoch))) for plan in plans]
-        for curve, colour, style in zip(curves, COLOURS, line_styles(curves), strict=False):
-            one.plot(*curve, color=colour, drawstyle="steps-post", linewidth=1.6, **style)
-        one.set_xlim(0, max(x[-1] for x, _ in curves))
-        one.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None), title="The warmup, enlarged, linear")
-    drawn = [rate for line in whole.get_lines() for rate in line.get_ydata()]
-    is_logarithmic = max(drawn) > 20 * min(drawn)  # else what is small would lie on the axis
-    if is_logarithmic:
-        whole.autoscale(axis="y")
-        set_log_scale(whole)
-    whole.set(title="The whole run" + (", logarithmic" if is_logarithmic else ""))
-    files = [textwrap.shorten(Path(drawable(plan.config.source.file)).name, 70, placeholder=" …") for plan in plans]
-    labels = [f"{file}: batch {plan.global_batch:,}" for file, plan in zip(files, plans, strict=True)]
-    add_legend(figure, whole.get_lines(), labels, loc="outside lower center", ncols=1)
-    try:
-        return save_figure(figure, path)
-    except OSError as error:
-        raise ValueError(f"--plot {path}: {error.strerror}; write a file in a folder that is there") from error
-
-
-def _rate_curve(plan: Plan, end: int) -> tuple[list[float], list[float]]:
-    """Epochs at which steps begin, and their rates; the last rate holds to the end of its step."""
-    turns = {turn + side for turn in (plan.schedule.warmup_steps, *plan.schedule.milestones) for side in (-1, 0)}
-    steps = sorted({*range(0, end, max(1, end // PICTURE_POINTS)), end - 1, *turns & set(range(end))})
-    rates = [plan.schedule.rate(step) for step in steps]
-    return [step / plan.steps_per_epoch for step in (*steps, end)], [*rates, rates[-1]]
+    figure, axes = new_figure()
+    for plan, width in zip(plans, (3.0, 1.5), strict=False):  # of two that coincide, both show
+        steps = sorted({plan.total_steps * point // PICTURE_POINTS for point in range(PICTURE_POINTS + 1)})
+        rates = [plan.schedule.rate(min(step, plan.total_steps - 1)) for step in steps]
+        axes.plot([step / plan.steps_per_epoch for step in steps], rates, drawstyle="steps-post", linewidth=width)
+    scale_y(axes)
+    axes.set(xlabel="epoch", ylabel="learning rate")
+    files = [printable(Path(plan.config.source.file).name) for plan in plans]
+    axes.legend(axes.lines, [f"{file}: batch {plan.global_batch:,}" for file, plan in zip(files, plans, strict=True)])
+    return save_figure(figure, path)
 
 
 def _size(size: float) -> str:

@@ -1,18 +1,16 @@
 """``python -m recipe plot``: loss, error, rate and speed of runs over the epochs, as a picture."""
 
-import itertools
 import os
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recipe.commands import refusing
-from recipe.commands.figure import COLOURS, add_legend, drawable, line_styles, new_figure, save_figure, set_log_scale
-from recipe.commands.run_files import Column, RunFiles, distinct_names, read_run
+from recipe.commands.figure import new_figure, save_figure, scale_y
+from recipe.commands.run_files import Column, RunFiles, read_run
 from recipe.config import printable
 from recipe.distributed import say
 from recipe.reporting import Parser
@@ -21,16 +19,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_POINTS = 1000  # of a curve: more than the picture has pixels for
-SMOOTHED_SHARE = 0.01  # of the epochs that are shown, on each side of a point
+MOST_POINTS = 300  # of a curve; each is the mean of as many steps as it takes
 FEW_POINTS = 60  # that can each have a dot
 LEGEND_CHARACTERS = 130  # in a line across the picture
-DASHES = ("-", "--", ":", "-.")
+LOSS, SPEED, WAITING = "training loss", "images per second", "time spent waiting for data [%]"
 
-CONVERSIONS: dict[str, Callable[[Column], Column]] = {
-    "top1": lambda accuracy: 100 - accuracy,
-    "data_wait": lambda share: 100 * share,
-}
+PANELS: tuple[tuple[str, str, str, Callable[[Column], Column]], ...] = (
+    (LOSS, "step", "loss", lambda loss: loss),
+    ("validation loss", "validation", "loss", lambda loss: loss),
+    ("learning rate", "step", "lr", lambda rate: rate),
+    ("top-1 validation error [%]", "validation", "top1", lambda accuracy: 100 - accuracy),
+    (SPEED, "step", "images_per_second", lambda speed: speed),
+    (WAITING, "step", "data_wait", lambda share: 100 * share),
+    ("gradient noise scale [images]", "noise_scale", "noise_scale", lambda images: images),
+)
+"""title, event, its field, and what is drawn of that"""
 
 
 @refusing
@@ -55,204 +58,103 @@ def main(argv: Sequence[str]) -> int:
     runs = [read_run(folder) for folder in {os.path.abspath(folder): folder for folder in arguments.runs}.values()]
     for run in runs:
         if not run.steps_done:
-            say(f"{run.folder} has no step written down yet")
+            say(f"{run.folder} has not written a step yet")
     runs = [run for run in runs if run.steps_done]
     if not runs:
         raise ValueError("there is nothing to draw yet; wait for the first steps")
     figure = draw(runs)
     output = output / "plot" if output.is_dir() else output
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        written = save_figure(figure, output)
-    except OSError as error:
-        raise ValueError(f"{error.filename or output}: {error.strerror}; name another --output") from None
-    for file in written:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for file in save_figure(figure, output):
         print(printable(str(file)))
     return 0
 
 
 def draw(runs: Sequence[RunFiles]) -> "Figure":
     """A panel for each quantity, a colour for each run; every run has at least one step."""
-    labels = [
-        _label(run, name)
-        for run, name in zip(runs, distinct_names([Path(os.path.abspath(run.folder)) for run in runs]), strict=True)
-    ]
-    has_noise = any(run.events["noise_scale"]["step"].size for run in runs)
-    rows = 4 if has_noise else 3
-    figure, grid = new_figure(rows, 2, size=(12, 3 * rows + 0.4 + 0.2 * sum(label.count("\n") + 1 for label in labels)))
-    loss, validation_loss, rate, error, speed, waiting, *others = grid.flat
-    last_epoch = max(float(run.epochs("step")[-1]) for run in runs)
-    half_width = SMOOTHED_SHARE * last_epoch
-    half_widths = [round(half_width * run.steps_per_epoch) for run in runs]
-    for axes, title, event, field, is_smoothed in (
-        (loss, "training loss", "step", "loss", True),
-        (validation_loss, "validation loss", "validation", "loss", False),
-        (error, "top-1 validation error [%]", "validation", "top1", False),
-        (speed, "images per second", "step", "images_per_second", True),
-        (waiting, "time spent waiting for data [%]", "step", "data_wait", True),
-        *((noise, "gradient noise scale [images]", "noise_scale", "noise_scale", False) for noise in others[:1]),
-    ):
+    panels = [panel for panel in PANELS if panel[1] != "noise_scale" or any(_has(run, panel[1]) for run in runs)]
+    labels = [_label(run, name) for run, name in zip(runs, _names(runs), strict=True)]
+    legend_inches = 0.2 * sum(label.count("\n") + 1 for label in labels)
+    rows = (len(panels) + 1) // 2
+    figure, grid = new_figure(rows, 2, size=(12, 3 * rows + 0.5 + legend_inches))
+    for axes, (title, event, field, convert) in zip(grid.flat, panels, strict=False):
         axes.set_title(title, loc="left")
-        convert = CONVERSIONS.get(field, lambda values: values)
-        curves = [(run.epochs(event), convert(run.events[event][field])) for run in runs]
-        _draw_curves(axes, curves, half_widths if is_smoothed else [0] * len(runs))
-    _draw_rates(rate, runs)
-    _mark_steps(loss, runs)
-    if has_noise:  # its panel is as wide as the picture
-        others[1].remove()
-        others[0].set_subplotspec(others[0].get_gridspec()[-1, :])
-    for axes in figure.axes:
         axes.set_xlabel("epochs done")
-        axes.set_xlim(0, 1.01 * last_epoch)
-        if axes not in (speed, waiting):
-            _set_scale(axes)
-    for axes in (speed, waiting):
-        axes.set_ylim(bottom=0)
-    if not any(run.events["validation"]["step"].size for run in runs):
-        error.set_ylim(0, 100)
-        for axes in (error, validation_loss):
+        for run, width in zip(runs, np.linspace(min(1.3 * len(runs), 4.0), 1.3, len(runs)), strict=True):
+            # The first run is the widest line, so that it shows beneath one that coincides with it.
+            _draw_curve(axes, run.epochs(event), convert(run.events[event][field]), width)
+        axes.set_xlim(0, 1.01 * max(run.epochs("step")[-1] for run in runs))
+        if title in (SPEED, WAITING):
+            axes.set_ylim(bottom=0)
+        else:
+            scale_y(axes)
+        if title == LOSS:
+            _mark_lost_steps(axes, runs)
+        if not any(_has(run, event) for run in runs):
             axes.text(0.5, 0.5, "no validation yet", ha="center", va="center", transform=axes.transAxes)
-    smoothing = f"mean over ± {half_width:.2g} epochs (faint: each step)"
-    sources = " and ".join(sorted({drawable(run.data_source) for run in runs}))
-    _name_runs(figure, f"Training on {sources}", labels, smoothing if any(half_widths) else None)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    sources = " and ".join(sorted({run.plan.config.recipe.data.source for run in runs}))
+    handles = grid.flat[0].lines[: len(runs)]
+    title = f"Training on {sources}"
+    figure.legend(handles, labels, loc="outside upper left", title=title, title_fontsize="x-large", alignment="left")
     return figure
 
 
-def smooth(values: Column, half_width: int) -> tuple[NDArray[np.intp], Column]:
-    """Means over ``half_width`` values before and after each of up to ``MOST_POINTS`` evenly spaced ones.
+def condense(epochs: Column, values: Column) -> tuple[Column, Column, Column, Column]:
+    """Epochs, means, lowest and highest values of up to ``MOST_POINTS`` stretches of a curve.
 
-    At both ends there are fewer to average over. NaN does not count; it is the mean only where there is nothing else.
-    Returns the indices of the points, and the means there.
+    NaN does not count; it is the mean only where there is nothing else.
     """
-    points = _spread(values.size)
-    means = np.full(points.size, np.nan)
-    for place, index in enumerate(points):
-        window = values[max(0, index - half_width) : index + half_width + 1]
-        finite = window[~np.isnan(window)]
-        if finite.size:
-            means[place] = finite.mean()
-    return points, means
+    if values.size <= MOST_POINTS:
+        return epochs, values, values, values
+    starts = np.linspace(0, values.size, MOST_POINTS, endpoint=False).astype(int)
+    is_number = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        means = np.add.reduceat(np.where(is_number, values, 0), starts) / np.add.reduceat(is_number, starts, dtype=int)
+    lengths = np.diff(starts, append=values.size)
+    return (
+        np.add.reduceat(epochs, starts) / lengths,
+        means,
+        np.fmin.reduceat(values, starts),
+        np.fmax.reduceat(values, starts),
+    )
 
 
-def thin_out(values: Column) -> NDArray[np.intp]:
-    """Indices of few values that draw the same curve: of equal parts of it the lowest and the highest, and the ends."""
-    if values.size <= 2 * MOST_POINTS:
-        return np.arange(values.size)
-    low, high = np.nan_to_num(values, nan=np.inf), np.nan_to_num(values, nan=-np.inf)
-    kept = [0, values.size - 1]
-    edges = np.linspace(0, values.size, MOST_POINTS + 1).astype(int)
-    for start, end in itertools.pairwise(edges):
-        kept += [start + int(low[start:end].argmin()), start + int(high[start:end].argmax())]
-    return np.unique(kept)
+def _draw_curve(axes: "Axes", epochs: Column, values: Column, width: float) -> None:
+    """Draw a curve, or where it has many points their means and a band from the lowest to the highest."""
+    epochs, means, lowest, highest = condense(epochs, values)
+    (line,) = axes.plot(epochs, means, linewidth=width, marker="." if epochs.size <= FEW_POINTS else None)
+    if means is not values:
+        axes.fill_between(epochs, lowest, highest, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.set_xlabel("epochs done (a line of means; a band from the lowest to the highest value)")
 
 
-def _spread(size: int) -> NDArray[np.intp]:
-    """Up to ``MOST_POINTS`` evenly spaced indices of ``size`` values, with the first and the last."""
-    return np.unique(np.linspace(0, size - 1, min(size, MOST_POINTS)).round().astype(np.intp))
+def _mark_lost_steps(axes: "Axes", runs: Sequence[RunFiles]) -> None:
+    """Mark on the upper edge the steps whose update was skipped, or whose loss is not finite."""
+    for number, run in enumerate(runs):
+        steps = run.events["step"]
+        lost = run.epochs("step")[np.isnan(steps["loss"]) | (steps["skipped"] == 1)]
+        if lost.size:
+            upper_edge = np.ones(lost.size)
+            axes.plot(lost, upper_edge, f"C{number}x", transform=axes.get_xaxis_transform(), clip_on=False)
+            axes.set_title("×: update skipped, or loss not finite", loc="right", fontsize="small")
 
 
-def _draw_curves(axes: "Axes", curves: Sequence[tuple[Column, Column]], half_widths: Sequence[int]) -> None:
-    """Draw (epochs, values) of each run: as they are, or, with a half width in steps, faint beneath their means."""
-    dots = max(values.size for _, values in curves) <= FEW_POINTS
-    marked, lines = [], []
-    for (epochs, values), half_width, style in zip(curves, half_widths, _styles(), strict=False):
-        drawn = thin_out(values)
-        if half_width:
-            axes.plot(epochs[drawn], values[drawn], **style, alpha=0.25, linewidth=0.8)
-            drawn, values = smooth(values, half_width)
-        else:
-            values = values[drawn]
-        marked.append("." if not half_width and (dots or values.size == 1) else None)
-        lines.append((epochs[drawn], values))
-    for line, marker, style in zip(lines, marked, _told_apart(lines), strict=True):
-        axes.plot(*line, **style, marker=marker)
+def _has(run: RunFiles, event: str) -> bool:
+    return run.events[event]["step"].size > 0
 
 
-def _draw_rates(axes: "Axes", runs: Sequence[RunFiles]) -> None:
-    """Draw the rates, each of which holds from the beginning of its step to its end."""
-    axes.set_title("learning rate", loc="left")
-    curves = []
-    for run in runs:
-        ends, rates = run.epochs("step"), run.events["step"]["lr"]
-        drawn = thin_out(rates)
-        epochs = np.concatenate([ends[:1] - 1 / run.steps_per_epoch, ends[drawn]])
-        curves.append((epochs, np.concatenate([rates[:1], rates[drawn]])))
-    for curve, style in zip(curves, _told_apart(curves), strict=True):
-        axes.plot(*curve, **style, drawstyle="steps-pre")
-
-
-def _mark_steps(axes: "Axes", runs: Sequence[RunFiles]) -> None:
-    """Mark, a row a run, where updates were skipped (at the bottom) and where the loss was not finite (at the top)."""
-    from matplotlib.lines import Line2D
-
-    marks: dict[str, str] = {}
-    for row, (run, style) in enumerate(zip(runs, _styles(), strict=False)):
-        from_edge = 0.02 + 0.02 * (row % len(COLOURS))
-        for label, marked, marker, height in (
-            ("update skipped", run.events["step"]["skipped"] == 1, "|", from_edge),
-            ("loss not finite", np.isnan(run.events["step"]["loss"]), "^", 1 - from_edge),
-        ):
-            epochs = run.epochs("step")[marked]
-            if epochs.size:
-                epochs = epochs[_spread(epochs.size)]
-                axes.plot(
-                    epochs,
-                    np.full(epochs.size, height),
-                    color=style["color"],
-                    linestyle="",
-                    marker=marker,
-                    transform=axes.get_xaxis_transform(),
-                )
-                marks[label] = marker
-    if marks:
-        handles = [Line2D([], [], color="0.3", linestyle="", marker=marker) for marker in marks.values()]
-        axes.legend(handles, list(marks), loc="upper right", fontsize="small")
-
-
-def _set_scale(axes: "Axes") -> None:
-    """A logarithmic scale where all values are positive and span more than a factor of ten."""
-    curves = [line for line in axes.lines if line.get_transform() == axes.transData]
-    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in curves] or [np.empty(0)])
-    values = values[~np.isnan(values)]
-    if values.size and values.min() > 0 and values.max() / 10 > values.min():
-        set_log_scale(axes)
-
-
-def _styles() -> Iterator[dict[str, Any]]:
-    """Looks of curves, of which the first few dozen can be told apart."""
-    return itertools.cycle([{"color": colour, "linestyle": dash} for dash in DASHES for colour in COLOURS])
-
-
-def _told_apart(curves: Sequence[tuple[Column, Column]]) -> list[dict[str, Any]]:
-    """``_styles``, but for curves that would hide each other."""
-    return [style | shared for style, shared in zip(_styles(), line_styles(curves), strict=False)]
+def _names(runs: Sequence[RunFiles]) -> list[str]:
+    """The folders of the runs, as far as it takes to tell them apart."""
+    folders = [Path(os.path.abspath(run.folder)) for run in runs]
+    return [os.path.relpath(folder, os.path.commonpath([folder.parent for folder in folders])) for folder in folders]
 
 
 def _label(run: RunFiles, name: str) -> str:
-    """A run's name in the legend, its model and batch, in lines that the picture has room for."""
-    label = f"{drawable(name)}: {drawable(run.model)}, batch {run.global_batch:,}"
+    """A run's name in the legend, its model and batch, and how far it is, in lines that the picture has room for."""
+    plan = run.plan
+    label = printable(f"{name}: {plan.config.recipe.model.name}, batch {plan.global_batch:,}")
     if run.summary is None:
-        label += f" ({run.steps_done / run.steps_per_epoch:.4g} of {run.total_steps // run.steps_per_epoch} epochs)"
+        label += f" ({run.steps_done / plan.steps_per_epoch:.4g} of {plan.epochs} epochs)"
     return textwrap.fill(label, LEGEND_CHARACTERS)
-
-
-def _name_runs(figure: "Figure", title: str, labels: Sequence[str], smoothing: str | None) -> None:
-    """Name the runs below the title, and say how their curves are smoothed, if they are."""
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], **style) for _, style in zip(labels, _styles(), strict=False)]
-    if smoothing is not None:
-        handles.append(Line2D([], [], color="0.3"))
-        labels = [*labels, smoothing]
-    longest = max(len(line) for label in labels for line in label.split("\n"))
-    columns = max(1, min(len(labels), LEGEND_CHARACTERS // (longest + 8)))
-    add_legend(
-        figure,
-        handles,
-        labels,
-        loc="outside upper left",
-        ncols=columns,
-        title=title,
-        title_fontsize="x-large",
-        alignment="left",
-    )

@@ -8,6 +8,7 @@ from .files import (
 from .metrics import (
     METRICS as METRICS,
     has_diverged as has_diverged,
+    parse_event as parse_event,
     parse_object as parse_object,
     read_events as read_events,
     steps_done as steps_done,

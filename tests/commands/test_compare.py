@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipe.commands.compare import compare, epoch_means, main, relative_differences
+from recipe.commands.compare import compare, main, relative_differences
 from recipe.commands.run_files import read_run
 from tests.run_folders import plan, step, validation, write_run
 
@@ -20,10 +20,10 @@ def compared(a: Path, b: Path) -> tuple[str, bool]:
 
 def test_the_same_training_wherever_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from_folder = plan()
-    from_folder["recipe"]["data"]["source"] = "imagefolder"
+    from_folder["recipe"]["data"] |= {"source": "imagefolder", "path": "photos"}
     a = write_run(tmp_path / "a", SAME, from_folder, summary={})
     of_plan = plan(train_micro_batch_size_per_gpu=4, csv_monitor={"enabled": True})
-    of_plan["recipe"]["data"] |= {"workers": 3, "source": "pack", "pack_short_side": 0}
+    of_plan["recipe"]["data"] |= {"workers": 3, "source": "pack", "path": "photos", "pack_short_side": 0}
     longer = [*SAME, step(4, 9.0)]
     b = write_run(tmp_path / "b", longer, of_plan, {"device": "H100", "versions": {"torch": "2.15.0", "cuda": "13"}})
     assert main([str(a), str(b)]) == 0
@@ -39,8 +39,8 @@ only where or how it runs
                                   A              B
   ranks                           1              2
   train_micro_batch_size_per_gpu  8              4
-  recipe.data.workers             0              3
   recipe.data.source              "imagefolder"  "pack"
+  recipe.data.workers             0              3
   csv_monitor.enabled             –              true
 
 what it ran on
@@ -66,7 +66,7 @@ def test_from_which_step_on_losses_part(tmp_path: Path, capsys: pytest.CaptureFi
     losses_b = [1.0, 1.0000000000000002, 1.0000000005, 1.000000002, 0.998, 2.0, 1.0]
     of_plan = plan()
     of_plan["recipe"]["seed"] = 7
-    of_plan["recipe"]["data"]["pack_short_side"] = 352
+    of_plan["recipe"]["data"]["flip"] = False
     a = write_run(tmp_path / "a", [*map(step, range(7), losses_a), validation(3, 50.0)])
     b = write_run(tmp_path / "b", [*map(step, range(7), losses_b), validation(3, 50.0, loss=1.5)], of_plan)
     assert main([str(a), str(b)]) == 1
@@ -77,9 +77,9 @@ A  {a}  7 of 40 steps, not complete
 B  {b}  7 of 40 steps, not complete
 
 changes the training
-                               A  B
-  recipe.seed                  0  7
-  recipe.data.pack_short_side  –  352
+                    A     B
+  recipe.data.flip  true  false
+  recipe.seed       0     7
 
 training loss, 7 steps in common (apart: relative to the larger loss)
   first differs  step 1 (epoch 1): A 1.0, B 1.0000000000000002
@@ -120,35 +120,21 @@ def test_skipped_steps_and_infinite_losses_are_told(tmp_path: Path) -> None:
     assert "differs most   step 1 (epoch 1): A 1.0, B not finite, inf apart" in text
 
 
-def test_runs_of_other_batches_are_compared_by_epoch(tmp_path: Path) -> None:
-    # 35 images: 4 steps of 8 an epoch, 2 of 16. Means of A: 2.5 and 6.5; of B: 2.5 and 7.5; B's third is not whole.
+def test_of_runs_with_other_batches_the_validations_are_compared(tmp_path: Path) -> None:
+    # 35 images: 4 steps of 8 an epoch, 2 of 16.
     a = write_run(tmp_path / "a", [*(step(t, t + 1.0) for t in range(11)), validation(3, 40.0), validation(7, 50.0)])
     events = [*map(step, range(5), [2.0, 3.0, 7.0, 8.0, 1.0]), validation(1, 40.0), validation(3, 52.0)]
     text, is_same = compared(a, write_run(tmp_path / "b", events, plan(train_batch_size=16)))
     assert not is_same
-    assert "train_batch_size  8  16" in text
-    assert "Compared by epoch: a step of A is 8 of 35 images, of B 16 of 35 images." in text
+    assert "  train_batch_size                8         16\n" in text
+    assert "training loss" not in text
     assert text.endswith("""
-training loss, means of 2 epochs in common (apart: relative to the larger loss)
-  first differs  epoch 2: A 6.5, B 7.5
-  apart > 1e-3   epoch 2: A 6.5, B 7.5
-  differs most   epoch 2: A 6.5, B 7.5, 0.133 apart
-  last           epoch 2: A 6.5, B 7.5
-
 validation, 2 epochs in common
   first differs  epoch 2: top-1 A 50.00 %, B 52.00 % (+2.00 points)
   differs most   epoch 2: top-1 A 50.00 %, B 52.00 % (+2.00 points)
   last           epoch 2: top-1 A 50.00 %, B 52.00 % (+2.00 points)
 
 Not the same training.""")
-
-
-def test_an_epochs_mean_leaves_infinite_losses_out(tmp_path: Path) -> None:
-    losses = [None, 1.0, 2.0, 3.0, *[None] * 4, 5.0]
-    run = read_run(write_run(tmp_path, [step(t, loss) for t, loss in enumerate(losses)]))
-    epochs, means = epoch_means(run)
-    assert epochs.tolist() == [0, 1]
-    np.testing.assert_array_equal(means, [2.0, np.nan])
 
 
 def test_batch_norm_over_other_images_is_another_training(tmp_path: Path) -> None:
@@ -170,15 +156,14 @@ def test_without_a_step_in_common_nothing_is_said_to_be_the_same(
 ) -> None:
     a, b = write_run(tmp_path / "a", SAME), write_run(tmp_path / "b")
     assert main([str(a), str(b)]) == 3
-    assert capsys.readouterr().out.endswith("\nWhether it is the same training, nothing tells yet.\n")
+    assert capsys.readouterr().out.endswith("\nIt is too early to say whether it is the same training.\n")
     b = write_run(tmp_path / "b", of_plan=plan(train_batch_size=16))
     assert main([str(a), str(b)]) == 1
-    assert "There is no epoch yet that both have done." in capsys.readouterr().out
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", SAME)
-    torn = write_run(tmp_path / "torn", of_plan={"x": 1})
+    torn = write_run(tmp_path / "torn")
     (torn / "plan.json").write_text(json.dumps(plan())[:-1])
     for other, problem in ((tmp_path / "none\x1b[2J", "there is no folder"), (torn, "plan.json: line 1, column ")):
         assert main([str(run), str(other)]) == 2
@@ -191,7 +176,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_texts_from_files_do_not_reach_the_terminal_raw(tmp_path: Path) -> None:
-    of_plan = plan(**{"key\x1b[2J": "value\x1b[2J"})
+    of_plan = plan(tensorboard={"enabled": True, "job_name": "value\x1b[2J"})
     text, _ = compared(write_run(tmp_path / "a"), write_run(tmp_path / "b\x1b[2J", of_plan=of_plan))
-    assert "key\\u001b[2J" in text
+    assert "value\\u001b[2J" in text
     assert "\x1b" not in text

@@ -17,9 +17,8 @@ from benchmarks.launch import ROOT, environment
 from recipe.__main__ import main as recipe_command
 from recipe.checkpoints import History, is_locked
 from recipe.commands import study as study_command
-from recipe.commands.figure import new_figure
 from recipe.commands.study import figures as study_figures
-from recipe.commands.study.figures import Curve, Line, draw_figures
+from recipe.commands.study.figures import draw_figures
 from recipe.commands.study.file import Study, Training, read_study
 from recipe.commands.study.results import (
     differing,
@@ -362,41 +361,20 @@ def test_every_kind_of_picture_is_drawn_where_there_is_something_to_draw(tmp_pat
     ]
 
 
-def test_labels_and_titles_are_drawn_as_they_are(tmp_path: Path) -> None:
-    """None is a formula, which $\\etahat$ could not be, and none is hidden, as matplotlib does with what begins so."""
-    title, labels = "$\\etahat$ 日", ["_η $\\etahat$", "two $ for $\\frac{1"]
-    cases = [raw_study()["cases"][number] | {"label": label} for number, label in enumerate(labels)]
-    odd = study(tmp_path, cases=cases, figures=[figure | {"title": title} for figure in FIGURES])
-    for training in odd.trainings:
-        complete(training, tmp_path, [50.0, 20.0])
-    results = read_results(odd, tmp_path)
-    assert all(draw_figures(odd, results, tmp_path))
-    figure = study_figures._curves(odd.file.figures[0], {"small": results[:2], "large": results[2:]}, tmp_path)
-    assert figure.get_suptitle() == "$\\etahat$ \\u65e5: mean and range over the seeds"
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == labels
-
-
-def test_a_run_that_diverges_leaves_the_frame_with_a_cross_and_the_legend_says_so(tmp_path: Path) -> None:
+def test_a_curve_is_the_mean_over_the_seeds_and_the_legend_says_what_is_missing(tmp_path: Path) -> None:
     """Mean losses: 1, 1/2, 1/3 of the run that is whole; 2 = (1.5 + 2.5) / 2, then infinity of the other."""
     both = study(tmp_path, figures=FIGURES)
     complete(both.trainings[0], tmp_path, [50.0, 20.0, 3.0])
     diverge(both.trainings[1], tmp_path, losses=[1.5, 2.5, 1.8, None])
     runs = read_results(both, tmp_path)
-    lines = [study_figures._losses(of_case, tmp_path) for of_case in (runs[:1], runs[2:])]
-    _, axes = new_figure()
-    assert study_figures._draw(axes, lines, study_figures._frame(lines))
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+    figure = study_figures._curves(both.file.figures[0], {"small": runs[:1], "large": runs[2:]}, tmp_path)
+    losses, errors = figure.axes
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == [
         "batch 256",
         "batch 512 (1 of 2 diverged, 1 of\n2 not started)",
     ]
-    whole, cross, diverging = axes.lines
-    assert list(whole.get_ydata()) == [1, 1 / 2, 1 / 3]
-    assert list(diverging.get_ydata()) == [2.0]
-    assert (list(cross.get_xdata()), list(cross.get_ydata()), cross.get_marker()) == ([2], [1], "x")
-    assert cross.get_transform() == axes.get_xaxis_transform()
-    # Twice the highest of the others is the frame where one is far above that before it diverges.
-    others, wild = Line("", [Curve([1.2])]), Line("", [Curve([1.0, 2.5, 9.0], 7)])
-    assert (study_figures._frame([wild, others]), study_figures._frame(lines)) == (2.4, None)
+    assert [list(line.get_ydata()) for line in losses.lines] == [[1, 1 / 2, 1 / 3], [2.0]]
+    assert [list(line.get_ydata()) for line in errors.lines] == [[50.0, 20.0, 3.0], []]
 
 
 def test_a_folder_with_another_training_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipe.checkpoints import lock
-from recipe.commands.figure import new_figure
 from recipe.commands.study.figures import draw_figures
 from recipe.commands.study.file import CSV, REPORT, Study, read_study
 from recipe.commands.study.results import format_report, read_results, write_csv
@@ -32,8 +31,6 @@ def main(argv: Sequence[str]) -> int:
         ranks = count_slots(read_hostfile(arguments.hostfile)) if arguments.hostfile else arguments.num_gpus
         where = Where(arguments.hostfile, ranks, arguments.jobs, _count_gpus() if arguments.jobs > 1 else 0)
         study = read_study(arguments.study, ranks, arguments.data, where.cores_per_rank())
-        if study.file.figures:
-            new_figure()  # matplotlib is missed now, not when all is trained
         with lock(output):
             check_output(study, output)
             return _run(study, output, where, shlex.join(["python", "-m", "recipe", "study", *argv]))
