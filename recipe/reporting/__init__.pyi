@@ -29,4 +29,5 @@ from .terminal import (
     Parser as Parser,
     Progress as Progress,
     table as table,
+    within as within,
 )

@@ -9,15 +9,18 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from io import StringIO
-from typing import NoReturn, Self
+from typing import NoReturn, Self, TypeVar
 
 from recipe.plan import columns, fields, is_terminal, wrap
 
 SHORTEST_BAR = 8
 REFRESH_SECONDS = 0.1
+
+Number = TypeVar("Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,6 +35,20 @@ class Parser(argparse.ArgumentParser):
             name for option in options for name in difflib.get_close_matches(option, self._option_string_actions, 1)
         ]
         super().error(f"{message}; did you mean {' '.join(close)}?" if close else message)
+
+
+def within(low: Number, high: Number) -> Callable[[str], Number]:
+    """A type for options of a ``Parser``: a number from ``low`` to ``high``, whole if these are."""
+    kind = type(low)
+
+    def number(text: str) -> Number:
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        whole = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"expected a {whole} from {low:,} to {high:,}")
+
+    return number
 
 
 def table(rows: Sequence[Sequence[str]], width: int) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from recipe.commands.study.file import CSV, REPORT, Study, read_study
 from recipe.commands.study.results import format_report, read_results, write_csv
 from recipe.commands.study.runs import REFUSED, Runner, Where, check_output
 from recipe.distributed import count_slots, outlive_readers, read_hostfile, say
-from recipe.reporting import Parser
+from recipe.reporting import Parser, within
 
 COMPLETE, FAILED = 0, 1
 
@@ -35,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
             check_output(study, output)
             return _run(study, output, where, shlex.join(["python", "-m", "recipe", "study", *argv]))
     except ValueError as refusal:
-        print(f"recipe: {refusal}", file=sys.stderr)
+        say(str(refusal))
         return REFUSED
     except OSError as error:
         say(f"{error.filename or output}: {error.strerror}; mend it, and the same command resumes the study")
@@ -53,7 +52,7 @@ def _run(study: Study, output: Path, where: Where, command: str) -> int:
     )
     runner.run()
     results = read_results(study, output, runner.failures)
-    write_csv(results, output / CSV)
+    write_csv(study, results, output / CSV)
     pictures = draw_figures(study, results, output)
     report = format_report(study, results, command, pictures)
     (output / REPORT).write_text(report, encoding="utf-8")
@@ -82,16 +81,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", help="folder of the data; replaces recipe.data.path of every case")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hostfile", type=Path, help="train on all slots of this DeepSpeed hostfile")
-    where.add_argument("--num_gpus", type=_count, default=1, metavar="N", help="ranks per run here (default: 1)")
-    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs side by side here (default: 1)")
+    where.add_argument(
+        "--num_gpus", type=within(1, 9999), default=1, metavar="N", help="ranks per run here (default: 1)"
+    )
+    parser.add_argument(
+        "--jobs", type=within(1, 9999), default=1, metavar="N", help="runs side by side here (default: 1)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.hostfile and arguments.jobs > 1:
         parser.error("--jobs is for one machine: a hostfile's slots take one run at a time")
     return arguments
-
-
-def _count(text: str) -> int:
-    number = int(text) if text.isdecimal() and len(text) < 5 else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError("expected a whole number from 1 to 9999")
-    return number

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,7 +16,6 @@ from recipe.config import (
     apply_override,
     parse_config,
     parse_json,
-    printable,
     read_config,
     read_text,
     validate,
@@ -30,7 +29,6 @@ CSV, REPORT = "results.csv", "results.md"
 Text = Annotated[str, Field(min_length=1)]
 Overrides = dict[str, Any]
 Draw = Literal["error_by_batch_size", "beside_baseline", "curves"]
-FILES = (CSV, REPORT, *(f"{draw}.{kind}" for draw in get_args(Draw) for kind in ("png", "svg")))
 
 
 class Case(Section):
@@ -121,11 +119,6 @@ class Study:
     file: StudyFile
     trainings: tuple[Training, ...]
 
-    @property
-    def heading(self) -> str:
-        """The first line of its report."""
-        return printable(f"# {self.file.title}")
-
 
 def read_study(path: Path, world_size: int, data: str | None = None, cores_per_rank: int | None = None) -> Study:
     """Read a study and plan its runs on ``world_size`` ranks; ``data`` replaces the folder of the data.
@@ -140,14 +133,9 @@ def read_study(path: Path, world_size: int, data: str | None = None, cores_per_r
     for contradiction in _contradictions(file):
         raise ConfigError(str(path), *contradiction)
     config = Path(os.path.normpath(path.parent / file.config))
-    try:
-        text = read_text(config, "*.json")
-    except ConfigError as error:
-        problem, remedy = f"{error.file}: {error.problem}", f"the path is relative to {path.parent}; {error.remedy}"
-        raise ConfigError(str(path), "config", file.config, problem, remedy) from None
     read_config(config)  # by itself first: no case is to blame for what is wrong with it
     common = dict(file.set) if data is None else {**file.set, "recipe.data.path": data}
-    trainings = []
+    text, trainings = read_text(config, "*.json"), []
     for seed in file.seeds:
         for case in file.cases:
             name, raw = f'{path}, case "{case.name}"', parse_json(text, str(config))
@@ -158,8 +146,6 @@ def read_study(path: Path, world_size: int, data: str | None = None, cores_per_r
             looks = look if parsed.recipe.data.is_to_be_counted else None
             plan = make_plan(parsed, world_size, cores_per_rank, looks)
             trainings.append(Training(case, seed, plan, tuple(overrides)))
-    for contradiction in _shared_points(file, trainings):
-        raise ConfigError(str(path), *contradiction)
     return Study(path, config, file, tuple(trainings))
 
 
@@ -181,19 +167,13 @@ def _contradictions(file: StudyFile) -> Iterator[Contradiction]:
     names = [case.name for case in file.cases]
     for number, name in _repeated(names):
         yield f"cases[{number}].name", name, "another case has this name", "give each its own"
-    for number, name in enumerate(names):
-        if name in FILES:
-            yield f"cases[{number}].name", name, "a file of the study is called so", "give the case another name"
     for number, seed in _repeated(file.seeds):
         yield f"seeds[{number}]", seed, "it is listed twice", "list each seed once"
     for number, drawn in _repeated([figure.draw for figure in file.figures]):
         yield f"figures[{number}].draw", drawn, "another figure draws the same", "draw each kind once"
     for key, changes in (("", file.set), *((f"cases[{i}].", case.set) for i, case in enumerate(file.cases))):
-        for name, value in changes.items():
-            if name == SEED:
-                yield f"{key}set.{SEED}", value, "the seeds are the study's", 'list it under "seeds"'
-            if "=" in name:
-                yield f"{key}set", name, "no key has a =", f'write "{name.partition("=")[0]}": VALUE'
+        if SEED in changes:
+            yield f"{key}set.{SEED}", changes[SEED], "the seeds are the study's", 'list it under "seeds"'
     for number, figure in enumerate(file.figures):
         for name in figure.cases:
             if name not in names:
@@ -203,16 +183,6 @@ def _contradictions(file: StudyFile) -> Iterator[Contradiction]:
             yield key, baseline, f"{figure.draw} draws none", "remove it"
         if figure.draw == "beside_baseline" and figure.baseline not in names:
             yield key, baseline, "no case", f"name one of {', '.join(names)}"
-
-
-def _shared_points(file: StudyFile, trainings: Sequence[Training]) -> Iterator[Contradiction]:
-    """Cases that "error_by_batch_size" would draw as one point: it has a line for each scaling rule."""
-    plans = {training.case.name: training.plan for training in trainings}
-    for number, figure in enumerate(file.figures):
-        points = [(plans[name].config.recipe.schedule.scaling_rule, plans[name].global_batch) for name in figure.cases]
-        for place, (rule, batch) in _repeated(points) if figure.draw == "error_by_batch_size" else ():
-            problem = f'another of these cases has batch {batch} and scaling rule "{rule}", too'
-            yield f"figures[{number}].cases[{place}]", figure.cases[place], problem, "draw one of them"
 
 
 def _repeated(values: Sequence[Any]) -> list[tuple[int, Any]]:

@@ -11,118 +11,55 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from recipe.checkpoints import leaves
 from recipe.commands.machine import processor
 from recipe.commands.study.file import CSV, Study, Training
-from recipe.commands.study.runs import LAUNCH_LOG, diverged_at, ending, read_plan
+from recipe.commands.study.runs import LAUNCH_LOG, diverged_at, ending
 from recipe.config import printable
 from recipe.plan import plan_json
 from recipe.reporting import LAST_EPOCHS, SUMMARY, read_summary, steps_done
 
-# What a reader looks for first, by shorter names than the plan's keys.
-SETTINGS = {
-    "global_batch": "train_batch_size",
-    "accumulation_steps": "gradient_accumulation_steps",
-    "model": "recipe.model.name",
-    "zero_init_last": "recipe.model.zero_init_last",
-    "data": "recipe.data.source",
-    "train_images": "recipe.data.train_images",
-    "validation_images": "recipe.data.validation_images",
-    "image_size": "recipe.data.image_size",
-    "crop": "recipe.data.crop",
-    "batchnorm_statistics": "recipe.batchnorm.statistics",
-    "momentum": "optimizer.params.momentum",
-    "epochs": "recipe.schedule.epochs",
-    "scaling_rule": "recipe.schedule.scaling_rule",
-    "reference_lr": "recipe.schedule.reference_lr",
-    "reference_batch_size": "recipe.schedule.reference_batch_size",
-    "decay_epochs": "recipe.schedule.decay_epochs",
-    "decay_factor": "recipe.schedule.decay_factor",
-    "weight_decay_rule": "recipe.schedule.weight_decay_rule",
-    "peak_rate": "optimizer.params.lr",
-    "weight_decay": "optimizer.params.weight_decay",
-}
-# Keys that follow from these settings or those of ``_result``, or that change no image: they are no settings.
-FOLLOWING = (
-    "train_micro_batch_size_per_gpu",
-    "recipe.max_micro_batch_size",
-    "fp16.enabled",
-    "bf16.enabled",
-    "recipe.precision",
-    "scheduler.params.warmup_max_lr",
-    "scheduler.params.warmup_num_steps",
-    "recipe.schedule.warmup",
-    "recipe.schedule.warmup_epochs",
-    "zero_allow_untested_optimizer",
-    "recipe.seed",
-    "recipe.data.workers",
-)
-
 State = Literal["complete", "diverged", "failed", "interrupted", "not started"]
+ERRORS = ("median", "final", "best")
 
 
 @dataclass(frozen=True)
 class Result:
-    """A run: ``settings`` are those of the plan with which it began, or else of the one that it will have, ``others``
-    all other keys of that plan.
+    """What has become of a run; ``reason`` says why it is not complete.
 
-    ``errors`` are the "median", "final" and "best" top-1 validation error in per cent, empty unless it is complete;
-    the median is that of the last five epochs (§5.1 of the paper), or of all where it has fewer. ``reason`` says why it
-    is not complete.
+    ``errors`` are the top-1 validation errors in per cent by the names of ``ERRORS``, empty unless it is complete; the
+    median is that of the last five epochs (§5.1 of the paper), or of all where it has fewer.
     """
 
     training: Training
-    settings: dict[str, Any]
-    others: dict[str, Any]
     state: State
     reason: str
     errors: dict[str, float]
     summary: dict[str, Any] | None
     date: str | None
 
-    @property
-    def all_settings(self) -> dict[str, Any]:
-        """``settings`` and ``others``."""
-        return self.settings | self.others
-
 
 def read_results(study: Study, output: Path, failures: Mapping[Training, str] | None = None) -> list[Result]:
     """The results of all runs, case by case; ``failures`` has the reason of each run that has just failed."""
     order = list(study.file.cases)
     trainings = sorted(study.trainings, key=lambda training: order.index(training.case))
-    return [_result(training, output, (failures or {}).get(training)) for training in trainings]
+    return [_result(training, output / training.folder, (failures or {}).get(training)) for training in trainings]
 
 
-def _result(training: Training, output: Path, failure: str | None) -> Result:
-    folder, plan = output / training.folder, training.plan
-    state, reason = _state(training, output, failure)
-    begun, summary = read_plan(training, output), read_summary(folder)
-    keys = dict(leaves(json.loads(plan_json(plan)) if begun is None else begun))
-    if begun is None and plan.assumes_micro_batch:
-        keys["gradient_accumulation_steps"] = "auto"
-    settings = {name: keys.get(key) for name, key in SETTINGS.items()} | {
-        "precision": plan.precision,
-        "warmup": plan.schedule.warmup,
-        "warmup_epochs": plan.config.recipe.schedule.warmup_epochs if plan.schedule.warmup_steps else 0,
-        "steps": plan.total_steps,
-    }
-    others = {key: value for key, value in keys.items() if key not in SETTINGS.values() and key not in FOLLOWING}
-    errors, day = {}, None
-    if summary is not None:
-        errors = {"median": float(summary["median_error_last_epochs"])}
-        errors |= {name: 100 - float(summary[f"{name}_top1"]) for name in ("final", "best")}
-        day = date.fromtimestamp((folder / SUMMARY).stat().st_mtime).isoformat()
-    return Result(training, settings, others, state, reason, errors, summary, day)
+def _result(training: Training, folder: Path, failure: str | None) -> Result:
+    summary = read_summary(folder)
+    if summary is None:
+        return Result(training, *_why_incomplete(training, folder, failure), {}, None, None)
+    errors = (summary["median_error_last_epochs"], 100 - summary["final_top1"], 100 - summary["best_top1"])
+    day = date.fromtimestamp((folder / SUMMARY).stat().st_mtime).isoformat()
+    return Result(training, "complete", "", dict(zip(ERRORS, errors, strict=True)), summary, day)
 
 
-def _state(training: Training, output: Path, failure: str | None) -> tuple[State, str]:
-    """What has become of a run, and why it is not complete."""
-    folder = output / training.folder
-    ended, done = ending(training, output), steps_done(folder)
-    if ended is not None:
-        return ended, "" if ended == "complete" else f"the loss of step {diverged_at(folder)} is not finite"
+def _why_incomplete(training: Training, folder: Path, failure: str | None) -> tuple[State, str]:
+    if ending(folder) == "diverged":
+        return "diverged", f"the loss of step {diverged_at(folder)} is not finite"
     if failure is not None:
         return "failed", failure
+    done = steps_done(folder)
     if not done and not (folder / LAUNCH_LOG).exists():
         return "not started", ""
     return "interrupted", f"{done:,} of {training.plan.total_steps:,} steps are done"
@@ -150,27 +87,27 @@ def last_epochs(trainings: Iterable[Training]) -> str:
     return f"the last {' to '.join(map(str, dict.fromkeys([counts[0], counts[-1]])))} epochs"
 
 
-def differing(results: Sequence[Result]) -> list[str]:
-    """The settings in which the runs differ; one that a run lacks is one of these."""
-    found = [result.all_settings for result in results]
-    names = dict.fromkeys(name for settings in found for name in settings)
-    return [name for name in names if any(settings.get(name) != found[0].get(name) for settings in found)]
+def settings(study: Study, training: Training) -> dict[str, str]:
+    """What the plan of a run says of each key that any case sets; its peak rate and steps, which follow from them."""
+    found = {}
+    for key in dict.fromkeys(key for case in study.file.cases for key in case.set):
+        value: Any = json.loads(plan_json(training.plan))
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        found[key] = value if isinstance(value, str) else "–" if value is None else json.dumps(value)
+    return found | {"peak rate": f"{training.plan.schedule.peak_rate:.6g}", "steps": f"{training.plan.total_steps}"}
 
 
-def write_csv(results: Sequence[Result], file: Path) -> None:
+def write_csv(study: Study, results: Sequence[Result], file: Path) -> None:
     """Write one line per run."""
-    names = list(dict.fromkeys([*results[0].settings, *differing(results)]))
     rows = [
         {
             "case": result.training.case.name,
             "seed": result.training.seed,
-            **{name: result.all_settings.get(name) for name in names},
+            **settings(study, result.training),
             "state": result.state,
             "reason": result.reason,
-            **{
-                f"{name}_error_percent": f"{result.errors[name]:.4f}" if result.errors else ""
-                for name in ("median", "final", "best")
-            },
+            **{f"{name}_error_percent": f"{result.errors[name]:.4f}" if result.errors else "" for name in ERRORS},
             "wall_seconds": "" if result.summary is None else result.summary["wall_seconds"],
         }
         for result in results
@@ -182,15 +119,17 @@ def write_csv(results: Sequence[Result], file: Path) -> None:
 
 
 def format_report(study: Study, results: Sequence[Result], command: str, pictures: Sequence[Path | None]) -> str:
-    """The report in Markdown; ``pictures`` has a file beside it for each figure, None where nothing is to be drawn."""
+    """The report in Markdown; ``pictures`` has a file beside it, or None, for each figure."""
     file = study.file
     seeds = ", ".join(map(str, file.seeds))
     lines = [
-        study.heading,
+        f"# {file.title}",
         "",
         *_circumstances(results, command),
         "",
         *([f"The paper: {file.paper}", ""] if file.paper else []),
+        f"All else as in `{study.config}` with what `{study.path}` changes.",
+        "",
         *_table(study, results),
         "",
         f"Top-1 validation error in per cent, mean ± sample standard deviation over the seeds ({seeds}): the median of "
@@ -225,49 +164,22 @@ def _circumstances(results: Sequence[Result], command: str) -> list[str]:
 
 
 def _table(study: Study, results: Sequence[Result]) -> list[str]:
-    """A row per case with the settings that differ; the others are on a line before the table."""
-    names = differing(results)
-    common = [f"{_words(name)} {_shown(value)}" for name, value in results[0].settings.items() if name not in names]
-    compares = any(case.paper for case in study.file.cases)
-    head = ["case", *map(_words, names), "median error, %", "final error, %"]
-    head += ["the paper's, ImageNet"] if compares else []
-    lines = [
-        f"All cases: {', '.join(common)}; all else as in `{study.config}` with what `{study.path}` changes.",
-        "",
-        _row(head),
-        f"|{'---|' * len(head)}",
-    ]
+    """A row per case: what it sets and what follows, the errors of its runs, and the paper's."""
+    rows = []
     for case in study.file.cases:
         runs = [result for result in results if result.training.case == case]
-        cells = [str(case)]
-        cells += [" or ".join(dict.fromkeys(_shown(run.all_settings.get(name)) for run in runs)) for name in names]
-        median, final = (_mean_and_std(*spread(runs, error)) for error in ("median", "final"))
-        cells += [", ".join(filter(None, [median, missing(runs)])), final]
-        lines.append(_row(cells + ([case.paper or ""] if compares else [])))
-    return lines
-
-
-def _row(cells: Sequence[str]) -> str:
-    """A row of a table; a bar would end a cell unless it is escaped."""
-    escaped = [cell.replace("|", r"\|") for cell in cells]
-    return f"| {' | '.join(escaped)} |"
+        (median, final) = (_mean_and_std(*spread(runs, error)) for error in ("median", "final"))
+        rows.append(
+            {"case": str(case)}
+            | settings(study, runs[0].training)
+            | {"median error, %": ", ".join(filter(None, [median, missing(runs)])), "final error, %": final}
+            | ({"the paper's, ImageNet": case.paper or ""} if any(case.paper for case in study.file.cases) else {})
+        )
+    cells = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    # A bar would end a cell unless it is escaped.
+    return [f"| {' | '.join(row)} |" for row in ([cell.replace("|", r"\|") for cell in row] for row in cells)]
 
 
 def _mean_and_std(mean: float, std: float) -> str:
     """As the paper writes it."""
     return "" if math.isnan(mean) else f"{mean:.2f}" + ("" if math.isnan(std) else f" ± {std:.2f}")
-
-
-def _words(name: str) -> str:
-    """The name of a setting as people say it; a key of the config stays as it is written."""
-    if name == "zero_init_last":
-        return "γ = 0 at the blocks' ends"
-    return name if "." in name else name.replace("_", " ")
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
-    if isinstance(value, list):
-        return ", ".join(map(_shown, value)) or "none"
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -16,17 +16,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 from recipe.checkpoints import PLAN, batchnorm_images, differing_keys, is_locked
-from recipe.commands.study.file import REPORT, Study, Training
+from recipe.commands.study.file import Study, Training
 from recipe.config import printable
 from recipe.distributed import heeded
 from recipe.plan import plan_json
 from recipe.reporting import Progress, has_diverged, parse_object, read_events, read_summary, steps_done
 
-LAUNCH_LOG = "launch.log"
-PROMPT = "$ "  # before the command, with which the log of each launch begins
+LAUNCH_LOG = "launch.log"  # of the last launch of a run
 SCRIPT = Path(__file__).parents[2] / "train.py"
 REFUSED = 2  # the exit code of a run whose input was refused
 POLL_SECONDS = 0.5
@@ -73,9 +72,8 @@ class Where:
         return max(1, len(os.sched_getaffinity(0)) // (self.jobs * self.ranks)) if self.jobs > 1 else None
 
 
-def ending(training: Training, output: Path) -> Literal["complete", "diverged"] | None:
-    """How a training has ended; None if it has not, so that another launch may complete it."""
-    folder = output / training.folder
+def ending(folder: Path) -> Literal["complete", "diverged"] | None:
+    """How the run in this folder has ended; None if it has not, so that another launch may complete it."""
     if read_summary(folder) is not None:
         return "complete"
     return None if diverged_at(folder) is None else "diverged"
@@ -89,41 +87,26 @@ def diverged_at(folder: Path) -> int | None:
     return None
 
 
-def read_plan(training: Training, output: Path) -> dict[str, Any] | None:
-    """The plan with which a training has begun; None if there is none that can be read."""
-    try:
-        return parse_object((output / training.folder / PLAN).read_bytes())
-    except OSError:
-        return None
-
-
 def check_output(study: Study, output: Path) -> None:
-    """Refuse an output folder that holds another study's report, or another training in the folder of a run.
+    """Refuse an output folder that holds another training in the folder of a run.
 
     Raises:
-        ValueError: it names the report, or the folder and the keys that differ.
+        ValueError: it names the folder and the keys that differ.
     """
-    report = output / REPORT
-    if report.is_file():
-        title, *_ = report.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-        if title and title != study.heading:
-            raise ValueError(
-                f'{study.path}: {report} is of another study, "{printable(title.removeprefix("# "))}"; name another '
-                "--output, or, if only the title has changed, remove that file"
-            )
     for training in study.trainings:
-        before, now = read_plan(training, output), json.loads(plan_json(training.plan))
+        folder = output / training.folder
+        before = parse_object((folder / PLAN).read_bytes()) if (folder / PLAN).exists() else None
         if before is None:
             continue
+        now = json.loads(plan_json(training.plan))
         differences = differing_keys(before, now)
-        if not differences and not training.plan.assumes_micro_batch:
-            images = [batchnorm_images(plan) for plan in (before, now)]
-            if images[0] != images[1]:
-                differences = [f"images in recipe.batchnorm.statistics were {images[0]}, are {images[1]}"]
+        images_before, images = batchnorm_images(before), batchnorm_images(now)
+        if images_before != images and not differences and not training.plan.assumes_micro_batch:
+            differences = [f"images in recipe.batchnorm.statistics were {images_before}, are {images}"]
         if differences:
             raise ValueError(
-                f"{study.path}: {output / training.folder} holds another training: {', '.join(differences)}; name "
-                "another --output, or remove the folder"
+                f"{study.path}: {folder} holds another training: {', '.join(differences)}; name another --output, or "
+                "remove the folder"
             )
 
 
@@ -140,20 +123,6 @@ def command(study: Study, training: Training, output: Path, where: Where, slot: 
     ]
 
 
-@dataclass
-class _Running:
-    training: Training
-    slot: int
-    process: subprocess.Popen[bytes]
-    signalled: int = 0
-
-    def signal(self, signum: int) -> None:
-        """Send a signal to the launcher and to what it has started."""
-        self.signalled = signum
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signum)
-
-
 class Runner:
     """Runs what is not over yet, ``where.jobs`` at a time.
 
@@ -167,10 +136,9 @@ class Runner:
         self.failures: dict[Training, str] = {}
         self.stopped_by: int | None = None
         self._stopped_at = 0.0
-        self._signal = 0  # what all runs are sent
-        self._pending = [training for training in study.trainings if ending(training, output) is None]
-        self._running: list[_Running] = []
-        self._has_said_that_it_waits = False
+        self._pending = [training for training in study.trainings if ending(output / training.folder) is None]
+        self._running: dict[int, tuple[Training, subprocess.Popen[bytes]]] = {}
+        """by slot"""
 
     @property
     def over(self) -> int:
@@ -181,51 +149,53 @@ class Runner:
         """Run until nothing is left or a signal comes; no process of a run outlives it."""
         images = sum(training.images for training in self.study.trainings)
         handlers = {signum: signal.signal(signum, self._stop) for signum in heeded()}
+        has_passed_it_on = False
         try:
             with Progress(images, done=self._images_done()) as self._progress:
+                for folder in (self.output / training.folder for training in self._pending):
+                    if is_locked(folder):
+                        self._progress.say(f"another process is writing to {folder}, whose end is waited for")
                 while self._running or (self._pending and self.stopped_by is None):
                     self._start_what_fits()
                     time.sleep(POLL_SECONDS)
-                    for running in list(self._running):
-                        self._look(running)
+                    if self.stopped_by is not None and not has_passed_it_on:
+                        has_passed_it_on = True
+                        self._signal_all(signal.SIGTERM)
+                    for slot in list(self._running):
+                        self._look(slot)
                     self._progress.update(self._images_done(), f"{self.over} of {len(self.study.trainings)} runs")
         finally:
-            for running in self._running:
-                running.signal(signal.SIGKILL)
+            self._signal_all(signal.SIGKILL)
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
 
     def _images_done(self) -> int:
         """Images trained on so far: a measure of the time left, whatever the batch size."""
-        open_trainings = [*self._pending, *(running.training for running in self._running)]
-        done = sum(training.images for training in self.study.trainings if training not in open_trainings)
-        steps = ((running.training, steps_done(self.output / running.training.folder)) for running in self._running)
-        return done + sum(number * training.plan.global_batch for training, number in steps)
+        running = [training for training, _ in self._running.values()]
+        over = sum(training.images for training in self.study.trainings if training not in (*self._pending, *running))
+        return over + sum(steps_done(self.output / one.folder) * one.plan.global_batch for one in running)
 
     def _start_what_fits(self) -> None:
-        while self.stopped_by is None and self._pending and len(self._running) < self.where.jobs:
-            free = [training for training in self._pending if not is_locked(self.output / training.folder)]
-            if not free:  # runs that have outlived a study that was killed
-                if not self._has_said_that_it_waits:
-                    folder = self.output / self._pending[0].folder
-                    self._progress.say(f"another process is writing to {folder}: waiting for its end")
-                    self._has_said_that_it_waits = True
+        for slot in sorted(set(range(self.where.jobs)) - set(self._running)):
+            if self.stopped_by is not None or not self._pending:
                 return
-            self._pending.remove(free[0])
-            if ending(free[0], self.output) is None:
-                self._start(free[0])
+            folder = self.output / self._pending[0].folder
+            if is_locked(folder):  # by a run that has outlived a study that was killed: it may yet complete
+                return
+            training = self._pending.pop(0)
+            if ending(folder) is None:
+                self._start(training, slot)
             else:
-                self._report(free[0], 0)
+                self._report(training, 0)
 
-    def _start(self, training: Training) -> None:
+    def _start(self, training: Training, slot: int) -> None:
         folder = self.output / training.folder
         folder.mkdir(parents=True, exist_ok=True)
-        slot = min(set(range(self.where.jobs)) - {running.slot for running in self._running})
         words = command(self.study, training, self.output, self.where, slot)
         cores = self.where.cores_per_rank()
         threads = {} if cores is None else {"OMP_NUM_THREADS": str(cores)}
-        with (folder / LAUNCH_LOG).open("ab") as log:
-            log.write(f"{PROMPT}{shlex.join(words)}\n".encode())
+        with (folder / LAUNCH_LOG).open("wb") as log:
+            log.write(f"$ {shlex.join(words)}\n".encode())
             log.flush()
             process = subprocess.Popen(
                 words,
@@ -235,26 +205,24 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C at the terminal is the study's to pass on
             )
-        self._running.append(_Running(training, slot, process))
-        number = self.over + len(self._running)
-        self._progress.say(f"{number} of {len(self.study.trainings)}: {training} …")
+        self._running[slot] = training, process
+        self._progress.say(f"{self.over + len(self._running)} of {len(self.study.trainings)}: {training} …")
 
-    def _look(self, running: _Running) -> None:
-        """Pass on a signal, and take note of a run that has ended."""
-        exit_code = running.process.poll()
-        if running.signalled != self._signal:
-            running.signal(self._signal)
+    def _look(self, slot: int) -> None:
+        """Take note of a run that has ended."""
+        training, process = self._running[slot]
+        exit_code = process.poll()
         # A launcher that a signal has ended leaves ranks that still save.
-        saves = self.stopped_by is not None and is_locked(self.output / running.training.folder)
+        saves = self.stopped_by is not None and is_locked(self.output / training.folder)
         if exit_code is not None and not saves:
-            running.signal(signal.SIGKILL)  # what the launcher has left
-            self._running.remove(running)
-            self._report(running.training, exit_code)
+            _signal(process, signal.SIGKILL)  # what the launcher has left
+            del self._running[slot]
+            self._report(training, exit_code)
 
     def _report(self, training: Training, exit_code: int) -> None:
         """Say what has become of a run."""
         folder = self.output / training.folder
-        became, summary = ending(training, self.output), read_summary(folder)
+        became, summary = ending(folder), read_summary(folder)
         if became is None and self.stopped_by is not None:
             return
         if summary is not None:
@@ -273,18 +241,25 @@ class Runner:
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         """Have the runs save and end; on a second signal, kill them."""
         if self.stopped_by is None:
-            self.stopped_by, self._stopped_at, self._signal = signum, time.monotonic(), signal.SIGTERM
+            self.stopped_by, self._stopped_at = signum, time.monotonic()
         elif time.monotonic() - self._stopped_at > INSISTS_AFTER_SECONDS:
-            self._signal = signal.SIGKILL
+            self._signal_all(signal.SIGKILL)
+
+    def _signal_all(self, signum: int) -> None:
+        for _, process in list(self._running.values()):
+            _signal(process, signum)
+
+
+def _signal(process: subprocess.Popen[bytes], signum: int) -> None:
+    """Send a signal to a launcher and to what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signum)
 
 
 def _last_word(log: Path, exit_code: int) -> str:
-    """What the last launch of a run said last about why it ended."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    lines = text[text.rfind(f"\n{PROMPT}") + 1 :].splitlines()[1:]
+    """What a launch said last about why it ended."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[1:] if line.strip()]
     said = [line for line in lines if line.startswith(("recipe:", "ended by SIG"))]
-    said = said or [line for line in lines if line.strip()]
-    if not said:
-        return f"exit code {exit_code}"
+    *_, last = (f"exit code {exit_code}", *(said or lines))
     # The case's name says what it changes.
-    return printable(re.sub(r" \(with --set .*?\): ", ": ", said[-1].removeprefix("recipe:").strip()))
+    return printable(re.sub(r" \(with --set .*?\): ", ": ", last.removeprefix("recipe:").strip()))
