@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,12 @@ class Answer:
 
 def format_answers(answers: Sequence[Answer], hints: Sequence[str] = (), width: int | None = None) -> str:
     """One plan as a block; two, A and B, in columns, with ≠ before the rows that differ. Notes stand below."""
-    plans, screens = (
-        [one.plan for one in answers],
-        [[*plan_fields(one.plan, one.facts), *_cost(one)] for one in answers],
-    )
+    screens = [[*plan_fields(one.plan, one.facts), *_cost(one)] for one in answers]
     said = [notes(one.plan, one.facts) for one in answers]
     if len(answers) == 1:
-        return format_fields(plans[0], [*screens[0], *(("note", note) for note in (*hints, *said[0]))], width)
+        return format_fields(answers[0].plan, [*screens[0], *(("note", note) for note in (*hints, *said[0]))], width)
     width = width or columns(SIDE_BY_SIDE_WIDTH)
-    names = [(name, printable(plan.config.source.file)) for name, plan in zip("AB", plans, strict=True)]
+    names = [(name, printable(one.plan.config.source.file)) for name, one in zip("AB", answers, strict=True)]
     rows = [("", "A", "B")]
     for label in dict.fromkeys(label for screen in screens for label, _ in screen):
         a, b = (dict(screen).get(label, "–").replace(NO_BREAK, " ") for screen in screens)
@@ -110,12 +108,9 @@ def _batchnorm(plan: Plan, facts: ModelFacts) -> str:
 
 def _memory(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> str:
     parts = memory(plan, facts)
-    words = [("weights", parts.weights), ("fp32 weights", parts.master_weights), ("gradients", parts.gradients)]
-    words += [("momentum", parts.momentum), ("messages", parts.reduction)]
-    words.append((f"activations ({plan.micro_batch} × {_size(activation_bytes(plan, facts))})", parts.activations))
-    words.append(("workspace", parts.workspace))
-    text = f"{_size(parts.total)} = " + " + ".join(f"{_size(size)} {name}" for name, size in words if size)
-    text += f", {_size(CONTEXT_BYTES)} of it assumed"
+    summed = " + ".join(f"{_size(size)} {name.replace('_', ' ')}" for name, size in asdict(parts).items() if size)
+    activations = f"{plan.micro_batch} × {_size(activation_bytes(plan, facts))}"
+    text = f"{_size(parts.total)} = {summed}; activations are {activations}, {_size(CONTEXT_BYTES)} is assumed"
     largest = largest_micro_batch(plan, facts, gpu_bytes)
     if largest is None:
         where = f"no micro-batch would fit {_size(gpu_bytes)}"
@@ -133,14 +128,14 @@ def _all_reduce(plan: Plan, facts: ModelFacts, images_per_second: float | None) 
     gradients = f"{_size(gradient_bytes(plan, facts))} of {travelling_precision(plan)} gradients"
     text = f"{gradients}, {_size(sent)} sent per rank and step"
     if images_per_second is not None and overlaps_reduction(plan):
-        needed = hidden_bandwidth(plan, facts, images_per_second)
-        text += f"; at {_gbit(needed)} per rank the backward pass hides it"
+        gbit = hidden_bandwidth(plan, facts, images_per_second) * 8 / 1e9
+        text += f"; at {gbit:.3g}{NO_BREAK}Gbit/s per rank the backward pass hides it"
     return text
 
 
 def _speed(plan: Plan, facts: ModelFacts, assumed: Answer) -> list[tuple[str, str]]:
     if assumed.images_per_second is None:
-        return [("speed", "not known for this model: --images-per-second of one GPU, or the folder of a run, tells it")]
+        return [("speed", "not known for this model: give --images-per-second of one GPU")]
     found = speed(plan, facts, assumed.images_per_second, assumed.link)
     network = f" and {assumed.link_source}" if plan.world_size > 1 else ""
     step = f"{_seconds(found.step_seconds)} per step = {_seconds(found.compute_seconds)} to compute"
@@ -157,8 +152,8 @@ def _speed(plan: Plan, facts: ModelFacts, assumed: Answer) -> list[tuple[str, st
         ),
         (
             "time to train",
-            f"{_duration(found.training_seconds)} and {_duration(found.validation_seconds)} of validation (a forward "
-            "pass alone, taken for a third of a step)",
+            f"{_hours(found.training_seconds)} and {_hours(found.validation_seconds)} of validation (hours:minutes:"
+            "seconds; a forward pass alone, taken for a third of a step)",
         ),
     ]
 
@@ -168,7 +163,7 @@ def as_json(answer: Answer) -> dict[str, Any]:
     plan, facts = answer.plan, answer.facts
     numbers = (
         *("world_size", "global_batch", "micro_batch", "accumulation", "train_images", "validation_images"),
-        *("steps_per_epoch", "left_over_images", "total_steps"),
+        *("steps_per_epoch", "left_over_images", "total_steps", "weight_decay"),
     )
     found: dict[str, Any] = {
         "file": plan.config.source.file,
@@ -176,21 +171,17 @@ def as_json(answer: Answer) -> dict[str, Any]:
         "peak_rate": plan.schedule.peak_rate,
         "warmup_steps": plan.schedule.warmup_steps,
         "rates": rates(plan),
-        "weight_decay": plan.weight_decay,
         "notes": notes(plan, facts),
         "config": plan.config.model_dump(mode="json", exclude_none=True),
     }
     if facts is None:
         return found
-    parts = memory(plan, facts)
+    parts, largest = memory(plan, facts), largest_micro_batch(plan, facts, answer.gpu_bytes)
     found |= {
         "parameters": {"decayed": facts.decayed_parameters, "undecayed": facts.undecayed_parameters},
         "batchnorm": asdict(batchnorm_traffic(plan, facts)),
         "memory_bytes": asdict(parts) | {"total": parts.total},
-        "largest_micro_batch": {
-            "gpu_bytes": answer.gpu_bytes,
-            "images": largest_micro_batch(plan, facts, answer.gpu_bytes),
-        },
+        "largest_micro_batch": {"gpu_bytes": answer.gpu_bytes, "images": largest},
         "gradient_bytes": gradient_bytes(plan, facts),
         "all_reduce_bytes_sent": all_reduce_bytes(reduced_bytes(plan, facts), plan.world_size),
     }
@@ -226,21 +217,9 @@ def _size(size: float) -> str:
     return f"{size:.0f}{NO_BREAK}B"
 
 
-def _gbit(bytes_per_second: float) -> str:
-    return f"{bytes_per_second * 8 / 1e9:.3g}{NO_BREAK}Gbit/s"
-
-
 def _seconds(seconds: float) -> str:
     return f"{seconds:.3g}{NO_BREAK}s" if seconds >= 1 else f"{seconds * 1000:.3g}{NO_BREAK}ms"
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return _seconds(seconds)
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 10:
-        return f"{minutes}{NO_BREAK}min {rest}{NO_BREAK}s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    days, hours = divmod(hours, 24)
-    parts = ((days, "d"), (hours, "h"), (minutes, "min"))
-    return " ".join(f"{number}{NO_BREAK}{unit}" for number, unit in parts if number)
+def _hours(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
