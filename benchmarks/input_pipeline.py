@@ -1,12 +1,12 @@
 """How fast JPEGs become training batches: the recipe beside torchvision's reference and timm, in one run.
 
-Per image, on one thread, all take turns over the same files: read, decode, the paper's augmentation (a random
-part of random shape resized to ``--image-size``), and uint8 pixels as they would be collated. torchvision and timm
-mirror half of the images here, too, which the recipe leaves to the device, with the normalisation. CPU time is counted,
-so that other programs on the machine weigh little. torchvision's reference (``references/classification`` with its PIL
-backend) gets the recipe's crops, and the pixels are compared; timm draws its own, without the colour jitter that is its
-default and not the paper's. Beside them stand packs of the same files, made into a temporary folder by ``recipe pack``:
-of the originals, and of each ``--short-side``.
+On one thread, all take turns over the same files, a micro-batch at a time: read, decode, the paper's augmentation (a
+random part of random shape resized to ``--image-size``), and uint8 pixels as they would be collated. torchvision and
+timm mirror half of the images here, too, which the recipe leaves to the device, with the normalisation. CPU time is
+counted, so that other programs on the machine weigh little. torchvision's reference (``references/classification`` with
+its PIL backend) gets the recipe's crops, and the pixels are compared; timm draws its own, without the colour jitter
+that is its default and not the paper's. Beside them stand packs of the same files, made into a temporary folder by
+``recipe pack``: of the originals, and of each ``--short-side``.
 
 Then whole loaders with worker processes, the recipe's and a DataLoader of torchvision's reference, in turn; beside
 their images a second stands what the main process itself pays for an image, which no worker takes from it and which
@@ -50,18 +50,17 @@ from recipe.data import (
     EncodedImages,
     ImageDataset,
     ImageFiles,
-    Key,
+    Keys,
     NvJpeg,
     PackedImages,
     Samples,
     TrainLoader,
-    collate,
+    View,
+    draw_views,
     index_folder,
     open_decoder,
     open_pack,
-    random_resized_box,
     read_header,
-    sample_rng,
 )
 
 SEED = 0
@@ -97,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "micro_batch": arguments.micro_batch,
                 "device": arguments.device,
             },
-            "one_thread": one_thread(listing, packs, arguments.image_size, arguments.rounds),
+            "one_thread": one_thread(listing, packs, arguments.image_size, arguments.micro_batch, arguments.rounds),
             "decoders_missing": missing,
             "decoders": {
                 name: differences(data_set(listing, arguments.image_size), decoder, arguments.device)
@@ -204,28 +203,40 @@ def data_set(listing: ImageFolder, image_size: int) -> ImageFiles:
 
 
 class Reference(Dataset[Tensor]):
-    """torchvision's reference with the recipe's crops; PIL from beginning to end, uint8 (3, S, S)."""
+    """torchvision's reference with the recipe's crops, drawn beforehand; PIL from beginning to end, uint8 (3, S, S)."""
 
     def __init__(self, listing: ImageFolder, image_size: int) -> None:
         self.paths = [path for path, _ in listing.samples]
         self.size = [image_size, image_size]
-        self.epoch = 0
+        sizes = []
+        for path in self.paths:
+            with Image.open(path) as image:
+                sizes.append((image.height, image.width))
+        self.sizes = torch.tensor(sizes)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the crops of an epoch."""
+        indices = torch.arange(len(self))
+        settings: dict[str, Any] = {"image_size": self.size[0], "crop": "random_resized", "flip": True}
+        self.views = [View(*view) for view in draw_views(SEED, epoch, indices, self.sizes, **settings).tolist()]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        image, rng = pil_loader(self.paths[index]), sample_rng(SEED, self.epoch, index)
-        box = random_resized_box(rng, image.height, image.width)
-        image = functional.resized_crop(image, *box, self.size)
-        if rng.random() < 0.5:
+        view = self.views[index]
+        image = functional.resized_crop(pil_loader(self.paths[index]), *view[:4], self.size)
+        if view.mirrored:
             image = functional.hflip(image)
         pixels: Tensor = functional.pil_to_tensor(image)
         return pixels
 
 
-def one_thread(listing: ImageFolder, packs: dict[int, Path], image_size: int, rounds: int) -> dict[str, Any]:
-    """Images a CPU second of each pipeline, one image at a time and in turn; how far pixels are apart.
+def one_thread(
+    listing: ImageFolder, packs: dict[int, Path], image_size: int, micro_batch: int, rounds: int
+) -> dict[str, Any]:
+    """Images a CPU second of each pipeline, a micro-batch at a time and in turn; how far pixels are apart.
 
     ``packs`` has a pack for each short side.
     """
@@ -234,36 +245,30 @@ def one_thread(listing: ImageFolder, packs: dict[int, Path], image_size: int, ro
     ours |= {pack_name(short_side): packed(path, image_size) for short_side, path in packs.items()}
     transform = create_transform(image_size, is_training=True, color_jitter=0.0, use_prefetcher=True)
 
-    def timm_view(epoch: int, index: int) -> Any:
-        return transform(pil_loader(reference.paths[index]))
-
-    def reference_view(epoch: int, index: int) -> Tensor:
-        reference.epoch = epoch
-        return reference[index]
-
-    pipelines: dict[str, Callable[[int, int], Any]] = {
-        "torchvision": reference_view,
-        "timm": timm_view,
+    pipelines: dict[str, Callable[[int, Sequence[int]], list[Any]]] = {
+        "torchvision": lambda epoch, indices: [reference[index] for index in indices],
+        "timm": lambda epoch, indices: [transform(pil_loader(reference.paths[index])) for index in indices],
     }
     for name, images in ours.items():
-        pipelines[name] = lambda epoch, index, images=images: images[epoch, index]  # type: ignore[misc]
+        pipelines[name] = lambda epoch, indices, images=images: list(images.samples(epoch, indices))  # type: ignore[misc]
     seconds: dict[str, list[float]] = {name: [0.0] * rounds for name in pipelines}
     mean_difference, largest_difference = dict.fromkeys(ours, 0.0), dict.fromkeys(ours, 0)
     for epoch in range(-1, rounds):  # the first pass warms up: files into memory, tables into caches
         say(f"one thread: pass {epoch + 2} of {rounds + 1}")
-        for index in range(len(listing)):
-            views = {}
+        reference.set_epoch(epoch + 1)
+        for first in range(0, len(listing), micro_batch):
+            indices, views = range(first, min(first + micro_batch, len(listing))), {}
             for name, view in pipelines.items():
                 started = time.thread_time()
-                views[name] = view(epoch + 1, index)
+                views[name] = view(epoch + 1, indices)
                 if epoch >= 0:
                     seconds[name][epoch] += time.thread_time() - started
             for name in ours:
-                sample = views[name]
-                ours_now = sample.image.flip(1) if sample.mirrored else sample.image
-                difference = (ours_now.movedim(-1, 0).int() - views["torchvision"].int()).abs()
-                mean_difference[name] += float(difference.float().mean()) / (len(listing) * (rounds + 1))
-                largest_difference[name] = max(largest_difference[name], int(difference.max()))
+                for sample, theirs in zip(views[name], views["torchvision"], strict=True):
+                    ours_now = sample.image.flip(1) if sample.mirrored else sample.image
+                    difference = (ours_now.movedim(-1, 0).int() - theirs.int()).abs()
+                    mean_difference[name] += float(difference.float().mean()) / (len(listing) * (rounds + 1))
+                    largest_difference[name] = max(largest_difference[name], int(difference.max()))
     return {
         "images_per_second": {name: len(listing) / median(of_rounds) for name, of_rounds in seconds.items()},
         "ratio": {
@@ -306,16 +311,13 @@ def stand_ins(missing: dict[str, str], image_size: int) -> dict[str, Decoder]:
 def differences(images: ImageFiles, decoder: Decoder, device: str) -> dict[str, dict[str, float]]:
     """Grey levels between the pixels of ``decoder`` and the workers', in views of training and of validation."""
     decoded = EncodedImages(images, decoder, torch.device(device))
-    keys: dict[str, list[Key]] = {
-        "training": [(0, index) for index in range(len(images))],
-        "validation": list(range(len(images))),
-    }
     apart = {}
-    for part, of_part in keys.items():
+    for part, epoch in {"training": 0, "validation": None}.items():
         means, most = [], 0
-        for key in of_part:
-            ours = decoded.on_device(collate(decoded.together, [decoded[key]])).images[0].cpu()
-            levels = (ours.int() - images[key].image.int()).abs()
+        for index in range(len(images)):
+            keys = Keys(epoch, np.array([index]))
+            ours = decoded.on_device(decoded[keys]).images.cpu()
+            levels = (ours.int() - images[keys].images.int()).abs()
             means.append(float(levels.float().mean()))
             most = max(most, int(levels.max()))
         apart[part] = {"mean": sum(means) / len(means), "mean_of_worst_image": max(means), "most": most}

@@ -27,7 +27,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from benchmarks.report import add_json, context, heading, positive, write
 from recipe.commands.figure import new_figure, save_figure
-from recipe.data import epoch_permutation, open_digits
+from recipe.data import Keys, epoch_permutation, open_digits
 from recipe.model import build_model, parameter_groups, update_running_averages
 from recipe.plan import PIXEL_MEAN_STD, RateSchedule, scaled_rate
 from recipe.train import set_up_torch
@@ -80,10 +80,10 @@ class Digits:
 
     def __init__(self) -> None:
         training, _ = open_digits(image_size=IMAGE_SIZE, crop="none", flip=False, seed=0)
-        samples = [training[(0, index)] for index in range(len(training))]
+        batch = training[Keys(0, np.arange(len(training)))]
         (mean_, *_), (std, *_) = PIXEL_MEAN_STD["digits"]
-        self.images = (torch.stack([sample.image for sample in samples]).movedim(-1, 1).float() / 255 - mean_) / std
-        self.labels = torch.tensor([sample.label for sample in samples])
+        self.images = (batch.images.movedim(-1, 1).float() / 255 - mean_) / std
+        self.labels = batch.labels
         self.model = build_model("test_resnet", CLASSES, seed=0, statistics=N).train()
 
     def new_weights(self, seed: int) -> Tensor:

@@ -1,12 +1,8 @@
 from . import folder_index as folder_index
-from .augment import (
-    evaluation_short_side as evaluation_short_side,
-    random_resized_box as random_resized_box,
-    sample_rng as sample_rng,
-)
+from .augment import View as View, draw_views as draw_views, evaluation_short_side as evaluation_short_side
 from .batch import Batch as Batch
 from .contents import look as look
-from .datasets import BadImageError as BadImageError, ImageDataset as ImageDataset, Key as Key, Samples as Samples
+from .datasets import BadImageError as BadImageError, ImageDataset as ImageDataset, Samples as Samples
 from .decoders import NvJpeg as NvJpeg, open_decoder as open_decoder
 from .decoding import UNREADABLE as UNREADABLE, decode as decode
 from .digits import open_digits as open_digits
@@ -24,7 +20,6 @@ from .loader import (
     TrainLoader as TrainLoader,
     ValidationLoader as ValidationLoader,
     WorkerError as WorkerError,
-    collate as collate,
 )
 from .pack import PackedImages as PackedImages, open_pack as open_pack
 from .pack_format import (
@@ -44,7 +39,7 @@ from .pack_format import (
     sha256_of as sha256_of,
     shard_name as shard_name,
 )
-from .sampler import epoch_permutation as epoch_permutation
+from .sampler import Keys as Keys, epoch_permutation as epoch_permutation
 from .seeds import derive_seed as derive_seed
 from .sources import (
     class_names as class_names,

@@ -1,16 +1,15 @@
 """From pixels to the square that is trained or evaluated on: pure functions of uint8 tensors (height, width, 3)."""
 
 import math
-import random
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from recipe.data.resizing import resize, resized_window
-from recipe.data.seeds import derive_seed
+from recipe.data.seeds import derive_seed, uniform
 
 Crop = Literal["random_resized", "padded", "none"]
-MOST_RESIZED_PIXELS = 2**24
 """What is cut out of a training image.
 
 ``random_resized``: a random part of random shape (scale and aspect-ratio augmentation, Goyal et al. §5.1).
@@ -18,41 +17,22 @@ MOST_RESIZED_PIXELS = 2**24
 ``none``: the whole image.
 """
 
+MOST_RESIZED_PIXELS = 2**24
+
 _AREA = (0.08, 1.0)
-_RATIO = (3 / 4, 4 / 3)
+_WIDEST = 4 / 3
+"""Width ÷ height of a box, at most; at least it is the inverse."""
+_TRIES = 10
 
-
-def sample_rng(seed: int, epoch: int, index: int) -> random.Random:
-    """Return the random numbers of one sample in one epoch, the same on any rank and in any worker.
-
-    Only ``random()`` is drawn from it: the one method whose sequence Python guarantees across versions.
-    """
-    return random.Random(derive_seed("augmentation", seed, epoch, index))
-
-
-def random_resized_box(rng: random.Random, height: int, width: int) -> tuple[int, int, int, int]:
-    """Return (top, left, height, width) in pixels, drawn like torchvision's ``RandomResizedCrop``."""
-    log_low, log_high = math.log(_RATIO[0]), math.log(_RATIO[1])
-    for _ in range(10):
-        area = height * width * (_AREA[0] + (_AREA[1] - _AREA[0]) * rng.random())
-        ratio = math.exp(log_low + (log_high - log_low) * rng.random())
-        w = round(math.sqrt(area * ratio))
-        h = round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return _below(rng, height - h + 1), _below(rng, width - w + 1), h, w
-
-    h, w = height, width
-    if width / height < _RATIO[0]:
-        h = round(width / _RATIO[0])
-    elif width / height > _RATIO[1]:
-        w = round(height * _RATIO[1])
-    return (height - h) // 2, (width - w) // 2, h, w
+# Which of a sample's numbers decide what. What a crop does not need stays undrawn: all others keep their places.
+_AREAS, _RATIOS, _CORNER, _MIRROR = slice(_TRIES), slice(_TRIES, 2 * _TRIES), slice(2 * _TRIES, 2 * _TRIES + 2), 22
+_NUMBERS = 23
 
 
 class View(NamedTuple):
     """What is taken out of an image: a box of it, resized, and of that a square window; all in pixels.
 
-    Beyond the border of the resized box the window is black.
+    Beyond the border of the resized box the window is black. Of a batch the views are int64 (m, 9), a row for each.
     """
 
     top: int
@@ -63,18 +43,78 @@ class View(NamedTuple):
     resized_width: int
     window_top: int = 0
     window_left: int = 0
-    mirrored: bool = False
+    mirrored: int = 0
+    """1 where the device is to mirror it"""
 
 
-def draw_view(rng: random.Random, height: int, width: int, *, image_size: int, crop: Crop, flip: bool) -> View:
-    """Return the view that ``rng`` draws of an image of (height, width) pixels; ``flip`` mirrors half of them."""
-    box, window = (0, 0, height, width), (0, 0)
+def sample_numbers(seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """Return the random numbers of samples, float64 (m, 23) from 0 to below 1, on the device of ``indices``.
+
+    They belong to seed, epoch and index: the same on any rank, in any worker and in any batch.
+    """
+    places = torch.arange(_NUMBERS, device=indices.device)
+    return uniform(derive_seed("augmentation", seed, epoch), indices[:, None] * _NUMBERS + places)
+
+
+def random_resized_boxes(numbers: Tensor, sizes: Tensor) -> Tensor:
+    """Return a box in each image of ``sizes`` (height, width), drawn as torchvision's ``RandomResizedCrop`` draws them.
+
+    ``sizes`` and the boxes are int64 (m, 2) and (m, 4): top, left, height, width; ``numbers`` is float64 (m, 23).
+
+    Boxes are the same to the pixel on every device and in every batch, because no last bit is left to a library. Of
+    sums, products and quotients IEEE 754 prescribes it; each is an operation of its own, so that none is fused, and
+    none divides by a constant, which torch's CUDA kernel would replace by its inverse. A Padé approximant, less than
+    2e-9 off, stands for the exponential. Square roots, which MKL leaves an ulp off now and then, are needed in whole
+    pixels only, and these are found by comparing squares.
+    """
+    sizes = sizes.double()
+    height, width = sizes.split(1, dim=1)
+    area = height * width * (_AREA[0] + (_AREA[1] - _AREA[0]) * numbers[:, _AREAS])
+    # The logarithm of the ratio is uniform from -log 4/3 to log 4/3.
+    x = 2 * math.log(_WIDEST) * (numbers[:, _RATIOS] - 0.5)
+    even, odd = 120 + 12 * (x * x), x * (60 + x * x)
+    ratio = (even + odd) / (even - odd)  # e^x
+    heights, widths = _rounded_root(area / ratio), _rounded_root(area * ratio)
+    fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
+    # The first try that fits; if none does, the largest part of the image within the bounds of the ratio, its centre.
+    fitting, first = fits.any(1, keepdim=True), fits.byte().argmax(1, keepdim=True)
+    tried = torch.cat([heights.gather(1, first), widths.gather(1, first)], dim=1)
+    boxes = torch.where(fitting, tried, torch.minimum(sizes, (sizes.flip(1) * _WIDEST).round()))
+    margins = sizes - boxes
+    corners = torch.where(fitting, numbers[:, _CORNER] * (margins + 1), margins * 0.5).floor()
+    return torch.cat([corners, boxes], dim=1).long()
+
+
+def _rounded_root(squares: Tensor) -> Tensor:
+    """The square roots, rounded to whole numbers; the squares of halves below 2^25 are exact."""
+    below = (squares.sqrt() - 1).floor().clamp(min=0)  # by up to two
+    return below + ((below + 0.5).square() <= squares) + ((below + 1.5).square() <= squares)
+
+
+def draw_views(
+    seed: int, epoch: int, indices: Tensor, sizes: Tensor, *, image_size: int, crop: Crop, flip: bool
+) -> Tensor:
+    """Return what an epoch sees of the images at ``indices``, int64 (m,), of ``sizes`` (height, width), int64 (m, 2).
+
+    ``flip`` mirrors half of them.
+    """
+    numbers = sample_numbers(seed, epoch, indices)
+    views = torch.zeros(len(indices), len(View._fields), dtype=torch.int64, device=indices.device)
+    views[:, 2:4] = sizes
+    views[:, 4:6] = image_size
     if crop == "random_resized":
-        box = random_resized_box(rng, height, width)
+        views[:, :4] = random_resized_boxes(numbers, sizes)
     elif crop == "padded":
-        margin = image_size // 8
-        window = _below(rng, 2 * margin + 1) - margin, _below(rng, 2 * margin + 1) - margin
-    return View(*box, image_size, image_size, *window, flip and rng.random() < 0.5)
+        margin = padded_margin(image_size)
+        views[:, 6:8] = (numbers[:, _CORNER] * (2 * margin + 1)).long() - margin
+    if flip:
+        views[:, 8] = numbers[:, _MIRROR] < 0.5
+    return views
+
+
+def padded_margin(image_size: int) -> int:
+    """Return the pixels by which a ``padded`` crop is shifted at most."""
+    return image_size // 8
 
 
 def evaluation_short_side(image_size: int, crop: Crop) -> int:
@@ -118,7 +158,3 @@ def cut(pixels: Tensor, view: View, image_size: int) -> Tensor:
     padded = window.new_zeros(image_size, image_size, 3)
     padded[top : top + window.shape[0], left : left + window.shape[1]] = window
     return padded
-
-
-def _below(rng: random.Random, bound: int) -> int:
-    return int(rng.random() * bound)

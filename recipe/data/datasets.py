@@ -1,24 +1,25 @@
-"""A data set is a function from a key to a sample."""
+"""A data set is a function from keys to samples."""
 
 import errno
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from recipe.data.augment import Crop, View, cut, draw_view, evaluation_view, sample_rng
+from recipe.data.augment import Crop, View, cut, draw_views, evaluation_view
 from recipe.data.batch import HostBatch
 from recipe.data.decoding import UNREADABLE, Decoded, decode
-from recipe.data.sampler import PADDING
-
-Key = tuple[int, int] | int
-"""(epoch, index) asks for a training sample, an index for a validation sample, ``PADDING`` for a blank."""
+from recipe.data.sampler import PADDING, Keys
 
 OnBadImage = Literal["stop", "skip"]
+
+_WHOLE_BYTES = 2**26
+"""Of decoded images that wait for the others with which their views are drawn."""
 
 _HOPELESS = 100
 """So many unreadable images in a row are a disk that has gone, not a data set with a few bad files."""
@@ -43,8 +44,8 @@ class Options(TypedDict):
 class Sample(NamedTuple):
     """One image of a batch."""
 
-    image: Any
-    """uint8 (S, S, 3), not yet mirrored, where the data set does not leave it to the device to make that."""
+    image: Tensor
+    """uint8 (S, S, 3), not yet mirrored"""
     label: int
     weight: float = 1.0
     """0.0 for a blank that must not count."""
@@ -63,8 +64,8 @@ class BadImageError(ValueError):
     """
 
 
-class Samples(Dataset[Sample], ABC):
-    """What a loader takes: samples by key in a worker, and their pixels on the device in the main process."""
+class Samples(Dataset[HostBatch], ABC):
+    """What a loader takes: batches by their keys in a worker, and their pixels on the device in the main process."""
 
     decoded_by_pil = 0
     """Images that PIL has decoded beforehand; no batch counts them again."""
@@ -76,12 +77,8 @@ class Samples(Dataset[Sample], ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __getitem__(self, key: Key) -> Sample:
-        """Return the sample of ``key``; ``BadImageError`` where an image cannot be read and is not to be skipped."""
-
-    def together(self, images: list[Any]) -> Any:
-        """Return a batch's ``Sample.image`` as they travel: a tensor, or a named tuple of tensors."""
-        return default_collate(images)
+    def __getitem__(self, keys: Keys) -> HostBatch:
+        """Return a batch as it travels; ``BadImageError`` where an image cannot be read and is not to be skipped."""
 
     def on_device(self, batch: HostBatch) -> HostBatch:
         """Return the batch with images of uint8 (m, S, S, 3)."""
@@ -128,31 +125,49 @@ class ImageDataset(Samples):
     def _where_and_remedy(self, index: int) -> tuple[str, str]:
         return self.name(index), "mend it"
 
-    def view(self, key: Key, height: int, width: int) -> View:
-        """Return what ``key`` sees of an image of (height, width) pixels."""
-        if isinstance(key, int):
-            return evaluation_view(height, width, image_size=self.image_size, crop=self.crop)
-        rng = sample_rng(self._seed, *key)
-        return draw_view(rng, height, width, image_size=self.image_size, crop=self.crop, flip=self._flip)
+    def views(self, epoch: int | None, indices: Tensor, sizes: Tensor) -> Tensor:
+        """Return what training sees of images of ``sizes``, validation where ``epoch`` is None; see ``draw_views``."""
+        if epoch is None:
+            views = [evaluation_view(*size, image_size=self.image_size, crop=self.crop) for size in sizes.tolist()]
+            return torch.tensor(views, dtype=torch.int64).view(-1, len(View._fields))
+        return draw_views(
+            self._seed, epoch, indices, sizes, image_size=self.image_size, crop=self.crop, flip=self._flip
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, key: Key) -> Sample:
-        if key == PADDING:
+    def __getitem__(self, keys: Keys) -> HostBatch:
+        samples = list(self.samples(keys.epoch, keys.indices.tolist()))
+        return collate(samples, default_collate([sample.image for sample in samples]))
+
+    def samples(self, epoch: int | None, indices: Sequence[int]) -> Iterator[Sample]:
+        """Yield the samples of training, or of validation where ``epoch`` is None, at ``indices``."""
+        first, whole, waiting_bytes = 0, [], 0
+        for after, index in enumerate(indices, 1):
+            whole.append(self._whole(index, training=epoch is not None))
+            waiting_bytes += whole[-1].image.numel()
+            if after == len(indices) or waiting_bytes > _WHOLE_BYTES:
+                sizes = torch.tensor([sample.image.shape[:2] for sample in whole])
+                # The random numbers are those of the image that was asked for, even where another one stands in for it.
+                views = self.views(epoch, torch.tensor(indices[first:after]), sizes)
+                for sample, view in zip(whole, (View(*row) for row in views.tolist()), strict=True):
+                    image = cut(sample.image, view, self.image_size)
+                    yield sample._replace(image=image, mirrored=bool(view.mirrored))
+                first, whole, waiting_bytes = after, [], 0
+
+    def _whole(self, index: int, training: bool) -> Sample:
+        """The sample with all of its image."""
+        if index == PADDING:
             return self._blank()
-        training, index = (False, key) if isinstance(key, int) else (True, key[1])
         try:
             (pixels, by_pil), source = self.readable_from(index) if training else (self.image(index), index)
         except BadImageError:
             if training or self._on_bad_image == "stop":
                 raise
             return self._blank(self.name(index))
-        # The random numbers stay those of the image that was asked for.
-        view = self.view(key, *pixels.shape[:2])
         bad_image = "" if source == index else self.name(index)
-        image = cut(pixels, view, self.image_size)
-        return Sample(image, int(self.labels[source]), 1.0, view.mirrored, bad_image, by_pil)
+        return Sample(pixels, int(self.labels[source]), bad_image=bad_image, by_pil=by_pil)
 
     def readable_from(self, index: int) -> tuple[Decoded, int]:
         """Return image ``index``, or where it is bad and may be skipped the next readable one, and its index."""
@@ -173,3 +188,15 @@ class ImageDataset(Samples):
     def _blank(self, bad_image: str = "") -> Sample:
         image = torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8)
         return Sample(image, 0, 0.0, bad_image=bad_image)
+
+
+def collate(samples: Sequence[Sample], images: Any) -> HostBatch:
+    """Return samples as they travel, with what makes their ``images`` on the device."""
+    return HostBatch(
+        images,
+        torch.tensor([sample.label for sample in samples]),
+        torch.tensor([sample.weight for sample in samples]),
+        torch.tensor([sample.mirrored for sample in samples]),
+        [sample.bad_image for sample in samples if sample.bad_image],
+        sum(sample.by_pil for sample in samples),
+    )

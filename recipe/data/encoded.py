@@ -8,30 +8,29 @@ from torch import Tensor
 
 from recipe.data.augment import View
 from recipe.data.batch import HostBatch
-from recipe.data.datasets import ImageDataset, Key, Sample, Samples
+from recipe.data.datasets import ImageDataset, Sample, Samples, collate
 from recipe.data.decoding import plain_jpeg_size
-from recipe.data.sampler import PADDING
+from recipe.data.sampler import PADDING, Keys
 
 Decoder = Callable[[Sequence[Tensor], Sequence[View]], Sequence[Tensor]]
 """From JPEGs, uint8 (bytes,) each, and what is seen of each to uint8 (S, S, 3) each, on the device.
 
 It raises a RuntimeError where it does not take one of them."""
 
-_READY = View(0, 0, 0, 0, 0, 0)
-"""Of what a worker has decoded and cut."""
-
 
 class Encoded(NamedTuple):
-    """``Sample.image``; of a batch, all of them one behind the other."""
+    """The images of a batch of m."""
 
     content: Tensor
-    """uint8 (bytes,): a JPEG, or the pixels (S, S, 3) that a worker made."""
+    """uint8: of each, one behind the other, a JPEG or the pixels (S, S, 3) that a worker made"""
     sizes: Tensor
-    """int64 (1,), or (m,): bytes of the content."""
-    keys: Tensor
-    """int64 (1, 2): epoch, or -1 for validation, and index."""
+    """int64 (m,): bytes of the contents"""
     views: Tensor
-    """int64 (1, 9): the ``View``."""
+    """int64 (m, 9): each a ``View``, or zeros for what a worker has made"""
+    epoch: int | None
+    """as in ``Keys``"""
+    indices: Tensor
+    """int64 (m,): likewise"""
 
 
 class EncodedImages(Samples):
@@ -50,38 +49,44 @@ class EncodedImages(Samples):
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, key: Key) -> Sample:
-        epoch, index = (-1, key) if isinstance(key, int) else key
-        try:
-            file = b"" if key == PADDING else self._dataset.file(index)
-        except OSError:
-            file = b""
-        if size := plain_jpeg_size(file):
-            view = self._dataset.view(key, *size)
-            content = torch.frombuffer(bytearray(file), dtype=torch.uint8)
-            sample = Sample(None, int(self._dataset.labels[index]), 1.0, view.mirrored)
-        else:
-            view, sample = _READY, self._dataset[key]
-            content = sample.image.flatten()
-            sample = sample._replace(by_pil=sample.weight > 0)
-        place = torch.tensor([len(content)]), torch.tensor([[epoch, index]]), torch.tensor([view], dtype=torch.int64)
-        return sample._replace(image=Encoded(content, *place))
+    def __getitem__(self, keys: Keys) -> HostBatch:
+        epoch, indices = keys.epoch, torch.from_numpy(keys.indices)
+        files = [self._file(index) for index in indices.tolist()]
+        sizes = [plain_jpeg_size(file) or (0, 0) for file in files]
+        plain = torch.tensor(sizes)[:, 0] > 0
+        views = torch.zeros(len(indices), len(View._fields), dtype=torch.int64)
+        views[plain] = self._dataset.views(epoch, indices[plain], torch.tensor(sizes)[plain])
+        made = self._dataset.samples(epoch, indices[~plain].tolist())
+        samples = []
+        for index, file, view in zip(indices.tolist(), files, views.tolist(), strict=True):
+            if any(view):
+                content = torch.frombuffer(bytearray(file), dtype=torch.uint8)
+                samples.append(Sample(content, int(self._dataset.labels[index]), mirrored=bool(View(*view).mirrored)))
+            else:
+                sample = next(made)
+                samples.append(sample._replace(image=sample.image.flatten(), by_pil=sample.weight > 0))
+        contents = [sample.image for sample in samples]
+        lengths = torch.tensor([len(content) for content in contents])
+        return collate(samples, Encoded(torch.cat(contents), lengths, views, epoch, indices))
 
-    def together(self, images: list[Encoded]) -> Encoded:
-        return Encoded(*(torch.cat(parts) for parts in zip(*images, strict=True)))
+    def _file(self, index: int) -> bytes:
+        try:
+            return b"" if index == PADDING else self._dataset.file(index)
+        except OSError:
+            return b""
 
     def on_device(self, batch: HostBatch) -> HostBatch:
         encoded: Encoded = batch.images
         contents = encoded.content.split(encoded.sizes.tolist())
         views = [View(*view) for view in encoded.views.tolist()]
-        left = [place for place, view in enumerate(views) if view != _READY]
+        left = [place for place, view in enumerate(views) if any(view)]
         decoded = dict(zip(left, self._decoded([contents[i] for i in left], [views[i] for i in left]), strict=True))
         images = []
         for place, content in enumerate(contents):
             image = decoded.get(place, content)
             if image is None:
-                epoch, index = encoded.keys[place].tolist()
-                sample = self._dataset[index if epoch < 0 else (epoch, index)]
+                index = int(encoded.indices[place])
+                (sample,) = self._dataset.samples(encoded.epoch, [index])
                 image = sample.image
                 batch.labels[place], batch.weights[place] = sample.label, sample.weight
                 batch.mirrored[place] = sample.mirrored

@@ -1,40 +1,47 @@
-"""Small data sets that live on the device, decoded once: there a batch is cut, from keys and crops drawn as ever."""
+"""Small data sets that live on the device, decoded once: there a batch is drawn and cut, from its keys alone."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from recipe.data.augment import View
+from recipe.data.augment import padded_margin
 from recipe.data.batch import HostBatch
-from recipe.data.datasets import ImageDataset, Key, Sample, Samples
+from recipe.data.datasets import ImageDataset, Sample, Samples
 from recipe.data.resizing import resize, resized_boxes
-from recipe.data.sampler import PADDING
+from recipe.data.sampler import Keys
 
 _SHARE = 0.5
 """Of the memory that is free; the rest is for training."""
 
-_CUT = View(0, 0, 0, 0, 0, 0)
-"""Of what is held as it is seen."""
+
+class Held(NamedTuple):
+    """The images of a batch."""
+
+    epoch: int | None
+    """as in ``Keys``"""
+    indices: Tensor
+    """int64 (m,): likewise"""
 
 
 class HeldImages(Samples):
     """The images of a data set as one tensor on a device; every sample is that of the data set, to the bit.
 
-    All of it is read when this is made, on all cores. ``Sample.image`` is the image's place, int64 (10,): its row, and
-    its view. ``training`` tells whether training samples will be asked for, or validation samples.
+    All of it is read when this is made, on all cores. ``training`` tells whether training samples will be asked for, or
+    validation samples.
     """
 
     def __init__(self, dataset: ImageDataset, device: torch.device, *, training: bool) -> None:
         self._dataset = dataset
         self.class_names = dataset.class_names
-        self._crop = dataset.crop if training else "none"
 
         def read(index: int) -> tuple[Sample, int]:
             """The sample, and the image that stands there, which is another where this one is bad."""
             if not training:
-                return dataset[index], index
+                return next(dataset.samples(None, [index])), index
             (pixels, by_pil), source = dataset.readable_from(index)
             if dataset.crop != "random_resized":
                 pixels = resize(pixels, dataset.image_size, dataset.image_size)
@@ -44,9 +51,11 @@ class HeldImages(Samples):
         first_sample, first_source = read(0)
         first = first_sample.image
         _check_memory(len(dataset), first, device)
-        self._samples: list[Sample] = []
-        # Behind the last is a black one, at PADDING.
+        # Behind the last is a blank, at PADDING.
         images = torch.zeros(len(dataset) + 1, *first.shape, dtype=torch.uint8)
+        self._labels = torch.zeros(len(dataset) + 1, dtype=torch.int64)
+        self._weights = torch.zeros(len(dataset) + 1)
+        self._bad_images: dict[int, str] = {}
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
             for index, (sample, source) in enumerate(threads.map(read, range(len(dataset)))):
                 if sample.image.shape != first.shape:
@@ -56,41 +65,47 @@ class HeldImages(Samples):
                         f"{dataset.name(first_source)} has {first.shape[0]} × {first.shape[1]}; random_resized crops "
                         'on the device need images of one size: write false, or another "crop"'
                     )
-                images[index] = sample.image
-                row = index if sample.weight else PADDING
-                self._samples.append(sample._replace(image=torch.tensor([row, *_CUT]), by_pil=False))
+                images[index], self._labels[index], self._weights[index] = sample[:3]
+                if sample.bad_image:
+                    self._bad_images[index] = sample.bad_image
                 self.decoded_by_pil += sample.by_pil
         self._images = images.to(device)
+        self._size = torch.tensor([first.shape[:2]], device=device)
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._dataset)
 
-    def __getitem__(self, key: Key) -> Sample:
-        if key == PADDING:
-            return Sample(torch.tensor([PADDING, *_CUT]), 0, 0.0)
-        if isinstance(key, int):
-            return self._samples[key]
-        view = self._dataset.view(key, *self._images.shape[1:3])
-        place = torch.tensor([key[1], *view])
-        return self._samples[key[1]]._replace(image=place, mirrored=view.mirrored)
+    def __getitem__(self, keys: Keys) -> HostBatch:
+        indices = torch.from_numpy(keys.indices)
+        bad_images = [self._bad_images[index] for index in keys.indices.tolist() if index in self._bad_images]
+        mirrored = torch.zeros(len(indices), dtype=torch.bool)
+        return HostBatch(
+            Held(keys.epoch, indices), self._labels[indices], self._weights[indices], mirrored, bad_images, 0
+        )
 
     def on_device(self, batch: HostBatch) -> HostBatch:
-        places = batch.images.to(self._images.device, non_blocking=True)
-        rows, views = places[:, 0], places[:, 1:]
-        if self._crop == "random_resized":
-            return batch._replace(images=resized_boxes(self._images[rows], views[:, :4], self._dataset.image_size))
-        if self._crop == "padded":
-            return batch._replace(images=_windows(self._images, rows, views[:, 6:8]))
-        return batch._replace(images=self._images[rows])
+        epoch, indices = batch.images
+        indices = indices.to(self._images.device, non_blocking=True)
+        if epoch is None:
+            return batch._replace(images=self._images[indices])
+        views = self._dataset.views(epoch, indices, self._size.expand(len(indices), 2))
+        if self._dataset.crop == "random_resized":
+            images = resized_boxes(self._images[indices], views[:, :4], self._dataset.image_size)
+        elif self._dataset.crop == "padded":
+            margin = padded_margin(self._dataset.image_size)
+            images = _windows(self._images[indices], views[:, 6:8], margin)
+        else:
+            images = self._images[indices]
+        return batch._replace(images=images, mirrored=views[:, 8].bool())
 
 
-def _windows(images: Tensor, rows: Tensor, boxes: Tensor) -> Tensor:
-    """The windows as large as the images that see them from ``boxes``' (top, left); black beyond the border."""
-    size = images.shape[1]
-    sides = torch.arange(size, device=images.device)
-    y, x = (boxes[:, 0, None] + sides)[:, :, None], (boxes[:, 1, None] + sides)[:, None, :]
-    inside = (y >= 0) & (y < size) & (x >= 0) & (x < size)
-    return images[torch.where(inside, rows[:, None, None], PADDING), y.clamp(0, size - 1), x.clamp(0, size - 1)]
+def _windows(images: Tensor, corners: Tensor, margin: int) -> Tensor:
+    """Shift each image: what lies at its corner (top, left) and is as large; black beyond its border."""
+    count, size = images.shape[:2]
+    lines = F.pad(images, (0, 0, margin, margin, margin, margin)).flatten(2)
+    windows = lines.unfold(1, size, 1).unfold(2, 3 * size, 3)
+    top, left = (corners + margin).unbind(1)
+    return windows[torch.arange(count, device=images.device), top, left].view(images.shape)
 
 
 def _check_memory(count: int, first: Tensor, device: torch.device) -> None:

@@ -12,7 +12,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from multiprocessing import connection, queues
 from types import TracebackType
 from typing import Any, NoReturn, TypedDict, TypeVar, Unpack
@@ -22,8 +21,8 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data._utils import signal_handling
 
 from recipe.data.batch import Batch, HostBatch, Normalise
-from recipe.data.datasets import BadImageError, Sample, Samples
-from recipe.data.sampler import Split, TrainSampler, ValidationSampler
+from recipe.data.datasets import BadImageError, Samples
+from recipe.data.sampler import Keys, Split, TrainSampler, ValidationSampler
 
 _SHM = "/dev/shm"
 """Where workers put batches for the main process."""
@@ -68,7 +67,7 @@ class _Loader:
     worker process died or lacks what it needs.
     """
 
-    def __init__(self, dataset: Samples, sampler: Sampler, **options: Unpack[LoaderOptions]) -> None:
+    def __init__(self, dataset: Samples, sampler: Sampler[Keys], **options: Unpack[LoaderOptions]) -> None:
         self._device = torch.device(options["device"])
         self._normalise = Normalise(options["mean"], options["std"], device=self._device, dtype=options["dtype"])
         self._dataset = dataset
@@ -95,9 +94,9 @@ class _Loader:
             }
         return DataLoader(
             self._dataset,
-            batch_sampler=self._sampler,
+            batch_size=None,  # the data set makes whole batches
+            sampler=self._sampler,
             num_workers=self._workers,
-            collate_fn=partial(collate, self._dataset.together),
             pin_memory=self._device.type == "cuda",
             # DataLoader draws a seed for its workers; without a generator, from the global state.
             generator=torch.Generator(),
@@ -243,18 +242,6 @@ class ValidationLoader(_Loader):
     def batches(self) -> Iterator[Batch]:
         """Yield the same number of batches on every rank; over all ranks every readable image counts once."""
         yield from self._batches()
-
-
-def collate(together: Callable[[list[Any]], Any], samples: list[Sample]) -> HostBatch:
-    """Return a worker's samples as they travel."""
-    return HostBatch(
-        together([sample.image for sample in samples]),
-        torch.tensor([sample.label for sample in samples]),
-        torch.tensor([sample.weight for sample in samples]),
-        torch.tensor([sample.mirrored for sample in samples]),
-        [sample.bad_image for sample in samples if sample.bad_image],
-        sum(sample.by_pil for sample in samples),
-    )
 
 
 def _problem(error: Exception, ends: Sequence[int]) -> str:

@@ -1,8 +1,10 @@
 """Which samples a rank sees, in which order: a function of (seed, epoch, step), split by arithmetic alone."""
 
 from collections.abc import Iterator
-from typing import TypedDict, Unpack
+from typing import NamedTuple, TypedDict, Unpack
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -10,7 +12,16 @@ from torch.utils.data import Sampler
 from recipe.data.seeds import derive_seed
 
 PADDING = -1
-"""The key that stands where a validation batch is longer than the data; its sample has weight 0."""
+"""The index that stands where a validation batch is longer than the data; its sample has weight 0."""
+
+
+class Keys(NamedTuple):
+    """Which samples make a batch."""
+
+    epoch: int | None
+    """whose crops training takes; None for validation"""
+    indices: npt.NDArray[np.int64]
+    """(m,), of numpy: a tensor would travel to a worker through a file of its own"""
 
 
 def epoch_permutation(seed: int, epoch: int, length: int) -> Tensor:
@@ -34,8 +45,8 @@ class Split(TypedDict):
     """seed of the permutations"""
 
 
-class TrainSampler(Sampler[list[tuple[int, int]]]):
-    """Yields, for one rank, the keys ``(epoch, index)`` of one micro-batch after the other.
+class TrainSampler(Sampler[Keys]):
+    """Yields, for one rank, the keys of one micro-batch after the other.
 
     Global step t of an epoch holds the samples ``permutation[t * B : (t + 1) * B]`` for the global batch B,
     whatever the split; the samples after the last whole batch wait for another epoch's permutation.
@@ -64,22 +75,22 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return (self.steps_per_epoch - self._first_step) * self.accumulation
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[Keys]:
         epoch, split, m = self._epoch, self._split, self._split["micro_batch"]
-        permutation = epoch_permutation(split["seed"], epoch, self._length)
+        permutation = epoch_permutation(split["seed"], epoch, self._length).numpy()
         for step in range(self._first_step, self.steps_per_epoch):
             for accumulation in range(self.accumulation):
                 # The micro-batches of one accumulation round lie side by side across the ranks: n samples in
                 # a row are then on neighbouring ranks at the same moment, and batch norm over groups of n
                 # sees the same groups for every split into ranks, accumulation and micro-batch.
                 start = step * split["global_batch"] + (accumulation * split["world_size"] + split["rank"]) * m
-                yield [(epoch, index) for index in permutation[start : start + m].tolist()]
+                yield Keys(epoch, permutation[start : start + m])
 
 
-class ValidationSampler(Sampler[list[int]]):
-    """Yields, for one rank, batches of indices: over all ranks every sample once, in data-set order.
+class ValidationSampler(Sampler[Keys]):
+    """Yields, for one rank, the keys of one batch after the other: over all ranks every sample once, in data-set order.
 
-    Every rank gets the same number of batches, each of exactly ``micro_batch`` keys, so that no rank waits
+    Every rank gets the same number of batches, each of exactly ``micro_batch`` samples, so that no rank waits
     for another in a collective; places beyond the data hold ``PADDING``.
     """
 
@@ -89,8 +100,8 @@ class ValidationSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return -(-self._length // (self._world_size * self._micro_batch))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Keys]:
         m = self._micro_batch
         for batch in range(len(self)):
-            start = (batch * self._world_size + self._rank) * m
-            yield [index if index < self._length else PADDING for index in range(start, start + m)]
+            indices = (batch * self._world_size + self._rank) * m + np.arange(m)
+            yield Keys(None, np.where(indices < self._length, indices, PADDING))

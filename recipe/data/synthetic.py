@@ -74,7 +74,7 @@ class SyntheticLoader:
     def batches(self) -> Iterator[Batch]:
         """Yield the same number of validation batches on every rank."""
         for keys in self._validation_order:
-            weights = torch.tensor([float(key != PADDING) for key in keys], device=self._device)
+            weights = torch.from_numpy(keys.indices != PADDING).float().to(self._device)
             yield Batch(self._normalise(self._images, self._mirrored), self._labels, weights)
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from recipe.commands.hosts.visit import Host
 from recipe.commands.pack import command, shards as pack_shards
 from recipe.commands.pack.command import main, pack
 from recipe.data import open_datasets
-from tests.data.images import picture, write_folder
+from tests.data.images import picture, sample, write_folder
 from tests.launch import DIGITS, ROOT, environment, events, train_ok
 
 READ = """
@@ -211,8 +211,8 @@ def test_bad_images_are_listed_and_keep_their_places(tmp_path: Path, capsys: pyt
         header = json.loads((destination / "pack.json").read_text())
         assert [image["name"] for image in header["train"]["bad_images"]] == ["train/c0/1.jpg"]
         train, _ = open_datasets("pack", destination, 16, "none", False, 0, "skip")
-        assert train[0, 1].bad_image == f"{destination}/train/00000.tar: train/c0/1.jpg"
-        assert torch.equal(train[0, 1].image, train[0, 2].image)
+        assert sample(train, (0, 1)).bad_image == f"{destination}/train/00000.tar: train/c0/1.jpg"
+        assert torch.equal(sample(train, (0, 1)).image, sample(train, (0, 2)).image)
 
 
 def test_verify_finds_a_flipped_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

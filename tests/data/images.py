@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from recipe.data import Batch, ImageDataset
+from recipe.data.datasets import Sample
 from recipe.data.decoding import Decoded
 
 MEAN = (0.485, 0.456, 0.406)
@@ -41,6 +42,12 @@ class Pictures(ImageDataset):
 
     def name(self, index: int) -> str:
         return f"picture {index}"
+
+
+def sample(dataset: ImageDataset, key: tuple[int, int] | int) -> Sample:
+    """The sample of training that (epoch, index) asks for, or of validation at an index."""
+    epoch, index = (None, key) if isinstance(key, int) else key
+    return next(dataset.samples(epoch, [index]))
 
 
 def assert_same(ours: Iterable[Batch], theirs: Iterable[Batch]) -> None:

@@ -1,24 +1,35 @@
 import math
-import random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.stats import ks_2samp
+from scipy.stats import ks_2samp, kstest
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize, functional
 
-from recipe.data.augment import cut, draw_view, evaluation_view, random_resized_box, sample_rng
+from recipe.data.augment import (
+    View,
+    _rounded_root as rounded_root,
+    cut,
+    draw_views,
+    evaluation_view,
+    random_resized_boxes,
+    sample_numbers,
+)
 from recipe.data.resizing import resize, resized_window
+from recipe.data.seeds import splitmix64
 from tests.data.images import picture, pixels, rng_states
 
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
-def training_view(image, rng, *, image_size, crop, flip):
-    view = draw_view(rng, *image.shape[:2], image_size=image_size, crop=crop, flip=flip)
-    square = cut(image, view, image_size)
-    return square.flip(1) if view.mirrored else square
+def views_of(image, count, *, image_size, crop, flip):
+    """What so many samples see of one image, cut and mirrored, and the views."""
+    sizes = torch.tensor([image.shape[:2]]).expand(count, 2)
+    rows = draw_views(0, 0, torch.arange(count), sizes, image_size=image_size, crop=crop, flip=flip)
+    views = [View(*row) for row in rows.tolist()]
+    squares = (cut(image, view, image_size) for view in views)
+    return [(square.flip(1) if view.mirrored else square, view) for square, view in zip(squares, views, strict=True)]
 
 
 def whole_view(image, *, image_size, crop):
@@ -26,20 +37,77 @@ def whole_view(image, *, image_size, crop):
     return cut(image, view, image_size)
 
 
-def numbers(*key: int) -> list[float]:
-    rng = sample_rng(*key)
-    return [rng.random() for _ in range(3)]
+def boxes(count, height, width):
+    sizes = torch.tensor([[height, width]]).expand(count, 2)
+    return random_resized_boxes(sample_numbers(0, 0, torch.arange(count)), sizes).numpy()
+
+
+@pytest.mark.parametrize(
+    ("seed", "numbers"),
+    [
+        # Rosetta Code, "Pseudo-random numbers/Splitmix64", and the generator's author's program for seed 0.
+        (
+            1234567,
+            (6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821),
+        ),
+        (0, (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC, 0x1B39896A51A8749B)),
+    ],
+)
+def test_splitmix64_gives_its_published_numbers(seed, numbers):
+    assert [bits % 2**64 for bits in splitmix64(seed, torch.arange(5)).tolist()] == list(numbers)
+
+
+def test_splitmix64_wraps_as_64_bits_do():
+    """Against Python's own integers, which do not wrap, at places far apart and with any lane of a vector."""
+    positions = [0, 1, 2**31, 2**40 + 7, *range(1000, 1020)]
+    for seed in (1, 2**62 + 12345, 2**63 - 1):
+        expected = []
+        for position in positions:
+            bits = (seed + (position + 1) * 0x9E3779B97F4A7C15) % 2**64
+            bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+            bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
+            expected.append(bits ^ bits >> 31)
+        assert [bits % 2**64 for bits in splitmix64(seed, torch.tensor(positions)).tolist()] == expected
+
+
+def test_a_samples_numbers_are_uniform_and_independent():
+    numbers = sample_numbers(1, 2, torch.arange(20_000)).numpy()
+    assert ((numbers >= 0) & (numbers < 1)).all()
+    # The numbers are fixed, so luck plays no part; the bounds are what 23 and 253 comparisons ask for.
+    assert min(kstest(of_place, "uniform").pvalue for of_place in numbers.T) > 1e-3
+    correlations = np.corrcoef(np.column_stack([numbers, np.roll(numbers[:, 0], 1)]).T) - np.eye(24)
+    assert abs(correlations).max() < 4.5 / math.sqrt(20_000)
 
 
 def test_random_numbers_belong_to_seed_epoch_and_index():
     keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 11, 1), (1, 1, 11), (11, 1, 1)]
-    assert len({tuple(numbers(*key)) for key in keys}) == len(keys)
-    assert numbers(7, 8, 9) == numbers(7, 8, 9)
+    numbers = [tuple(sample_numbers(*key[:2], torch.tensor([key[2]]))[0].tolist()) for key in keys]
+    assert len({number for of_key in numbers for number in of_key}) == 23 * len(keys)
+    together = sample_numbers(1, 1, torch.tensor([5, 11, 1]))
+    assert tuple(together[1].tolist()) == numbers[5]
 
 
-def test_the_random_numbers_of_today_are_those_of_tomorrow():
-    """Of another Python version, of another machine: a resumed run draws the crops it would have drawn."""
-    assert numbers(0, 0, 0) == [0.7187757753385198, 0.11211319568637135, 0.2497001870788651]
+def test_views_are_the_same_in_every_batch():
+    """Whatever the lanes of a vector and the threads: of 1 to 64 samples at once, and of images of all sizes."""
+    indices = torch.arange(5000)
+    sizes = torch.randint(1, 700, (5000, 2), generator=torch.Generator().manual_seed(0))
+    options = {"image_size": 24, "crop": "random_resized", "flip": True}
+    whole = draw_views(3, 4, indices, sizes, **options)
+    for size in (1, 7, 8, 31, 64):
+        parts = zip(indices[:320].split(size), sizes[:320].split(size), strict=True)
+        assert torch.equal(torch.cat([draw_views(3, 4, *part, **options) for part in parts]), whole[:320]), size
+
+
+@pytest.mark.parametrize("towards", [None, 0.0, math.inf])
+def test_boxes_do_not_hang_on_the_last_bit_of_a_root(monkeypatch, towards):
+    """MKL's square root is an ulp off now and then, and a GPU's is not; from either a half is rounded up."""
+    root = torch.Tensor.sqrt
+    if towards is not None:
+        monkeypatch.setattr(torch.Tensor, "sqrt", lambda x: root(x).nextafter(torch.full_like(x, towards)))
+    whole = torch.cat([torch.arange(1, 1000), 2**24 - torch.arange(1000)]).double()
+    halves = (whole - 0.5).square()
+    assert torch.equal(rounded_root(halves), whole)
+    assert torch.equal(rounded_root(halves.nextafter(torch.zeros(1, dtype=torch.float64))), whole - 1)
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (64, 64), (100, 220), (32, 90)])
@@ -49,7 +117,6 @@ def test_boxes_are_distributed_as_torchvision_draws_them(height, width):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         theirs = np.array([RandomResizedCrop.get_params(image, list(AREA), list(RATIO)) for _ in range(draws)])
-    ours = np.array([random_resized_box(sample_rng(0, 0, index), height, width) for index in range(draws)])
 
     def features(boxes):
         top, left, h, w = boxes.T
@@ -63,36 +130,27 @@ def test_boxes_are_distributed_as_torchvision_draws_them(height, width):
         }
 
     for name, ours_of, theirs_of in zip(
-        features(ours), features(ours).values(), features(theirs).values(), strict=True
+        features(theirs), features(boxes(draws, height, width)).values(), features(theirs).values(), strict=True
     ):
         # The draws are fixed, so luck plays no part; 1e-3 is what it would ask for in 30 comparisons.
         assert ks_2samp(ours_of, theirs_of).pvalue > 1e-3, name
 
 
 def test_boxes_lie_within_the_image_and_reach_its_edges():
-    boxes = [random_resized_box(sample_rng(0, 0, index), 9, 11) for index in range(3000)]
-    assert all(top >= 0 and left >= 0 and top + h <= 9 and left + w <= 11 for top, left, h, w in boxes)
-    assert {top for top, *_ in boxes} >= {0, 5}
-    assert {top + h for top, _, h, _ in boxes} >= {9}
-    assert {left + w for _, left, _, w in boxes} >= {11}
+    top, left, h, w = boxes(3000, 9, 11).T
+    assert (min(top.min(), left.min()), max((top + h).max() - 9, (left + w).max() - 11)) == (0, 0)
+    assert set(top) >= {0, 5}
 
 
-@pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (1, 1), (1, 500), (777, 1), (3, 100)])
-def test_where_no_box_fits_the_fallback_is_torchvisions(height, width):
+@pytest.mark.parametrize("size", [(10, 1000), (1000, 10), (1, 1), (1, 500), (777, 1), (3, 100), (300, 400), (400, 300)])
+def test_where_no_box_fits_the_fallback_is_torchvisions(size):
+    """Ten times the whole area, of the ratio that fits least; of torchvision, ten times an area that is too large."""
+    numbers = torch.zeros(1, 23, dtype=torch.float64)
+    numbers[:, :10] = 1
+    numbers[:, 10:20] = size[0] > size[1]
     with torch.random.fork_rng(devices=[]):
-        theirs = RandomResizedCrop.get_params(torch.zeros(3, height, width), list(AREA), list(RATIO))
-    assert random_resized_box(random.Random(0), height, width) == theirs
-
-
-class Never(random.Random):
-    """Draws the whole area and the widest ratio: a box that fits no image within the ratio's bounds."""
-
-    def random(self) -> float:
-        return 1.0
-
-
-def test_the_fallback_for_a_usual_image_is_the_whole_image():
-    assert random_resized_box(Never(), 30, 30) == (0, 0, 30, 30)
+        theirs = RandomResizedCrop.get_params(torch.zeros(3, *size), [2.0, 2.0], list(RATIO))
+    assert tuple(random_resized_boxes(numbers, torch.tensor([size]))[0].tolist()) == theirs
 
 
 def nearly_equal(view: torch.Tensor, image: Image.Image) -> bool:
@@ -115,14 +173,12 @@ def test_resized_pixels_are_pils(height, width):
 def test_random_resized_pixels_are_torchvisions(flip):
     image = picture(1, width=53, height=37)
     flips = 0
-    for index in range(20):
-        view = training_view(pixels(image), sample_rng(0, 0, index), image_size=24, crop="random_resized", flip=flip)
-        box = random_resized_box(sample_rng(0, 0, index), 37, 53)
-        expected = functional.resized_crop(image, *box, [24, 24])
-        assert view.dtype == torch.uint8
-        assert view.shape == (24, 24, 3)
-        flipped = not nearly_equal(view, expected)
-        assert nearly_equal(view, functional.hflip(expected) if flipped else expected)
+    for square, view in views_of(pixels(image), 20, image_size=24, crop="random_resized", flip=flip):
+        expected = functional.resized_crop(image, *view[:4], [24, 24])
+        assert square.dtype == torch.uint8
+        assert square.shape == (24, 24, 3)
+        flipped = not nearly_equal(square, expected)
+        assert nearly_equal(square, functional.hflip(expected) if flipped else expected)
         flips += flipped
     assert 4 < flips < 16 if flip else flips == 0
 
@@ -132,9 +188,8 @@ def test_padded_crops_shift_by_up_to_an_eighth_over_black():
     padded = pixels(functional.pad(image, [4, 4, 4, 4]))
     windows = {(top, left): padded[top : top + 32, left : left + 32] for top in range(9) for left in range(9)}
     seen = set()
-    for index in range(600):
-        view = training_view(pixels(image), sample_rng(0, 0, index), image_size=32, crop="padded", flip=False)
-        (match,) = [place for place, window in windows.items() if torch.equal(view, window)]
+    for square, _ in views_of(pixels(image), 600, image_size=32, crop="padded", flip=False):
+        (match,) = [place for place, window in windows.items() if torch.equal(square, window)]
         seen.add(match)
     assert seen == set(windows)
 
@@ -145,8 +200,8 @@ def test_images_of_another_size_are_resized_whole(crop):
     whole = Resize((16, 16))(image)
     assert nearly_equal(whole_view(pixels(image), image_size=16, crop=crop), whole)
     if crop == "none":
-        view = training_view(pixels(image), sample_rng(0, 0, 0), image_size=16, crop=crop, flip=False)
-        assert nearly_equal(view, whole)
+        ((square, _),) = views_of(pixels(image), 1, image_size=16, crop=crop, flip=False)
+        assert nearly_equal(square, whole)
 
 
 @pytest.mark.parametrize(("image_size", "short_side"), [(224, 256), (32, 37), (64, 73)])
@@ -158,18 +213,16 @@ def test_evaluation_of_random_resized_training_is_the_centre(image_size, short_s
 
 
 def test_half_of_the_images_are_mirrored():
-    plain = image = pixels(picture(5, width=8, height=8))
-    mirrored = sum(
-        not torch.equal(plain, training_view(image, sample_rng(0, 0, i), image_size=8, crop="none", flip=True))
-        for i in range(2000)
-    )
+    image = pixels(picture(5, width=8, height=8))
+    squares = views_of(image, 2000, image_size=8, crop="none", flip=True)
+    mirrored = sum(not torch.equal(image, square) for square, _ in squares)
     assert abs(mirrored - 1000) < 4 * math.sqrt(2000 / 4)
 
 
 def test_global_random_states_are_left_alone():
     before = rng_states()
     for crop in ("random_resized", "padded", "none"):
-        training_view(pixels(picture()), sample_rng(0, 0, 0), image_size=16, crop=crop, flip=True)
+        views_of(pixels(picture()), 3, image_size=16, crop=crop, flip=True)
         whole_view(pixels(picture()), image_size=16, crop=crop)
     assert rng_states() == before
 

@@ -4,6 +4,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from recipe.data import open_datasets
+from tests.data.images import sample
 
 TRAIN_IMAGES, VALIDATION_IMAGES = 1442, 355
 
@@ -25,28 +26,28 @@ def test_every_fifth_image_of_each_class_is_held_out():
         expected["validation" if seen[label] % 5 == 0 else "train"].append((image, label))
     for name, dataset in (("train", train), ("validation", validation)):
         for index, (image, label) in enumerate(expected[name]):
-            sample = dataset[index]
-            assert sample.label == label
-            assert np.abs(sample.image.numpy().reshape(64, 3).T - image * 255 / 16).max() <= 0.5
+            found = sample(dataset, index)
+            assert found.label == label
+            assert np.abs(found.image.numpy().reshape(64, 3).T - image * 255 / 16).max() <= 0.5
 
-    counts = torch.bincount(torch.tensor([validation[index].label for index in range(len(validation))]))
+    counts = torch.bincount(torch.tensor([sample(validation, index).label for index in range(len(validation))]))
     assert all(abs(int(count) / total - 0.2) < 0.005 for count, total in zip(counts, seen.values(), strict=True))
 
 
 def test_digits_are_enlarged_greys_over_the_whole_range():
     train, validation = digits("padded", image_size=32)
-    images = torch.stack([train[index].image for index in range(200)])
+    images = torch.stack([sample(train, index).image for index in range(200)])
     assert images.shape == (200, 32, 32, 3)
     assert torch.equal(images[..., 0], images[..., 1])
     assert torch.equal(images[..., 0], images[..., 2])
     assert (int(images.min()), int(images.max())) == (0, 255)
-    assert validation[0].weight == 1.0
+    assert sample(validation, 0).weight == 1.0
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "padded", "none"])
 def test_any_crop_works(crop):
     train, validation = digits(crop, image_size=24)
-    assert train[3, 5].image.shape == validation[5].image.shape == (24, 24, 3)
-    assert train[3, 5].label == train[5].label
-    moved = not torch.equal(train[3, 5].image, train[4, 5].image)
+    assert sample(train, (3, 5)).image.shape == sample(validation, 5).image.shape == (24, 24, 3)
+    assert sample(train, (3, 5)).label == sample(train, 5).label
+    moved = not torch.equal(sample(train, (3, 5)).image, sample(train, (4, 5)).image)
     assert moved == (crop != "none")

@@ -11,7 +11,7 @@ from torchvision import datasets
 from recipe.commands.pack.command import pack
 from recipe.data import BadImageError, TrainLoader, ValidationLoader, open_datasets
 from recipe.data.pack_format import read_header
-from tests.data.images import MEAN, STD, picture, pixels, write_folder
+from tests.data.images import MEAN, STD, picture, pixels, sample, write_folder
 
 
 def open_folder(path, on_bad_image="stop", crop="none"):
@@ -70,7 +70,7 @@ def test_images_of_any_kind_are_read_as_torchvision_reads_them(tmp_path):
     theirs[train_index(train, "deep.png")] = (((deep + 128) // 257).to(torch.uint8), 0)
     for index, (expected, label) in enumerate(theirs):
         assert torch.equal(train.image(index).pixels, expected), train.name(index)
-        assert train[0, index].label == validation[index].label == label
+        assert sample(train, (0, index)).label == sample(validation, index).label == label
     assert train.image(train_index(train, "rotated.jpg")).pixels.shape == (30, 40, 3)
 
 
@@ -97,7 +97,7 @@ def test_order_labels_and_classes_are_torchvisions(tmp_path):
     (tmp_path / "train" / "c1" / "notes.txt").write_text("no image")
     train, validation = open_folder(tmp_path)
     theirs = datasets.ImageFolder(tmp_path / "train")
-    ours = [(train.name(index), train[0, index].label) for index in range(len(train))]
+    ours = [(train.name(index), sample(train, (0, index)).label) for index in range(len(train))]
     assert ours == theirs.samples
     assert (len(train), len(validation)) == (13, 12)
     assert train.classes == 3
@@ -192,7 +192,7 @@ def test_a_bad_image_names_its_path_and_the_remedy(tmp_path, how):
         bad = tmp_path / part / "c0" / "1.jpg"
         spoil(bad, how)
         with pytest.raises(BadImageError) as error:
-            dataset[key]
+            sample(dataset, key)
         assert str(error.value).startswith(f"{bad}: ")
         assert str(error.value).endswith('set recipe.data.on_bad_image to "skip"')
         again = pickle.loads(pickle.dumps(error.value))
@@ -233,11 +233,11 @@ def test_skip_replaces_in_training_and_leaves_out_in_validation(tmp_path, worker
 
     # A function of (seed, epoch, index) still: the crop that the bad image would have had, of the next image.
     dataset, _ = open_folder(tmp_path, "skip", crop="random_resized")
-    sample = dataset[4, 2]
-    assert sample.bad_image == str(bad[0])
-    assert sample.label == 1
-    assert torch.equal(sample.image, dataset[4, 2].image)
-    assert not torch.equal(sample.image, good[4, 3].image)
+    replaced = sample(dataset, (4, 2))
+    assert replaced.bad_image == str(bad[0])
+    assert replaced.label == 1
+    assert torch.equal(replaced.image, sample(dataset, (4, 2)).image)
+    assert not torch.equal(replaced.image, sample(good, (4, 3)).image)
 
 
 def test_skip_gives_up_where_nothing_can_be_read(tmp_path):
@@ -248,7 +248,7 @@ def test_skip_gives_up_where_nothing_can_be_read(tmp_path):
     with pytest.raises(
         BadImageError, match=r"c1/1\.jpg: cannot be read \(.*No such file.*\), nor can any of the images that follow"
     ):
-        train[0, 4]
+        sample(train, (0, 4))
 
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 12345\n"

@@ -14,7 +14,7 @@ from recipe.data import TrainLoader, ValidationLoader, WorkerError, open_dataset
 from recipe.data.batch import Normalise
 from recipe.data.loader import ahead
 from recipe.data.sampler import PADDING, epoch_permutation
-from tests.data.images import MEAN, STD, Pictures, no_more_files, rng_states, write_folder
+from tests.data.images import MEAN, STD, Pictures, no_more_files, rng_states, sample, write_folder
 
 CPU = torch.device("cpu")
 NO_FILES = r"reading images takes more open files than the \d+ that a process may have here: raise ulimit -n"
@@ -114,7 +114,7 @@ def test_a_batch_holds_what_the_keys_ask_for():
     batches = list(train_loader(dataset).epoch(3))
     assert len(batches) == 4
     for number, batch in enumerate(batches):
-        samples = [dataset[3, index] for index in order[4 * number : 4 * number + 4]]
+        samples = [sample(dataset, (3, index)) for index in order[4 * number : 4 * number + 4]]
         pixels = torch.stack([sample.image for sample in samples]).movedim(-1, 1)
         mirrored = torch.tensor([sample.mirrored for sample in samples])
         assert torch.equal(batch.images, Normalise(MEAN, STD, device=CPU, dtype=torch.float32)(pixels, mirrored))
@@ -164,14 +164,14 @@ def test_validation_counts_every_image_once(length, world_size, micro_batch, wor
     assert len(counted) == length
     ours = sorted(image.flatten().tolist() for image in counted)
     theirs = Normalise(MEAN, STD, device=CPU, dtype=torch.float32)(
-        torch.stack([dataset[index].image for index in range(length)]).movedim(-1, 1),
+        torch.stack([sample(dataset, index).image for index in range(length)]).movedim(-1, 1),
         torch.zeros(length, dtype=torch.bool),
     )
     assert ours == sorted(image.flatten().tolist() for image in theirs)
 
 
 def test_padding_is_a_blank_that_does_not_count():
-    blank = Pictures()[PADDING]
+    blank = sample(Pictures(), PADDING)
     assert (blank.label, blank.weight, blank.bad_image) == (0, 0.0, "")
     assert blank.image.shape == (16, 16, 3)
     assert blank.image.dtype == torch.uint8

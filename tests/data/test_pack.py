@@ -13,7 +13,7 @@ import torch
 from recipe.commands.pack.command import pack
 from recipe.data import BadImageError, TrainLoader, ValidationLoader, open_datasets
 from recipe.data.pack_format import IMAGE
-from tests.data.images import MEAN, STD, picture, write_folder
+from tests.data.images import MEAN, STD, picture, sample, write_folder
 from tests.data.test_imagefolder import spoil, write_kinds
 
 ODD = ["two words.jpg", "naïve 'quoted' \"name\".png", "line\nbreak.jpg", os.fsdecode(b"latin-\xe9.jpg")]
@@ -52,7 +52,7 @@ def test_every_sample_is_the_folders_bit_for_bit(folder, packed):
         for index in range(len(theirs)):
             assert ours.file(index) == theirs.file(index)
             for key in (index, (0, index), (5, index)):
-                mine, expected = ours[key], theirs[key]
+                mine, expected = sample(ours, key), sample(theirs, key)
                 assert torch.equal(mine.image, expected.image), theirs.name(index)
                 assert (mine.label, mine.weight) == (expected.label, expected.weight)
                 assert bool(mine.bad_image) == bool(expected.bad_image)
@@ -85,7 +85,7 @@ def test_a_name_tells_shard_and_original_on_one_line(packed):
 def test_a_bad_image_names_shard_place_and_original(packed):
     train, _ = open_as("pack", packed, on_bad_image="stop")
     with pytest.raises(BadImageError) as error:
-        train[0, 2]
+        sample(train, (0, 2))
     assert str(error.value).startswith(f"{packed}/train/00000.tar: train/c0/2.jpg, ")
     assert 'or set recipe.data.on_bad_image to "skip"' in str(error.value)
 
@@ -98,9 +98,9 @@ def test_a_shard_that_is_damaged_in_training_is_noticed(packed, tmp_path, how):
     offset = int(shard.with_suffix(".idx").read_text().splitlines()[4].split()[1])
     content = shard.read_bytes()
     shard.write_bytes(content[: offset + 10] if how == "cut off" else content[:offset] + bytes(len(content) - offset))
-    assert train[0, 1].weight == 1
+    assert sample(train, (0, 1)).weight == 1
     with pytest.raises(BadImageError) as error:
-        train[0, 3]
+        sample(train, (0, 3))
     assert str(error.value).startswith(f"{shard}: train/c0/3.jpg, ")
     assert f" at {offset:,}: not a readable image" in str(error.value)
     assert "\n" not in str(error.value)

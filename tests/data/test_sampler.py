@@ -28,6 +28,11 @@ def train_sampler(rank: int, world_size: int, micro_batch: int, *, length: int =
     )
 
 
+def taken(sampler):
+    """The batches of a pass, each as (epoch, indices)."""
+    return [(epoch, indices.tolist()) for epoch, indices in sampler]
+
+
 def test_a_permutation_of_every_sample_that_epoch_and_seed_decide():
     first = epoch_permutation(0, 0, 1000)
     assert sorted(first.tolist()) == list(range(1000))
@@ -45,8 +50,8 @@ def test_a_table_by_hand(monkeypatch):
     """13 samples in order, 2 ranks × accumulation 2 × micro-batch 2 = 8; five samples are dropped."""
     monkeypatch.setattr("recipe.data.sampler.epoch_permutation", lambda seed, epoch, length: torch.arange(length))
     kwargs = {"length": 13, "global_batch": 8}
-    assert list(train_sampler(0, 2, 2, **kwargs)) == [[(0, 0), (0, 1)], [(0, 4), (0, 5)]]
-    assert list(train_sampler(1, 2, 2, **kwargs)) == [[(0, 2), (0, 3)], [(0, 6), (0, 7)]]
+    assert taken(train_sampler(0, 2, 2, **kwargs)) == [(0, [0, 1]), (0, [4, 5])]
+    assert taken(train_sampler(1, 2, 2, **kwargs)) == [(0, [2, 3]), (0, [6, 7])]
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), SPLITS)
@@ -56,24 +61,24 @@ def test_every_split_holds_the_same_sequence_in_the_same_step(world_size, micro_
     for rank in range(world_size):
         sampler = train_sampler(rank, world_size, micro_batch)
         sampler.set_epoch(2)
-        batches.append(list(sampler))
+        batches.append(taken(sampler))
         assert len(batches[rank]) == len(sampler) == 4 * sampler.accumulation
-        assert all(len(batch) == micro_batch for batch in batches[rank])
+        assert all((epoch, len(indices)) == (2, micro_batch) for epoch, indices in batches[rank])
 
     # Round after round, rank after rank: more than the same set a step, the same neighbours.
-    keys = [key for round_of_ranks in zip(*batches, strict=True) for batch in round_of_ranks for key in batch]
-    assert keys == [(2, index) for index in permutation[:96]]
+    rounds = zip(*batches, strict=True)
+    assert [index for of_ranks in rounds for _, indices in of_ranks for index in indices] == permutation[:96]
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 8), (2, 4), (4, 6)])
 def test_a_resumed_epoch_is_the_rest_of_the_whole_one(world_size, micro_batch):
     sampler = train_sampler(world_size - 1, world_size, micro_batch)
     sampler.set_epoch(1)
-    whole = list(sampler)
+    whole = taken(sampler)
     for first_step in range(5):
         sampler.set_epoch(1, first_step)
         assert len(sampler) == (4 - first_step) * sampler.accumulation
-        assert list(sampler) == whole[first_step * sampler.accumulation :]
+        assert taken(sampler) == whole[first_step * sampler.accumulation :]
 
 
 def test_train_sampler_refuses_what_does_not_divide():
@@ -87,8 +92,9 @@ def test_train_sampler_refuses_what_does_not_divide():
 
 
 def test_a_validation_table_by_hand():
-    batches = [list(ValidationSampler(7, micro_batch=2, rank=rank, world_size=3)) for rank in range(3)]
-    assert batches == [[[0, 1], [6, -1]], [[2, 3], [-1, -1]], [[4, 5], [-1, -1]]]
+    batches = [taken(ValidationSampler(7, micro_batch=2, rank=rank, world_size=3)) for rank in range(3)]
+    indices = [[[0, 1], [6, -1]], [[2, 3], [-1, -1]], [[4, 5], [-1, -1]]]
+    assert batches == [[(None, of_batch) for of_batch in of_rank] for of_rank in indices]
 
 
 @pytest.mark.parametrize("length", [1, 7, 30, 31, 97])
@@ -99,8 +105,8 @@ def test_validation_is_exact(length, world_size, micro_batch):
         ValidationSampler(length, micro_batch=micro_batch, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
-    batches = [list(sampler) for sampler in samplers]
+    batches = [[indices for _, indices in taken(sampler)] for sampler in samplers]
     assert {len(of_rank) for of_rank in batches} == {len(samplers[0])} == {-(-length // (world_size * micro_batch))}
     assert {len(batch) for of_rank in batches for batch in of_rank} == {micro_batch}
-    keys = [key for of_rank in batches for batch in of_rank for key in batch]
-    assert sorted(key for key in keys if key != PADDING) == list(range(length))
+    indices = [index for of_rank in batches for batch in of_rank for index in batch]
+    assert sorted(index for index in indices if index != PADDING) == list(range(length))

@@ -54,8 +54,8 @@ def _evaluated(rank: int, world_size: int, cases: list[tuple[int, int]]) -> list
         )
         batches = []
         for keys in ValidationSampler(count, micro_batch=micro, rank=rank, world_size=world_size):
-            indices = torch.tensor([0 if key == PADDING else key for key in keys])
-            weights = torch.tensor([0.0 if key == PADDING else 1.0 for key in keys])
+            indices = torch.from_numpy(keys.indices).clamp(min=0)
+            weights = torch.from_numpy(keys.indices != PADDING).float()
             images = indices.float()[:, None, None, None].expand(-1, 3, 2, 2)
             batches.append(Batch(images, labels[indices], weights, ()))
         results.append(vars(evaluate(engine, batches, device)))

@@ -1,8 +1,18 @@
+import numpy as np
 import pytest
 import torch
 
-from recipe.data import EncodedImages, SyntheticLoader, TrainLoader, ValidationLoader, open_datasets, open_decoder
-from recipe.data.loader import collate
+from recipe.data import (
+    EncodedImages,
+    HeldImages,
+    Keys,
+    SyntheticLoader,
+    TrainLoader,
+    ValidationLoader,
+    draw_views,
+    open_datasets,
+    open_decoder,
+)
 from tests.data.images import MEAN, STD, Pictures, picture
 
 pytestmark = pytest.mark.gpu
@@ -58,6 +68,25 @@ def test_validation_counts_every_image_once(workers):
     assert torch.cat([batch.weights for batch in batches]).tolist() == [1, 1, 1, 1, 1, 1, 1, 0]
 
 
+@pytest.mark.parametrize("crop", ["random_resized", "padded", "none"])
+def test_held_batches_are_drawn_and_cut_on_the_gpu_as_on_the_cpu_to_the_bit(crop):
+    dataset = open_datasets("digits", None, 24, crop, True, 3, "stop")[0]
+    held = HeldImages(dataset, torch.device("cuda"), training=True)
+    keys = Keys(7, np.arange(len(dataset)))
+    ours, theirs = held.on_device(held[keys]), dataset[keys]
+    assert torch.equal(ours.images.cpu(), theirs.images)
+    assert torch.equal(ours.mirrored.cpu(), theirs.mirrored)
+
+
+@pytest.mark.parametrize("largest", [3, 700, 12_000])
+def test_views_drawn_on_the_gpu_are_those_of_the_cpu(largest):
+    indices = torch.arange(100_000)
+    sizes = torch.randint(1, largest + 1, (100_000, 2), generator=torch.Generator().manual_seed(largest))
+    options = {"image_size": 224, "crop": "random_resized", "flip": True}
+    ours = draw_views(3, 5, indices.cuda(), sizes.cuda(), **options)
+    assert torch.equal(ours.cpu(), draw_views(3, 5, indices, sizes, **options))
+
+
 def test_synthetic_batches_are_made_on_the_gpu():
     loader = SyntheticLoader(
         train_images=16,
@@ -103,10 +132,9 @@ def test_pixels_decoded_on_the_gpu_are_nearly_those_of_the_cpu(tmp_path, name, s
     plain = open_datasets("imagefolder", tmp_path, 32, crop, True, 0, "stop")
     device = torch.device("cuda")
     decoder = open_decoder(name, 32, device, threads=2)
-    for part, keys in ((plain[0], [(0, index) for index in range(9)]), (plain[1], range(9))):
-        on_gpu = EncodedImages(part, decoder, device)
-        ours = on_gpu.on_device(collate(on_gpu.together, [on_gpu[key] for key in keys]))
-        theirs = collate(part.together, [part[key] for key in keys])
+    for part, epoch in zip(plain, (0, None), strict=True):
+        on_gpu, keys = EncodedImages(part, decoder, device), Keys(epoch, np.arange(9))
+        ours, theirs = on_gpu.on_device(on_gpu[keys]), part[keys]
         assert ours.images.device.type == "cuda"
         assert ours.decoded_by_pil == 0
         assert torch.equal(ours.labels, theirs.labels)
