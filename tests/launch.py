@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,23 @@ def train(
         return subprocess.run(
             words, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=300, check=False
         )
+    return _forked(_run_script, [script, *arguments], ranks, variables)
+
+
+def recipe(*arguments: str, ranks: int = 1, **variables: str) -> subprocess.CompletedProcess[str]:
+    """``python -m recipe`` to the end; its processes have torch imported already."""
+    return _forked(_run_package, ["recipe", *arguments], ranks, variables)
+
+
+def _forked(
+    function: Callable[[list[str]], None], words: list[str], ranks: int, variables: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
     of_all = environment(**(meeting_place(ranks) if ranks > 1 else {}) | variables)
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            processes.append(fork(Path(folder, str(rank)), of_all | own, _run_script, script, arguments))
+            processes.append(fork(Path(folder, str(rank)), of_all | own, function, words))
         try:
             for process in processes:
                 process.join(300)
@@ -57,13 +69,19 @@ def train(
             "".join(path.read_text() for path in sorted(Path(folder).glob(f"*.{stream}")))
             for stream in ("stdout", "stderr")
         )
-    return subprocess.CompletedProcess([script, *arguments], failed[-1] if failed else 0, stdout, stderr)
+    return subprocess.CompletedProcess(words, failed[-1] if failed else 0, stdout, stderr)
 
 
-def _run_script(script: str, arguments: tuple[str, ...]) -> None:
+def _run_script(words: list[str]) -> None:
     os.chdir(ROOT)
-    sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def _run_package(words: list[str]) -> None:
+    os.chdir(ROOT)
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 def train_ok(

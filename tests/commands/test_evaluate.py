@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +17,9 @@ from benchmarks.launch import deepspeed_command
 from recipe.commands.measure import Counts
 from recipe.commands.trained import read_trained
 from recipe.data import Batch, open_datasets
-from tests.launch import ROOT, complete_run, environment, events
+from tests.launch import ROOT, complete_run, environment, events, recipe
 
 SIZE, MEAN, STD = 32, 0.3054, 0.3237  # of the digits' config
-
-
-def recipe(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "recipe", *arguments],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")

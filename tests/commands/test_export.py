@@ -21,7 +21,7 @@ from recipe.config.schema import parse_config
 from recipe.data import open_datasets
 from recipe.data.augment import cut, evaluation_view
 from tests.data.images import picture, pixels
-from tests.launch import DIGITS, ROOT, SHORT, complete_run, events, train_ok
+from tests.launch import DIGITS, SHORT, complete_run, events, recipe, train_ok
 from tests.run_folders import write_run
 
 pytestmark = pytest.mark.slow
@@ -54,12 +54,6 @@ if "onnx" in sys.argv:
     (found,) = session.run(["logits"], {"images": images.numpy()})
     print(float((torch.from_numpy(found) - logits).abs().max()))
 """
-
-
-def export(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "recipe", "export", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
 
 
 def write_images(root: Path, image_size: int, size: tuple[int, int]) -> None:
@@ -101,7 +95,7 @@ def test_plain_timm_gets_the_runs_own_accuracy(run: Path, tmp_path: Path, case: 
         train_ok("--deepspeed_config", DIGITS, "--output", str(run), *SHORT, *settings, *data)
     if case == "folder":
         (run / "summary.json").unlink()  # as of a run that was stopped: the data names the classes
-    done = export(str(run), "--output", str(tmp_path / "export"), "--format", "onnx")
+    done = recipe("export", str(run), "--output", str(tmp_path / "export"), "--format", "onnx")
     assert done.returncode == 0, done.stderr
     best = max(events(run, "validation"), key=lambda line: line["top1"])
     assert f"top-1 {best['top1']:.2f} %, top-5 {best['top5']:.2f} % on 355 validation images" in done.stdout
@@ -146,7 +140,7 @@ def test_the_share_of_timm_gives_the_short_side_of_the_validation() -> None:
 
 def test_all_files_have_the_modes_of_the_umask(run: Path, tmp_path: Path) -> None:
     (plain := tmp_path / "plain").write_text("")
-    assert export(str(run), "--output", str(tmp_path / "export")).returncode == 0
+    assert recipe("export", str(run), "--output", str(tmp_path / "export")).returncode == 0
     written = [file for folder in (run, tmp_path / "export") for file in folder.rglob("*") if file.is_file()]
     assert len(written) > 10
     assert {file.name: file.stat().st_mode for file in written if file.stat().st_mode != plain.stat().st_mode} == {}
@@ -167,7 +161,7 @@ def test_the_card_of_a_run_that_was_stopped_says_how_far_it_was_trained(run: Pat
 
 
 def test_the_card(run: Path, tmp_path: Path) -> None:
-    assert export(str(run)).returncode == 0
+    assert recipe("export", str(run)).returncode == 0
     card = (run / "export/README.md").read_text()
     best = max(events(run, "validation"), key=lambda line: line["top1"])
     assert f"- **Measured:** top-1 {best['top1']:.2f} %" in card
@@ -188,7 +182,7 @@ def test_a_damaged_best_gives_way_to_the_next(run: Path, tmp_path: Path) -> None
     (copy / "summary.json").unlink()
     first, second = sorted(find(copy / "checkpoints"), key=lambda c: c.top1 or 0, reverse=True)[:2]
     os.truncate(first.path / "mp_rank_00_model_states.pt", 10)
-    done = export(str(copy))
+    done = recipe("export", str(copy))
     assert done.returncode == 0
     assert f"recipe: checkpoint {first.path} is left aside" in done.stderr
     assert f"top-1 {second.top1:.2f} %" in done.stdout
@@ -250,7 +244,7 @@ def test_what_cannot_be_exported_is_refused_on_one_line(run: Path, tmp_path: Pat
         ([str(foreign)], "mp_rank_00_model_states.pt is not what DeepSpeed saves: "),
         ([str(study)], f"did you mean {study}/case/seed-0?"),
     ):
-        done = export(*arguments)
+        done = recipe("export", *arguments)
         assert done.returncode == 2
         assert message in done.stderr
         assert len(done.stderr.splitlines()) == 1

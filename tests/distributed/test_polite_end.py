@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.kill_resume import Kill, Setting, difference, launch
 from recipe.checkpoints.locking import is_locked
-from recipe.checkpoints.manifest import find
+from recipe.checkpoints.manifest import damage, find
 from tests.launch import DIGITS, ROOT, SHORT, command, environment, events, train_ok
 
 pytestmark = pytest.mark.slow
@@ -69,8 +69,8 @@ def test_one_ctrl_c_in_a_long_step_saves_it_whoever_goes_before_it_is_done(tmp_p
     than the time in which two signals are one.
     """
     output = tmp_path / "run"
-    small = ("--deepspeed_config", DIGITS, "--output", str(output), *SHORT, "--set=recipe.data.image_size=112")
-    words = shlex.join(["-q", *command(*small, "--set=recipe.max_micro_batch_size=4", launcher=True)[1:]])
+    long = ("--deepspeed_config", DIGITS, "--output", str(output), *SHORT, "--set=recipe.data.image_size=112")
+    words = shlex.join(["-q", *command(*long, "--set=recipe.max_micro_batch_size=4", launcher=True)[1:]])
     launch = f"cd {ROOT} && {command(launcher=True)[0]} {words} {reader.replace('printed', str(tmp_path / 'printed'))}"
     with subprocess.Popen(["bash", "-c", launch], env=environment(), start_new_session=True) as group:
         wait_until(lambda: (output / "metrics.jsonl").exists() and len(events(output, "step")) == 1)
@@ -79,9 +79,7 @@ def test_one_ctrl_c_in_a_long_step_saves_it_whoever_goes_before_it_is_done(tmp_p
     wait_until(lambda: not is_locked(output))
     done = len(events(output, "step"))
     assert f"ended by SIGINT, saved after {done} of 6 steps" in (output / "train.log").read_text().splitlines()[-1]
-    assert [checkpoint.step for checkpoint in find(output / "checkpoints")] == [done]
-    assert f"step-{done:08}, {done} steps done" in train_ok(*small).stdout
-    assert [event["step"] for event in events(output, "step")] == list(range(6))
+    assert [(checkpoint.step, damage(checkpoint)) for checkpoint in find(output / "checkpoints")] == [(done, None)]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
