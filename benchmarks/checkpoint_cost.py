@@ -127,7 +127,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             raise RuntimeError(f"{newest.path} is damaged")
         timed("load", checkpoint.load_newest, engine, [newest])
         manifest.prune(folder, keep_last=1, keep_best=False)
-    size = sum(size for size, _ in newest.files.values())
+    size = sum(file.size for file in newest.files.values())
     dist.destroy_process_group()
     return {
         "checkpoint_bytes": size,

@@ -4,8 +4,7 @@ import errno
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,9 @@ def set_aside(checkpoints: Sequence[Checkpoint]) -> None:
 
 
 def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
-    with _weights_only(), torch.serialization.safe_globals(ZERO_CLASSES):
+    # DeepSpeed reads with weights_only=False, which would run code from a file; torch lets the environment insist.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    with torch.serialization.safe_globals(ZERO_CLASSES):
         try:
             path, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         except pickle.UnpicklingError:
@@ -132,18 +133,3 @@ def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError("DeepSpeed finds none in it")
     engine.lr_scheduler.step(engine.global_steps)
     return client_state
-
-
-@contextmanager
-def _weights_only() -> Iterator[None]:
-    """DeepSpeed reads with weights_only=False, which would run code from a file; torch lets the environment insist."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -79,12 +79,13 @@ def load_run(engine: DeepSpeedEngine, plan: Plan, start: Start) -> tuple[History
         checkpoint.set_aside(start.checkpoints)
         return None, [*messages, "no whole checkpoint is left: training begins anew"]
     restore_running_averages(engine.module, state["running_averages"])
+    decoded_by_pil = state["decoded_by_pil"] if dist.get_rank() == 0 else 0
     history = History(
         state["validations"],
         set(state["bad_images"]),
         state["seconds"],
-        NoiseScale(**state.get("noise_scale", {})),  # checkpoints of earlier versions do not know it
-        state.get("decoded_by_pil", 0) if dist.get_rank() == 0 else 0,
+        NoiseScale(**state["noise_scale"]),
+        decoded_by_pil,
     )
     messages += statistics_change(plan, start)
     return history, [*messages, f"resumed from {loaded.path}, {engine.global_steps:,} steps done"]

@@ -19,26 +19,42 @@ def lock(output: Path, argument: str = "--output") -> IO[str]:
     """
     make_folder(output, argument)
     path = output / LOCK
+    while True:
+        try:
+            file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            in_the_way = path if os.path.lexists(path) else output
+            raise ValueError(
+                f"{argument} {output}: {in_the_way}: {error.strerror}; name a folder that can be written"
+            ) from None
+        is_ours = _acquire(file)
+        with suppress(FileNotFoundError):  # a run that was refused has removed it in between
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                if is_ours:
+                    return file
+                file.close()
+                raise ValueError(f"another run is writing to {output}; wait for it, end it, or name another {argument}")
+        file.close()
+
+
+def is_locked(output: Path) -> bool:
+    """Whether another process writes to ``output``."""
     try:
-        file = path.open("a", encoding="utf-8")
-    except OSError as error:
-        in_the_way = path if os.path.lexists(path) else output
-        raise ValueError(
-            f"{argument} {output}: {in_the_way}: {error.strerror}; name a folder that can be written"
-        ) from None
+        with (output / LOCK).open("r+", encoding="utf-8") as file:
+            return not _acquire(file)
+    except OSError:
+        return False
+
+
+def _acquire(file: IO[str]) -> bool:
+    """Take the lock, unless another process has it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
-        raise ValueError(
-            f"another run is writing to {output}; wait for it, end it, or name another {argument}"
-        ) from None
+        return False
     except OSError:
         pass  # a file system without locks
-    if not _is_still(path, file):  # a run that was refused has removed it in between
-        file.close()
-        return lock(output, argument)
-    return file
+    return True
 
 
 def make_folder(folder: Path, argument: str = "--output") -> list[Path]:
@@ -63,18 +79,6 @@ def make_folder(folder: Path, argument: str = "--output") -> list[Path]:
     return missing
 
 
-def is_locked(output: Path) -> bool:
-    """Whether another process writes to ``output``."""
-    try:
-        with (output / LOCK).open("a", encoding="utf-8") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass  # there is no such folder, or a file system without locks
-    return False
-
-
 def claim(output: Path) -> ExitStack:
     """Make the folder ``output`` and lock it; what is returned takes both back, as far as they are new and empty.
 
@@ -95,10 +99,3 @@ def _remove_empty(folders: Sequence[Path]) -> None:
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()
-
-
-def _is_still(path: Path, file: IO[str]) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except OSError:
-        return False

@@ -11,29 +11,35 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 CHECKPOINTS, PLAN, MANIFEST = "checkpoints", "plan.json", "manifest.json"
 REPLACED = ".replaced"  # behind the name of a checkpoint that gives way to another of the same step
 ASIDE = ".aside"  # behind the name of one that turned out to be damaged
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class File(BaseModel, frozen=True, strict=True):
+    """A file of a checkpoint as it was written."""
+
+    size: int = Field(alias="bytes")
+    sha256: str
+
+
+class Checkpoint(BaseModel, frozen=True, strict=True, allow_inf_nan=False):
     """A checkpoint that was written to its end: ``step`` updates done, ``top1`` in per cent if it was validated.
 
-    ``training_sha256`` tells trainings apart (see ``resume``); ``world_size`` ranks wrote it; ``files`` has each file's
-    size in bytes and SHA-256.
+    ``training_sha256`` tells trainings apart (see ``resume``); ``world_size`` ranks wrote it.
     """
 
-    path: Path
+    path: Path = Path()
     step: int
-    top1: float | None
+    top1: float | None = Field(ge=0, le=100)
     training_sha256: str
     world_size: int
-    files: dict[str, tuple[int, str]]
+    files: dict[str, File] = Field(min_length=1)
 
 
 def complete(written: Path, head: dict[str, Any]) -> None:
@@ -90,14 +96,14 @@ def set_aside(checkpoint: Checkpoint) -> None:
 
 def damage(checkpoint: Checkpoint) -> str | None:
     """What is wrong with the files of ``checkpoint``, or None if each is as it was written."""
-    for name, (size, sha256) in checkpoint.files.items():
+    for name, written in checkpoint.files.items():
         file = checkpoint.path / name
         try:
             if not file.is_file():
                 return f"{file} is missing"
-            if file.stat().st_size != size:
-                return f"{file} has {file.stat().st_size} bytes, its manifest says {size}"
-            if _sha256(file) != sha256:
+            if file.stat().st_size != written.size:
+                return f"{file} has {file.stat().st_size} bytes, its manifest says {written.size}"
+            if _sha256(file) != written.sha256:
                 return f"{file} is not what was written: its SHA-256 differs from the manifest's"
         except OSError as error:
             return f"{file}: {error.strerror}"
@@ -141,19 +147,11 @@ def best_first(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
 def _read(path: Path) -> Checkpoint | None:
     """The checkpoint of a manifest; None if that is torn, of other types, or under a name that is not its own."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        step, top1, world_size = manifest["step"], manifest["top1"], manifest["world_size"]
-        training_sha256 = str(manifest["training_sha256"])
-        sums = {name: (file["bytes"], str(file["sha256"])) for name, file in manifest["files"].items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        found = Checkpoint.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
         return None
-    whole_numbers = [step, world_size, *(size for size, _ in sums.values())]
-    is_accuracy = top1 is None or (isinstance(top1, int | float) and 0 <= top1 <= 100)
-    if not sums or not is_accuracy or any(type(number) is not int for number in whole_numbers):
-        return None
-    if path.parent.name.removesuffix(REPLACED) != f"step-{step:08}":
-        return None
-    return Checkpoint(path.parent, step, top1, training_sha256, world_size, sums)
+    is_its_own = path.parent.name.removesuffix(REPLACED) == f"step-{found.step:08}"
+    return found.model_copy(update={"path": path.parent}) if is_its_own else None
 
 
 def _sha256(file: Path) -> str:

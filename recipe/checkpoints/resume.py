@@ -37,8 +37,6 @@ FREE_TO_CHANGE = (
     "recipe.noise_scale",
     "recipe.distributed",
 )
-# Keys that plans of earlier versions do not have, and the values that say the same as their absence.
-ADDED = {"recipe.data.pack_short_side": 0, "recipe.schedule.decay": "step", "recipe.loss.label_smoothing": 0}
 # Steps are counted in these: with another value the same number of steps is another place in the data.
 NEVER_TO_CHANGE = ("train_batch_size", "recipe.data.train_images")
 
@@ -71,7 +69,7 @@ def is_complete(plan: Plan, start: Start) -> bool:
 
 def unused_data(plan: Plan, start: Start) -> str:
     """What to say of a folder of images that a complete run was not trained on, as a part of a sentence."""
-    before, now = dict(leaves(start.earlier_plan or {})).get("recipe.data.path"), plan.config.recipe.data.path
+    before, now = leaves(start.earlier_plan or {}).get("recipe.data.path"), plan.config.recipe.data.path
     if before is None or now is None or os.path.realpath(before) == os.path.realpath(now):
         return ""
     return f" (on {before}; {now} was not looked at)"
@@ -151,7 +149,7 @@ def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def stated(plan: dict[str, Any]) -> dict[str, Any]:
     """The dotted keys of a plan with their values, without what is disabled or as without the key."""
     on = {key: value for key, value in plan.items() if not (isinstance(value, dict) and value.get("enabled") is False)}
-    return {key: value for key, value in leaves(on) if key not in ADDED or value != ADDED[key]}
+    return leaves(on)
 
 
 def is_same_training(key: str, before: Any, now: Any) -> bool:
@@ -165,20 +163,17 @@ def _is_free_to_change(key: str) -> bool:
     return f"{key}.".startswith(tuple(f"{free}." for free in FREE_TO_CHANGE))
 
 
-def leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """The dotted keys of a plan with their values."""
-    found: list[tuple[str, Any]] = []
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a plan by dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
-            found += leaves(value, f"{prefix}{key}.")
-        else:
-            found.append((prefix + key, value))
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
 
 
 def batchnorm_images(plan: dict[str, Any]) -> int | None:
     """The images per batch norm statistic; None if the plan does not say, or the model has no batch norm."""
-    keys = dict(leaves(plan))
+    keys = leaves(plan)
     if lacks_batchnorm(str(keys.get("recipe.model.name"))):
         return None
     statistics, accumulation = keys.get("recipe.batchnorm.statistics"), keys.get("gradient_accumulation_steps")

@@ -91,9 +91,7 @@ def environment_differences(a: RunFiles, b: RunFiles) -> list[Difference]:
     """Hardware and versions, as far as both runs are complete and say them."""
     if a.summary is None or b.summary is None:
         return []
-    found = [
-        dict(leaves({key: summary[key] for key in ENVIRONMENT if key in summary})) for summary in (a.summary, b.summary)
-    ]
+    found = [leaves({key: summary[key] for key in ENVIRONMENT if key in summary}) for summary in (a.summary, b.summary)]
     return [difference for difference in _differing(*found) if MISSING not in difference]
 
 

@@ -1,4 +1,4 @@
-"""What a run tells: a bar or lines for people, ``metrics.jsonl`` and a log for programs, DeepSpeed's monitors."""
+"""What a run reports: a bar or lines and a log for people, ``metrics.jsonl`` for programs, DeepSpeed's monitors."""
 
 import contextlib
 import json
@@ -16,12 +16,11 @@ from torch import Tensor
 from recipe.config import printable
 from recipe.engine import Step, Validation
 from recipe.plan import NoiseScale, Plan, estimate
-from recipe.reporting.files import LOG, OutputError, cannot_write
+from recipe.reporting.files import LOG, OutputError, writing
 from recipe.reporting.metrics import METRICS, has_diverged, parse_event
 from recipe.reporting.terminal import Progress
 
 LINE_EVERY_SECONDS = 30.0
-
 
 Monitor = Callable[[list[tuple[str, float, int]]], None]
 
@@ -56,7 +55,7 @@ class Telemetry:
             self.writer = Writer(output, first_step, validated_steps, plan.total_steps)
 
     def start_clock(self) -> None:
-        """Training goes on from here; what passed since the last report (validation, a save) is not training time."""
+        """Training continues from here; what passed since the last report (validation, a save) is not training time."""
         self._clock = time.perf_counter()
 
     def step(self, step: Step) -> None:
@@ -87,15 +86,16 @@ class Telemetry:
         speed = len(self._pending) * self.plan.global_batch / seconds
         data_wait = sum(step.data_wait_seconds for step in self._pending) / seconds
         rates = {"images_per_second": round(speed, 1), "data_wait": round(data_wait, 4)}
+        reported = list(zip(self._pending, means, scales, skips, strict=True))
         if self.writer is not None:
-            for step, loss, scale, skipped in zip(self._pending, means, scales, skips, strict=True):
+            for step, loss, scale, skipped in reported:
                 self._write_step(self.writer, step, loss, scale, skipped, rates)
                 if step.step in noise_scales:
                     self._write_noise_scale(self.writer, step.step, noise_scales[step.step])
             last = self._pending[-1]
             self._monitor("Train", last.step, rates)
             self._figures = [f"loss {means[-1]:.3f}", f"{speed:,.0f} images/s", f"rate {last.lr:.4g}"]
-        for step, loss, scale, skipped in zip(self._pending, means, scales, skips, strict=True):
+        for step, loss, scale, skipped in reported:
             if has_diverged(_finite(loss), skipped, scale):
                 raise FloatingPointError(
                     f"the loss of step {step.step} is {loss}: training has diverged at rate {step.lr:g}"
@@ -104,20 +104,12 @@ class Telemetry:
 
     def validation(self, result: Validation, step: int) -> dict[str, Any]:
         """Write down a validation that followed update ``step``; return its line of ``metrics.jsonl``."""
-        epoch = step // self.plan.steps_per_epoch
-        event = {
-            "event": "validation",
-            "step": step,
-            "epoch": epoch,
-            "top1": result.top1,
-            "top5": result.top5,
-            "loss": _finite(result.loss),
-            "count": result.count,
-        }
+        figures = {"top1": result.top1, "top5": result.top5, "loss": _finite(result.loss), "count": result.count}
+        event = self._event("validation", step) | figures
         if self.writer is not None:
             self.writer.event(event)
             self.writer.say(
-                f"epoch {epoch + 1}/{self.plan.epochs}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
+                f"epoch {event['epoch'] + 1}/{self.plan.epochs}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
                 f"loss {result.loss:.4f} on {result.count:,} validation images"
             )
             self._monitor("Validation", step, {"top1": result.top1, "top5": result.top5, "loss": result.loss})
@@ -130,7 +122,7 @@ class Telemetry:
         return self.steps_trained * self.plan.global_batch / self.training_seconds
 
     def say(self, message: str) -> None:
-        """Tell people and the log, on rank 0, without garbling the bar."""
+        """Print a message above the bar and log it, on rank 0."""
         if self.writer is not None:
             self.writer.say(message)
 
@@ -162,11 +154,15 @@ class Telemetry:
                 values[step] = self.noise_scale.values()
         return values
 
+    def _event(self, name: str, step: int) -> dict[str, Any]:
+        """The beginning of each line of ``metrics.jsonl``."""
+        return {"event": name, "step": step, "epoch": step // self.plan.steps_per_epoch}
+
     def _write_noise_scale(self, writer: "Writer", step: int, values: dict[str, float | None]) -> None:
-        epoch, scale = step // self.plan.steps_per_epoch, values["noise_scale"]
-        writer.event({"event": "noise_scale", "step": step, "epoch": epoch} | values)
+        event, scale = self._event("noise_scale", step), values["noise_scale"]
+        writer.event(event | values)
         shown = "hidden by noise" if scale is None else f"{scale:,.0f} images"
-        writer.log(f"epoch {epoch + 1}/{self.plan.epochs}, step {step}: gradient noise scale {shown}")
+        writer.log(f"epoch {event['epoch'] + 1}/{self.plan.epochs}, step {step}: gradient noise scale {shown}")
         self._monitor("Train", step, {name: value for name, value in values.items() if value is not None})
 
     def _monitor(self, part: str, step: int, values: dict[str, float]) -> None:
@@ -176,19 +172,12 @@ class Telemetry:
     def _write_step(
         self, writer: "Writer", step: Step, loss: float, loss_scale: float, skipped: bool, rates: dict[str, float]
     ) -> None:
-        epoch = step.step // self.plan.steps_per_epoch
-        event = {
-            "event": "step",
-            "step": step.step,
-            "epoch": epoch,
-            "samples": (step.step + 1) * self.plan.global_batch,
-            "lr": step.lr,
-            "loss": _finite(loss),
-        }
+        event = self._event("step", step.step)
+        event |= {"samples": (step.step + 1) * self.plan.global_batch, "lr": step.lr, "loss": _finite(loss)}
         writer.event(event | rates | {"loss_scale": loss_scale, "skipped": skipped})
         overflow = f", update skipped: overflow at loss scale {loss_scale:g}" if skipped else ""
         writer.log(
-            f"epoch {epoch + 1}/{self.plan.epochs}, step {step.step}: loss {loss:.4f}, rate {step.lr:.5g}, "
+            f"epoch {event['epoch'] + 1}/{self.plan.epochs}, step {step.step}: loss {loss:.4f}, rate {step.lr:.5g}, "
             f"{rates['images_per_second']:,.0f} images/s, {rates['data_wait']:.0%} waiting for data{overflow}"
         )
         scale = {"loss_scale": loss_scale} if self.plan.precision == "fp16" else {}
@@ -199,12 +188,11 @@ class Writer:
     """Rank 0's files and its terminal."""
 
     def __init__(self, output: Path, first_step: int, validated_steps: int, total_steps: int) -> None:
-        try:
+        with writing(output / METRICS):
             lost = drop_later_events(output / METRICS, first_step, validated_steps)
             self.metrics = (output / METRICS).open("a", encoding="utf-8")
+        with writing(output / LOG):
             self.log_file = (output / LOG).open("a", encoding="utf-8")
-        except OSError as error:
-            raise cannot_write(error.filename or output, error) from error
         self.progress = Progress(total_steps, "steps", first_step, LINE_EVERY_SECONDS)
         if lost:
             self.say(
@@ -222,21 +210,17 @@ class Writer:
 
     def sync(self) -> None:
         """Have ``metrics.jsonl`` on the disk: a checkpoint must not be there without the lines that precede it."""
-        try:
+        with writing(self.metrics.name):
             os.fsync(self.metrics.fileno())
             is_removed = os.fstat(self.metrics.fileno()).st_nlink == 0
-        except OSError as error:
-            raise cannot_write(self.metrics.name, error) from error
         if is_removed:
             raise OutputError(f"{self.metrics.name}: it was removed while the run was writing to it")
 
     @staticmethod
     def _write(file: TextIO, line: str) -> None:
-        try:
+        with writing(file.name):
             file.write(line + "\n")
             file.flush()
-        except OSError as error:
-            raise cannot_write(file.name, error) from error
 
     def say(self, message: str) -> None:
         """Print a line above the bar, and log it."""
@@ -247,7 +231,7 @@ class Writer:
     def close(self) -> None:
         """Leave the bar as it stands and close the files."""
         self.progress.close()
-        with contextlib.suppress(OSError):  # a line that could not be written has been told of
+        with contextlib.suppress(OSError):  # that a line could not be written has been reported
             self.metrics.close()
             self.log_file.close()
 

@@ -1,21 +1,30 @@
 """Signals and clocks, on real ranks: what one of them gets, all know after the step; a second signal ends at once."""
 
+import ctypes
 import os
 import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from recipe.distributed import agreement
 from recipe.distributed.agreement import SAME_REQUEST_SECONDS, Requests
-from recipe.distributed.signals import Interrupted
-from tests.ranks import run_ranks
+from recipe.distributed.launcher import open_process
+from recipe.distributed.signals import Interrupted, listen, outlive_readers
+from recipe.engine.start import join_process_group
+from tests.launch import ROOT, environment
+from tests.ranks import fork, run_ranks
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT = timedelta(seconds=60)
 
 
@@ -75,154 +84,129 @@ def test_a_signal_ends_a_validation_between_the_same_batches_on_all_ranks() -> N
     assert run_ranks(2, _watched) == [[0, 1, 143]] * 2
 
 
-PROGRAM = """
-from recipe.distributed.signals import listen, outlive_readers
-listen()
-outlive_readers()
-import ctypes, os, sys, threading
-import torch
-from datetime import timedelta
-from recipe.distributed import agreement
-from recipe.distributed.agreement import Requests
-from recipe.engine.start import join_process_group
-agreement.LAUNCHER_LIVES_SECONDS = 1.0
-launchers = {os.getppid(): os.pidfd_open(os.getppid())} if "launched" in sys.argv else {}
-threading.Thread(target=lambda: [os.kill(os.getpid(), 15) for _ in sys.stdin], daemon=True).start()
-join_process_group(torch.device("cpu"), timedelta(seconds=60))
-with Requests(None, timedelta(seconds=60), launchers) as requests:
-    print("ready", flush=True)
-    # As in a collective whose other ranks are gone: this thread comes back from C for no signal.
-    c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
-    c.pthread_mutex_lock(mutex)
-    c.pthread_mutex_lock(mutex)
-"""
+def _wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
-def test_a_second_signal_ends_the_process_at_once_wherever_it_is() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert any(line == "ready\n" for line in process.stdout)
-        for _ in range(2):  # Ctrl-C comes twice: from the terminal and from the launcher
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.2)
-        ended_early = process.poll() is not None
-        time.sleep(SAME_REQUEST_SECONDS)
-        process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=60)
-    assert not ended_early
-    assert process.returncode == 143
-    assert "SIGINT: finishing this step, then saving; a second signal ends the run at once" in stderr
-    assert "rank 0: a second signal, SIGTERM: ended at once" in stderr
+def _held(folder: Path, launcher: int | None) -> None:
+    """A rank in a step that does not end; by ``folder``/again it signals itself, as the watch does."""
+    listen()
+    outlive_readers()
+    agreement.LAUNCHER_LIVES_SECONDS = 1.0
+    process = None if launcher is None else open_process(launcher)
+    join_process_group(torch.device("cpu"), TIMEOUT)
+
+    def signal_itself() -> None:
+        _wait_for(folder / "again")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=signal_itself, daemon=True).start()
+    with Requests(None, TIMEOUT, {} if launcher is None or process is None else {launcher: process}):
+        (folder / "ready").touch()
+        # As in a collective whose other ranks are gone: this thread comes back from C for no signal.
+        c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+        c.pthread_mutex_lock(mutex)
+        c.pthread_mutex_lock(mutex)
 
 
-@pytest.mark.parametrize(("again", "exit_code"), [("INT", 130), ("TERM", 143)])
-def test_what_the_launcher_passes_on_and_the_watch_says_is_no_second_signal(again: str, exit_code: int) -> None:
-    words = [sys.executable, "-c", PROGRAM, "launched"]
-    with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert any(line == "ready\n" for line in process.stdout)
-        process.send_signal(signal.SIGINT)
+def start(folder: Path, function: Callable[..., Any], *arguments: Any) -> tuple[BaseProcess, int]:
+    """A rank that is ready for signals, and its process id."""
+    process = fork(folder / "rank", environment(), function, folder, *arguments)
+    _wait_for(folder / "ready")
+    assert process.pid is not None
+    return process, process.pid
+
+
+def exit_code(process: BaseProcess) -> int | None:
+    process.join(60)
+    return process.exitcode
+
+
+def test_a_second_signal_ends_the_process_at_once_wherever_it_is(tmp_path: Path) -> None:
+    process, pid = start(tmp_path, _held, None)
+    for _ in range(2):  # Ctrl-C comes twice: from the terminal and from the launcher
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.2)
+    assert process.is_alive()
+    time.sleep(SAME_REQUEST_SECONDS)
+    os.kill(pid, signal.SIGTERM)
+    assert exit_code(process) == 143
+    said = (tmp_path / "rank.stderr").read_text()
+    assert "SIGINT: finishing this step, then saving; a second signal ends the run at once" in said
+    assert "rank 0: a second signal, SIGTERM: ended at once" in said
+
+
+@pytest.mark.parametrize(("again", "code"), [("INT", 130), ("TERM", 143)])
+def test_what_the_launcher_passes_on_and_the_watch_sends_is_no_second_signal(
+    tmp_path: Path, again: str, code: int
+) -> None:
+    process, pid = start(tmp_path, _held, os.getpid())  # this test is the launcher
+    os.kill(pid, signal.SIGINT)
+    time.sleep(SAME_REQUEST_SECONDS + 0.5)
+    os.kill(pid, signal.SIGTERM)
+    (tmp_path / "again").touch()
+    time.sleep(1)
+    assert process.is_alive()
+    subprocess.run(["bash", "-c", f"kill -{again} {pid}; true"], check=True)
+    assert exit_code(process) == code
+
+
+def test_a_hangup_and_a_request_to_end_are_one_request(tmp_path: Path) -> None:
+    process, pid = start(tmp_path, _held, None)
+    for signum in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+        os.kill(pid, signum)
         time.sleep(SAME_REQUEST_SECONDS + 0.5)
-        process.send_signal(signal.SIGTERM)  # this test is the launcher
-        process.stdin.write("the program sends one to itself\n")
-        process.stdin.flush()
-        time.sleep(1)
-        assert process.poll() is None
-        subprocess.run(["bash", "-c", f"kill -{again} {process.pid}; true"], check=True)
-        assert process.wait(timeout=60) == exit_code
+    assert process.is_alive()
+    os.kill(pid, signal.SIGTERM)
+    assert exit_code(process) == 143
 
 
-LAUNCHER = """
-import subprocess, sys, time
-rank = subprocess.Popen([sys.executable, "-c", sys.argv[1], "launched"], stdout=subprocess.PIPE, text=True)
-while rank.stdout.readline() != "ready\\n":
-    pass
-print(rank.pid, flush=True)
-rank.terminate()
-time.sleep(20)
-rank.kill()
-"""
+LAUNCHER = "import os, time; os.kill(int(input()), 15); time.sleep(60)"
 
 
-def test_a_step_that_takes_longer_than_the_launcher_waits_outlives_it() -> None:
-    """DeepSpeed's launcher kills after 30 s what has not ended by its SIGTERM; here both are faster."""
-    words = [sys.executable, "-c", LAUNCHER, PROGRAM, "deepspeed.launcher.launch"]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as launcher:
-        assert launcher.stdout is not None
-        rank = int(launcher.stdout.readline())
-        try:
-            assert launcher.wait(timeout=60) == -signal.SIGKILL
-            os.kill(rank, 0)  # it is there
-        finally:
-            os.kill(rank, signal.SIGKILL)
+def test_a_step_that_takes_longer_than_the_launcher_waits_outlives_it(tmp_path: Path) -> None:
+    """DeepSpeed's launcher kills after 30 s what has not ended by its SIGTERM; here the rank is faster."""
+    words = [sys.executable, "-c", LAUNCHER, "deepspeed.launcher.launch"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, text=True) as launcher:
+        process, pid = start(tmp_path, _held, launcher.pid)
+        launcher.communicate(f"{pid}\n", timeout=60)
+    assert launcher.returncode == -signal.SIGKILL
+    assert process.is_alive()
+    process.kill()
+    process.join()
 
 
-@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_the_end_by_a_signal_is_no_failure(signum: signal.Signals, exit_code: int) -> None:
-    assert Interrupted(signum).exit_code == exit_code
-    assert not isinstance(Interrupted(signum), Exception)
+def test_the_end_by_a_signal_is_no_failure() -> None:
+    assert [Interrupted(signum).exit_code for signum in (2, 15, 1)] == [130, 143, 129]
+    assert not isinstance(Interrupted(2), Exception)
 
 
-AT_A_TERMINAL = """
-from recipe.distributed.signals import listen, outlive_readers
-listen()
-outlive_readers()
-import os, sys, time
-import torch
-from datetime import timedelta
-from pathlib import Path
-from recipe.distributed.agreement import Requests
-from recipe.engine.start import join_process_group
-join_process_group(torch.device("cpu"), timedelta(seconds=60))
-with Requests(None, timedelta(seconds=60)) as requests:
-    print("ready", flush=True)
-    for _ in range(100):
-        signum, _ = requests.agree()
-        if signum:
-            break
-        time.sleep(0.1)
-    print("what a step prints, and a bar", flush=True)
-    print("what the watch says", file=sys.stderr, flush=True)
-    Path(sys.argv[1]).write_text(str(signum))
-"""
-
-
-def ended_with_the_terminal(answer: Path) -> str:
-    """What the program answers when its terminal goes away."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(ROOT)
-        os.execv(sys.executable, [sys.executable, "-c", AT_A_TERMINAL, str(answer)])
-    with os.fdopen(terminal, "rb", buffering=0) as screen:
-        shown = b""
-        # To the end of the line: the kernel may pass on "ready" first, and a terminal that goes away within a write
-        # makes that write fail.
-        while b"ready\r\n" not in shown:
-            shown += screen.read(1000)
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0, shown.decode()
-    return answer.read_text()
+def _at_a_terminal(folder: Path, terminal: str) -> None:
+    os.login_tty(os.open(terminal, os.O_RDWR))
+    listen()
+    outlive_readers()
+    join_process_group(torch.device("cpu"), TIMEOUT)
+    with Requests(None, TIMEOUT) as requests:
+        (folder / "ready").touch()
+        signum = 0
+        while not signum:
+            signum, _ = requests.agree()
+            time.sleep(0.1)
+        print("what a step prints, and a bar", flush=True)
+        print("what the watch reports", file=sys.stderr, flush=True)
+        (folder / "answer").write_text(str(signum))
 
 
 def test_a_hangup_asks_for_the_end_and_takes_the_screen_along(tmp_path: Path) -> None:
-    assert ended_with_the_terminal(tmp_path / "answer") == str(int(signal.SIGHUP))
-
-
-def test_who_is_told_of_a_hangup_and_then_to_end_has_been_told_once() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert any(line == "ready\n" for line in process.stdout)
-        for signum in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
-            process.send_signal(signum)
-            time.sleep(SAME_REQUEST_SECONDS + 0.5)
-        assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 143
+    screen, side = pty.openpty()
+    process, _ = start(tmp_path, _at_a_terminal, os.ttyname(side))
+    os.close(side)
+    os.close(screen)
+    assert exit_code(process) == 0
+    assert (tmp_path / "answer").read_text() == str(int(signal.SIGHUP))
 
 
 NOHUP = """

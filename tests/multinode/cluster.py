@@ -36,11 +36,12 @@ class Cluster(Hosts):
         hosts: Sequence[str] = (),
         slots: int = 1,
         options: Sequence[str] = (),
+        script: str = "recipe/train.py",
         ssh: str = KEEPALIVE,
     ) -> Iterator[subprocess.Popen[str]]:
         """A run that has been started on some of the hosts, or on all; ended, if need be, when ``with`` ends."""
         hostfile = self.hostfile(self.home / "hostfile", hosts, slots)
-        command = [DEEPSPEED, "--hostfile", str(hostfile), *options, "recipe/train.py", *arguments]
+        command = [DEEPSPEED, "--hostfile", str(hostfile), *options, script, *arguments]
         with self.started(command, on=(hosts or self.names)[0], PDSH_SSH_ARGS_APPEND=ssh) as process:
             yield process
 
