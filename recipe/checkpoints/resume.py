@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "comms_logger",
     "recipe.compile",
     "recipe.cudnn_benchmark",
+    "recipe.model.gradient_checkpointing",
     "recipe.max_micro_batch_size",
     "recipe.data.path",
     "recipe.data.workers",

@@ -73,6 +73,11 @@ class Model(Section):
     freeze: Literal["none", "backbone"] = "none"
     """ "backbone" trains the head alone, with batch norm in evaluation mode; "none" trains all weights"""
 
+    gradient_checkpointing: bool = False
+    """true or false: whether the backward pass computes most activations again in place of keeping them, which takes
+    less memory and more time; the training is the same to the bit. For models that timm can checkpoint, such as its
+    ResNets; not with recipe.compile, which decides by itself what to compute again"""
+
     @property
     def architecture(self) -> str:
         """timm's name without a tag."""
@@ -388,6 +393,9 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "recipe.precision", "a ZeRO stage is enabled, too", "remove it, or that"
     if config.recipe.compile and zero.stage == 3:
         yield "recipe.compile", "ZeRO stage 3 gathers weights layer by layer, between kernels", "write false"
+    if config.recipe.model.gradient_checkpointing and config.recipe.compile:
+        problem = "recipe.compile decides by itself what to compute again"
+        yield "recipe.model.gradient_checkpointing", problem, "write false for one of them"
     if config.recipe.noise_scale.enabled and zero.stage:
         yield (
             "recipe.noise_scale.enabled",

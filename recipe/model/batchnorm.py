@@ -88,7 +88,7 @@ class BatchNorm(nn.BatchNorm2d):
             return self._normalise_groups(x, weight, bias, self.statistics)
         tracked = not self.training or self.track_running_stats
         mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
-        share = self.count_step() if self.training and tracked else 0.0
+        share = self.count_step() if self.training and tracked and not is_repeated() else 0.0
 
         ranks = self._ranks() if self.training else 1
         if ranks == 1:
@@ -112,7 +112,7 @@ class BatchNorm(nn.BatchNorm2d):
                 raise ValueError(f"batch norm over {n} samples cannot be had from {ranks} × {len(x)} of them")
             groups, mean, var = 1, torch.zeros_like(weight), torch.ones_like(weight)
             y = _over_ranks(x, weight, bias, mean, var, 1.0, self.eps, self.process_group)
-        if self.track_running_stats:
+        if self.track_running_stats and not is_repeated():
             own = torch.cat([mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0), mean.new_ones(1)])
             # One tensor: torch.compile would make a graph for every length that a list has.
             self.collected = own if self.collected is None else self.collected + own
@@ -175,6 +175,14 @@ def join_neighbours(model: nn.Module, micro_batch: int, timeout: timedelta | Non
                 for module in joined:
                     if module.statistics == n:
                         module.process_group = group
+
+
+def is_repeated() -> bool:
+    """Whether this forward pass is a part of a backward pass: gradient checkpointing repeats what was tracked before.
+
+    There is no public way to ask; torch.utils.checkpoint itself asks so.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _check_statistics(statistics: Statistics) -> None:

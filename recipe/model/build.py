@@ -24,6 +24,7 @@ def build_model(
     zero_init_last: bool = True,
     weights: str | None = None,
     freeze: Literal["none", "backbone"] = "none",
+    gradient_checkpointing: bool = False,
 ) -> nn.Module:
     """Build timm's architecture ``name`` on the CPU, weights drawn from ``seed`` or given, batch norms converted.
 
@@ -39,10 +40,12 @@ def build_model(
         weights: what to start from instead of random weights, see ``recipe.model.weights.read_weights``; a head for
             another number of classes is drawn from ``seed``.
         freeze: "backbone" trains the head alone.
+        gradient_checkpointing: whether the backward pass computes activations again in place of keeping them.
 
     Raises:
         ValueError: no such architecture in timm, one that is no classifier of ``num_classes`` classes, or γ = 1
-            for one that is no ResNet; or the weights cannot be had, or are not this model's.
+            for one that is no ResNet; or the weights cannot be had, or are not this model's; or timm cannot checkpoint
+            its gradients.
     """
     architecture, _, tag = name.partition(".")
     if architecture not in timm.list_models() or (tag and not timm.is_model_pretrained(name)):
@@ -63,6 +66,13 @@ def build_model(
             )
     if weights is not None or tag:
         load_weights(model, weights or name)
+    if gradient_checkpointing:
+        try:
+            model.set_grad_checkpointing()  # type: ignore[operator]
+        except (AttributeError, AssertionError):
+            raise ValueError(
+                f"recipe.model.gradient_checkpointing = true: timm's {name} does not support it; write false"
+            ) from None
     model = convert_batchnorm(model, statistics)
     if freeze == "backbone":
         freeze_backbone(model)

@@ -67,6 +67,8 @@ def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
             f'max_micro_batch_size is "auto": a run finds what fits the GPU (on a CPU it takes 32); this plan assumes '
             f"up to {ASSUMED_MICRO_BATCH}"
         )
+    if plan.config.recipe.model.gradient_checkpointing:
+        found.append("with gradient checkpointing activations take less memory and steps more time than this plan says")
     sizes = fitting_micro_batches(plan.global_batch, plan.world_size, "global")
     if plan.micro_batch * 4 <= largest and not any(plan.micro_batch < size <= largest for size in sizes):
         found.append(
@@ -166,6 +168,7 @@ def _model(plan: Plan, facts: ModelFacts | None) -> str:
     return (
         f"{printable(recipe.model.name)}, {recipe.model.num_classes} classes, {plan.image_size} px, "
         f"{plan.precision}, {batchnorm}{start}{_start(plan)}"
+        f"{', gradients checkpointed' if recipe.model.gradient_checkpointing else ''}"
     )
 
 

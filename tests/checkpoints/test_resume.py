@@ -49,6 +49,7 @@ def test_a_resumed_run_may_change_where_and_how_it_runs() -> None:
             "recipe.data.workers=2",
             'recipe.data.on_bad_image="skip"',
             "recipe.checkpoint.every_steps=3",
+            "recipe.model.gradient_checkpointing=true",
             "recipe.noise_scale.enabled=true",
             "tensorboard.enabled=true",
             "steps_per_print=7",

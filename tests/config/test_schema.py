@@ -382,6 +382,10 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
         ({"recipe.schedule.decay_epochs": [30, 30]}, "= [30, 30]: the numbers do not rise; write each once"),
         ({"recipe.schedule.decay_epochs": [60, 30]}, "= [60, 30]: the numbers do not rise;"),
         ({"recipe.loss.label_smoothing": 1}, "= 1: too large; expected the share of each label that is spread evenly"),
+        (
+            {"recipe.model.gradient_checkpointing": True, "recipe.compile": True},
+            "= true: recipe.compile decides by itself what to compute again; write false for one of them",
+        ),
         # DeepSpeed's own names of optimizers, one of which means its FusedLamb.
         ({"optimizer.type": "lamb"}, '= "lamb": not "SGD", "LARS" or "LAMB"; expected "SGD" (the paper\'s), "LARS" or'),
         ({"optimizer.params.nesterov": True, "optimizer.type": "LARS"}, "= true: LARS has none; remove it"),

@@ -515,6 +515,7 @@ def test_notes() -> None:
     assert '"auto" that on the GPU' in plan_notes(recipe__max_micro_batch_size="auto")
     assert "depend on the micro-batch" not in plan_notes(recipe__max_micro_batch_size="auto", **n32)
     assert "bf16" in plan_notes(bf16={"enabled": True}, recipe__max_micro_batch_size=64)
+    assert "activations take less memory" in plan_notes(recipe__model__gradient_checkpointing=True)
     assert "before the warmup has ended" in plan_notes(recipe__schedule__decay_epochs=[2, 60])
     # 1,281,167 images hold 2 batches of 600,000, and 81,167 are left.
     assert "6% of the images are left over" in plan_notes(train_batch_size=600_000, **n32)
