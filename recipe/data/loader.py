@@ -135,7 +135,10 @@ class _Loader:
         except (OSError, EOFError, RuntimeError) as error:
             workers = getattr(self._loader._iterator, "_workers", ())
             if isinstance(error, (ConnectionError, EOFError)):  # one has gone while it sent, or is about to
-                connection.wait([process.sentinel for process in workers], timeout=5)
+                gone = connection.wait([process.sentinel for process in workers], timeout=5)
+                for process in workers:
+                    if process.sentinel in gone:
+                        process.join()  # its files are closed before it has an exit code
             ends = [process.exitcode for process in workers]
             if problem := _problem(error, [end for end in ends if end]):
                 raise WorkerError(problem + (", or --set recipe.data.workers=0" if self._workers else "")) from error
