@@ -24,7 +24,7 @@ UNFINISHED = ".unfinished"
 # What DeepSpeed pickles into the shards of ZeRO stages 1 to 3; plain tensors and containers suffice at stage 0.
 ZERO_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
-# torch's words for a full disk: that it is at an unexpected position, and the file in which it finds so.
+# How torch reports a full disk: by an unexpected position in the file, and the source file that noticed it.
 TORCH_CANNOT_WRITE = ("inline_container", "PytorchStreamWriter")
 
 
@@ -73,7 +73,7 @@ def save(
             manifest.clear(unfinished)
         raise CheckpointError(
             f"{folder / tag} could not be written, with {free / 2**20:,.0f} MiB free on its disk: {error}; "
-            f"{'make room' if no_room else 'mend it'}, and the same command resumes from the newest that is whole"
+            f"{'make room' if no_room else 'fix it'}, and the same command resumes from the newest that is whole"
         ) from error
     dist.barrier()
     return folder / tag
@@ -84,7 +84,7 @@ def load_newest(
 ) -> tuple[Checkpoint | None, dict[str, Any], list[str]]:
     """Put ``engine`` into the state of the first of ``checkpoints`` that is whole and can be loaded, on every rank.
 
-    Those before it are set aside; if none is whole, none is. Returns the checkpoint (None if none is whole), its client
+    Newer ones are set aside, unless none is whole. Returns the checkpoint (None if none is whole), its client
     state, and a message for each that was left aside.
 
     Raises:
@@ -115,7 +115,7 @@ def load_newest(
 
 
 def set_aside(checkpoints: Sequence[Checkpoint]) -> None:
-    """Give checkpoints that are of no use names by which they are not found; every rank calls it."""
+    """Rename checkpoints that are of no use, so that they are not found; every rank calls it."""
     if dist.get_rank() == 0:
         for checkpoint in checkpoints:
             manifest.set_aside(checkpoint)

@@ -1,4 +1,4 @@
-"""What a run has been through, and how it is saved and taken up again."""
+"""What a run has done so far, and how it is saved and restored."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -19,7 +19,7 @@ from recipe.plan import NoiseScale, Plan, plan_json
 
 @dataclass
 class History:
-    """What a run has been through; it is saved with every checkpoint, and a resumed run adds to it.
+    """What a run has done so far; it is saved with every checkpoint, and a resumed run adds to it.
 
     ``validations`` are the validation lines of ``metrics.jsonl``; ``seconds`` is the wall time of all launches;
     ``noise_scale`` holds its moving averages; ``decoded_by_pil`` counts the images of all ranks for which the slower
@@ -38,12 +38,12 @@ class History:
         return int(self.validations[-1]["step"]) + 1 if self.validations else 0
 
     def add(self, passed: Step | Validation) -> None:
-        """Take note of the images of a step or a validation."""
+        """Count the images of a step or a validation that were bad or needed the slower decoder."""
         self.bad_images |= set(passed.bad_images)
         self.decoded_by_pil += passed.decoded_by_pil
 
     def gather(self, device: torch.device, names_too: bool) -> None:
-        """Bring together what only the single ranks know; every rank calls it."""
+        """Gather what each rank knows only of itself. A collective."""
         if names_too:
             names: list[set[str]] = [set() for _ in range(dist.get_world_size())]
             dist.all_gather_object(names, self.bad_images)
@@ -64,7 +64,7 @@ class History:
 
 
 def load_run(engine: DeepSpeedEngine, plan: Plan, start: Start) -> tuple[History | None, list[str]]:
-    """Load the newest checkpoint that is whole; return its history, None if there is none, and what there is to say.
+    """Load the newest checkpoint that is whole; return its history (None without one) and messages.
 
     Raises:
         CheckpointError: those that are whole cannot be loaded, or none is and the run must resume.
@@ -77,7 +77,7 @@ def load_run(engine: DeepSpeedEngine, plan: Plan, start: Start) -> tuple[History
         if start.must_resume:
             raise CheckpointError(f"--resume must: no checkpoint is whole: {'; '.join(messages)}")
         checkpoint.set_aside(start.checkpoints)
-        return None, [*messages, "no whole checkpoint is left: training begins anew"]
+        return None, [*messages, "no whole checkpoint is left: training starts over"]
     restore_running_averages(engine.module, state["running_averages"])
     decoded_by_pil = state["decoded_by_pil"] if dist.get_rank() == 0 else 0
     history = History(
@@ -101,7 +101,7 @@ def save_run(
     """
     recipe = plan.config.recipe
     history.gather(engine.device, names_too=recipe.data.on_bad_image == "skip")
-    # DeepSpeed writes rank 0's running averages. Their mean is what can be used, each rank's own what goes on.
+    # DeepSpeed writes rank 0's running averages. Their mean is of use; training continues with each rank's own.
     own = gather_running_averages(engine.module)
     average_running_statistics(engine.module)
     resolved = plan_json(plan)

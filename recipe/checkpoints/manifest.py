@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``checkpoints/step-<steps done>/``: what DeepSpeed saved, the plan that it was trained by, and
 ``manifest.json`` with the size and SHA-256 of every other file. It is written under another name and renamed when all
-of it is on the disk, so that what bears the name is whole.
+of it is on the disk, so that a folder of that name is whole.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ class Checkpoint(BaseModel, frozen=True, strict=True, allow_inf_nan=False):
 
 
 def complete(written: Path, head: dict[str, Any]) -> None:
-    """Add the manifest, and have all of it on the disk."""
+    """Add the manifest, and sync all files to the disk."""
     files = {
         str(file.relative_to(written)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         for file in sorted(written.rglob("*"))
@@ -55,7 +55,7 @@ def complete(written: Path, head: dict[str, Any]) -> None:
 
 
 def publish(whole: Path, name: Path) -> None:
-    """Give a whole checkpoint its name. At no moment is there neither it nor the one that it replaces."""
+    """Rename a whole checkpoint to ``name``. At every moment either it or the one that it replaces can be found."""
     replaced = name.with_name(name.name + REPLACED)
     if os.path.lexists(name):
         clear(replaced)
@@ -66,7 +66,7 @@ def publish(whole: Path, name: Path) -> None:
 
 
 def clear(path: Path) -> None:
-    """Remove whatever has this name; of a link, the link."""
+    """Remove a file, a folder or a link (not its target)."""
     with suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -87,7 +87,7 @@ def unreadable(folder: Path) -> list[Path]:
 
 
 def set_aside(checkpoint: Checkpoint) -> None:
-    """Give a checkpoint that is of no use a name by which it is not found: it must not be counted as one to keep."""
+    """Rename a checkpoint that is of no use, so that it is not found: it must not be counted as one to keep."""
     aside = checkpoint.path.with_name(checkpoint.path.name + ASIDE)
     with suppress(OSError):
         shutil.rmtree(aside, ignore_errors=True)
@@ -123,7 +123,7 @@ def prune(folder: Path, keep_last: int, keep_best: bool) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; at no moment can its rest be taken for one. What cannot be removed does not end a run."""
+    """Remove a checkpoint; at no moment can its remains be taken for one. What cannot be removed does not end a run."""
     with suppress(OSError):
         if checkpoint.is_symlink():
             checkpoint.unlink()
@@ -139,7 +139,7 @@ def best(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
 
 
 def best_first(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Those that were validated, by top-1 accuracy; of equals the latest first, which was trained for longer."""
+    """Those that were validated, by top-1 accuracy; among equals the latest first, which was trained for longer."""
     validated = [checkpoint for checkpoint in checkpoints if checkpoint.top1 is not None]
     return sorted(validated, key=lambda checkpoint: (checkpoint.top1, checkpoint.step), reverse=True)
 

@@ -1,4 +1,4 @@
-"""Where a run starts: anew, or from the checkpoints in its output folder, if they are of the same training."""
+"""Where a run starts: at step 0, or from the checkpoints in its output folder, if they are of the same training."""
 
 import hashlib
 import json
@@ -46,9 +46,9 @@ Resume = Literal["auto", "never", "must"]
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoints that a run may resume from, the newest first (none: it begins anew), and the newest one's plan.
+    """The checkpoints that a run may resume from, the newest first (none: it starts over), and the newest one's plan.
 
-    ``messages`` are for a person, before training.
+    ``messages`` are to be printed before training.
     """
 
     checkpoints: tuple[Checkpoint, ...] = ()
@@ -77,7 +77,7 @@ def unused_data(plan: Plan, start: Start) -> str:
 
 
 def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool, has_summary: bool = False) -> Start:
-    """Look what is in the folder ``output``, if there is one; ``has_summary`` says whether it has one.
+    """Decide by what is in the folder ``output``; ``has_summary`` says whether it holds a ``summary.json``.
 
     Raises:
         ValueError: checkpoints of another training, of other ranks under ZeRO, where there should be none, or none

@@ -1,4 +1,4 @@
-"""Ranks and hosts: who am I, do the ranks agree, has one failed, has a signal come.
+"""Ranks and hosts: which rank this is, whether the ranks agree, whether one has failed or a signal has come.
 
 May import torch.distributed and the reader of ``config``, for hostfiles and what the launcher was given.
 """

@@ -1,4 +1,4 @@
-"""Which code and which packages a process runs, told without importing them."""
+"""Which code and which packages a process runs, found without importing them."""
 
 import hashlib
 import platform
@@ -19,7 +19,7 @@ def code_sha256() -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of what decides a training; ``MISSING`` for what is not installed."""
+    """The versions of Python and of the packages that affect training; ``MISSING`` for what is not installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

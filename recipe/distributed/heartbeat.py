@@ -33,8 +33,8 @@ from recipe.distributed.signals import ignore, say, take_by
 
 FAILED = 1
 LOOK_EVERY_SECONDS = 1.0
-GRACE_SECONDS = 3.0  # in which a rank that lives answers
-# Of the timeout after which the other ranks give up: a rank without data shall be the first to report.
+GRACE_SECONDS = 3.0  # within which a live rank answers
+# Share of the timeout after which the other ranks give up: a rank without data must be the first to report.
 PATIENCE = 0.75
 _FAILED, _CAUSE = "failed", "cause"  # keys at the store
 _TALK_BETWEEN_RANKS = str(Path(dist.__file__ or "").parent)
@@ -46,13 +46,13 @@ class Watch:
     """While ``with`` lasts: ends this process if another rank fails, and tells the others if this one does.
 
     An ``Exception`` that leaves the block is printed, and the process ends with ``FAILED``. Where the launcher is
-    gone, nobody else ends its ranks: they get SIGTERM. ``step`` is the optimizer step under way, for messages.
+    gone, nobody else ends its ranks: they receive SIGTERM. ``step`` is the optimizer step under way, for messages.
 
     Args:
         meeting: The rendezvous of the ranks.
-        timeout: That of the process groups.
+        timeout: The timeout of the process groups.
         launchers: The processes on this machine that started the ranks, each with its descriptor of ``open_process``.
-        known: Exceptions whose message is all that a person needs; others are shown with their traceback.
+        known: Exceptions whose message says all that a user needs; others are shown with their traceback.
         log: File to which rank 0 adds what failed first.
     """
 
@@ -86,7 +86,7 @@ class Watch:
         if not isinstance(error, Exception):
             self.close()
             return
-        # The launcher ends the ranks of a host once one of them has ended; this one ends soon, and shall report first.
+        # The launcher ends the ranks of a host once one of them has ended; this one ends soon, and must report first.
         take_by(ignore)
         self._is_cause = is_cause(error)
         if self._is_cause and not isinstance(error, self._known):

@@ -144,7 +144,7 @@ def check_ranks(command: Command, world_size: int) -> None:
     from deepspeed.launcher.runner import DLTS_HOSTFILE, parse_args
 
     try:
-        with redirect_stderr(StringIO()):  # some other program may bear the name
+        with redirect_stderr(StringIO()):  # it may be another program of that name
             asked = parse_args(list(command.arguments))
     except SystemExit:
         return

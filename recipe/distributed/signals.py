@@ -1,7 +1,7 @@
-"""SIGTERM (a scheduler), SIGINT (Ctrl-C) and SIGHUP (the terminal is gone), taken on a thread that waits for them.
+"""SIGTERM (a scheduler), SIGINT (Ctrl-C) and SIGHUP (the terminal is gone), handled by a thread that waits for them.
 
-A handler of Python's runs when the main thread comes back from C, where it may wait for a rank that is gone, and is not
-told who sent the signal.
+A Python handler runs only when the main thread comes back from C, where it may be waiting for a rank that is gone, and
+does not learn who sent the signal.
 """
 
 import io
@@ -22,7 +22,7 @@ Taker = Callable[[int, int], None]
 
 
 class Interrupted(BaseException):
-    """A signal asked for the end. No ``Exception``: whoever handles failures shall not take it for one."""
+    """A signal asked for the end. Not an ``Exception``, so that code that handles failures does not catch it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -37,7 +37,7 @@ class Interrupted(BaseException):
 def end_at_once(signum: int, sender: int) -> None:
     """End the process: before training, and after it, there is nothing to finish.
 
-    No exception: raised within the import of a library, it may be taken for a failure of that, and pass.
+    Not by an exception: raised during the import of a library, it may be caught as a failure of that library.
     """
     if os.environ.get("RANK", "0") == "0":
         say(f"{signal.Signals(signum).name}: ended at once; the same command resumes")
@@ -45,7 +45,7 @@ def end_at_once(signum: int, sender: int) -> None:
 
 
 def ignore(signum: int, sender: int) -> None:
-    """What comes while the process ends anyway shall not change how: the launcher passes on what a group has got."""
+    """A signal during the process's end must not change its exit code: the launcher passes on what a group received."""
 
 
 _take: Taker = end_at_once
@@ -53,9 +53,9 @@ _listens = False
 
 
 def listen() -> None:
-    """Have a thread take the signals from here on, at first by ``end_at_once``.
+    """Have a thread handle the signals from here on, at first by ``end_at_once``.
 
-    To be called before other threads start: one that is there lets them through to a handler of Python's.
+    To be called before other threads start: an existing one would let them through to a Python handler.
     """
     global _listens
     if _listens:
@@ -75,23 +75,23 @@ def listen() -> None:
 
 
 def take_by(taker: Taker) -> None:
-    """Let ``taker`` have the signals."""
+    """Let ``taker`` handle the signals."""
     global _take
     _take = taker
 
 
 def heeded() -> list[signal.Signals]:
-    """The signals that ask for the end: nohup has had SIGHUP ignored before the process began."""
+    """The signals that ask for the end: not SIGHUP where nohup has set it to be ignored."""
     return [s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
 
 
 def say(message: str) -> None:
-    """Tell a person at the terminal, on one line."""
+    """Print a message on one line of standard error."""
     print(f"recipe: {printable(message)}", file=sys.stderr, flush=True)
 
 
 class _Outlived(io.FileIO):
-    """Standard output or error, which may end before the process does: what cannot be written is lost, and no more."""
+    """Standard output or error whose reader may go away before the process ends: what cannot be written is dropped."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -101,9 +101,9 @@ class _Outlived(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """Let no terminal that is gone, and no ``tee`` that the same Ctrl-C has ended, fail whatever prints.
+    """Keep printing from failing when the terminal is gone, or the same Ctrl-C has ended a ``tee``.
 
-    All that Python writes goes on: what libraries print, log and warn of, too.
+    That holds for all that Python writes, including what libraries print, log and warn about.
     """
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)

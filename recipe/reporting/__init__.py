@@ -1,4 +1,4 @@
-"""What people and programs see of a run: bar, log, ``metrics.jsonl``, monitors, summary.
+"""What a run reports to people and programs: bar, log, ``metrics.jsonl``, monitors, summary.
 
 The topmost room: may import ``plan``, and ``engine`` and ``checkpoints`` for what they have to report.
 """

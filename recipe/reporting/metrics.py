@@ -1,4 +1,4 @@
-"""What the lines of ``metrics.jsonl`` say, for those who read it without importing torch."""
+"""Reads ``metrics.jsonl``, without importing torch."""
 
 from collections.abc import Iterable
 from json import JSONDecoder
@@ -26,7 +26,7 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
 
 
 def read_events(output: Path) -> list[dict[str, Any]]:
-    """The lines of a run, the earliest first; none if it has not written any. A line that is half written is no line.
+    """The lines of a run, the earliest first; none if it has not written any. A line that is half written is left out.
 
     Each has an ``event``, "step" or "validation", and a ``step``, which counts from 0.
     """
@@ -42,7 +42,7 @@ def has_diverged(loss: float | None, skipped: bool, loss_scale: float) -> bool:
 
 
 def steps_done(output: Path) -> int:
-    """Optimizer steps that a run has written down, told by the end of the file alone: it may be long."""
+    """Optimizer steps that a run has written down, read from the end of the file alone, which may be long."""
     try:
         with (output / METRICS).open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))

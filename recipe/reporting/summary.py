@@ -1,4 +1,4 @@
-"""What is left to say at the end of a run, for programs (``summary.json``) and for people."""
+"""The summary of a run, for programs (``summary.json``) and for people."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from recipe.plan import LABEL_WIDTH, Plan, columns, counted, fields, in_words, m
 from recipe.reporting.files import SUMMARY
 
 if TYPE_CHECKING:
-    from recipe.checkpoints import History  # needs torch, for which a refused config shall not wait
+    from recipe.checkpoints import History  # needs torch, which a refused config need not wait for
 
 LAST_EPOCHS = 5  # the paper reports the median error of the last five (§5.1)
 
@@ -34,7 +34,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of ``summary.json``. Accuracies and errors are in per cent; ``classes`` are names, from 0 on."""
     measured = plan.config.recipe.noise_scale
-    best = max(reversed(history.validations), key=lambda validation: validation["top1"])  # of equals the latest
+    best = max(reversed(history.validations), key=lambda validation: validation["top1"])  # the latest among equals
     errors = [100 - validation["top1"] for validation in history.validations[-LAST_EPOCHS:]]
     return {
         "config": plan.config.source.file,
@@ -131,9 +131,9 @@ def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = No
 
 
 def _following_plan(plan: Plan) -> Plan | None:
-    """That of twice the batch or, where it would leave a single step an epoch, of half of it; None where neither goes.
+    """The plan of twice the batch or, where that leaves a single step per epoch, of half of it; None if neither works.
 
-    What the file has written out against the rules, it has written out for its own batch.
+    What the file has written out against the rules was meant for its own batch, and is "auto" here.
     """
     rules = plan.config.recipe.schedule
     for batch in (2 * plan.global_batch, plan.global_batch // 2):
@@ -162,7 +162,7 @@ def _noise_scale(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _launcher() -> str:
-    """How a person can type the launcher's name here."""
+    """The launcher's name as it can be typed here."""
     return "deepspeed" if shutil.which("deepspeed") else os.path.relpath(Path(sys.executable).parent / "deepspeed")
 
 

@@ -127,7 +127,7 @@ class Telemetry:
             self.writer.say(message)
 
     def sync(self) -> None:
-        """Have the metrics on the disk, as a checkpoint that follows will be."""
+        """Sync the metrics to the disk, before a checkpoint is written."""
         if self.writer is not None:
             self.writer.sync()
 
@@ -209,7 +209,7 @@ class Writer:
         self._write(self.log_file, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
 
     def sync(self) -> None:
-        """Have ``metrics.jsonl`` on the disk: a checkpoint must not be there without the lines that precede it."""
+        """Sync ``metrics.jsonl`` to the disk: a checkpoint must not be there without the lines that precede it."""
         with writing(self.metrics.name):
             os.fsync(self.metrics.fileno())
             is_removed = os.fstat(self.metrics.fileno()).st_nlink == 0
@@ -239,8 +239,8 @@ class Writer:
 def drop_later_events(metrics: Path, first_step: int, validated_steps: int) -> int:
     """Keep the lines about updates before ``first_step``, and about validations after ``validated_steps`` or fewer.
 
-    Those after it are about to be made again. A line that a kill left half-written goes too. Returns the number of
-    steps before ``first_step`` that no line is about.
+    Later ones will be written again. A line that a kill left half-written is dropped too. Returns the number of
+    steps before ``first_step`` that have no line.
     """
     if not metrics.exists():
         return first_step

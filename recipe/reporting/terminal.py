@@ -1,4 +1,4 @@
-"""What people see beside plain text: tables, progress bars, and plain lines where there is no terminal.
+"""Tables, progress bars (plain lines where there is no terminal) and the parser of command lines.
 
 rich is imported where it is needed: a refused config should not wait for it.
 """
@@ -72,7 +72,7 @@ def table(rows: Sequence[Sequence[str]], width: int) -> str:
 
 
 class Progress:
-    """How far something is: a bar where standard error is a terminal, and elsewhere a line now and then.
+    """Progress: a bar where standard error is a terminal, elsewhere a line now and then.
 
     Args:
         unit: What is counted, in the plural; "" shows a percentage instead of the numbers.
@@ -108,7 +108,7 @@ class Progress:
 
     @property
     def speed(self) -> float:
-        """How many are done per second, of late; 0 while that is not known."""
+        """How many are done per second, recently; 0 while that is not known."""
         return self._bar.tasks[0].speed or 0.0
 
     def __enter__(self) -> Self:
@@ -118,12 +118,12 @@ class Progress:
         self.close()
 
     def add(self, number: int) -> None:
-        """So many more are done; any thread may call it."""
+        """Count ``number`` more as done; any thread may call it."""
         with self._lock:
             self.update(self.done + number)
 
     def update(self, done: int, description: str = "", *figures: str) -> None:
-        """So many are done in all. On a narrow terminal the last of the figures are left out."""
+        """Set how many are done in all. On a narrow terminal the last of the figures are left out."""
         self.done = done
         self._bar.update(self._task, completed=done, description=description)
         seconds = self._bar.tasks[0].time_remaining

@@ -55,7 +55,7 @@ def test_damaged_checkpoints_are_named_and_an_older_one_is_taken(tmp_path: Path,
 
 
 def test_a_damaged_checkpoint_does_not_push_out_what_is_written_after_it(tmp_path: Path) -> None:
-    """Only it is there, and one is kept: the run begins anew, and what it then saves is what stays."""
+    """Only it is there, and one is kept: the run starts over, and what it then saves is what stays."""
     arguments = ("--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT, "--set=recipe.checkpoint.keep_last=1")
     complete_run(tmp_path)
     (tmp_path / "summary.json").unlink()
@@ -100,7 +100,7 @@ def test_a_run_that_must_resume_does_not_begin_anew(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "CheckpointError: --resume must: no checkpoint is whole" in done.stderr
     assert not (tmp_path / "former-1").exists()
-    for number, reason in ((1, "no whole checkpoint is left: training begins anew\n"), (2, "")):
+    for number, reason in ((1, "no whole checkpoint is left: training starts over\n"), (2, "")):
         before = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "plan.json", "train.log")}
         anew = train_ok(*arguments)
         aside = tmp_path / f"former-{number}"

@@ -337,7 +337,7 @@ def test_problems_of_the_launching_machine(tmp_path: Path, ask: Asked, monkeypat
     monkeypatch.chdir(folder)
     code, out, _ = ask("node-1 slots=1\nnode-2 slots=1\n")
     assert code == 1
-    assert "problem: pdsh, by which DeepSpeed starts the hosts, is not installed here" in out
+    assert "problem: pdsh, with which DeepSpeed starts the ranks on other hosts, is not installed here" in out
     assert f"problem: the folder {folder} has characters that DeepSpeed does not quote" in out
     assert f'problem: {tmp_path}/.deepspeed_env: line 2 = "": not NAME=value' in out
 

@@ -37,7 +37,7 @@ def is_the_same_training(output: Path, reference: Path) -> None:
     assert counts == [(line["top1"], line["top5"], line["count"]) for line in events(reference, "validation")]
 
 
-@pytest.mark.parametrize(("hosts", "slots"), [(2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("hosts", "slots"), [(2, 2), (4, 1)])
 def test_hosts_train_what_one_process_trains(
     four_hosts: Cluster, tmp_path: Path, one_process: Path, hosts: int, slots: int
 ) -> None:

@@ -104,7 +104,9 @@ def _problems_here(hosts: int) -> list[str]:
         return []
     problems = []
     if shutil.which("pdsh") is None:
-        problems.append("pdsh, by which DeepSpeed starts the hosts, is not installed here; apt-get install pdsh")
+        problems.append(
+            "pdsh, with which DeepSpeed starts the ranks on other hosts, is not installed here; apt-get install pdsh"
+        )
     for what, path in (("folder", str(Path.cwd())), ("interpreter", sys.executable)):
         if not _PLAIN.fullmatch(path):
             problems.append(f"the {what} {path} has characters that DeepSpeed does not quote; rename it")

@@ -1,7 +1,7 @@
-"""The process that ``python -m recipe hosts`` starts on each host; it answers the questions that come on its stdin.
+"""The process that ``python -m recipe hosts`` starts on each host; it answers the questions that it reads from stdin.
 
 A question is a line with a JSON object: the name of a function in ``QUESTIONS`` and its arguments. The answer is a line
-of stdout that begins with ``MARK``, whatever else a login or a library prints there. The probe ends with its stdin.
+of stdout that begins with ``MARK``, whatever else a login or a library prints there. The probe ends when stdin does.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ def take_port(port: int) -> None:
 
 
 def write_token(output: str, nonce: str, name: str) -> None:
-    """Leave a small file where the output will be, by which other hosts see that they share the file system.
+    """Leave a small file where the output will be, from which other hosts see that they share the file system.
 
     It lies in the output folder, or in the nearest one above that exists.
     """

@@ -86,11 +86,11 @@ def examine(hosts: Sequence[Host], launch: Launch) -> tuple[list[str], list[str]
             by_ssh = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "--", first.name, "hostname", "-I")
             master = pool.submit(_run, 15, *by_ssh)
             unguarded = pool.submit(_without_keepalive, hosts)
-            notes = _ask(hosts, visits, launch, master, pool)
+            _ask(hosts, visits, launch, master, pool)
         finally:
             for visit in visits.values():
                 visit.close()
-    problems = []
+    problems, notes = [], []
     found = master.result()
     if (found.returncode != 0 or not found.stdout.split()) and not first.is_gone:
         said = found.stderr.strip() or "it prints no address"
@@ -119,8 +119,8 @@ def _ask(
     launch: Launch,
     master: "Future[subprocess.CompletedProcess[str]]",
     pool: ThreadPoolExecutor,
-) -> list[str]:
-    """Ask in steps that all hosts take together; return notes."""
+) -> None:
+    """Ask in steps that all hosts take together, as far as what was learnt before makes sense of a question."""
     first, nonce = hosts[0], secrets.token_hex(8)
 
     def learn(host: Host, question: Callable[..., Any], **arguments: Any) -> None:
@@ -164,20 +164,16 @@ def _ask(
     wrote = [host for host in hosts if "write_token" in host.facts]
     together(lambda host: learn(host, probe.unseen, nonce=nonce, name=wrote[0].name), wrote[1:])
     together(work, hosts)
-    if len(hosts) == 1:
-        return []
-
-    not_tried = ["the round trip between the hosts was not tried; it comes when the problems above are solved"]
     members = [host for host in hosts if "devices" in host.facts and not host.is_gone]
     networks = {host.name: host.facts.get("network") for host in members}
-    if not all(network and not is_loopback(network["address"]) for network in networks.values()):
-        return not_tried
+    if len(members) < 2 or not all(network and not is_loopback(network["address"]) for network in networks.values()):
+        return
     together(lambda host: learn(host, probe.unreached, networks=networks), members)
     members = [host for host in members if not host.is_gone]
     address = next(iter(master.result().stdout.split()), None)
     is_open = all(host.facts.get("unreached") == [] for host in members)
     if first not in members or len(members) < 2 or address is None or "take_port" not in first.facts or not is_open:
-        return not_tried
+        return
     names = [host.name for host in members]
     meeting = {"address": address, "port": launch.port, "hosts": names}
     together(lambda host: learn(host, probe.exchange, rank=names.index(host.name), **meeting), members)
@@ -185,7 +181,6 @@ def _ask(
     for host in members:
         if host.name in missing and not host.problems:
             host.problems.append(f"it did not come to {address}:{launch.port}; open all ports between the hosts")
-    return []
 
 
 def is_loopback(address: str) -> bool:
