@@ -99,14 +99,12 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool,
     usable = [(checkpoint, differences) for checkpoint, differences, why_not in compared if why_not is None]
     _, differences, why_not = compared[0]
     counted = _counted_otherwise(differences)
-    if why_not is not None and differences and (counted or not accept_changes or not usable):
+    if why_not is not None and (counted or not accept_changes or not usable):
         raise ValueError(
             f"{output} holds another training: {', '.join(differences)}"
             f"{'; its steps are counted in it, so that it cannot be resumed' if counted else ''}; name another "
             f"--output for this one{'' if counted or accept_changes else ', or insist with --accept-changes'}"
         )
-    if not usable:
-        raise ValueError(f"{output} holds no checkpoint to resume from: {why_not}; name another --output")
     messages += [
         f"checkpoint {checkpoint.path} is left aside: {why_not}" for checkpoint, _, why_not in compared if why_not
     ]
@@ -206,10 +204,7 @@ def _compare(checkpoint: Checkpoint, now: dict[str, Any], accept_changes: bool) 
         silent = f"{checkpoint.path / PLAN} does not tell"
         return [f"what, {silent} ({error})"], f"{silent} what it is of ({error})"
     differences = differing_keys(before, now)
-    if not differences:
-        agree = checkpoint.training_sha256 == training_sha256(before)
-        return [], None if agree else f"its {MANIFEST} and its {PLAN} contradict each other"
-    if not accept_changes:
+    if differences and not accept_changes:
         return differences, "it is of another config, and --accept-changes was not given"
     counted = _counted_otherwise(differences)
     return differences, f"its steps are counted in another {', '.join(counted)}" if counted else None

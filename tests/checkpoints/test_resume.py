@@ -1,7 +1,6 @@
 """Which checkpoints a run may go on from; that it then gives the same training stands in test_kills.py."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -215,17 +214,3 @@ def test_results_without_checkpoints_are_not_overwritten(tmp_path: Path) -> None
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a complete run without its checkpoints"):
         choose_start(plan(), tmp_path, "auto", accept_changes=False, has_summary=True)
-
-
-def test_a_manifest_that_contradicts_its_plan_gives_way_to_an_older_one(tmp_path: Path) -> None:
-    leave_checkpoint(tmp_path, 4, plan())
-    manifest = leave_checkpoint(tmp_path, 6, plan()) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(json.loads(manifest.read_text())["training_sha256"], "0" * 64))
-    start = choose_start(plan(), tmp_path, "auto", accept_changes=False)
-    assert steps(start) == [4]
-    assert "000006 is left aside: its manifest.json and its plan.json contradict each other" in start.messages[0]
-    shutil.rmtree(tmp_path / "checkpoints/step-00000004")
-    with pytest.raises(
-        ValueError, match=r"holds no checkpoint to resume from: its manifest.json and its plan.json contra"
-    ):
-        choose_start(plan(), tmp_path, "auto", accept_changes=False)

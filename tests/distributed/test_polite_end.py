@@ -21,36 +21,21 @@ from tests.launch import DIGITS, ROOT, SHORT, command, environment, events, trai
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    ("setting", "signals"),
-    [
-        (
-            Setting(1, "fp32"),
-            [
-                (Kill("window", 6, "0", "TERM"), 143),
-                (Kill("validation", 2, "0", "INT"), 130),
-                (Kill("checkpoint", 1, "0", "TERM"), 143),
-            ],
-        ),
-        (
-            Setting(2, "fp32", workers=1),
-            [
-                (Kill("window", 5, "1", "TERM"), 143),
-                (Kill("step", 4, "group", "INT"), -signal.SIGINT),
-                (Kill("validation", 2, "group", "TERM"), -signal.SIGTERM),
-            ],
-        ),
-    ],
-    ids=["1 rank", "2 ranks"],
-)
-def test_a_signal_ends_the_run_after_the_step_and_loses_nothing(
-    tmp_path: Path, setting: Setting, signals: list[tuple[Kill, int]]
-) -> None:
+# Where the group is signalled, the launcher's outermost process goes by it; the ranks end politely all the same.
+SIGNALS = {
+    Kill("window", 5, "1", "TERM"): 143,
+    Kill("validation", 2, "0", "INT"): 130,
+    Kill("checkpoint", 1, "0", "TERM"): 143,
+    Kill("step", 4, "group", "INT"): -signal.SIGINT,
+}
+
+
+def test_a_signal_ends_the_run_after_the_step_and_loses_nothing(tmp_path: Path) -> None:
+    setting = Setting(2, "fp32", workers=1)
     reference, output = tmp_path / "undisturbed", tmp_path / "run"
     launch(setting, reference, None)
     steps_done = 0
-    # Where the group is signalled, the launcher's outermost process goes by it; the ranks end politely all the same.
-    for kill, exit_code in signals:
+    for kill, exit_code in SIGNALS.items():
         assert launch(setting, output, kill) == exit_code, kill
         assert not (output / "summary.json").exists()
         written = [event["step"] for event in events(output, "step")]
