@@ -76,7 +76,7 @@ def test_dropout_goes_on_as_it_would_have(tmp_path: Path) -> None:
     arguments = ("--deepspeed_config", DIGITS, *SHORT, "--output", str(tmp_path))
     arguments += (
         "--set=recipe.model.name=ghostnet_050",
-        "--set=recipe.data.image_size=16",
+        "--set=recipe.data.image_size=8",
         "--set=recipe.checkpoint.every_steps=3",
         "--set=recipe.checkpoint.keep_last=9",
     )
