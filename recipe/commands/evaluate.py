@@ -14,15 +14,17 @@ from recipe.commands.figure import new_figure, save_figure
 from recipe.config import printable
 from recipe.distributed import find_placement
 from recipe.plan import columns
-from recipe.reporting import Parser, table
+from recipe.reporting import Parser, table, within
 
 if TYPE_CHECKING:
     from recipe.commands.measure import Measured
+    from recipe.commands.trained import Trained
 
 RESULT, PER_CLASS, CONFUSION = "evaluation.json", "per_class.csv", "confusion"
 SHOWN_CLASSES = 15
 MOST_NAMED_CLASSES = 40  # on the axes of the confusion matrix; more would lie on each other
 TIMEOUT = timedelta(minutes=10)
+COUNT = within(1, 1_000_000)
 
 
 @refusing
@@ -35,20 +37,15 @@ def main(argv: Sequence[str]) -> int:
     )
     add_model_options(parser, "evaluation")
     parser.add_argument("--data", type=Path, help="folder with val/, or with a folder per class; else the run's own")
-    parser.add_argument("--image-size", type=positive, metavar="S", help="pixels per side (default: as in training)")
-    parser.add_argument(
-        "--micro-batch", type=positive, metavar="N", help="images per forward pass (default: the run's)"
-    )
+    parser.add_argument("--image-size", type=COUNT, metavar="S", help="pixels per side (default: as in training)")
+    parser.add_argument("--micro-batch", type=COUNT, metavar="N", help="images per forward pass (default: the run's)")
     arguments = parser.parse_args(argv)
     os.environ |= find_placement(os.environ).variables()
-    from recipe.train import set_up_torch
-
-    set_up_torch()
-    from recipe.commands.measure import measure  # torch and DeepSpeed take seconds to import
+    trained = load(arguments)
+    from recipe.commands.measure import measure
 
     measured = measure(
-        arguments.model,
-        arguments.checkpoint,
+        trained,
         arguments.data,
         image_size=arguments.image_size,
         micro_batch=arguments.micro_batch,
@@ -68,8 +65,20 @@ def add_model_options(parser: argparse.ArgumentParser, results: str) -> None:
     """Options of the commands that use a trained model; their results go to the folder ``results`` in it."""
     parser.add_argument("model", type=Path, metavar="RUN_DIR|FILE", help="a run, or model.safetensors of an export")
     parser.add_argument("--checkpoint", default="best", help='"best", "last" or a name such as step-00000150')
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    parser.add_argument(
+        "--workers", type=within(0, 1000), default=0, metavar="N", help="processes that read images (default: 0)"
+    )
     parser.add_argument("--output", type=Path, help=f"folder to write to (default: {results}/ in the run)")
+
+
+def load(arguments: argparse.Namespace) -> "Trained":
+    """The model that the command line names. Imports torch, which takes seconds."""
+    from recipe.train import set_up_torch
+
+    set_up_torch()
+    from recipe.commands.trained import read_trained
+
+    return read_trained(arguments.model, arguments.checkpoint)
 
 
 def write(measured: "Measured", output: Path) -> None:
@@ -108,8 +117,8 @@ def draw_confusion(measured: "Measured", path: Path) -> None:
     axes.set_title(f"Confusion on {measured.count:,} images: top-1 {measured.top1:.2f} %", pad=12)
     if classes <= MOST_NAMED_CLASSES:
         names = [printable(name)[:24] for name in measured.classes]
-        axes.set_xticks(range(classes), names, rotation=90, parse_math=False)
-        axes.set_yticks(range(classes), names, parse_math=False)
+        axes.set_xticks(range(classes), names, rotation=90)
+        axes.set_yticks(range(classes), names)
     save_figure(figure, path)
 
 
@@ -140,10 +149,3 @@ def format_evaluation(measured: "Measured") -> str:
 def model_folder(model: Path) -> Path:
     """The folder of a run or an export, from what the command line names."""
     return model.parent if model.is_file() else model
-
-
-def positive(text: str) -> int:
-    """A number of the command line that must be above 0."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError("expected a whole number above 0")
-    return int(text)

@@ -1,20 +1,16 @@
 """``python -m recipe export``: the best weights of a run, with the config and the card that timm and hubs expect."""
 
 import importlib.util
-import json
-import os
+import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipe.checkpoints import CHECKPOINTS, find
 from recipe.commands import refusing
 from recipe.commands.run_files import TIMM_CONFIG, WEIGHTS
-from recipe.config import FOLDERS, Config, printable
-from recipe.plan import json_text, optimizer_words
-from recipe.reporting import Parser, read_events, read_summary
+from recipe.config import printable
+from recipe.reporting import Parser
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,26 +18,6 @@ if TYPE_CHECKING:
     from recipe.commands.trained import Trained
 
 CARD, ONNX = "README.md", "model.onnx"
-
-
-@dataclass(frozen=True)
-class Export:
-    """What is exported, and what the run measured of it.
-
-    Attributes:
-        trained: The weights and their config.
-        steps_done: The steps of the newest checkpoint.
-        validation: The line of ``metrics.jsonl`` that belongs to the weights, None if there is none.
-        best_top1: The best of the run, in per cent.
-        summary: That of a complete run.
-    """
-
-    trained: "Trained"
-    config: Config
-    steps_done: int
-    validation: dict[str, Any] | None
-    best_top1: float | None
-    summary: dict[str, Any] | None
 
 
 @refusing
@@ -56,21 +32,23 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--format", choices=("timm", "onnx"), default="timm", help=f'"onnx" writes {ONNX} as well')
     arguments = parser.parse_args(argv)
     output = arguments.output or arguments.run / "export"
-    if arguments.format == "onnx":
+    with_onnx = arguments.format == "onnx"
+    if with_onnx:
         refuse_without_onnx()
-    export = choose(arguments.run)
-    write(export, output, with_onnx=arguments.format == "onnx")
+    from recipe.commands.trained import read_trained  # torch takes seconds to import
+
+    trained = read_trained(arguments.run)
+    if not trained.step:
+        raise ValueError(f"{arguments.run} has been exported already; name the folder of the run")
+    write(trained, output, with_onnx=with_onnx)
     lines = [
-        f"{output / WEIGHTS}: after {progress(export.config, export.trained.step)}; {accuracy(export)}",
-        f"{output / TIMM_CONFIG}: architecture, classes and preprocessing, as timm reads them",
+        f"{output / WEIGHTS}: {how_far(trained)}; {accuracy(trained)}",
+        f"{output / TIMM_CONFIG}: architecture, classes and preprocessing, as timm reads them, and the run's config",
         f"{output / CARD}: what it is, and how to use it",
-        load_line(output),
     ]
-    if arguments.format == "onnx":
-        lines.insert(
-            1, f"{output / ONNX}: from images (N, 3, S, S), prepared as {TIMM_CONFIG} says, to logits (N, classes)"
-        )
-    print("\n".join(map(printable, lines)))
+    if with_onnx:
+        lines.append(f"{output / ONNX}: from images (N, 3, S, S), prepared as {TIMM_CONFIG} says, to logits")
+    print("\n".join(map(printable, [*lines, load_line(output)])))
     return 0
 
 
@@ -81,90 +59,52 @@ def refuse_without_onnx() -> None:
         raise ValueError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def choose(run: Path) -> Export:
-    """The best validated checkpoint of ``run`` that is whole, or else the newest.
-
-    Raises:
-        ValueError: There is none, it is in shards, or ``run`` is no run.
-    """
-    from recipe.commands.trained import read_trained  # torch takes seconds to import
-
-    trained = read_trained(run)
-    if trained.config is None:
-        raise ValueError(f"{run} has been exported already; name the folder of the run")
-    validations = [line for line in read_events(run) if _is_validation(line)]
-    return Export(
-        trained,
-        trained.config,
-        find(run / CHECKPOINTS)[0].step,
-        next((line for line in validations if line["step"] == trained.step - 1), None),
-        max((line["top1"] for line in validations), default=None),
-        read_summary(run),
-    )
-
-
-def write(export: Export, output: Path, *, with_onnx: bool = False) -> None:
-    """Write weights, config and card into ``output``; what is there before stays whole until the new is."""
+def write(trained: "Trained", output: Path, *, with_onnx: bool = False) -> None:
+    """Write weights, config and card into ``output``."""
     import timm
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
-    trained = export.trained
-    # Half parameters become fp32 exactly, so that timm's fp32 model is the one that was validated.
-    state = {name: value.float() if value.is_floating_point() else value for name, value in trained.state.items()}
-    model = timm.create_model(trained.architecture, num_classes=trained.num_classes).eval()
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{trained.name}: the weights are not those of {trained.architecture}: {error}") from None
-    has_batchnorm = any(name.endswith("running_mean") for name in state)
-    described = json.dumps(timm_config(trained, model), indent=2, ensure_ascii=False)
-    output.mkdir(parents=True, exist_ok=True)
-    names = [CARD, TIMM_CONFIG, WEIGHTS, *([ONNX] if with_onnx else [])]
-    unfinished = {name: output / f".unfinished.{name}" for name in names}
-    try:
-        unfinished[CARD].write_text(card(export, has_batchnorm), encoding="utf-8")
-        unfinished[TIMM_CONFIG].write_text(described + "\n", encoding="utf-8")
-        save_file(state, unfinished[WEIGHTS], metadata={"format": "pt"})
-        shutil.copymode(unfinished[CARD], unfinished[WEIGHTS])  # safetensors lets nobody else read its file
-        if with_onnx:
-            save_onnx(model, trained.image_size, unfinished[ONNX])
-        for name in names:
-            os.replace(unfinished[name], output / name)
-    except (SafetensorError, TypeError) as error:
-        raise ValueError(f"{output / WEIGHTS} could not be written: {error}") from None
-    finally:
-        for path in unfinished.values():
-            path.unlink(missing_ok=True)
-
-
-def timm_config(trained: "Trained", model: "nn.Module") -> dict[str, Any]:
-    """What ``config.json`` holds, as timm reads it from a folder or a hub; ``recipe`` is for our own commands."""
-    from recipe.commands.trained import timm_crop
-
-    crop_mode, crop_pct = timm_crop(trained.image_size, trained.crop)
-    architecture: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
-    return {
-        "architecture": trained.architecture,
-        "num_classes": trained.num_classes,
-        "num_features": model.num_features,
-        **({} if trained.classes is None else {"label_names": trained.classes}),
-        "pretrained_cfg": {
-            "custom_load": False,
-            "input_size": [3, trained.image_size, trained.image_size],
-            "fixed_input_size": architecture.get("fixed_input_size", False),
-            "interpolation": "bilinear",
-            "crop_pct": crop_pct,
-            "crop_mode": crop_mode,
-            "mean": trained.mean,
-            "std": trained.std,
-            "num_classes": trained.num_classes,
-            "pool_size": None,
-            "first_conv": architecture.get("first_conv"),
-            "classifier": architecture.get("classifier"),
-        },
-        "recipe": {"precision": trained.precision, "micro_batch": trained.micro_batch},
+    plan = trained.plan
+    model = timm.create_model(plan.config.recipe.model.architecture, num_classes=trained.num_classes).eval()
+    trained.load_into(model)  # half parameters become fp32 exactly: timm's fp32 model is the one that was validated
+    crop_mode, crop_pct = timm_crop(plan.image_size, plan.config.recipe.data.crop)
+    described: dict[str, Any] = {
+        "pretrained_cfg": {"tag": None, "license": None},  # else those of timm's own weights
+        "recipe": plan.config.model_dump(mode="json", exclude_none=True),
     }
+    if trained.classes is not None:
+        described["label_names"] = trained.classes
+    prepared = {
+        "input_size": (3, plan.image_size, plan.image_size),
+        "mean": plan.mean,
+        "std": plan.std,
+        "interpolation": "bilinear",
+        "crop_mode": crop_mode,
+        "crop_pct": crop_pct,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        timm.models.save_for_hf(model, str(output), described, safe_serialization=True, data_config=prepared)
+    except SafetensorError as error:
+        raise ValueError(f"{output / WEIGHTS} could not be written: {error}") from None
+    shutil.copymode(output / TIMM_CONFIG, output / WEIGHTS)  # safetensors lets nobody else read its file
+    (output / CARD).write_text(card(trained), encoding="utf-8")
+    if with_onnx:
+        save_onnx(model, plan.image_size, output / ONNX)
+
+
+def timm_crop(image_size: int, crop: Any) -> tuple[str, float]:
+    """timm's ``crop_mode`` and ``crop_pct`` for the run's own validation.
+
+    timm resizes the short side to floor(size / crop_pct).
+    """
+    from recipe.data import evaluation_short_side
+
+    if crop != "random_resized":
+        return "squash", 1.0
+    short_side = evaluation_short_side(image_size, crop)
+    shares = (image_size / short_side, image_size / (short_side + 0.5))
+    return "center", next(share for share in shares if math.floor(image_size / share) == short_side)
 
 
 def save_onnx(model: "nn.Module", image_size: int, file: Path) -> None:
@@ -194,131 +134,58 @@ def load_line(folder: Path) -> str:
     return f"timm.create_model({f'local-dir:{folder}'!r}, pretrained=True).eval()"
 
 
-def progress(config: Config, steps: int) -> str:
-    """How far so many steps are in the training of ``config``."""
-    train_images, epochs = config.recipe.data.train_images, config.recipe.schedule.epochs
-    assert isinstance(train_images, int), "a plan leaves no auto"
-    steps_per_epoch = train_images // config.train_batch_size
-    return f"{steps:,} of {epochs * steps_per_epoch:,} steps ({steps / steps_per_epoch:.4g} of {epochs:,} epochs)"
+def how_far(trained: "Trained") -> str:
+    """How far in their training the weights are."""
+    plan, epochs = trained.plan, trained.step / trained.plan.steps_per_epoch
+    return f"after {trained.step:,} of {plan.total_steps:,} steps ({epochs:.4g} of {plan.epochs:,} epochs)"
 
 
-def accuracy(export: Export) -> str:
-    """What was measured of the weights, in words."""
-    if export.validation is None:
+def accuracy(trained: "Trained") -> str:
+    """What the run has measured of the weights."""
+    if trained.top1 is None:
         return "not validated"
-    measured = export.validation
-    text = (
-        f"top-1 {measured['top1']:.2f} %, top-5 {measured['top5']:.2f} % on {measured['count']:,} validation "
-        f"images, after epoch {measured['epoch'] + 1}"
-    )
-    if export.best_top1 is not None and export.best_top1 > measured["top1"]:
-        text += f"; the run had {export.best_top1:.2f} % at best, of which no whole checkpoint is kept"
-    return text
+    return f"top-1 {trained.top1:.2f} % on {trained.plan.validation_images:,} validation images"
 
 
-def card(export: Export, has_batchnorm: bool) -> str:
+def card(trained: "Trained") -> str:
     """The model card, as model hubs show it: Markdown behind a YAML head."""
-    config, recipe, summary = export.config, export.config.recipe, export.summary
-    data, schedule, optimizer, size = recipe.data, recipe.schedule, config.optimizer.params, recipe.data.image_size
-    statistics = {"global": "the micro-batches of all GPUs", "local": "each GPU's micro-batch"}
-    assert size != "auto", "a plan leaves no auto"
-    over = statistics.get(str(recipe.batchnorm.statistics), f"{recipe.batchnorm.statistics} images")
-    norm = f"batch norm over {over}" if has_batchnorm else "no batch norm"
-    view = f"resized to {size} × {size}"
-    if data.crop == "random_resized":
-        view = f"resized to a short side of {round(size * 256 / 224)} (bilinear), its centre of {size} × {size} cut out"
-    order = ", in the order of the folders' names" if data.source in FOLDERS else ""
-    trained = {
-        "fp32": "",
-        "fp64": "; trained and validated in fp64, from which they are rounded",
-    }.get(config.precision, f"; trained in {config.precision}, and validated with these very values")
-    epochs = ", ".join(f"{epoch:g}" for epoch in schedule.decay_epochs)
-    decay = {"step": f", × {schedule.decay_factor:g} at epochs {epochs}" if epochs else "", "none": ""}.get(
-        schedule.decay, f", {schedule.decay} decay to {schedule.final_lr:g}"
+    from huggingface_hub import EvalResult, ModelCardData
+
+    plan, recipe = trained.plan, trained.plan.config.recipe
+    measured = EvalResult(
+        task_type="image-classification",
+        dataset_type=recipe.data.source,
+        dataset_name=recipe.data.source,
+        dataset_split="validation",
+        metric_type="accuracy",
+        metric_name="top-1, in per cent",
+        metric_value=None if trained.top1 is None else round(trained.top1, 2),
     )
-    lines = [
-        "---",
-        "library_name: timm",
-        "pipeline_tag: image-classification",
-        "tags:",
-        "- image-classification",
-        "- timm",
-        *_model_index(export),
-        "---",
-        "",
-        f"# {recipe.model.name}, trained on {data.source} at batch {config.train_batch_size:,}",
-        "",
-        f"- **Measured:** {accuracy(export)}.",
-        f"- **Input:** RGB, {size} × {size}: an image is {view}; pixels from 0 to 1, of them mean "
-        f"{_numbers(data.mean)} and standard deviation {_numbers(data.std)}.",
-        f"- **Output:** {recipe.model.num_classes} classes{order}.",
-        f"- **Trained:** {progress(config, export.trained.step)} on {data.train_images:,} images, by "
-        f"{optimizer_words(config)}, weight decay {optimizer.weight_decay:g}, "
-        f"at a global batch of {config.train_batch_size:,}; of the whole schedule, peak rate {optimizer.lr:g}{decay}; "
-        f"{norm}; {config.precision}; seed {recipe.seed}.",
-        f"- **Weights:** after step {export.trained.step:,}, in fp32{trained}.",
-    ]
-    if summary is None:
-        lines.append(
-            f"- **The run is not complete:** stopped, or still under way, after {progress(config, export.steps_done)}; "
-            "these are its best weights so far."
-        )
-    else:
-        versions = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
-        ranks = f"{summary['world_size']} rank{'' if summary['world_size'] == 1 else 's'}"
-        lines.append(f"- **On:** {ranks} on {summary['device']}; {versions}.")
-    if export.trained.classes is not None:
-        lines.append(f"- **Classes,** from 0 on: {json.dumps(export.trained.classes, ensure_ascii=False)}.")
-    lines += [
-        "",
-        "```python",
-        "import timm",
-        "from PIL import Image",
-        "",
-        f"model = {load_line(Path('.'))}  # in this folder",
-        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
-        'logits = model(transform(Image.open("image.png").convert("RGB"))[None])',
-        "```",
-        "",
-        "The config, with every value that was left to its rule filled in:",
-        "",
-        "```json",
-        json_text(config).rstrip(),
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _model_index(export: Export) -> list[str]:
-    """The YAML by which a hub shows the measured accuracy. JSON strings are YAML strings."""
-    if export.validation is None:
-        return []
-    name, source = json.dumps(export.config.recipe.model.name), json.dumps(export.config.recipe.data.source)
-    return [
-        "model-index:",
-        f"- name: {name}",
-        "  results:",
-        "  - task:",
-        "      type: image-classification",
-        "    dataset:",
-        f"      name: {source}",
-        f"      type: {source}",
-        "      split: validation",
-        "    metrics:",
-        "    - type: accuracy",
-        "      name: top-1, in per cent",
-        f"      value: {export.validation['top1']:.2f}",
-    ]
-
-
-def _is_validation(line: dict[str, Any]) -> bool:
-    return (
-        line["event"] == "validation"
-        and all(type(line.get(key)) is int for key in ("epoch", "count"))
-        and all(isinstance(line.get(key), int | float) and 0 <= line[key] <= 100 for key in ("top1", "top5"))
+    head = ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm"],
+        model_name=recipe.model.name,
+        eval_results=None if trained.top1 is None else [measured],
     )
+    return f"""\
+---
+{head.to_yaml()}
+---
 
+# {recipe.model.name}, trained on {recipe.data.source} at batch {plan.global_batch:,}
 
-def _numbers(values: Sequence[float] | str) -> str:
-    assert not isinstance(values, str), "a plan leaves no auto"
-    return "(" + ", ".join(f"{value:g}" for value in values) + ")"
+- **Measured:** {accuracy(trained)}.
+- **Trained:** {how_far(trained)} on {plan.train_images:,} images, in {plan.precision}; the weights are in fp32.
+- **How:** the run's whole config is "recipe" in [{TIMM_CONFIG}]({TIMM_CONFIG}).
+
+```python
+import timm
+from PIL import Image
+
+model = {load_line(Path("."))}  # in this folder
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+logits = model(transform(Image.open("image.png").convert("RGB"))[None])
+print(model.pretrained_cfg.get("label_names", range({trained.num_classes}))[logits.argmax()])
+```
+"""

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recipe.commands.trained import Trained, read_trained
-from recipe.data import ImageDataset, ValidationLoader, open_datasets, open_validation
+from recipe.commands.trained import Trained, validation_loader
+from recipe.data import ImageDataset, open_datasets, open_validation
 from recipe.engine import Batch, evaluate, join_process_group, rank_device, set_loudness
 
 CALIBRATION_BINS = 15  # as Guo et al. 2017 take
@@ -94,8 +94,7 @@ class Counts:
 
 
 def measure(
-    path: Path,
-    checkpoint: str,
+    trained: Trained,
     data: Path | None,
     *,
     image_size: int | None,
@@ -106,26 +105,23 @@ def measure(
     """Evaluate on all ranks of the environment; the result on rank 0, None on the others.
 
     Raises:
-        ValueError: Model or data cannot be read, or do not fit each other.
+        ValueError: The data cannot be read, or does not fit the model.
     """
     set_loudness(verbose=False)
-    trained = read_trained(path, checkpoint)
     device = rank_device()
-    size = image_size or trained.image_size
+    size = image_size or trained.plan.image_size
     dataset, shown = open_data(trained, data, size)
     model = trained.build(device)
     join_process_group(device, timeout)
     try:
-        loader = ValidationLoader(
+        loader = validation_loader(
+            trained,
+            model,
             dataset,
-            micro_batch=micro_batch or trained.micro_batch,
+            micro_batch=micro_batch or trained.plan.micro_batch,
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             workers=workers,
-            device=device,
-            dtype=next(model.parameters()).dtype,
-            mean=trained.mean,
-            std=trained.std,
         )
         counts = Counts(trained.num_classes, device)
         result = evaluate(model, loader.batches(), device, counts.add)
@@ -161,28 +157,23 @@ def open_data(trained: Trained, data: Path | None, image_size: int) -> tuple[Ima
     Raises:
         ValueError: There is none, or it has a class that the model does not know.
     """
-    common: dict[str, Any] = {"image_size": image_size, "crop": trained.crop, "on_bad_image": "skip"}
-    section = None if trained.config is None else trained.config.recipe.data
+    section, share = trained.plan.config.recipe.data, None
+    common: dict[str, Any] = {"image_size": image_size, "crop": section.crop, "on_bad_image": "skip"}
     if data is None:
-        if section is None:
-            raise ValueError(f"{trained.name} does not say what to evaluate on; give --data DIR")
-        if section.source == "synthetic":
-            raise ValueError(f"{trained.name} was trained on synthetic images; give --data DIR to evaluate on others")
         if section.source == "digits":
             dataset: ImageDataset = open_datasets("digits", None, flip=False, seed=0, **common)[1]
             return dataset, "the digits' validation images"
-        assert section.path is not None, "the run had a folder"
-        data = Path(section.path)
-        dataset = open_validation(data, **common, validation_share=section.validation_share)
-    else:
-        dataset = open_validation(data, **common)
+        if section.path is None:
+            raise ValueError(f"{trained.name} was trained on synthetic images; give --data DIR to evaluate on others")
+        data, share = Path(section.path), section.validation_share
+    dataset = open_validation(data, **common, validation_share=share)
     names: list[str] = list(getattr(dataset, "class_names"))  # noqa: B009
     known = trained.classes
     if known is None:
         if len(names) != trained.num_classes:
             raise ValueError(
-                f"{data} has {len(names)} classes, {trained.name} tells {trained.num_classes} apart and does not say "
-                "which; evaluate on a folder with the same classes"
+                f"{data} has {len(names)} classes, {trained.name} has {trained.num_classes} and does not name them; "
+                "evaluate on a folder with the same classes"
             )
     elif unknown := [name for name in names if name not in known]:
         shown = ", ".join(map(repr, unknown[:5]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipe.commands import refusing
-from recipe.commands.evaluate import add_model_options, model_folder, positive
+from recipe.commands.evaluate import COUNT, add_model_options, load, model_folder
 from recipe.config import printable
 from recipe.distributed import say
 from recipe.reporting import Parser, Progress
@@ -28,18 +28,13 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m recipe predict", description="Print and write the most probable classes of images.")
     add_model_options(parser, "predictions")
     parser.add_argument("images", type=Path, nargs="+", metavar="FILE|DIR", help="image files, or folders of them")
-    parser.add_argument("--micro-batch", type=positive, default=64, metavar="N", help="images per forward pass (64)")
+    parser.add_argument("--micro-batch", type=COUNT, default=64, metavar="N", help="images per forward pass (64)")
     arguments = parser.parse_args(argv)
     output: Path = arguments.output or model_folder(arguments.model) / "predictions"
     files = list(image_files(arguments.images))
     if not files:
         raise ValueError(f"no images in {', '.join(map(str, arguments.images))}")
-    from recipe.train import set_up_torch
-
-    set_up_torch()
-    from recipe.commands.trained import read_trained  # torch takes seconds to import
-
-    trained = read_trained(arguments.model, arguments.checkpoint)
+    trained = load(arguments)
     output.mkdir(parents=True, exist_ok=True)
     unreadable = _write(trained, files, output, micro_batch=arguments.micro_batch, workers=arguments.workers)
     print(f"\n{len(files) - len(unreadable):,} of {len(files):,} images in {printable(str(output))}: {CSV}, {JSONL}")
@@ -58,10 +53,10 @@ def image_files(paths: Iterable[Path]) -> Iterator[Path]:
 
     for path in paths:
         if path.is_dir():
-            for folder, folders, names in os.walk(path):
-                folders[:] = sorted(name for name in folders if not name.startswith("."))
-                images = (name for name in names if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."))
-                yield from (Path(folder, name) for name in sorted(images))
+            for file in sorted(path.rglob("*")):
+                is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+                if file.suffix.lower() in IMG_EXTENSIONS and not is_hidden and file.is_file():
+                    yield file
         elif path.is_file():
             yield path
         else:
@@ -106,21 +101,10 @@ def predictions(
     """For each file, in order, its ``top`` most probable classes with their probabilities; None if it is unreadable."""
     import torch
 
-    from recipe.data import ValidationLoader
+    from recipe.commands.trained import validation_loader
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = trained.build(device)
-    loader = ValidationLoader(
-        _as_data(trained, files),
-        micro_batch=micro_batch,
-        rank=0,
-        world_size=1,
-        workers=workers,
-        device=device,
-        dtype=next(model.parameters()).dtype,
-        mean=trained.mean,
-        std=trained.std,
-    )
+    model = trained.build(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    loader = validation_loader(trained, model, _as_data(trained, files), micro_batch=micro_batch, workers=workers)
     left = len(files)
     with torch.inference_mode():
         for batch in loader.batches():
@@ -139,5 +123,6 @@ def _as_data(trained: "Trained", files: Sequence[Path]) -> "ImageDataset":
 
     names = b"".join(os.fsencode(file) + b"\0" for file in files)
     index = FolderIndex("", [""], np.array([len(files)]), np.frombuffer(names, np.uint8), left_out={})
-    view: dict[str, Any] = {"image_size": trained.image_size, "crop": trained.crop, "flip": False, "seed": 0}
+    crop = trained.plan.config.recipe.data.crop
+    view: dict[str, Any] = {"image_size": trained.plan.image_size, "crop": crop, "flip": False, "seed": 0}
     return ImageFiles(index, **view, on_bad_image="skip")

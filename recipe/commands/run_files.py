@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recipe.checkpoints import CHECKPOINTS, PLAN
-from recipe.config import read_config
+from recipe.config import Config, read_config
 from recipe.plan import Plan, make_plan
 from recipe.reporting import METRICS, parse_event, read_summary
 
@@ -66,17 +66,20 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def read_plan(file: Path) -> Plan:
-    """The plan that a run has written into ``file``.
+    """The plan that a run has written into ``file``; raises ``ConfigError`` if it is none."""
+    return plan_of(read_config(file))
+
+
+def plan_of(config: Config) -> Plan:
+    """The plan whose resolved config this is.
 
     Raises:
-        ConfigError: it is not one.
+        ConfigError: it is a config that leaves numbers to a plan.
     """
-    config = read_config(file)
     micro_batch, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
     if micro_batch == "auto" or accumulation == "auto":
-        raise config.source.refusal(
-            "train_micro_batch_size_per_gpu", "a plan leaves no auto", "name the --output folder of a run"
-        )
+        problem, remedy = "a plan leaves no auto", "name the --output folder of a run"
+        raise config.source.refusal("train_micro_batch_size_per_gpu", problem, remedy)
     return make_plan(config, config.train_batch_size // (micro_batch * accumulation))
 
 

@@ -1,14 +1,11 @@
 """A trained model, ready for use: from a run's folder, or from what ``export`` made of one."""
 
-import json
-import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,11 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recipe.checkpoints import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, best_first, damage, find, unreadable
-from recipe.commands.run_files import TIMM_CONFIG, WEIGHTS, run_meant
-from recipe.config import FOLDERS, Config, read_config
-from recipe.data import evaluation_short_side, open_validation
+from recipe.commands.run_files import TIMM_CONFIG, WEIGHTS, plan_of, read_plan, run_meant
+from recipe.config import FOLDERS, Config, parse_config, parse_json, read_text
+from recipe.data import ImageDataset, ValidationLoader, open_validation
 from recipe.distributed import say
 from recipe.model import DTYPES, build_model, cast_parameters
+from recipe.plan import Plan
 from recipe.reporting import read_summary
 
 SAVED = "mp_rank_00_model_states.pt"  # DeepSpeed's name of what rank 0 writes
@@ -28,33 +26,27 @@ SAVED = "mp_rank_00_model_states.pt"  # DeepSpeed's name of what rank 0 writes
 
 @dataclass(frozen=True)
 class Trained:
-    """Weights, and how images were prepared for them in training and validation.
+    """Weights, and the plan by which they were trained.
 
     Attributes:
         name: What messages call it, a path.
         step: The steps after which a run had these weights; 0 for an export.
+        top1: What the run then measured in per cent; None if it did not, and for an export.
         classes: The names of the outputs in their order; None where neither the run nor its data names them.
-        crop: A value of ``recipe.data.crop``.
-        mean, std: Of the pixels of each colour channel, from 0 to 1.
-        precision: "fp32", "bf16", "fp16" or "fp64".
-        micro_batch: Images per forward pass in the run's own validation.
-        state: The tensors by name, in the run's own dtypes.
-        config: That of the run; None for an export.
+        state: The tensors by name, in the run's own dtypes; those of an export are in fp32.
     """
 
     name: str
     step: int
-    architecture: str
-    num_classes: int
+    top1: float | None
+    plan: Plan
     classes: tuple[str, ...] | None
-    image_size: int
-    crop: Any
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    precision: str
-    micro_batch: int
     state: dict[str, Tensor]
-    config: Config | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """The number of outputs."""
+        return self.plan.config.recipe.model.num_classes
 
     def build(self, device: torch.device) -> nn.Module:
         """The model in evaluation mode, its parameters in the dtype in which they were trained.
@@ -62,15 +54,24 @@ class Trained:
         Raises:
             ValueError: timm has no such architecture, or the weights are not its.
         """
-        model = build_model(self.architecture, self.num_classes, seed=0, statistics="local")
+        model = build_model(self.plan.config.recipe.model.architecture, self.num_classes, seed=0, statistics="local")
+        self.load_into(model)
+        cast_parameters(model, DTYPES[self.plan.precision])
+        if self.plan.precision == "fp64":
+            model = model.double()
+        return model.to(device).eval()
+
+    def load_into(self, model: nn.Module) -> None:
+        """Give ``model`` the weights.
+
+        Raises:
+            ValueError: they are those of another architecture.
+        """
         try:
             model.load_state_dict(self.state)
         except RuntimeError as error:
-            raise ValueError(f"{self.name}: the weights are not those of {self.architecture}: {error}") from None
-        cast_parameters(model, DTYPES[self.precision])
-        if self.precision == "fp64":
-            model = model.double()
-        return model.to(device).eval()
+            architecture = self.plan.config.recipe.model.architecture
+            raise ValueError(f"{self.name}: the weights are not those of {architecture}: {error}") from None
 
 
 def read_trained(path: Path, checkpoint: str = "best") -> Trained:
@@ -85,34 +86,41 @@ def read_trained(path: Path, checkpoint: str = "best") -> Trained:
     """
     folder = path.parent if path.suffix == ".safetensors" else path
     if (folder / TIMM_CONFIG).is_file() and not (folder / CHECKPOINTS).is_dir():
-        return _read_export(folder, path if path != folder else folder / WEIGHTS)
+        return _read_export(folder / TIMM_CONFIG, path if path != folder else folder / WEIGHTS)
     if path != folder:
         raise ValueError(
             f"{path} has no {TIMM_CONFIG} beside it, which says what model it is; "
             "name a folder that python -m recipe export has written, or a run"
         )
     chosen = _choose_checkpoint(path, checkpoint)
-    config = read_config(chosen.path / PLAN)
-    recipe, micro_batch = config.recipe, config.train_micro_batch_size_per_gpu
-    image_size, mean, std = recipe.data.image_size, recipe.data.mean, recipe.data.std
-    assert isinstance(micro_batch, int), "a plan leaves no auto"
-    assert image_size != "auto", "a plan leaves no auto"
-    assert mean != "auto", "a plan leaves no auto"
-    assert std != "auto", "a plan leaves no auto"
+    plan = read_plan(chosen.path / PLAN)
     return Trained(
-        name=str(chosen.path),
-        step=chosen.step,
-        architecture=recipe.model.architecture,
-        num_classes=recipe.model.num_classes,
-        classes=_class_names(path, config),
-        image_size=image_size,
-        crop=recipe.data.crop,
-        mean=mean,
-        std=std,
-        precision=config.precision,
+        str(chosen.path), chosen.step, chosen.top1, plan, _class_names(path, plan.config), _read_weights(chosen)
+    )
+
+
+def validation_loader(
+    trained: Trained,
+    model: nn.Module,
+    dataset: ImageDataset,
+    *,
+    micro_batch: int,
+    workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> ValidationLoader:
+    """The loader that prepares images for ``model`` as the run's own validation did."""
+    parameter = next(model.parameters())
+    return ValidationLoader(
+        dataset,
         micro_batch=micro_batch,
-        state=_read_weights(chosen),
-        config=config,
+        rank=rank,
+        world_size=world_size,
+        workers=workers,
+        device=parameter.device,
+        dtype=parameter.dtype,
+        mean=trained.plan.mean,
+        std=trained.plan.std,
     )
 
 
@@ -180,52 +188,18 @@ def _read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """
     file = checkpoint.path / SAVED
     try:
-        state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)["module"]
-        return {name: value.contiguous() for name, value in state.items()}
-    except (RuntimeError, UnpicklingError, LookupError, TypeError, AttributeError, EOFError) as error:
+        return dict(torch.load(file, map_location="cpu", weights_only=True)["module"])
+    except (RuntimeError, UnpicklingError, LookupError, TypeError, ValueError, EOFError) as error:
         what = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{file} is not what DeepSpeed saves: {what}") from None
 
 
-def timm_crop(image_size: int, crop: Any) -> tuple[str, float]:
-    """timm's ``crop_mode`` and ``crop_pct`` for the run's own validation.
-
-    timm resizes the short side to floor(size / crop_pct).
-    """
-    if crop != "random_resized":
-        return "squash", 1.0
-    short_side = evaluation_short_side(image_size, crop)
-    shares = (image_size / short_side, image_size / (short_side + 0.5))
-    return "center", next(share for share in shares if math.floor(image_size / share) == short_side)
-
-
-def _read_export(folder: Path, weights: Path) -> Trained:
-    file = folder / TIMM_CONFIG
+def _read_export(file: Path, weights: Path) -> Trained:
+    described = parse_json(read_text(file, "*.json"), str(file))
+    if not isinstance(described.get("recipe"), dict):
+        raise ValueError(f"{file} is not what python -m recipe export writes: it has no recipe")
+    plan, names = plan_of(parse_config(described["recipe"], str(file))), described.get("label_names")
     try:
-        described: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        prepared, of_run = described["pretrained_cfg"], described["recipe"]
-        size, names = int(prepared["input_size"][-1]), described.get("label_names")
-        crop = "none" if prepared["crop_mode"] == "squash" else "random_resized"
-        if (prepared["crop_mode"], prepared["crop_pct"]) != timm_crop(size, crop):
-            raise ValueError(f"crop_mode {prepared['crop_mode']!r} with crop_pct {prepared['crop_pct']}")
-        return Trained(
-            name=str(weights),
-            step=0,
-            architecture=described["architecture"],
-            num_classes=described["num_classes"],
-            classes=None if names is None else tuple(names),
-            image_size=size,
-            crop=crop,
-            mean=tuple(prepared["mean"]),
-            std=tuple(prepared["std"]),
-            # The weights are in fp32; of fp64 they are only rounded.
-            precision="fp32" if of_run["precision"] == "fp64" else of_run["precision"],
-            micro_batch=int(of_run["micro_batch"]),
-            state=load_file(weights),
-        )
-    except OSError as error:
-        raise ValueError(f"{error.filename or weights}: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is no safetensors file: {error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not what python -m recipe export writes: {error!r}") from None
+        return Trained(str(weights), 0, None, plan, None if names is None else tuple(names), load_file(weights))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{weights} cannot be read: {error}") from None
