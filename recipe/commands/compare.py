@@ -15,10 +15,9 @@ from recipe.plan import counted
 from recipe.reporting import Parser, table
 
 SAME, DIFFERENT, TOO_EARLY = 0, 1, 3
-TOLERANCES = (
-    "1e-9",
-    "1e-3",
-)  # relative to the larger loss: beyond rounding in double precision, and what a curve may show
+VALUES = (("step", "loss"), ("validation", "top1"), ("validation", "top5"), ("validation", "loss"))  # event and field
+# Relative to the larger value: beyond rounding in double precision, and what a curve may show.
+TOLERANCES = ("1e-9", "1e-3")
 ENVIRONMENT = ("device", "hosts", "versions")  # of summary.json
 MISSING = "–"
 NO_WRAPPING = 10_000  # columns: the answer is often read by programs, or searched
@@ -57,18 +56,18 @@ def compare(a: RunFiles, b: RunFiles) -> tuple[list[str], int]:
     if a.plan.world_size != b.plan.world_size:
         free.insert(0, Difference("ranks", str(a.plan.world_size), str(b.plan.world_size)))
     lines = _table("", [("A", str(a.folder), _progress(a)), ("B", str(b.folder), _progress(b))])
-    lines += _differences("changes the training", changed) or ["", "The plans say the same training."]
+    lines += _differences("changes the training", changed) or ["", "The plans describe the same training."]
     lines += _differences("only where or how it runs", free)
     lines += _differences("what it ran on", environment_differences(a, b))
     has_other_steps = any(difference.key in NEVER_TO_CHANGE for difference in changed)
-    losses, differ = ([], None) if has_other_steps else _compare_losses(a, b)
-    validations, validations_differ = _compare_validations(a, b)
-    lines += [*losses, *validations, ""]
-    if changed or differ or validations_differ:
-        return [*lines, "Not the same training."], DIFFERENT
-    if differ is None:
-        return [*lines, "It is too early to say whether it is the same training."], TOO_EARLY
-    return [*lines, "The same training, as far as both have come."], SAME
+    compared = [_compare_values(a, b, *values) for values in VALUES if values[0] != "step" or not has_other_steps]
+    for rows, _ in compared:
+        lines += ["", *rows]
+    if changed or any(differ for _, differ in compared):
+        return [*lines, "", "Not the same training."], DIFFERENT
+    if compared[0][1] is None:
+        return [*lines, "", "It is too early to say whether it is the same training."], TOO_EARLY
+    return [*lines, "", "The same training, as far as both have come."], SAME
 
 
 def plan_differences(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[Difference], list[Difference]]:
@@ -105,18 +104,17 @@ def relative_differences(a: Column, b: Column) -> Column:
     return relative
 
 
-def _compare_losses(a: RunFiles, b: RunFiles) -> tuple[list[str], bool | None]:
-    """Lines on the losses of the steps that both have, and whether any differs; None if there is no such step."""
-    events_a, events_b = a.events["step"], b.events["step"]
-    steps, at_a, at_b = np.intersect1d(events_a["step"], events_b["step"], assume_unique=True, return_indices=True)
-    if not steps.size:
-        return ["", "There is no step yet that both have done."], None
-    losses_a, losses_b = events_a["loss"][at_a], events_b["loss"][at_b]
-    relative = relative_differences(losses_a, losses_b)
+def _compare_values(a: RunFiles, b: RunFiles, event: str, field: str) -> tuple[list[str], bool | None]:
+    """Lines on the values of a field at the epochs that both runs have, and whether any differs; None without any."""
+    epochs, at_a, at_b = np.intersect1d(a.epochs(event), b.epochs(event), assume_unique=True, return_indices=True)
+    if not epochs.size:
+        return [f"{event} {field}, no value in common yet"], None
+    steps, of_a, of_b = a.events[event]["step"][at_a], a.events[event][field][at_a], b.events[event][field][at_b]
+    relative = relative_differences(of_a, of_b)
 
     def described(place: int) -> str:
-        step, loss_a, loss_b = int(steps[place]), _number(losses_a[place]), _number(losses_b[place])
-        return f"step {step} (epoch {step // a.plan.steps_per_epoch + 1}): A {loss_a}, B {loss_b}"
+        where = f"step {int(steps[place])}, epoch" if event == "step" else "epoch"
+        return f"{where} {epochs[place]:.4g}: A {_number(of_a[place])}, B {_number(of_b[place])}"
 
     rows = [("first differs", "never: it is the same to the last bit")]
     if relative.any():
@@ -126,34 +124,9 @@ def _compare_losses(a: RunFiles, b: RunFiles) -> tuple[list[str], bool | None]:
             rows.append((f"apart > {limit}", described(int(beyond.argmax())) if beyond.any() else "never"))
         most = int(relative.argmax())
         rows.append(("differs most", f"{described(most)}, {relative[most]:.3g} apart"))
-    title = f"training loss, {counted(steps.size, 'step')} in common (apart: relative to the larger loss)"
-    return ["", *_table(title, rows)], bool(relative.any())
-
-
-def _compare_validations(a: RunFiles, b: RunFiles) -> tuple[list[str], bool]:
-    """Lines on the validations after the epochs that both have, and whether any differs."""
-    events_a, events_b = a.events["validation"], b.events["validation"]
-    epochs, at_a, at_b = np.intersect1d(
-        a.epochs("validation"), b.epochs("validation"), assume_unique=True, return_indices=True
-    )
-    if not epochs.size:
-        return ["", "There is no validation yet that both have done."], False
-    differs = np.zeros(epochs.size, dtype=bool)
-    for field in ("top1", "top5", "loss"):
-        differs |= relative_differences(events_a[field][at_a], events_b[field][at_b]) > 0
-    top1_a, top1_b = events_a["top1"][at_a], events_b["top1"][at_b]
-
-    def described(place: int) -> str:
-        points = top1_b[place] - top1_a[place]
-        text = f"epoch {epochs[place]:g}: top-1 A {top1_a[place]:.2f} %, B {top1_b[place]:.2f} % ({points:+.2f} points)"
-        return f"{text}, top-5 or loss differ" if differs[place] and not points else text
-
-    rows = [("first differs", "never: it is the same to the last bit")]
-    if differs.any():
-        rows = [("first differs", described(int(differs.argmax())))]
-        rows.append(("differs most", described(int(np.abs(top1_b - top1_a).argmax()))))
     rows.append(("last", described(epochs.size - 1)))
-    return ["", *_table(f"validation, {counted(epochs.size, 'epoch')} in common", rows)], bool(differs.any())
+    title = f"{event} {field}, {counted(epochs.size, 'value')} in common (apart: relative to the larger)"
+    return _table(title, rows), bool(relative.any())
 
 
 def _differing(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
@@ -180,6 +153,6 @@ def _progress(run: RunFiles) -> str:
     return f"{done}, {'not complete' if run.summary is None else 'complete'}"
 
 
-def _number(loss: float) -> str:
-    """A loss, with as many digits as it takes to tell it from any other."""
-    return "not finite" if np.isnan(loss) else repr(float(loss))
+def _number(number: float) -> str:
+    """A number with as many digits as it takes to tell it from any other."""
+    return "not finite" if np.isnan(number) else repr(float(number))

@@ -1,4 +1,4 @@
-"""Counts what a plan needs to know of a model that does not come with the recipe, without memory for it."""
+"""Counts the parameters and activations of any timm model for the plan, without allocating memory for them."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from recipe.plan import ModelFacts
 
 
 def inspect_model(name: str, num_classes: int, image_size: int) -> ModelFacts:
-    """Build timm's model on the meta device and let images of ``image_size`` pixels pass.
+    """Build a timm model on the meta device and pass images of ``image_size`` pixels through it.
 
     Raises:
         ValueError: timm has no such model, or it takes no such images.
@@ -41,11 +41,11 @@ def inspect_model(name: str, num_classes: int, image_size: int) -> ModelFacts:
 
 
 def saved_bytes_an_image(model: nn.Module, image_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes that one image more in a micro-batch adds to what a forward pass keeps for the backward pass."""
+    """Bytes that each further image in a micro-batch adds to what a forward pass keeps for the backward pass."""
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def saved_bytes(images: int) -> int:
-        seen: dict[int, torch.UntypedStorage] = {}  # kept, so that no other storage gets the address of a dead one
+        seen: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address is used twice
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()

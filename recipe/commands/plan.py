@@ -14,7 +14,7 @@ from recipe.plan import SHIPPED, Link, ModelFacts, Plan, make_plan
 from recipe.reporting import Parser, within
 from recipe.train import overrides
 
-# Nobody has measured them here: what PyTorch is said to reach with ResNet-50 on one H100, and a usual network.
+# Assumptions, not measured here: the speed of ResNet-50 under PyTorch on one H100, and a common network.
 ASSUMED_SPEED = {"resnet50": 2500.0}
 ASSUMED_GBIT_PER_SECOND = 100.0
 LATENCY_SECONDS = 20e-6
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.hostfile:
         world_size = count_slots(read_hostfile(arguments.hostfile))
     configs = [read_config(config, overrides(arguments)) for config in arguments.config]
-    # The folder that a config names may lie on the machines that will train.
+    # The folder that a config names may exist only on the machines that will train.
     looks = None if arguments.data is None else look
     answers = [answer(make_plan(config, world_size, look=looks), arguments) for config in configs]
     if arguments.json:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line; what makes no sense ends the program."""
+    """Parse the command line; end the program where it is wrong."""
     parser = Parser(
         prog="python -m recipe plan", description="Print what a config will do, or two of them side by side."
     )
@@ -55,13 +55,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one value of the config"
     )
-    parser.add_argument("--data", help="look into this folder of the data, as a run would (default: at nothing)")
+    parser.add_argument("--data", help="check the data in this folder, as a run would (default: no check)")
     positive = within(1e-3, 1e9)
     parser.add_argument(
         "--images-per-second",
         type=positive,
         metavar="N",
-        help=f"of one GPU alone (default: {ASSUMED_SPEED['resnet50']:,.0f} for resnet50, as said of an H100)",
+        help=f"of one GPU alone (default: {ASSUMED_SPEED['resnet50']:,.0f} for resnet50, assumed of an H100)",
     )
     parser.add_argument(
         "--bandwidth",
@@ -72,7 +72,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--gpu-memory", type=positive, default=GPU_MEMORY_GIB, metavar="GIB", help="of one GPU (default: %(default)g)"
     )
-    parser.add_argument("--inspect", action="store_true", help="count in the model itself: imports torch, takes longer")
+    parser.add_argument(
+        "--inspect",
+        action="store_true",
+        help="build the model and count: imports torch, takes longer",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rate over epochs, as PNG and SVG")
     parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args(argv)

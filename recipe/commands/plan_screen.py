@@ -1,4 +1,4 @@
-"""How the plan command answers: one screen, two configs side by side, JSON, a picture of the rate."""
+"""The output of the plan command: one screen, two configs side by side, JSON, a picture of the rate."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -42,14 +42,14 @@ PICTURE_POINTS = 4000
 
 @dataclass(frozen=True)
 class Answer:
-    """A plan, and what its cost is reckoned from, each assumption with words for where it comes from."""
+    """A plan with the assumptions from which its cost is computed, and where each of them comes from."""
 
     plan: Plan
     facts: ModelFacts | None
-    """None where nobody knows the model"""
+    """None if the model is unknown"""
 
     images_per_second: float | None
-    """of one GPU that computes alone; None where nobody knows"""
+    """of one GPU that computes alone; None if unknown"""
 
     speed_source: str
     link: Link
@@ -76,8 +76,7 @@ def format_answers(answers: Sequence[Answer], hints: Sequence[str] = (), width: 
 def _cost(answer: Answer) -> list[tuple[str, str]]:
     """What the run will cost, label and text."""
     if answer.facts is None:
-        unknown = "not known for this model, whose name was not looked up either"
-        return [("cost", f"{unknown}; --inspect asks timm for it, builds it without memory for it, and counts")]
+        return [("cost", "not known for this model; --inspect has timm build it without allocating memory, and counts")]
     plan, facts = answer.plan, answer.facts
     return [
         ("batch norm", _batchnorm(plan, facts)),
@@ -141,25 +140,25 @@ def _speed(plan: Plan, facts: ModelFacts, assumed: Answer) -> list[tuple[str, st
     step = f"{_seconds(found.step_seconds)} per step = {_seconds(found.compute_seconds)} to compute"
     if plan.world_size > 1:
         hidden = found.all_reduce_seconds - found.exposed_seconds
-        step += f" + {_seconds(found.exposed_seconds)} all-reduce (beside {_seconds(hidden)} that are hidden)"
+        step += f" + {_seconds(found.exposed_seconds)} all-reduce (and {_seconds(hidden)} hidden by the backward pass)"
     if batchnorm_traffic(plan, facts).collectives:
         step += f" + {_seconds(found.batchnorm_seconds)} batch norm"
     return [
         (
             "speed",
             f"{step}: {found.images_per_second:,.0f} images/s, efficiency {found.efficiency:.0%}; for "
-            f"{assumed.speed_source}{network}, data that never waits",
+            f"{assumed.speed_source}{network}, with data always ready",
         ),
         (
             "time to train",
             f"{_hours(found.training_seconds)} and {_hours(found.validation_seconds)} of validation (hours:minutes:"
-            "seconds; a forward pass alone, taken for a third of a step)",
+            "seconds; a forward pass is assumed to take a third of a step)",
         ),
     ]
 
 
 def as_json(answer: Answer) -> dict[str, Any]:
-    """The same for programs: bytes and seconds, rates as pairs of step and rate."""
+    """The answer for programs: sizes in bytes, times in seconds, rates as pairs of step and rate."""
     plan, facts = answer.plan, answer.facts
     numbers = (
         *("world_size", "global_batch", "micro_batch", "accumulation", "train_images", "validation_images"),

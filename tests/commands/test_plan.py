@@ -203,7 +203,7 @@ def test_a_gpu_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_not_known_is_not_said(capsys: pytest.CaptureFixture[str]) -> None:
     other = ("--set", 'recipe.model.name="resnet34"', "--set", "recipe.model.num_classes=7")
     unknown = screen(capsys, str(ROOT / HEADLINE), *other)
-    assert "whose name was not looked up either; --inspect asks timm for it, builds it" in unknown
+    assert "not known for this model; --inspect has timm build it" in unknown
     assert "SyncBN over all ranks, if the model has batch norm" in unknown
     assert "none on the others, as norms and biases" in unknown
     out = screen(capsys, str(ROOT / HEADLINE), *other, "--inspect", "--world-size", "8")

@@ -384,7 +384,7 @@ def test_a_run_is_the_command_that_a_person_would_type(tmp_path: Path) -> None:
     assert hosts[1:4] == ["--hostfile", "hostfiles/H", str(ROOT / "recipe/train.py")]
 
 
-def test_ctrl_c_before_anything_runs_is_told_on_one_line(
+def test_ctrl_c_before_anything_runs_is_reported_on_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*_: Any) -> None:
@@ -492,7 +492,7 @@ def test_the_docs_have_a_study_that_can_be_planned(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_study_goes_on_after_sigterm_and_after_a_kill_and_keeps_a_run_that_diverged(tmp_path: Path) -> None:
+def test_a_study_resumes_after_sigterm_and_after_a_kill_and_keeps_a_run_that_diverged(tmp_path: Path) -> None:
     cases = [
         {"name": "short", "label": "short", "set": {"recipe.schedule.epochs": 1}},
         {"name": "wild", "label": "wild", "set": {"recipe.schedule.scaling_rule": "none", "optimizer.params.lr": 1e15}},

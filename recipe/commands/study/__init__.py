@@ -17,7 +17,7 @@ COMPLETE, FAILED = 0, 1
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run what of the study is not over, and write its report.
+    """Run the trainings that are not over yet, and write the report.
 
     Returns:
         0 if every run is complete or has diverged, 1 if one failed, 2 if the study was refused, or 128 and the number

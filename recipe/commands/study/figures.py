@@ -32,17 +32,13 @@ def draw_figures(study: Study, results: Sequence[Result], output: Path) -> list[
     Raises:
         OSError: they cannot be written.
     """
-    drawing: dict[str, Callable[[Figure, Cases, Path], Any]] = {
-        "error_by_batch_size": _error_by_batch_size,
-        "beside_baseline": _beside_baseline,
-        "curves": _curves,
-    }
     cases = {case.name: [run for run in results if run.training.case.name == case.name] for case in study.file.cases}
-    figures = [drawing[asked.draw](asked, cases, output) for asked in study.file.figures]
-    return [
-        None if figure is None else save_figure(figure, output / asked.draw)[0]
-        for asked, figure in zip(study.file.figures, figures, strict=True)
-    ]
+    written = []
+    for asked in study.file.figures:
+        draw = _error_by_batch_size if asked.draw == "error_by_batch_size" else _curves
+        figure = draw(asked, cases, output)
+        written.append(None if figure is None else save_figure(figure, output / asked.draw)[0])
+    return written
 
 
 def _error_by_batch_size(asked: Figure, cases: Cases, output: Path) -> Any:
@@ -78,28 +74,22 @@ def _error_by_batch_size(asked: Figure, cases: Cases, output: Path) -> Any:
     return figure
 
 
-def _beside_baseline(asked: Figure, cases: Cases, output: Path) -> Any:
-    """The paper's Figure 2: the training loss of each case in a panel of its own, with the baseline's."""
-    assert asked.baseline is not None, "the study's file has been checked"
-    figure, axes = new_figure(columns=len(asked.cases), size=(4.2 * len(asked.cases), 4.4))
-    panels = [axes] if len(asked.cases) == 1 else list(axes)
-    for panel in panels[1:]:
-        panel.sharey(panels[0])
-    for panel, name in zip(panels, asked.cases, strict=True):
-        _draw(panel, [cases[asked.baseline], cases[name]], _losses, output)
-    panels[0].set_ylabel(TRAINING_LOSS)
-    figure.suptitle(f"{printable(asked.title)}: {OVER_SEEDS}")
-    return figure if any(panel.collections for panel in panels) else None
-
-
 def _curves(asked: Figure, cases: Cases, output: Path) -> Any:
-    """The paper's Figure 4: training and validation of all cases over the epochs."""
-    figure, panels = new_figure(columns=2, size=(11, 5))
-    for panel, values, label in zip(panels, (_losses, _errors), (TRAINING_LOSS, VALIDATION_ERROR), strict=True):
-        _draw(panel, [cases[name] for name in asked.cases], values, output)
-        panel.set_ylabel(label)
+    """The paper's Figure 4: training and validation of all cases over the epochs; with a baseline its Figure 2: the
+    training loss of each case in a panel of its own, with the baseline's.
+    """
+    drawn = [cases[name] for name in asked.cases]
+    panels = [(TRAINING_LOSS, _losses, drawn), (VALIDATION_ERROR, _errors, drawn)]
+    if asked.baseline is not None:
+        panels = [(TRAINING_LOSS, _losses, [cases[asked.baseline], runs]) for runs in drawn]
+    figure, _ = new_figure(columns=len(panels), size=(5 * len(panels), 4.6))
+    for axes, (label, values, of_cases) in zip(figure.axes, panels, strict=True):
+        if asked.baseline is not None and axes is not figure.axes[0]:
+            axes.sharey(figure.axes[0])
+        _draw(axes, of_cases, values, output)
+        axes.set_ylabel(label)
     figure.suptitle(f"{printable(asked.title)}: {OVER_SEEDS}")
-    return figure if any(panel.collections for panel in panels) else None
+    return figure if any(axes.collections for axes in figure.axes) else None
 
 
 def _draw(

@@ -24,7 +24,7 @@ ERRORS = ("median", "final", "best")
 
 @dataclass(frozen=True)
 class Result:
-    """What has become of a run; ``reason`` says why it is not complete.
+    """How a run ended; ``reason`` says why it is not complete.
 
     ``errors`` are the top-1 validation errors in per cent by the names of ``ERRORS``, empty unless it is complete; the
     median is that of the last five epochs (§5.1 of the paper), or of all where it has fewer.

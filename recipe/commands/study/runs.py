@@ -1,6 +1,6 @@
 """Runs the trainings of a study, each by the command that a person would type, until all are over or a signal comes.
 
-The folder of a run alone says what has become of it: a launcher's exit code proves nothing.
+How a run ended is read from its folder: a launcher's exit code proves nothing.
 """
 
 import contextlib
@@ -220,7 +220,7 @@ class Runner:
             self._report(training, exit_code)
 
     def _report(self, training: Training, exit_code: int) -> None:
-        """Say what has become of a run."""
+        """Report how a run ended."""
         folder = self.output / training.folder
         became, summary = ending(folder), read_summary(folder)
         if became is None and self.stopped_by is not None:
