@@ -154,7 +154,7 @@ class Runner:
             with Progress(images, done=self._images_done()) as self._progress:
                 for folder in (self.output / training.folder for training in self._pending):
                     if is_locked(folder):
-                        self._progress.say(f"another process is writing to {folder}, whose end is waited for")
+                        self._progress.say(f"another process is writing to {folder}: waiting for it to end")
                 while self._running or (self._pending and self.stopped_by is None):
                     self._start_what_fits()
                     time.sleep(POLL_SECONDS)
