@@ -120,7 +120,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     join_neighbours(run.model, plan.micro_batch, timeout)
     groups = parameter_groups(run.model, plan.weight_decay)
     passed_on = deepspeed_config(plan.config.model_dump(mode="json", exclude_none=True), output)
-    engine = start_engine(run.model, groups, passed_on, plan.schedule)
+    engine = start_engine(run.model, groups, passed_on, plan.schedule, recipe.ema.decay)
     loss_function = training_loss(engine.module, **recipe.loss.model_dump(), compiled=recipe.compile)
 
     # Where it starts, and what it writes
@@ -189,7 +189,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
                         raise BadImageError(f"{error}; what was trained is saved: the same command resumes") from None
                     history.add(result)
                     history.validations.append(telemetry.validation(result, engine.global_steps - 1))
-                    save_now(result.top1)
+                    save_now(result.top1_to_keep)
                 if engine.global_steps == plan.total_steps:
                     break
                 telemetry.start_clock()

@@ -10,6 +10,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 import termios
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ import timm
 import torch
 from PIL import Image
 
+from recipe.commands.export import main as export_command
 from recipe.train import parse_arguments, run as train_here
 from tests.golden import FP64, GOLDEN
 from tests.launch import DIGITS, ROOT, SHORT, command, environment, events, losses, train, train_ok
@@ -182,6 +184,43 @@ def test_bf16_trains_and_resumes(tmp_path: Path) -> None:
     (output / "checkpoints/step-00000006/manifest.json").unlink()
     train_ok(*arguments)
     assert losses(output) == whole
+
+
+TOOLBOX = (
+    "--set=optimizer.type=LARS",
+    '--set=optimizer.params={"momentum": 0.9, "trust_coefficient": 0.02}',
+    '--set=recipe.schedule={"epochs": 3, "warmup_epochs": 1, "decay": "cosine", "final_lr": 0.001}',
+    "--set=recipe.loss.label_smoothing=0.1",
+    "--set=recipe.model.gradient_checkpointing=true",
+    "--set=recipe.batchnorm.statistics=32",
+    "--set=recipe.ema.decay=0.999",
+)
+
+
+def test_the_tools_for_large_batches_together_resume_bit_for_bit_and_are_exported(tmp_path: Path) -> None:
+    arguments = ("--deepspeed_config", DIGITS, *TOOLBOX, "--output", str(tmp_path))
+    train_ok(*arguments)
+    lines = (events(tmp_path, "step"), events(tmp_path, "validation"))
+    assert all(line["ema_loss"] != line["loss"] for line in lines[1])
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "checkpoints/step-00000006/manifest.json").unlink()
+    assert "resumed from" in train_ok(*arguments).stdout
+    for before, after in zip(lines[0], events(tmp_path, "step"), strict=True):
+        assert (before["loss"], before["lr"]) == (after["loss"], after["lr"])
+    assert events(tmp_path, "validation") == lines[1]
+
+    # The checkpoint is rated by the average, which is what evaluate and export take from it.
+    best = max(reversed(lines[1]), key=lambda line: line["ema_top1"])
+    manifest = json.loads((tmp_path / f"checkpoints/step-{best['step'] + 1:08}/manifest.json").read_text())
+    assert manifest["top1"] == best["ema_top1"]
+    evaluate = (sys.executable, "-m", "recipe", "evaluate", str(tmp_path))
+    subprocess.run(evaluate, cwd=ROOT, env=environment(), check=True, stdout=subprocess.DEVNULL)
+    measured = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
+    assert (measured["top1"], measured["loss"]) == (best["ema_top1"], best["ema_loss"])
+    assert export_command([str(tmp_path)]) == 0
+    card = (tmp_path / "export/README.md").read_text()
+    assert f"top-1 {best['ema_top1']:.2f} %" in card
+    assert "**Weights:** the moving average after step" in card
 
 
 def test_deepspeeds_own_sections_work(tmp_path: Path) -> None:

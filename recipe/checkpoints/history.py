@@ -12,7 +12,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from recipe.checkpoints import checkpoint, manifest
 from recipe.checkpoints.checkpoint import CheckpointError
 from recipe.checkpoints.resume import Start, statistics_change, training_sha256
-from recipe.engine import Step, Validation
+from recipe.engine import Step, Validation, average_of
 from recipe.model import average_running_statistics, gather_running_averages, restore_running_averages
 from recipe.plan import NoiseScale, Plan, plan_json
 
@@ -80,6 +80,9 @@ def load_run(engine: DeepSpeedEngine, plan: Plan, start: Start) -> tuple[History
         return None, [*messages, "no whole checkpoint is left: training starts over"]
     restore_running_averages(engine.module, state["running_averages"])
     decoded_by_pil = state["decoded_by_pil"] if dist.get_rank() == 0 else 0
+    average = average_of(engine)
+    if average is not None:
+        average.load(state.get("average"))
     history = History(
         state["validations"],
         set(state["bad_images"]),
@@ -102,14 +105,15 @@ def save_run(
     recipe = plan.config.recipe
     history.gather(engine.device, names_too=recipe.data.on_bad_image == "skip")
     # DeepSpeed writes rank 0's running averages. Their mean is of use; training continues with each rank's own.
-    own = gather_running_averages(engine.module)
+    own, average = gather_running_averages(engine.module), average_of(engine)
+    averaged = {} if average is None else {"average": average.state()}
     average_running_statistics(engine.module)
     resolved = plan_json(plan)
     checkpoint.save(
         engine,
         folder,
         top1=top1,
-        client_state=history.state(seconds) | {"running_averages": own},
+        client_state=history.state(seconds) | {"running_averages": own} | averaged,
         plan=resolved,
         training_sha256=training_sha256(json.loads(resolved)),
     )

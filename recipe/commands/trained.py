@@ -181,15 +181,17 @@ def _class_names(run: Path, config: Config) -> tuple[str, ...] | None:
 
 
 def _read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The model's tensors by name, in the dtypes in which they were saved.
+    """The model's tensors by name, in the dtypes in which they were saved; their moving average, where the run has one.
 
     Raises:
         ValueError: The file is not what DeepSpeed saves.
     """
     file = checkpoint.path / SAVED
     try:
-        return dict(torch.load(file, map_location="cpu", weights_only=True)["module"])
-    except (RuntimeError, UnpicklingError, LookupError, TypeError, ValueError, EOFError) as error:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        averaged = saved["average"]["tensors"] if "average" in saved else {}
+        return {name: averaged.get(name, own).to(own.dtype) for name, own in saved["module"].items()}
+    except (RuntimeError, UnpicklingError, LookupError, TypeError, ValueError, AttributeError, EOFError) as error:
         what = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{file} is not what DeepSpeed saves: {what}") from None
 

@@ -233,6 +233,14 @@ class Loss(Section):
     records, 0 in the paper. The training loss in metrics.jsonl has it, that of a validation has not"""
 
 
+class Ema(Section):
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """what an image leaves in place of the moving average of the weights, a number > 0 and < 1, such as 0.9999998, or
+    null for none. Over a step it is decay ** train_batch_size, so that the batch does not change how far the average
+    looks back; until it has seen that many images, it is the plain mean of all weights so far. It is validated beside
+    the weights, and evaluate, predict and export take it. Not with ZeRO stages 1 to 3"""
+
+
 class Checkpoint(Section):
     every_steps: Count | None = None
     """optimizer steps between checkpoints within an epoch, a whole number >= 1, or null for none. Each epoch ends with
@@ -291,6 +299,9 @@ class Recipe(Section):
 
     loss: Loss = Loss()
     """an object with label_smoothing"""
+
+    ema: Ema = Ema()
+    """an object with decay"""
 
     precision: Literal["fp32", "fp64"] | None = None
     """ "fp32" keeps GPUs from rounding factors to TF32, "fp64" trains in double precision, for checks in which rounding
@@ -396,6 +407,9 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
     if config.recipe.model.gradient_checkpointing and config.recipe.compile:
         problem = "recipe.compile decides by itself what to compute again"
         yield "recipe.model.gradient_checkpointing", problem, "write false for one of them"
+    if config.recipe.ema.decay is not None and zero.stage:
+        problem = f"ZeRO stage {zero.stage} leaves no rank the whole master weights to average"
+        yield "recipe.ema.decay", problem, "write null, or zero_optimization.stage 0"
     if config.recipe.noise_scale.enabled and zero.stage:
         yield (
             "recipe.noise_scale.enabled",

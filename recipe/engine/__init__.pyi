@@ -1,3 +1,4 @@
+from .averaging import average_of as average_of
 from .device import (
     choose_device as choose_device,
     device_name as device_name,

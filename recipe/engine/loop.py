@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
+from recipe.engine.averaging import average_of
 from recipe.engine.gradient_norms import GradientNorms
 from recipe.engine.kernels import Loss, compile_training
 from recipe.engine.precision import loss_scale, overflowed
@@ -72,7 +73,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Validation:
-    """Top-1 and top-5 accuracy in per cent and mean loss over the ``count`` images that were counted."""
+    """Top-1 and top-5 accuracy in per cent and mean loss over the ``count`` images that were counted.
+
+    ``averaged`` are these three of the weights' moving average, where the engine keeps one.
+    """
 
     top1: float
     top5: float
@@ -80,6 +84,12 @@ class Validation:
     count: int
     bad_images: tuple[str, ...]
     decoded_by_pil: int = 0
+    averaged: tuple[float, float, float] | None = None
+
+    @property
+    def top1_to_keep(self) -> float:
+        """The top-1 accuracy of the weights that are used later: of the average, where there is one."""
+        return self.top1 if self.averaged is None else self.averaged[0]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -104,7 +114,7 @@ def train_epoch(
     ``engine.step()`` follows every micro-batch: DeepSpeed counts them, and updates after as many as it accumulates.
     """
     engine.train()
-    accumulation = engine.gradient_accumulation_steps()
+    accumulation, average = engine.gradient_accumulation_steps(), average_of(engine)
     losses: list[Tensor] = []
     bad_images: list[str] = []
     data_wait_seconds, decoded_by_pil = 0.0, 0
@@ -126,6 +136,8 @@ def train_epoch(
             mean_loss = torch.stack(losses).mean()
             skipped = overflowed(engine)
             update_running_averages(engine.module, discard=skipped)
+            if average is not None:
+                average.update(skipped)
             yield Step(step, lr, mean_loss, scale, skipped, data_wait_seconds, tuple(bad_images), decoded_by_pil, norms)
             losses, bad_images, data_wait_seconds, decoded_by_pil = [], [], 0.0, 0
         asked = time.perf_counter()
@@ -150,25 +162,28 @@ def evaluate(
         NoImageError: No image could be read.
     """
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    average = average_of(model)
+    models: list[Callable[[Tensor], Tensor]] = [model] if average is None else [model, average.forward()]
+    totals = torch.zeros(len(models), 4, dtype=torch.float64, device=device)
     bad_images: list[str] = []
     decoded_by_pil = 0
     for batch in batches:
-        logits = _at_least_fp32(model(batch.images))
-        observe(logits, batch)
-        hits = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
-        losses = F.cross_entropy(logits, batch.labels, reduction="none")
-        per_image = torch.stack([hits[:, 0], hits.any(1), losses.double(), torch.ones_like(losses)])
-        totals += (per_image * batch.weights).sum(1)
+        for total, one in zip(totals, models, strict=True):
+            logits = _at_least_fp32(one(batch.images))
+            if one is model:
+                observe(logits, batch)
+            hits = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
+            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+            per_image = torch.stack([hits[:, 0], hits.any(1), losses.double(), torch.ones_like(losses)])
+            total += (per_image * batch.weights).sum(1)
         bad_images += batch.bad_images
         decoded_by_pil += batch.decoded_by_pil
     dist.all_reduce(totals)
-    top1, top5, loss, count = totals.tolist()
+    count = round(float(totals[0, 3]))
     if count == 0:
         raise NoImageError(f"no validation image could be read, from {next(iter(bad_images), 'the first')} on")
-    return Validation(
-        100 * top1 / count, 100 * top5 / count, loss / count, round(count), tuple(bad_images), decoded_by_pil
-    )
+    own, *averaged = [(100 * top1 / count, 100 * top5 / count, loss / count) for top1, top5, loss, _ in totals.tolist()]
+    return Validation(*own, count, tuple(bad_images), decoded_by_pil, averaged[0] if averaged else None)
 
 
 def _at_least_fp32(logits: Tensor) -> Tensor:

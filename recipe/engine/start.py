@@ -18,6 +18,7 @@ from deepspeed.utils import groups, logger
 from torch import Tensor, nn
 from torch.distributed import HashStore, Store, distributed_c10d
 
+from recipe.engine.averaging import WeightAverage
 from recipe.engine.optimizers import make_optimizer
 from recipe.engine.overlap import OverlappedReduction, fill_in_gradients
 from recipe.engine.precision import loss_scale, update_together
@@ -70,8 +71,12 @@ def start_engine(
     parameter_groups: list[dict[str, Any]],
     deepspeed_config: Mapping[str, Any],
     schedule: RateSchedule,
+    ema_decay: float | None = None,
 ) -> DeepSpeedEngine:
-    """DeepSpeed's engine around ``model``, with the optimizer of the config and the rate of ``schedule``."""
+    """DeepSpeed's engine around ``model``, with the optimizer of the config and the rate of ``schedule``.
+
+    With ``ema_decay``, per image, it keeps a ``WeightAverage``, too.
+    """
     filled = [group for group in parameter_groups if group["params"]]
     dtype = next(model.parameters()).dtype
     if dtype == torch.float64:
@@ -114,6 +119,8 @@ def start_engine(
                 master.data.copy_(value)
         bf16 = deepspeed_config.get("bf16", {})
         update_together(engine, engine.fp16_enabled() or bf16.get("check_grad_overflow", True))
+    if ema_decay is not None:
+        engine.weight_average = WeightAverage(engine, ema_decay, engine.train_batch_size())
     return engine
 
 

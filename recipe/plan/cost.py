@@ -121,6 +121,9 @@ class Memory:
     momentum: float
     """of LAMB two moments"""
 
+    average: float
+    """the moving average of the weights"""
+
     reduction: float
     """the messages in which gradients travel"""
 
@@ -151,6 +154,7 @@ def memory(plan: Plan, facts: ModelFacts) -> Memory:
         master_weights=4 * parameters * optimizer_share if half else 0.0,
         gradients=value * parameters / (ranks if stage >= 2 else 1),
         momentum=max(4, value) * parameters * optimizer_share * (2 if plan.config.optimizer.type == "LAMB" else 1),
+        average=max(4, value) * parameters if plan.config.recipe.ema.decay is not None else 0.0,
         reduction=gradient_bytes(plan, facts) if ranks > 1 else 0.0,
         activations=plan.micro_batch * activation_bytes(plan, facts),
         workspace=2 * value * facts.largest_parameter + CONTEXT_BYTES,

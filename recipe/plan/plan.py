@@ -133,6 +133,12 @@ def make_plan(
             'write false, or for recipe.batchnorm.statistics "local" or a number of images up to a micro-batch\'s, '
             f"{micro_batch}",
         )
+    if recipe.ema.decay is not None and statistics == "local" and world_size > 1:
+        raise config.source.refusal(
+            "recipe.ema.decay",
+            'with "local" statistics each rank has running averages of its own, which no average of theirs would fit',
+            'write null, or for recipe.batchnorm.statistics "global" or a number of images',
+        )
     contents = _contents(config, look)
     train_images, validation_images = _data_set_sizes(config, contents)
     if config.train_batch_size > train_images:

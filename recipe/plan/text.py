@@ -1,6 +1,7 @@
 """The plan as people read it and as the JSON that repeats it."""
 
 import json
+import math
 from collections.abc import Sequence
 
 from recipe.config import Config, lacks_batchnorm, printable
@@ -43,6 +44,7 @@ def plan_fields(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
         ("optimizer", _optimizer(plan)),
         ("weight decay", _weight_decay(plan, facts)),
         *_loss(plan),
+        *_weight_average(plan),
         ("checkpoints", _checkpoints(plan)),
         *_noise_scale(plan),
     ]
@@ -314,6 +316,15 @@ def _weight_decay(plan: Plan, facts: ModelFacts | None) -> str:
 def _loss(plan: Plan) -> list[tuple[str, str]]:
     smoothing = plan.config.recipe.loss.label_smoothing
     return [("loss", f"cross entropy, in training with labels smoothed by {smoothing:g}")] if smoothing else []
+
+
+def _weight_average(plan: Plan) -> list[tuple[str, str]]:
+    decay = plan.config.recipe.ema.decay
+    if decay is None:
+        return []
+    epochs = math.log(0.5) / math.log(decay) / plan.train_images
+    step = f"{decay**plan.global_batch:.6g} per step of {plan.global_batch:,}"
+    return [("weight average", f"decay {decay!r} per image, {step}: halved in {epochs:.3g} epochs")]
 
 
 def _checkpoints(plan: Plan) -> str:

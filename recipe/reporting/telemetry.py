@@ -104,15 +104,19 @@ class Telemetry:
 
     def validation(self, result: Validation, step: int) -> dict[str, Any]:
         """Write down a validation that followed update ``step``; return its line of ``metrics.jsonl``."""
-        figures = {"top1": result.top1, "top5": result.top5, "loss": _finite(result.loss), "count": result.count}
-        event = self._event("validation", step) | figures
+        measured, words = {"top1": result.top1, "top5": result.top5, "loss": result.loss}, ""
+        if result.averaged is not None:
+            measured |= dict(zip(("ema_top1", "ema_top5", "ema_loss"), result.averaged, strict=True))
+            words = "; of the averaged weights top-1 {:.2f} %, top-5 {:.2f} %, loss {:.4f}".format(*result.averaged)
+        event = self._event("validation", step) | {name: _finite(value) for name, value in measured.items()}
+        event |= {"count": result.count}
         if self.writer is not None:
             self.writer.event(event)
             self.writer.say(
                 f"epoch {event['epoch'] + 1}/{self.plan.epochs}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
-                f"loss {result.loss:.4f} on {result.count:,} validation images"
+                f"loss {result.loss:.4f} on {result.count:,} validation images{words}"
             )
-            self._monitor("Validation", step, {"top1": result.top1, "top5": result.top5, "loss": result.loss})
+            self._monitor("Validation", step, measured)
         return event
 
     def images_per_second(self) -> float | None:

@@ -94,6 +94,8 @@ def test_memory_by_part() -> None:
 
     lamb = memory(plan_of(HEADLINE, 256, 'optimizer={"type": "LAMB"}'), RESNET50)
     assert lamb.momentum == 2 * parts.momentum  # two moments
+    averaging = memory(plan_of(HEADLINE, 256, "recipe.ema.decay=0.9999998"), RESNET50)
+    assert averaging.total == parts.total + 4 * PARAMETERS
 
     fp32 = memory(plan_of(HEADLINE, 1, "fp16.enabled=false"), RESNET50)
     assert (fp32.weights, fp32.master_weights, fp32.momentum) == (4 * PARAMETERS, 0, 4 * PARAMETERS)

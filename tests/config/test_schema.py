@@ -386,6 +386,11 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
             {"recipe.model.gradient_checkpointing": True, "recipe.compile": True},
             "= true: recipe.compile decides by itself what to compute again; write false for one of them",
         ),
+        (
+            {"recipe.ema.decay": 0.9999, "zero_optimization.stage": 1},
+            "= 0.9999: ZeRO stage 1 leaves no rank the whole master weights to average; write null, or zero",
+        ),
+        ({"recipe.ema.decay": 1}, "= 1: too large; expected what an image leaves in place of the moving average"),
         # DeepSpeed's own names of optimizers, one of which means its FusedLamb.
         ({"optimizer.type": "lamb"}, '= "lamb": not "SGD", "LARS" or "LAMB"; expected "SGD" (the paper\'s), "LARS" or'),
         ({"optimizer.params.nesterov": True, "optimizer.type": "LARS"}, "= true: LARS has none; remove it"),

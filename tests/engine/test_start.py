@@ -61,7 +61,12 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def new_engine(
-    world_size: int, batch: int, accumulation: int, schedule: RateSchedule = CONSTANT_RATE, **sections: Any
+    world_size: int,
+    batch: int,
+    accumulation: int,
+    schedule: RateSchedule = CONSTANT_RATE,
+    ema_decay: float | None = None,
+    **sections: Any,
 ) -> Any:
     """A real engine; fp16 runs on the CPU if DeepSpeed is told that it may."""
     from deepspeed.accelerator import get_accelerator
@@ -83,7 +88,7 @@ def new_engine(
             "params": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": WEIGHT_DECAY},
         },
     }
-    return start_engine(model, groups(model), config | sections, schedule)
+    return start_engine(model, groups(model), config | sections, schedule, ema_decay)
 
 
 def train_step(engine: Any, rank: int, world_size: int, step: int, batch: int, gradient_norms: Any = None) -> Any:

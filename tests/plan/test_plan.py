@@ -476,6 +476,14 @@ def test_an_optimizer_has_its_own_keys_and_no_others(kind: str, params: dict, re
     assert dict(plan_fields(plan, None))["optimizer"] == text
 
 
+def test_a_weight_average_in_the_plan() -> None:
+    """(1 − 2e-7)^8192 = e^−0.0016384; ln 2 / 2e-7 images are 3,465,736 of 1,281,167 an epoch."""
+    ema = {"recipe__ema__decay": 1 - 2e-7}
+    text = "decay 0.9999998 per image, 0.998363 per step of 8,192: halved in 2.71 epochs"
+    assert dict(plan_fields(make_plan(config(**ema), 32), None))["weight average"] == text
+    assert refusal(2, **ema, recipe__batchnorm__statistics="local").key == "recipe.ema.decay"
+
+
 def test_what_was_found_of_sgd_is_not_said_of_lars() -> None:
     lars = {"optimizer": {"type": "LARS"}, "recipe__batchnorm__statistics": 32, "train_batch_size": 16384}
     assert plan_notes(**lars, recipe__schedule__warmup="none") == ""

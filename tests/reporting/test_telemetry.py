@@ -89,6 +89,7 @@ def _reports(rank: int, world_size: int, folder: str) -> dict:
     reporter.step(step(2, 3.0))  # the last of its epoch
     found["after the epoch"] = len(lines(output))
     reporter.validation(Validation(50.0, 90.0, math.nan, 10, ()), 2)
+    reporter.validation(Validation(50.0, 90.0, 1.5, 10, (), averaged=(60.0, 95.0, math.inf)), 3)
     reporter.close()
     found["lines"] = lines(output)
     found["monitored"] = [(name, samples) for name, _, samples in events]
@@ -101,16 +102,24 @@ def test_reports_come_every_steps_per_print_and_at_the_end_of_an_epoch(tmp_path:
     assert found["before the second step"] == ""
     assert found["after the second step"] == 2
     assert found["after the epoch"] == 3
-    assert found["lines"][-1] == {
-        **{"event": "validation", "step": 2, "epoch": 0},
-        **{"top1": 50.0, "top5": 90.0, "loss": None, "count": 10},
-    }
+    assert found["lines"][-2:] == [
+        {
+            **{"event": "validation", "step": 2, "epoch": 0},
+            **{"top1": 50.0, "top5": 90.0, "loss": None, "count": 10},
+        },
+        {
+            **{"event": "validation", "step": 3, "epoch": 1},
+            **{"top1": 50.0, "top5": 90.0, "loss": 1.5, "count": 10},
+            **{"ema_top1": 60.0, "ema_top5": 95.0, "ema_loss": None},
+        },
+    ]
     of_report = ("images_per_second", "data_wait")
     assert found["monitored"] == [
         *[("Train/Samples/train_loss", samples) for samples in (64, 128)],
         *[(f"Train/Samples/{name}", 128) for name in of_report],
         *[(f"Train/Samples/{name}", 192) for name in ("train_loss", *of_report)],
         *[(f"Validation/Samples/{name}", 192) for name in ("top1", "top5", "loss")],
+        *[(f"Validation/Samples/{name}", 256) for name in ("top1", "top5", "loss", "ema_top1", "ema_top5", "ema_loss")],
     ]
 
 
