@@ -6,7 +6,8 @@ timm mirror half of the images here, too, which the recipe leaves to the device,
 counted, so that other programs on the machine weigh little. torchvision's reference (``references/classification`` with
 its PIL backend) gets the recipe's crops, and the pixels are compared; timm draws its own, without the colour jitter
 that is its default and not the paper's. Beside them stand packs of the same files, made into a temporary folder by
-``recipe pack``: of the originals, and of each ``--short-side``.
+``recipe pack``: of the originals, of JPEGs of each of ``--short-sides``, of raw pixels of each of
+``--raw-short-sides``.
 
 Then whole loaders with worker processes, the recipe's and a DataLoader of torchvision's reference, in turn; beside
 their images a second stands what the main process itself pays for an image, which no worker takes from it and which
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         decoders, missing = open_decoders(arguments)
         if "dali" in decoders:
             before["versions"]["nvidia-dali-cuda130"] = version("nvidia-dali-cuda130")
-        packs = make_packs(folder, Path(temporary) / "packs", arguments.short_sides)
+        packs = make_packs(folder, Path(temporary) / "packs", arguments.short_sides, arguments.raw_short_sides)
         report = before | {
             "settings": {
                 "images": len(listing),
@@ -105,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "loaders": [
                 loaders(
                     listing,
+                    {name: path for name, path in packs.items() if name.startswith("raw")},
                     decoders,
                     arguments.image_size,
                     arguments.micro_batch,
@@ -137,6 +139,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=[400, 352, 320],
         metavar="PIXELS",
         help="a pack each (default: 400 352 320)",
+    )
+    parser.add_argument(
+        "--raw-short-sides",
+        type=positive,
+        nargs="+",
+        default=[256],
+        metavar="PIXELS",
+        help="a pack of raw pixels each (default: 256)",
     )
     parser.add_argument("--rounds", type=positive, default=5, help="passes over the images (default: %(default)s)")
     parser.add_argument(
@@ -175,19 +185,22 @@ def make_images(folder: Path, count: int) -> None:
         Image.fromarray(pixels).save(path, quality=MADE_UP["quality"])
 
 
-def make_packs(folder: Path, destination: Path, short_sides: Sequence[int]) -> dict[int, Path]:
-    """Pack the images as they are, short side 0, and at each short side; they stand for both parts of a data set."""
+def make_packs(
+    folder: Path, destination: Path, short_sides: Sequence[int], raw_short_sides: Sequence[int]
+) -> dict[str, Path]:
+    """Pack the images as they are, and at each short side; they stand for both parts of a data set."""
     both = destination / "images"
     both.mkdir(parents=True)
     for part in ("train", "val"):
         (both / part).symlink_to(folder.resolve(), target_is_directory=True)
-    packs = {short_side: destination / str(short_side) for short_side in (0, *short_sides)}
-    for short_side, path in packs.items():
+    kinds = {"pack": (0, False)} | {f"pack {side}": (side, False) for side in short_sides}
+    kinds |= {f"raw pack {side}": (side, True) for side in raw_short_sides}
+    for name, (short_side, raw) in kinds.items():
         with contextlib.redirect_stdout(io.StringIO()):  # how to train from a pack that will soon be gone
-            pack(both, path, short_side)
-        training = read_header(path).train  # the other part is the same
-        say(f"{pack_name(short_side)}: {training.resized:,} of {training.images:,} images resized")
-    return packs
+            pack(both, destination / name, short_side, raw=raw)
+        training = read_header(destination / name).train  # the other part is the same
+        say(f"{name}: {training.resized:,} of {training.images:,} images resized")
+    return {name: destination / name for name in kinds}
 
 
 def packed(path: Path, image_size: int) -> PackedImages:
@@ -234,15 +247,15 @@ class Reference(Dataset[Tensor]):
 
 
 def one_thread(
-    listing: ImageFolder, packs: dict[int, Path], image_size: int, micro_batch: int, rounds: int
+    listing: ImageFolder, packs: dict[str, Path], image_size: int, micro_batch: int, rounds: int
 ) -> dict[str, Any]:
     """Images a CPU second of each pipeline, a micro-batch at a time and in turn; how far pixels are apart.
 
-    ``packs`` has a pack for each short side.
+    ``packs`` are by name.
     """
     reference = Reference(listing, image_size)
     ours: dict[str, ImageDataset] = {"recipe": data_set(listing, image_size)}
-    ours |= {pack_name(short_side): packed(path, image_size) for short_side, path in packs.items()}
+    ours |= {name: packed(path, image_size) for name, path in packs.items()}
     transform = create_transform(image_size, is_training=True, color_jitter=0.0, use_prefetcher=True)
 
     pipelines: dict[str, Callable[[int, Sequence[int]], list[Any]]] = {
@@ -278,11 +291,6 @@ def one_thread(
         "mean_difference": mean_difference,
         "largest_difference": largest_difference,
     }
-
-
-def pack_name(short_side: int) -> str:
-    """What the report calls the pipeline that reads from a pack; short side 0 is that of the originals."""
-    return f"pack {short_side}" if short_side else "pack"
 
 
 def open_decoders(arguments: argparse.Namespace) -> tuple[dict[str, Decoder], dict[str, str]]:
@@ -326,6 +334,7 @@ def differences(images: ImageFiles, decoder: Decoder, device: str) -> dict[str, 
 
 def loaders(
     listing: ImageFolder,
+    packs: dict[str, Path],
     decoders: dict[str, Decoder],
     image_size: int,
     micro_batch: int,
@@ -336,6 +345,7 @@ def loaders(
     """Images a second of whole loaders, in turn, and the CPU time an image of the process that takes the batches."""
     images = data_set(listing, image_size)
     ours: dict[str, Samples] = {"recipe": images}
+    ours |= {f"recipe, {name}": packed(path, image_size) for name, path in packs.items()}
     ours |= {f"recipe, {name}": EncodedImages(images, d, torch.device(device)) for name, d in decoders.items()}
     recipes = {
         name: TrainLoader(
@@ -411,7 +421,8 @@ def format_report(report: dict[str, Any]) -> str:
         "pack": "recipe, from a pack of the originals",
     }
     for name, speed in alone["images_per_second"].items():
-        label = names.get(name) or f"recipe, from a pack of short side {name.removeprefix('pack ')}"
+        kind, _, short_side = name.rpartition("pack ")
+        label = names.get(name) or f"recipe, from a {kind}pack of short side {short_side}"
         apart = ["other crops" if name == "timm" else "0"] * 2
         if name in alone["mean_difference"]:
             apart = [f"{alone['mean_difference'][name]:.3f}", str(alone["largest_difference"][name])]

@@ -370,9 +370,11 @@ def test_input_pipeline_compares_pixels_and_speed(tmp_path: Path, capsys: pytest
         assert alone["largest_difference"][name] <= 2
     assert 0.1 < alone["mean_difference"]["pack 300"] < 10
     assert alone["ratio"]["torchvision"] == 1
-    assert set(alone["images_per_second"]) == {"torchvision", "timm", "recipe", "pack", "pack 300"}
+    assert set(alone["images_per_second"]) == {"torchvision", "timm", "recipe", "pack", "pack 300", "raw pack 256"}
+    assert 0.1 < alone["mean_difference"]["raw pack 256"] < 10
     (case,) = report["loaders"]
     assert case["workers"] == 1
+    assert "recipe, raw pack 256" in case["images_per_second"]
     assert min(case["images_per_second"].values()) > 0
     assert "simplejpeg" in report["versions"]
     assert set(report["decoders"]) | set(report["decoders_missing"]) == {"gpu", "dali", "stand-in for gpu"}

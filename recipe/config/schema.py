@@ -113,6 +113,9 @@ class Data(Section):
     """the short side in pixels to which the pack's larger images were resized, a whole number, as its pack.json says;
     0: all images are the original bytes. A run checks it against the pack, because the pixels depend on it"""
 
+    pack_raw: bool = False
+    """true or false: whether the pack is one of raw pixels, as its pack.json says. A run checks that, too"""
+
     image_size: Annotated[int, Field(ge=8, le=4096)] | Auto
     """height and width of the images that the model sees, in pixels, a whole number from 8 to 4096, or "auto": as the
     weights of recipe.model.weights were trained, where a config.json beside them tells"""
@@ -424,6 +427,10 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "recipe.data.path", f"{data.source} data has no folder", 'remove it, or write "source": "imagefolder"'
     if data.source != "pack" and data.pack_short_side:
         yield "recipe.data.pack_short_side", f"{data.source} data is no pack", 'write 0, or "source": "pack"'
+    if data.source != "pack" and data.pack_raw:
+        yield "recipe.data.pack_raw", f"{data.source} data is no pack", 'write false, or "source": "pack"'
+    if data.decoder != "cpu" and data.pack_raw:
+        yield "recipe.data.decoder", "raw pixels need none", 'write "cpu"'
     if data.source != "imagefolder" and data.validation_share is not None:
         yield "recipe.data.validation_share", f"{data.source} data has a validation part", "remove it"
     if data.source == "synthetic" and data.on_device:

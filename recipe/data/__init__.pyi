@@ -27,6 +27,7 @@ from .pack_format import (
     IMAGE as IMAGE,
     IMAGES as IMAGES,
     NAMES as NAMES,
+    RAW_IMAGE as RAW_IMAGE,
     BadImage as BadImage,
     File as File,
     Header as Header,

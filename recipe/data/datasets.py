@@ -18,7 +18,7 @@ from recipe.data.sampler import PADDING, Keys
 
 OnBadImage = Literal["stop", "skip"]
 
-_WHOLE_BYTES = 2**26
+_WHOLE_BYTES = 2**24
 """Of decoded images that wait for the others with which their views are drawn."""
 
 _HOPELESS = 100
@@ -109,10 +109,14 @@ class ImageDataset(Samples):
         """Return the file that holds image ``index``, where there is one; b"" where there is none."""
         return b""
 
+    def decoded(self, index: int) -> Decoded:
+        """Return image ``index``, or raise one of ``UNREADABLE``."""
+        return decode(self.file(index))
+
     def image(self, index: int) -> Decoded:
         """Return image ``index``, whose pixels nobody changes, or raise ``BadImageError``."""
         try:
-            return decode(self.file(index))
+            return self.decoded(index)
         except UNREADABLE as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise  # the fault of the process, not of the image

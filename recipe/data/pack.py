@@ -1,16 +1,20 @@
 """The images of a pack, read at random from its shards: the same samples as from the folder that was packed."""
 
 import errno
+import json
 import os
 import weakref
 from pathlib import Path
 from typing import Unpack
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from recipe.config import printable
 from recipe.data.augment import evaluation_short_side
 from recipe.data.datasets import ImageDataset, Options
+from recipe.data.decoding import Decoded
 from recipe.data.pack_format import HEADER, Header, Part, damage, open_index, read_header
 
 
@@ -25,6 +29,7 @@ class PackedImages(ImageDataset):
                 raise ValueError(f"{path}: {problem}; copy it again, or make the pack anew")
         # Mapped, and no Python objects in them: forked workers, and the other ranks of the host, share them.
         self._images, self._names = open_index(pack, header, part)
+        self._raw = header.making.raw
         super().__init__(self._images["label"].astype(np.int64), header.classes, **options)
         # Opened once and for all: on a network file system each opening would ask the server. Workers inherit them,
         # and read at an offset of their own.
@@ -39,12 +44,22 @@ class PackedImages(ImageDataset):
                 raise ValueError(f"{path}: {error.strerror}; {remedy}") from error
 
     def file(self, index: int) -> bytes:
+        return self._content(index).tobytes()
+
+    def decoded(self, index: int) -> Decoded:
+        if not (self._raw and self._images[index]["height"]):
+            return super().decoded(index)
+        height, width = int(self._images[index]["height"]), int(self._images[index]["width"])
+        return Decoded(torch.from_numpy(self._content(index).reshape(height, width, 3)))
+
+    def _content(self, index: int) -> npt.NDArray[np.uint8]:
+        # Read rather than mapped: a disk that fails is then an error with a name, and not the end of the process.
         row = self._images[index]
-        size = int(row["bytes"])
-        file = os.pread(self._files[row["shard"]], size, int(row["offset"]))
-        if len(file) < size:
-            raise OSError(f"the shard ends {size - len(file):,} bytes too early")
-        return file
+        content = np.empty(row["bytes"], np.uint8)
+        read = os.preadv(self._files[row["shard"]], [content.data], int(row["offset"]))
+        if read < len(content):
+            raise OSError(f"the shard ends {len(content) - read:,} bytes too early")
+        return content
 
     def _where_and_remedy(self, index: int) -> tuple[str, str]:
         row = self._images[index]
@@ -62,12 +77,13 @@ class PackedImages(ImageDataset):
 
 
 def open_pack(
-    path: str | Path, *, short_side: int | None = None, **options: Unpack[Options]
+    path: str | Path, *, short_side: int | None = None, raw: bool | None = None, **options: Unpack[Options]
 ) -> tuple[PackedImages, PackedImages]:
     """Return (training, validation) from the folder of a pack, in the order of the ImageFolder that was packed.
 
     Refuses a pack whose images have another short side than ``short_side``, where that is given, or a smaller one than
-    validation resizes them to. It does not look at every byte, as ``python -m recipe pack --verify`` does.
+    validation resizes them to, and where ``raw`` is given one of the other kind. It does not look at every byte, as
+    ``python -m recipe pack --verify`` does.
     """
     path = Path(path)
     if not (path / HEADER).is_file():
@@ -87,6 +103,12 @@ def open_pack(
         raise ValueError(
             f"recipe.data.pack_short_side = {short_side}: {path} is a pack of short side {packed_at}, whose pixels are "
             f"others; write {packed_at}, or name another pack"
+        )
+    if raw is not None and raw != header.making.raw:
+        kind = "raw pixels" if header.making.raw else "image files"
+        raise ValueError(
+            f"recipe.data.pack_raw = {json.dumps(raw)}: {path} is a pack of {kind}, whose pixels are others; write "
+            f"{json.dumps(header.making.raw)}, or name another pack"
         )
     train, validation = (PackedImages(path, header, part, **options) for part in header.parts)
     return train, validation

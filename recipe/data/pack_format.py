@@ -4,11 +4,12 @@
 |---|---|
 | ``train/00000.tar``, … | WebDataset's convention: ``00000007.jpg`` (bytes of any image format) and ``00000007.cls`` |
 | ``train/00000.idx``, … | the shard's index as DALI's ``wds2idx`` writes it |
-| ``train/images.npy`` | ``IMAGE``, one for each image in the order of torchvision's ImageFolder |
+| ``train/images.npy`` | ``IMAGE`` or ``RAW_IMAGE``, one for each image in the order of torchvision's ImageFolder |
 | ``train/names.npy`` | uint8, the original file names relative to ``train/``, end to end |
 | ``pack.json`` | ``Header``, written last: where it is, the pack is whole |
 
-The validation images lie likewise in ``val/`` or ``test/``. No array holds Python objects: reading runs no code.
+Raw pixels are a ``00000007.npy`` in the place of the ``.jpg``. The validation images lie likewise in ``val/`` or
+``test/``. No array holds Python objects: reading runs no code.
 """
 
 import hashlib
@@ -25,6 +26,9 @@ HEADER, IMAGES, NAMES = "pack.json", "images.npy", "names.npy"
 
 IMAGE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("shard", "<u4"), ("label", "<u4"), ("name_end", "<u8")])
 """Where an image lies: ``bytes`` from ``offset`` on in shard number ``shard``; its name ends at ``name_end``."""
+
+RAW_IMAGE = np.dtype([*IMAGE.descr, ("height", "<u4"), ("width", "<u4")])
+"""Where the pixels of an image lie, uint8 (height, width, 3), or with a height of 0 the bytes of one that is bad."""
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Several = Field(strict=False)
@@ -52,7 +56,7 @@ class Part(Section):
     images: Count
     """its number of images, a whole number >= 1"""
     resized: Size
-    """how many of them are not the original bytes, a whole number >= 0"""
+    """how many of them were resized, a whole number >= 0"""
     shards: Annotated[tuple[File, ...], Several]
     """a list of objects with file, bytes and sha256, one for each shard"""
     indices: Annotated[tuple[File, ...], Several]
@@ -70,6 +74,8 @@ class Making(Section):
     """the format's version, 1; make the pack anew with this checkout"""
     short_side: Size
     """the short side in pixels to which larger images were resized, a whole number; 0: all are the original bytes"""
+    raw: bool = False
+    """true or false: whether the images are pixels, and need no decoding"""
     jpeg_quality: Count = 92
     """libjpeg's quality of the images that were resized, a whole number"""
     jpeg_subsampling: str = "4:2:0"
@@ -110,7 +116,7 @@ def read_header(pack: Path) -> Header:
 def open_index(pack: Path, header: Header, part: Part) -> tuple[npt.NDArray, npt.NDArray]:
     """Return (images, names) of a part, mapped into memory: the processes of a host share one copy of them."""
     folder, files, arrays = pack / part.folder, {file.file: file for file in part.indices}, []
-    for name, dtype in ((IMAGES, IMAGE), (NAMES, np.dtype(np.uint8))):
+    for name, dtype in ((IMAGES, RAW_IMAGE if header.making.raw else IMAGE), (NAMES, np.dtype(np.uint8))):
         if name not in files:
             raise ValueError(f"{pack / HEADER}: {part.folder} has no {name}; make the pack anew")
         problem = damage(folder / name, files[name], every_byte=True)

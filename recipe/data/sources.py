@@ -30,6 +30,7 @@ def open_datasets(
     seed: int,
     on_bad_image: OnBadImage,
     pack_short_side: int | None = None,
+    pack_raw: bool | None = None,
     validation_share: float | None = None,
 ) -> tuple[ImageDataset, ImageDataset]:
     """Return (training, validation); needs no process group, so that what is wrong shows before one starts.
@@ -39,7 +40,7 @@ def open_datasets(
             what ``python -m recipe pack`` makes of one.
         path: The folder of "imagefolder" or "pack".
         image_size, crop, flip, seed, on_bad_image: See ``ImageDataset``.
-        pack_short_side: See ``open_pack``.
+        pack_short_side, pack_raw: See ``open_pack``.
         validation_share: See ``list_imagefolder``.
 
     Raises:
@@ -53,7 +54,7 @@ def open_datasets(
     views: dict[str, Any] = {"image_size": image_size, "crop": crop, "flip": flip, "seed": seed}
     datasets: tuple[ImageDataset, ImageDataset]
     if source == "pack":
-        datasets = open_pack(path, **views, on_bad_image=on_bad_image, short_side=pack_short_side)
+        datasets = open_pack(path, **views, on_bad_image=on_bad_image, short_side=pack_short_side, raw=pack_raw)
     else:
         datasets = open_imagefolder(path, validation_share, **views, on_bad_image=on_bad_image)
     for dataset in datasets:
@@ -120,6 +121,7 @@ def open_samples(
         seed=seed,
         on_bad_image=section["on_bad_image"],
         pack_short_side=section["pack_short_side"],
+        pack_raw=section["pack_raw"],
         validation_share=section["validation_share"],
     )
     if decoder is not None:

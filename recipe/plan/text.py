@@ -191,7 +191,9 @@ def _global_batch(plan: Plan) -> str:
 def _data(plan: Plan) -> str:
     data = plan.config.recipe.data
     where = f"{data.source} in {printable(data.path)}" if data.path else data.source
-    where += f" (short side {data.pack_short_side})" if data.pack_short_side else ""
+    where += (
+        f" (short side {data.pack_short_side}{', raw pixels' if data.pack_raw else ''})" if data.pack_short_side else ""
+    )
     share = f" (a share of {data.validation_share:g})" if data.validation_share is not None else ""
     found = [f"{where}: {plan.train_images:,} training images, {plan.validation_images:,} for validation{share}"]
     if plan.contents is not None:

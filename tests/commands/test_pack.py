@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -75,12 +76,13 @@ def test_tar_and_dalis_index_give_every_image_and_label(tmp_path: Path) -> None:
     assert indexed == expected
 
 
-def test_a_short_side_resizes_what_is_larger_as_torchvision_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_short_side_resizes_what_is_larger_as_torchvision_does(tmp_path: Path, raw: bool) -> None:
     write_folder(tmp_path / "images")
     originals = {"cmyk": picture(1, 90, 61, "CMYK"), "grey": picture(2, 61, 90, "L"), "png": picture(3, 70, 70)}
     for kind, image in originals.items():
         image.save(tmp_path / f"images/train/c0/{kind}.jpg", "PNG" if kind == "png" else "JPEG", quality=95)
-    assert pack(tmp_path / "images", tmp_path / "pack", 48) == 0
+    assert pack(tmp_path / "images", tmp_path / "pack", 48, raw=raw) == 0
     resized, _ = open_datasets("pack", tmp_path / "pack", 16, "none", False, 0, "stop")
     whole, _ = open_datasets("imagefolder", tmp_path / "images", 16, "none", False, 0, "stop")
     for index in range(len(whole)):
@@ -90,27 +92,26 @@ def test_a_short_side_resizes_what_is_larger_as_torchvision_does(tmp_path: Path)
         assert pixels.shape == expected.shape
         # 30 × 40 stays as it is; what is encoded anew differs by what a JPEG of quality 92 loses.
         difference = float((pixels.int() - expected.int()).abs().float().mean())
-        assert difference == 0 if min(image.size) <= 48 else 0 < difference < 3
+        assert difference == 0 if raw or min(image.size) <= 48 else 0 < difference < 3
     header = json.loads((tmp_path / "pack/pack.json").read_text())
     assert header["making"]["short_side"] == 48
     assert (header["train"]["resized"], header["validation"]["resized"]) == (3, 0)
-    with Image.open(io.BytesIO(shard_file(tmp_path / "pack", whole, "cmyk.jpg"))) as image:
-        assert (image.format, image.size, image.mode) == ("JPEG", (70, 48), "RGB")
-
-
-def shard_file(folder: Path, whole: object, name: str) -> bytes:
-    (index,) = (index for index in range(len(whole)) if whole.name(index).endswith(name))
-    read = subprocess.run(
-        ["tar", "xOf", folder / "train/00000.tar", f"{index:08}.jpg"], capture_output=True, check=True
-    )
-    return read.stdout
+    (index,) = (index for index in range(len(whole)) if whole.name(index).endswith("cmyk.jpg"))
+    extract = ["tar", "xOf", tmp_path / "pack/train/00000.tar", f"{index:08}.{'npy' if raw else 'jpg'}"]
+    member = io.BytesIO(subprocess.run(extract, capture_output=True, check=True).stdout)
+    if raw:
+        assert np.array_equal(np.load(member, allow_pickle=False), resized.image(index).pixels)
+    else:
+        with Image.open(member) as image:
+            assert (image.format, image.size, image.mode) == ("JPEG", (70, 48), "RGB")
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("raw", [False, True])
+def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, raw: bool) -> None:
     write_folder(tmp_path / "images", classes=4, images=5)
     for workers in (1, 3):
-        assert pack(tmp_path / "images", tmp_path / f"by {workers}", 20, workers) == 0
+        assert pack(tmp_path / "images", tmp_path / f"by {workers}", 20, workers, raw=raw) == 0
     assert contents(tmp_path / "by 1") == contents(tmp_path / "by 3")
 
 
@@ -201,9 +202,9 @@ def test_bad_images_are_listed_and_keep_their_places(tmp_path: Path, capsys: pyt
     write_folder(tmp_path / "images")
     (tmp_path / "images/train/c0/1.jpg").write_text("no image")
     (tmp_path / "images/val/c1/new\nline.jpg").write_bytes(b"")
-    for short_side in (0, 20):
-        destination = tmp_path / f"{short_side}"
-        assert main([str(tmp_path / "images"), str(destination), f"--short-side={short_side}"]) == 0
+    for number, words in enumerate(([], ["--short-side=20"], ["--short-side=20", "--raw"])):
+        destination = tmp_path / f"{number}"
+        assert main([str(tmp_path / "images"), str(destination), *words]) == 0
         printed = capsys.readouterr().out.splitlines()
         assert printed[0] == "bad image: train/c0/1.jpg: cannot identify image file"
         assert printed[1] == "bad image: val/c1/new\\u000aline.jpg: the file is empty"
@@ -293,7 +294,16 @@ def test_refusals(
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["a"], ["a", "b", "--short-side", "7"], ["a", "b", "--verify", "c"], ["--short-side", "9"]]
+    "words",
+    [
+        [],
+        ["a"],
+        ["a", "b", "--short-side", "7"],
+        ["a", "b", "--raw"],
+        ["a", "b", "--verify", "c"],
+        ["--short-side", "9"],
+        ["--verify", "c", "--raw"],
+    ],
 )
 def test_words_that_do_not_fit_together_are_refused(words: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -352,7 +362,7 @@ def test_the_check_of_the_hosts_counts_a_pack(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no whole pack"):
         count_data(str(tmp_path / "images"), "pack")
     with pytest.raises(ValueError, match=r"pack_short_side = 352: .* is a pack of short side 0"):
-        count_data(str(tmp_path / "pack"), "pack", 352)
+        count_data(str(tmp_path / "pack"), "pack", pack_short_side=352)
     with pytest.raises(ValueError, match=r"pack_short_side = 352: .* is a pack of short side 0"):
         open_datasets("pack", tmp_path / "pack", 32, "none", False, 0, "stop", pack_short_side=352)
 

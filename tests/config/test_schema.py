@@ -379,6 +379,16 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
             'recipe.data.validation_images: "auto" is not for synthetic; write the number of images',
         ),
         ({"recipe.data.pack_short_side": 352}, '= 352: digits data is no pack; write 0, or "source": "pack"'),
+        ({"recipe.data.pack_raw": True}, '= true: digits data is no pack; write false, or "source": "pack"'),
+        (
+            {
+                "recipe.data.decoder": "gpu",
+                "recipe.data.source": "pack",
+                "recipe.data.path": "pack",
+                "recipe.data.pack_raw": True,
+            },
+            '= "gpu": raw pixels need none; write "cpu"',
+        ),
         ({"recipe.schedule.decay_epochs": [30, 30]}, "= [30, 30]: the numbers do not rise; write each once"),
         ({"recipe.schedule.decay_epochs": [60, 30]}, "= [60, 30]: the numbers do not rise;"),
         ({"recipe.loss.label_smoothing": 1}, "= 1: too large; expected the share of each label that is spread evenly"),

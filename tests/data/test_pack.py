@@ -9,11 +9,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import functional
 
 from recipe.commands.pack.command import pack
-from recipe.data import BadImageError, TrainLoader, ValidationLoader, open_datasets
+from recipe.data import BadImageError, ImageFiles, TrainLoader, ValidationLoader, list_imagefolder, open_datasets
+from recipe.data.decoding import Decoded
 from recipe.data.pack_format import IMAGE
-from tests.data.images import MEAN, STD, picture, sample, write_folder
+from tests.data.images import MEAN, STD, picture, pixels, sample, write_folder
 from tests.data.test_imagefolder import spoil, write_kinds
 
 ODD = ["two words.jpg", "naïve 'quoted' \"name\".png", "line\nbreak.jpg", os.fsdecode(b"latin-\xe9.jpg")]
@@ -73,7 +76,65 @@ def test_batches_are_the_folders_whatever_the_workers(folder, packed, workers):
         assert torch.equal(mine.weights, expected.weights)
 
 
-def test_a_name_tells_shard_and_original_on_one_line(packed):
+@pytest.fixture(scope="module")
+def raw(folder, tmp_path_factory):
+    destination = tmp_path_factory.mktemp("raw")
+    assert pack(folder, destination, 24, raw=True) == 0
+    return destination
+
+
+class Resized(ImageFiles):
+    """A folder's images, those that are larger resized as by ``torchvision.transforms.Resize``."""
+
+    def image(self, index):
+        decoded = super().image(index)
+        image = Image.fromarray(decoded.pixels.numpy())
+        return Decoded(pixels(functional.resize(image, 24) if min(image.size) > 24 else image))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_raw_pixels_are_those_of_the_resized_folder(folder, raw, workers):
+    options = {"image_size": 16, "crop": "random_resized", "flip": True, "seed": 7, "on_bad_image": "skip"}
+    resized = [Resized(part, **options) for part in list_imagefolder(folder)]
+    common = {"micro_batch": 3, "rank": 0, "world_size": 1}
+    common |= {"device": "cpu", "dtype": torch.float32, "mean": MEAN, "std": STD}
+    batches = []
+    for (train, validation), of_loader in ((open_as("pack", raw), workers), (resized, 0)):
+        loaders = (
+            TrainLoader(train, global_batch=3, seed=0, workers=of_loader, **common),
+            ValidationLoader(validation, workers=of_loader, **common),
+        )
+        batches.append([*loaders[0].epoch(1), *loaders[0].epoch(2, first_step=3), *loaders[1].batches()])
+        for loader in loaders:
+            loader.close()
+    for mine, expected in zip(*batches, strict=True):
+        assert torch.equal(mine.images, expected.images)
+        assert torch.equal(mine.labels, expected.labels)
+        assert torch.equal(mine.weights, expected.weights)
+        assert len(mine.bad_images) == len(expected.bad_images)
+        assert mine.decoded_by_pil == 0
+
+
+def test_raw_pixels_that_a_shard_no_longer_holds_are_noticed(raw, tmp_path):
+    shutil.copytree(raw, tmp_path / "pack")
+    train, _ = open_as("pack", tmp_path / "pack", on_bad_image="stop")
+    os.truncate(tmp_path / "pack/train/00000.tar", 2000)
+    with pytest.raises(BadImageError, match=r"train/c0/3\.jpg, 2,304 bytes at [\d,]+: .* ends 2,304 bytes too early"):
+        sample(train, (0, 3))
+
+
+@pytest.mark.parametrize("stated", [False, True])
+def test_a_pack_of_other_pixels_than_are_stated_is_refused(packed, raw, stated):
+    with pytest.raises(
+        ValueError, match=rf"pack_raw = {str(stated).lower()}: .* is a pack of (raw pixels|image files),"
+    ):
+        open_datasets("pack", packed if stated else raw, 16, "none", False, 0, "skip", pack_raw=stated)
+    open_datasets("pack", raw if stated else packed, 16, "none", False, 0, "skip", pack_raw=stated)
+
+
+@pytest.mark.parametrize("kind", ["packed", "raw"])
+def test_a_name_tells_shard_and_original_on_one_line(kind, request):
+    packed = request.getfixturevalue(kind)
     train, validation = open_as("pack", packed)
     shard = packed / "train" / "00000.tar"
     assert train.name(1) == f"{shard}: train/c0/1.jpg"

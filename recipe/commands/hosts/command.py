@@ -79,7 +79,7 @@ def _launch(
 ) -> tuple[Launch, dict[str, int | None]]:
     """The launch, and the counts that its config gives for the data."""
     precision, config_path, name = "fp32", None, ""
-    data = {"folder": arguments.data, "source": None, "pack_short_side": None, "validation_share": None}
+    data = {"folder": arguments.data, "source": None}
     expected: dict[str, int | None] = {}
     if arguments.config:
         config = read_config(arguments.config, overrides(arguments))
@@ -87,7 +87,7 @@ def _launch(
         plan = make_plan(config, world_size, look=look if source.is_to_be_counted else None)
         precision, config_path, name = plan.precision, str(arguments.config), arguments.config.stem
         data = {"folder": source.path} | {
-            key: getattr(source, key) for key in ("source", "pack_short_side", "validation_share")
+            key: getattr(source, key) for key in ("source", "pack_short_side", "pack_raw", "validation_share")
         }
         expected = {
             "classes": config.recipe.model.num_classes,

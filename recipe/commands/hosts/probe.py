@@ -142,15 +142,16 @@ def devices(precision: str) -> dict[str, Any]:
 def data(
     folder: str,
     source: Literal["imagefolder", "pack"] | None,
-    pack_short_side: int | None = None,
-    validation_share: float | None = None,
+    **special: Any,
 ) -> dict[str, Any]:
-    """Count an imagefolder or a pack as a run does; without a config the folder's content decides which it is."""
+    """Count an imagefolder or a pack as a run does; without a config the folder's content decides which it is.
+
+    ``special`` are the last arguments of ``open_datasets``.
+    """
     from recipe.data import HEADER, open_datasets
 
     if source is None:
         source = "pack" if Path(folder, HEADER).is_file() else "imagefolder"
-    special: dict[str, Any] = {"pack_short_side": pack_short_side, "validation_share": validation_share}
     train, validation = open_datasets(source, folder, 8, "none", False, 0, "stop", **special)
     counts = {"classes": train.classes, "train_images": len(train), "validation_images": len(validation)}
     # The header holds the SHA-256 of every file.

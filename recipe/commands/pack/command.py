@@ -28,6 +28,7 @@ from recipe.data import (
     IMAGE,
     IMAGES,
     NAMES,
+    RAW_IMAGE,
     FolderIndex,
     Header,
     Making,
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             if arguments.verify is not None:
                 return verify(arguments.verify)
-            return pack(arguments.source, arguments.destination, arguments.short_side or 0)
+            return pack(arguments.source, arguments.destination, arguments.short_side or 0, raw=arguments.raw)
         except OSError as error:
             where = arguments.destination or arguments.verify
             say(f"{where}: {error.strerror or error}; mend that, and the same command resumes")
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m recipe pack",
-        usage="python -m recipe pack SRC DST [--short-side PIXELS]\n       python -m recipe pack --verify DST",
+        usage="python -m recipe pack SRC DST [--short-side PIXELS [--raw]]\n       python -m recipe pack --verify DST",
         description="Pack a folder of images into a few large files that are read at random, or verify such a pack.",
     )
     parser.add_argument("source", type=Path, nargs="?", metavar="SRC", help="folder with train/, and val/ or test/")
@@ -81,13 +82,20 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="PIXELS",
         help="resize larger images to this short side (default: 0, every image as it is)",
     )
+    parser.add_argument("--raw", action="store_true", help="write pixels, which take more room and no time to decode")
     parser.add_argument("--verify", type=Path, metavar="DST", help="compare every byte of a pack with its SHA-256")
     arguments = parser.parse_args(argv)
     given = [arguments.source, arguments.destination]
-    if (None in given) if arguments.verify is None else any(x is not None for x in [*given, arguments.short_side]):
+    if (
+        (None in given)
+        if arguments.verify is None
+        else any(x is not None for x in [*given, arguments.short_side, arguments.raw or None])
+    ):
         parser.error("name SRC and DST, or --verify and DST alone")
     if arguments.short_side and arguments.short_side < 8:
         parser.error(f"argument --short-side: {arguments.short_side} pixels; 0, or 8 and more")
+    if arguments.raw and not arguments.short_side:
+        parser.error("--raw needs --short-side PIXELS")
     return arguments
 
 
@@ -108,10 +116,10 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def pack(source: Path, destination: Path, short_side: int, workers: int | None = None) -> int:
+def pack(source: Path, destination: Path, short_side: int, workers: int | None = None, *, raw: bool = False) -> int:
     """Pack an ImageFolder on ``workers`` processes, by default one per core; return the exit code.
 
-    Larger images are resized to ``short_side`` pixels, 0 for none.
+    Larger images are resized to ``short_side`` pixels, 0 for none; ``raw`` writes pixels in the place of image files.
     """
     if destination.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"DST {destination} lies in SRC {source}; name a folder outside of it")
@@ -130,7 +138,7 @@ def pack(source: Path, destination: Path, short_side: int, workers: int | None =
             digest.update(
                 b"\0%b\0%d\0%d" % (os.fsencode(os.path.join(root.name, file.path)), file.bytes, file.changed_ns)
             )
-    making = Making(short_side=short_side, pillow=PIL.__version__, source_sha256=digest.hexdigest())
+    making = Making(short_side=short_side, raw=raw, pillow=PIL.__version__, source_sha256=digest.hexdigest())
     with lock(destination, "DST"):
         if (destination / HEADER).is_file():
             _compare(destination, read_header(destination).making, making)
@@ -191,18 +199,22 @@ def _make_parts(
         records = pack_shards(shards, making, workers, show)
     for root, sources in parts:
         of_part = [record for shard, record in zip(shards, records, strict=True) if shard.root == root]
-        yield _index(destination, root, sources, of_part)
+        yield _index(destination, root, sources, of_part, RAW_IMAGE if making.raw else IMAGE)
 
 
-def _index(destination: Path, root: Path, sources: Sequence[Source], records: Sequence[Record]) -> Part:
+def _index(
+    destination: Path, root: Path, sources: Sequence[Source], records: Sequence[Record], dtype: np.dtype
+) -> Part:
     """Write the arrays of a part, and return what the header says of it."""
     names = [os.fsencode(source.path) for source in sources]
-    images = np.empty(len(sources), IMAGE)
+    images = np.empty(len(sources), dtype)
     images["offset"] = [offset for record in records for offset in record.offsets]
     images["bytes"] = [size for record in records for size in record.sizes]
     images["shard"] = [number for number, record in enumerate(records) for _ in record.sizes]
     images["label"] = [source.label for source in sources]
     images["name_end"] = np.cumsum([len(name) for name in names])
+    if dtype == RAW_IMAGE:
+        images["height"], images["width"] = zip(*(shape for record in records for shape in record.shapes), strict=True)
     arrays: dict[str, npt.NDArray] = {IMAGES: images, NAMES: np.frombuffer(b"".join(names), np.uint8)}
     for name, array in arrays.items():
         content = io.BytesIO()
@@ -236,7 +248,8 @@ def _report(destination: Path, header: Header) -> None:
         f"{text}; {header.train.resized + header.validation.resized:,} images resized, {len(bad):,} bad"
     )
     short_side = f'"pack_short_side": {header.making.short_side}, ' if header.making.short_side else ""
-    print(f'to train from it: "source": "pack", {short_side}and --data {where}')
+    raw = '"pack_raw": true, ' if header.making.raw else ""
+    print(f'to train from it: "source": "pack", {short_side}{raw}and --data {where}')
 
 
 def verify(destination: Path) -> int:

@@ -17,6 +17,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 from torchvision.transforms.functional import resize
 
@@ -57,6 +58,20 @@ class Shard(NamedTuple):
         return self.pack / UNFINISHED / f"{self.root.name}-{self.number:05}.json"
 
 
+class Packed(NamedTuple):
+    """What stands for an image: its bytes, or an array file that ends with uint8 pixels (height, width, 3)."""
+
+    content: bytes
+    resized: bool = False
+    height: int = 0
+    width: int = 0
+
+    @property
+    def size(self) -> int:
+        """Of what is read of it in training, in bytes."""
+        return 3 * self.height * self.width or len(self.content)
+
+
 class Record(Section):
     """A shard that is whole: where its images lie, its files, the images that are bad or could not be made smaller."""
 
@@ -66,8 +81,11 @@ class Record(Section):
     sizes: list[int]
     """the bytes of each image"""
 
+    shapes: list[tuple[int, int]]
+    """height and width of the raw pixels of each image; 0 for the bytes of a file"""
+
     resized: int
-    """how many of them are not the original bytes"""
+    """how many of them were resized"""
 
     shard: File
     """the tar file"""
@@ -179,28 +197,30 @@ def _pack_shard(shard: Shard, making: Making) -> Record:
 
 
 def _write_shard(shard: Shard, making: Making) -> Record:
-    offsets, sizes, dali_lines, bad, kept, resized = [], [], [], [], [], 0
+    offsets, sizes, shapes, dali_lines, bad, kept, resized = [], [], [], [], [], [], 0
     unfinished = shard.record.with_suffix(".tar")
     with unfinished.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for number, source in enumerate(shard.sources, shard.first):
                 # A bad image keeps its place, so that an index means the same image as in the folder.
-                image = original = _read(shard.root / source.path, source.bytes)
+                image = Packed(_read(shard.root / source.path, source.bytes))
                 name = printable(os.path.join(shard.root.name, source.path))
                 try:
-                    image = packed(original, making)
+                    image = packed(image.content, making)
                 except UNREADABLE as error:
                     remedy = getattr(error, "remedy", "")
                     bad.append(BadImage(name=name, problem=printable(f"{error}; {remedy}" if remedy else str(error))))
                 except TooLongError as error:
                     kept.append(BadImage(name=name, problem=str(error)))
-                resized += image is not original
-                label = str(source.label).encode()
-                offsets.append(_add(archive, f"{number:08}.jpg", image))
-                sizes.append(len(image))
+                resized += image.resized
+                kind, label = "npy" if image.height else "jpg", str(source.label).encode()
+                start, length = _add(archive, f"{number:08}.{kind}", image.content), len(image.content)
+                offsets.append(start + length - image.size)
+                sizes.append(image.size)
+                shapes.append((image.height, image.width))
                 label_offset = _add(archive, f"{number:08}.cls", label)
                 dali_lines.append(
-                    f"jpg {offsets[-1]} {len(image)} {number:08}.jpg cls {label_offset} {len(label)} {number:08}.cls\n"
+                    f"{kind} {start} {length} {number:08}.{kind} cls {label_offset} {len(label)} {number:08}.cls\n"
                 )
                 _count(1)
         file.flush()
@@ -212,6 +232,7 @@ def _write_shard(shard: Shard, making: Making) -> Record:
     record = Record(
         offsets=offsets,
         sizes=sizes,
+        shapes=shapes,
         resized=resized,
         shard=describe(path),
         index=describe(dali_index),
@@ -222,17 +243,22 @@ def _write_shard(shard: Shard, making: Making) -> Record:
     return record
 
 
-def packed(original: bytes, making: Making) -> bytes:
-    """Return the bytes that stand for an image: its own, or those of a smaller JPEG."""
+def packed(original: bytes, making: Making) -> Packed:
+    """Return what stands for an image: its own bytes, those of a smaller JPEG, or its pixels."""
     pixels = decode(original, making.short_side).pixels
-    if making.short_side == 0 or min(pixels.shape[:2]) <= making.short_side:
-        return original
-    smaller = io.BytesIO()
-    image = resize(Image.fromarray(pixels.numpy()), making.short_side)
+    resized = 0 < making.short_side < min(pixels.shape[:2])
+    if not (resized or making.raw):
+        return Packed(original)
+    image, content = Image.fromarray(pixels.numpy()), io.BytesIO()
+    if resized:
+        image = resize(image, making.short_side)
+    if making.raw:
+        np.save(content, np.asarray(image), allow_pickle=False)
+        return Packed(content.getvalue(), resized, image.height, image.width)
     if max(image.size) > LONGEST_JPEG_PIXELS:
         raise TooLongError(f"{max(image.size):,} pixels are too long for a JPEG")
-    image.save(smaller, "JPEG", quality=making.jpeg_quality, subsampling=making.jpeg_subsampling)
-    return smaller.getvalue()
+    image.save(content, "JPEG", quality=making.jpeg_quality, subsampling=making.jpeg_subsampling)
+    return Packed(content.getvalue(), resized)
 
 
 def write_whole(unfinished: Path, path: Path, content: bytes) -> None:
