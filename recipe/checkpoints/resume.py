@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipe.checkpoints.manifest import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, find, unreadable
-from recipe.config import FOLDERS, lacks_batchnorm
+from recipe.config import lacks_batchnorm
 from recipe.plan import Plan, plan_json
 
 # A resumed run may differ in these keys: they say where and how it runs, not what is trained.
@@ -153,8 +153,8 @@ def stated(plan: dict[str, Any]) -> dict[str, Any]:
 
 def is_same_training(key: str, before: Any, now: Any) -> bool:
     """Whether two values of a dotted key of a plan differ at most in where or how a run runs."""
-    if key == "recipe.data.source" and before in FOLDERS and now in FOLDERS:
-        return True  # the same images, unless a pack has another short side
+    if key == "recipe.data.source" and {before, now} == {"imagefolder", "pack"}:
+        return True  # the same images in the same order, unless a pack has another short side
     return before == now or _is_free_to_change(key)
 
 

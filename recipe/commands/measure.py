@@ -157,7 +157,7 @@ def open_data(trained: Trained, data: Path | None, image_size: int) -> tuple[Ima
     Raises:
         ValueError: There is none, or it has a class that the model does not know.
     """
-    section, share = trained.plan.config.recipe.data, None
+    section, its_own = trained.plan.config.recipe.data, dict[str, Any]()
     common: dict[str, Any] = {"image_size": image_size, "crop": section.crop, "on_bad_image": "skip"}
     if data is None:
         if section.source == "digits":
@@ -165,8 +165,8 @@ def open_data(trained: Trained, data: Path | None, image_size: int) -> tuple[Ima
             return dataset, "the digits' validation images"
         if section.path is None:
             raise ValueError(f"{trained.name} was trained on synthetic images; give --data DIR to evaluate on others")
-        data, share = Path(section.path), section.validation_share
-    dataset = open_validation(data, **common, validation_share=share)
+        data, its_own = Path(section.path), {"source": section.source, "validation_share": section.validation_share}
+    dataset = open_validation(data, **common, **its_own)
     names: list[str] = list(getattr(dataset, "class_names"))  # noqa: B009
     known = trained.classes
     if known is None:

@@ -171,7 +171,8 @@ def _class_names(run: Path, config: Config) -> tuple[str, ...] | None:
     if not names and data.source in FOLDERS and data.path is not None:
         with suppress(OSError, ValueError):
             names = open_validation(
-                Path(data.path),
+                data.path,
+                data.source,
                 image_size=1,
                 crop="none",
                 on_bad_image="skip",

@@ -7,7 +7,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Contents:
-    """The images of an imagefolder or a pack, counted."""
+    """The images of an imagefolder, a pack or a data set of Hugging Face, counted."""
 
     classes: tuple[tuple[str, int], ...]
     """name and number of training images; those with the fewest first, as a folder that is no class has few"""

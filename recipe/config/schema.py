@@ -51,7 +51,8 @@ class Source:
         return ConfigError(self.file, key, value, problem, remedy)
 
 
-FOLDERS = {"imagefolder": "an imagefolder", "pack": "a pack"}  # the sources that lie in a folder, in words
+# The sources that recipe.data.path leads to, in words.
+FOLDERS = {"imagefolder": "an imagefolder", "pack": "a pack", "huggingface": "a data set of Hugging Face"}
 
 
 class Model(Section):
@@ -101,13 +102,14 @@ Three = Field(strict=False, min_length=3, max_length=3)
 
 
 class Data(Section):
-    source: Literal["digits", "imagefolder", "pack", "synthetic"]
+    source: Literal["digits", "imagefolder", "pack", "huggingface", "synthetic"]
     """ "digits" (scikit-learn's), "imagefolder" (a folder for each class), "pack" (what python -m recipe pack makes of
-    one) or "synthetic" (random pixels). The digits ship with scikit-learn; "synthetic" is one random batch, for speed
-    tests"""
+    one), "huggingface" (what Hugging Face's package datasets loads) or "synthetic" (random pixels). The digits ship
+    with scikit-learn; "synthetic" is one random batch, for speed tests"""
 
     path: str | None = Field(None, min_length=1)
-    """the folder of an imagefolder or a pack, a string; null for the other sources. --data sets it"""
+    """the folder of an imagefolder, a pack or a data set of Hugging Face, or the owner/name of one on the hub; null for
+    the other sources. --data sets it"""
 
     pack_short_side: Annotated[int, Field(ge=0)] = 0
     """the short side in pixels to which the pack's larger images were resized, a whole number, as its pack.json says;
@@ -127,8 +129,9 @@ class Data(Section):
     """images to validate on, a whole number >= 1, so that a plan needs no data, or "auto": as many as there are"""
 
     validation_share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """the share of the images of each class to validate on where an imagefolder has no val/, a number > 0 and < 1, such
-    as 0.1, or null. Which images these are is a function of their names, the same in every run"""
+    """the share of the images of each class to validate on where an imagefolder has no val/, or a data set of Hugging
+    Face no such split, a number > 0 and < 1, such as 0.1, or null. Which images these are is a function of their names,
+    or places, the same in every run"""
 
     crop: Literal["random_resized", "padded", "none"] = "random_resized"
     """ "random_resized" (the paper's), "padded" (shifted by a few pixels) or "none". Validation takes the centre
@@ -140,18 +143,18 @@ class Data(Section):
 
     mean: Annotated[tuple[Unit, ...], Three] | Auto = "auto"
     """the mean of red, green and blue, three numbers from 0 to 1, or "auto": the weights' own, or the
-    source's. For an imagefolder and a pack that is ImageNet's"""
+    source's. For files of images that is ImageNet's"""
 
     std: Annotated[tuple[PositiveFloat, ...], Three] | Auto = "auto"
     """the standard deviation of red, green and blue on a scale from 0 to 1, three numbers > 0, or "auto": the
-    weights' own, or the source's. For an imagefolder and a pack that is ImageNet's"""
+    weights' own, or the source's. For files of images that is ImageNet's"""
 
     workers: Annotated[int, Field(ge=0)] | Auto = "auto"
     """loader processes per GPU, a whole number >= 0, or "auto": from the CPU cores at hand. That is a rank's
     share of the cores less one, and none for digits"""
 
     decoder: Literal["cpu", "gpu", "dali"] = "cpu"
-    """what decodes, crops and resizes the JPEGs of an imagefolder or a pack: "cpu" (the workers), "gpu" (nvJPEG and
+    """what decodes, crops and resizes JPEGs: "cpu" (the workers), "gpu" (nvJPEG and
     torch) or "dali" (NVIDIA's package, on a CPU, too); the crops are the same, the pixels nearly so. A
     run cannot resume with another decoder"""
 
@@ -431,7 +434,7 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "recipe.data.pack_raw", f"{data.source} data is no pack", 'write false, or "source": "pack"'
     if data.decoder != "cpu" and data.pack_raw:
         yield "recipe.data.decoder", "raw pixels need none", 'write "cpu"'
-    if data.source != "imagefolder" and data.validation_share is not None:
+    if data.source not in ("imagefolder", "huggingface") and data.validation_share is not None:
         yield "recipe.data.validation_share", f"{data.source} data has a validation part", "remove it"
     if data.source == "synthetic" and data.on_device:
         yield "recipe.data.on_device", "synthetic data is made there", "remove it"

@@ -14,6 +14,7 @@ from .folder_index import (
     list_imagefolder as list_imagefolder,
 )
 from .held import HeldImages as HeldImages
+from .huggingface import HubImages as HubImages
 from .imagefolder import ImageFiles as ImageFiles
 from .loader import (
     PREFETCHED as PREFETCHED,

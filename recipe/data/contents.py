@@ -8,11 +8,13 @@ from recipe.config import Contents
 
 
 def look(source: str, path: str, validation_share: float | None = None) -> Contents:
-    """Count the images in the folder of an imagefolder, which may be split by ``validation_share``, or of a pack.
+    """Count the images of an imagefolder, of a pack or of a data set of Hugging Face.
 
     Raises:
         ValueError: there is no such folder, or it is not what ``source`` says.
     """
+    if source == "huggingface":
+        return _huggingface(path, validation_share)
     return _pack(Path(path)) if source == "pack" else _imagefolder(Path(path), validation_share)
 
 
@@ -34,6 +36,16 @@ def _pack(path: Path) -> Contents:
     images, _ = open_index(path, header, header.train)
     counts = np.bincount(images["label"], minlength=len(header.classes)).tolist()
     return Contents(_fewest_first(header.classes, counts), header.train.images, header.validation.images)
+
+
+def _huggingface(path: str, validation_share: float | None) -> Contents:
+    import numpy as np
+
+    from recipe.data.huggingface_index import list_huggingface
+
+    train, validation = list_huggingface(path, validation_share)
+    counts = np.bincount(train.labels, minlength=len(train.classes)).tolist()
+    return Contents(_fewest_first(train.classes, counts), len(train), len(validation))
 
 
 def _fewest_first(classes: Sequence[str], counts: Sequence[int]) -> tuple[tuple[str, int], ...]:

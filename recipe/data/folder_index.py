@@ -14,7 +14,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,35 +110,39 @@ def held_out_folder(path: Path) -> Path | None:
 
 
 def split(folder: FolderIndex, validation_share: float) -> tuple[FolderIndex, FolderIndex]:
-    """Return (training, validation): of each class the share of images whose names have the lowest SHA-256.
-
-    A function of the names alone: the same on every rank, in every run, and an image that is added or removed moves at
-    most one other per class. Refuses a class of a single image.
-    """
+    """Return (training, validation), see ``hold_out``; refuses a class of a single image."""
     names = folder.names.tobytes().split(b"\0")[:-1]
-    kept: tuple[list[bytes], list[bytes]] = ([], [])
-    counts: tuple[list[int], list[int]] = ([], [])
-    for name, count, end in zip(folder.classes, folder.counts.tolist(), folder.counts.cumsum().tolist(), strict=True):
-        if count < 2:
-            problem = f"{folder.root} holds a single image of {name}, which cannot be split; add some"
-            raise ValueError(printable(problem))
-        images, share = names[end - count : end], max(1, min(count - 1, round(validation_share * count)))
-        held_out = set(sorted(images, key=lambda image: hashlib.sha256(image).digest())[:share])
-        for part, is_held_out in enumerate((False, True)):
-            chosen = [image for image in images if (image in held_out) == is_held_out]
-            kept[part].extend(chosen)
-            counts[part].append(len(chosen))
+    is_held_out = hold_out(folder.classes, folder.labels, names, validation_share, folder.root)
     train, validation = (
         FolderIndex(
             folder.root,
             folder.classes,
-            np.array(counts[part], np.int64),
-            np.frombuffer(b"".join(image + b"\0" for image in kept[part]), np.uint8),
-            folder.left_out if part == 0 else {},
+            np.bincount(folder.labels[chosen], minlength=len(folder.classes)),
+            np.frombuffer(b"".join(names[index] + b"\0" for index in np.flatnonzero(chosen)), np.uint8),
+            left_out,
         )
-        for part in (0, 1)
+        for chosen, left_out in ((~is_held_out, folder.left_out), (is_held_out, {}))
     )
     return train, validation
+
+
+def hold_out(
+    classes: Sequence[str], labels: npt.NDArray[np.int64], names: Sequence[bytes], share: float, where: str
+) -> npt.NDArray[np.bool_]:
+    """Return which images to validate on: of each class the share whose names have the lowest SHA-256.
+
+    A function of the names alone: the same on every rank, in every run, and an image that is added or removed moves at
+    most one other per class. Refuses a class of a single image, in the data that is called ``where``.
+    """
+    order = np.array(sorted(range(len(names)), key=lambda index: hashlib.sha256(names[index]).digest()))
+    order = order[np.argsort(labels[order], kind="stable")]
+    ends = np.bincount(labels, minlength=len(classes)).cumsum()
+    held_out = np.zeros(len(names), np.bool_)
+    for name, images in zip(classes, np.split(order, ends[:-1]), strict=True):
+        if len(images) == 1:
+            raise ValueError(printable(f"{where} holds a single image of {name}, which cannot be split; add some"))
+        held_out[images[: max(1, min(len(images) - 1, round(share * len(images))))]] = True
+    return held_out
 
 
 def _look(name: str) -> str:

@@ -14,6 +14,8 @@ from recipe.data.digits import open_digits
 from recipe.data.encoded import EncodedImages
 from recipe.data.folder_index import held_out_folder, list_classes
 from recipe.data.held import HeldImages
+from recipe.data.huggingface import HubImages, open_huggingface
+from recipe.data.huggingface_index import is_huggingface, list_validation
 from recipe.data.imagefolder import ImageFiles, open_imagefolder
 from recipe.data.loader import TrainLoader, ValidationLoader
 from recipe.data.pack import open_pack
@@ -22,7 +24,7 @@ from recipe.data.synthetic import SyntheticImages, SyntheticLoader
 
 
 def open_datasets(
-    source: Literal["digits", "imagefolder", "pack"],
+    source: Literal["digits", "imagefolder", "pack", "huggingface"],
     path: str | Path | None,
     image_size: int,
     crop: Crop,
@@ -37,14 +39,14 @@ def open_datasets(
 
     Args:
         source: "digits" comes with scikit-learn, "imagefolder" is a folder of images, "pack" is
-            what ``python -m recipe pack`` makes of one.
-        path: The folder of "imagefolder" or "pack".
+            what ``python -m recipe pack`` makes of one, "huggingface" is what the package ``datasets`` loads.
+        path: The folder of "imagefolder", "pack" or "huggingface", or the name of the last on the hub.
         image_size, crop, flip, seed, on_bad_image: See ``ImageDataset``.
         pack_short_side, pack_raw: See ``open_pack``.
-        validation_share: See ``list_imagefolder``.
+        validation_share: See ``list_imagefolder`` and ``list_huggingface``.
 
     Raises:
-        ValueError: The folder is not what it should be; see ``open_imagefolder`` and ``open_pack``.
+        ValueError: The folder is not what it should be; see these and ``open_pack``.
         BadImageError: The first image of one cannot be read, and is not to be skipped, or none that follows, either.
     """
     if source == "digits":
@@ -56,24 +58,32 @@ def open_datasets(
     if source == "pack":
         datasets = open_pack(path, **views, on_bad_image=on_bad_image, short_side=pack_short_side, raw=pack_raw)
     else:
-        datasets = open_imagefolder(path, validation_share, **views, on_bad_image=on_bad_image)
+        opened = open_huggingface if source == "huggingface" else open_imagefolder
+        datasets = opened(path, validation_share, **views, on_bad_image=on_bad_image)
     for dataset in datasets:
         dataset.readable_from(0)  # what no image can be read of shall not show after an epoch
     return datasets
 
 
 def open_validation(
-    path: Path, *, image_size: int, crop: Crop, on_bad_image: OnBadImage, validation_share: float | None = None
+    path: str | Path,
+    source: str | None = None,
+    *,
+    image_size: int,
+    crop: Crop,
+    on_bad_image: OnBadImage,
+    validation_share: float | None = None,
 ) -> ImageDataset:
-    """Return labelled images to evaluate on: the ``val/`` or ``test/`` of a folder or pack, or a folder per class.
+    """Return labelled images to evaluate on: the part of a data set that is held out, or a folder per class.
 
     Args:
-        path: The folder that holds one of these.
+        path: See ``open_datasets``.
+        source: That of the run whose data it is; for None the content of the folder tells.
         image_size, crop, on_bad_image: See ``ImageDataset``.
-        validation_share: That of the run, if its folder was split.
+        validation_share: That of the run, if its data was split.
 
     Raises:
-        ValueError: The folder is none of these.
+        ValueError: It is none of these.
     """
     common: dict[str, Any] = {
         "image_size": image_size,
@@ -82,6 +92,9 @@ def open_validation(
         "seed": 0,
         "on_bad_image": on_bad_image,
     }
+    if source == "huggingface" or (source is None and is_huggingface(Path(path))):
+        return HubImages(list_validation(str(path), validation_share), **common)
+    path = Path(path)
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}")
     if validation_share is not None:

@@ -88,6 +88,8 @@ def test_a_pack_is_the_same_training_as_the_folder_if_its_pixels_are(tmp_path: P
     texts = [json.loads(plan_json(one)) for one in (folder, originals, smaller, of("pack", pack_short_side=320))]
     assert differing_keys(texts[1], texts[0]) == []
     assert differing_keys(texts[2], texts[3]) == ["recipe.data.pack_short_side was 352, is 320"]
+    other_order = differing_keys(texts[0], json.loads(plan_json(of("huggingface"))))
+    assert other_order == ['recipe.data.source was "imagefolder", is "huggingface"']
     assert 'recipe.data.source was "digits", is "pack"' in differing_keys(json.loads(plan_json(plan())), texts[1])
 
 

@@ -312,9 +312,9 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
         ({"recipe.batchnorm.statistics": 32.0}, '= 32.0: not "global" or "local" or a whole number;'),
         (
             {"recipe.data.source": "tar"},
-            '= "tar": not "digits", "imagefolder", "pack" or "synthetic"; expected "digits"',
+            '= "tar": not "digits", "imagefolder", "pack", "huggingface" or "synthetic"; expected "digits"',
         ),
-        ({"recipe.data.path": ""}, '= "": empty; expected the folder of an imagefolder or a pack'),
+        ({"recipe.data.path": ""}, '= "": empty; expected the folder of an imagefolder, a pack or a data set'),
         ({"recipe.data.image_size": 7}, "= 7: too small; expected height and width of the images"),
         ({"recipe.data.image_size": 10**6}, "= 1000000: too large; expected height and width of the images"),
         ({"recipe.data.mean": [0.5, 0.5]}, "= [0.5, 0.5]: too short; expected the mean of red, green and blue"),

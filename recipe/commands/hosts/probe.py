@@ -141,10 +141,10 @@ def devices(precision: str) -> dict[str, Any]:
 
 def data(
     folder: str,
-    source: Literal["imagefolder", "pack"] | None,
+    source: Literal["imagefolder", "pack", "huggingface"] | None,
     **special: Any,
 ) -> dict[str, Any]:
-    """Count an imagefolder or a pack as a run does; without a config the folder's content decides which it is.
+    """Count the images as a run does; without a config the folder's content decides whether it is a pack.
 
     ``special`` are the last arguments of ``open_datasets``.
     """

@@ -1,0 +1,289 @@
+"""A data set of Hugging Face gives the samples of a folder of the same files, and is refused where it will not do."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from recipe.data import BadImageError, EncodedImages, HeldImages, TrainLoader, ValidationLoader, list_imagefolder, look
+from recipe.data.augment import cut
+from recipe.data.decoding import decode
+from recipe.data.huggingface_index import list_huggingface
+from recipe.data.sources import open_datasets, open_validation
+from tests.data.images import MEAN, STD, assert_same, picture, write_folder
+from tests.data.test_imagefolder import spoil, write_kinds
+from tests.launch import DIGITS, events, train_ok
+from tests.test_early_refusals import without_torch
+
+CPU = torch.device("cpu")
+IMAGE = {"bytes": b"", "path": None}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Nothing is left in the user's cache, and nobody looks on the hub."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of every kind of image, one of which is none."""
+    root = write_folder(tmp_path_factory.mktemp("images"), classes=1, images=4)
+    for part in ("train", "val"):
+        write_kinds(root / part / "kinds of images")
+        spoil(root / part / "c0/2.jpg", "truncated")
+    return root
+
+
+def rows(labels: list[int | None], names: tuple[str, ...] = ("cat", "dog"), **columns: Any) -> datasets.Dataset:
+    """A split of images that are empty files, with these labels; ``columns`` are features of further columns."""
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))} | columns
+    values = {"image": IMAGE, **dict.fromkeys(columns, IMAGE)}
+    content = {name: [values[name]] * len(labels) for name in features if name in values} | {"label": labels}
+    return datasets.Dataset.from_dict(content, features=datasets.Features(features))
+
+
+def of_folder(folder: Path) -> datasets.DatasetDict:
+    """The files of an imagefolder, in its order."""
+    splits = {}
+    for name, part in zip(("train", "validation"), list_imagefolder(folder), strict=True):
+        paths = [Path(part.path(index)) for index in range(len(part))]
+        content = {"label": part.labels, "image": [{"bytes": p.read_bytes(), "path": p.name} for p in paths]}
+        features = {"label": datasets.ClassLabel(names=part.classes), "image": datasets.Image()}
+        splits[name] = datasets.Dataset.from_dict(content, features=datasets.Features(features))
+    return datasets.DatasetDict(splits)
+
+
+def save(splits: datasets.DatasetDict, destination: Path) -> Path:
+    # What it was used as last is saved, too.
+    splits.with_format("numpy").save_to_disk(destination)
+    return destination
+
+
+def write_parquet(splits: datasets.DatasetDict, destination: Path) -> Path:
+    """As the hub lays it out."""
+    (destination / "data").mkdir(parents=True)
+    for name, split in splits.items():
+        for shard in range(2):
+            part = split.shard(2, shard, contiguous=True)
+            part.to_parquet(destination / f"data/{name}-{shard:05}-of-00002.parquet")
+    return destination
+
+
+WRITERS = (save, write_parquet)
+
+
+def open_as(source: str, path: Path, on_bad_image: str = "skip", crop: str = "random_resized", **more: Any) -> Any:
+    return open_datasets(source, path, 16, crop, True, 7, on_bad_image, **more)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_sample_is_the_folders_bit_for_bit(
+    folder: Path, tmp_path: Path, write: Callable[[datasets.DatasetDict, Path], Path]
+) -> None:
+    path = write(of_folder(folder), tmp_path / "hub")
+    for ours, theirs in zip(open_as("huggingface", path), open_as("imagefolder", folder), strict=True):
+        assert len(ours) == len(theirs) == 4 + 13
+        assert ours.class_names == theirs.class_names == ["c0", "kinds of images"]
+        for index in range(len(theirs)):
+            assert ours.file(index) == theirs.file(index)
+            for key in (index, (0, index), (5, index)):
+                mine, expected = ours[key], theirs[key]
+                assert torch.equal(mine.image, expected.image), theirs.name(index)
+                assert (mine.label, mine.weight) == (expected.label, expected.weight)
+                assert bool(mine.bad_image) == bool(expected.bad_image)
+    train, _ = open_as("huggingface", path, on_bad_image="stop")
+    assert train.name(2) == f"{path}: train[2] (2.jpg)"
+    with pytest.raises(BadImageError) as error:
+        train[0, 2]
+    assert str(error.value).startswith(f"{path}: train[2] (2.jpg): not a readable image")
+
+
+def as_it_is(dataset: Any, training: bool) -> Any:
+    return dataset
+
+
+def held(dataset: Any, training: bool) -> Any:
+    return HeldImages(dataset, CPU, training=training)
+
+
+def encoded(dataset: Any, training: bool) -> Any:
+    def decoder(files: list[torch.Tensor], views: list[Any]) -> list[torch.Tensor]:
+        return [cut(decode(bytes(file)).pixels, view, 16) for file, view in zip(files, views, strict=True)]
+
+    return EncodedImages(dataset, decoder, CPU)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("way", [as_it_is, held, encoded])
+def test_batches_are_the_folders_on_every_rank_and_by_every_way_to_the_device(
+    tmp_path: Path, workers: int, way: Callable[[Any, bool], Any]
+) -> None:
+    folder = write_folder(tmp_path / "images", images=9)
+    for part in ("train", "val"):
+        spoil(folder / part / "c0/2.jpg", "truncated")
+        picture(5).save(folder / part / "c1/1.jpg", "PNG")
+    path = save(of_folder(folder), tmp_path / "hub")
+    common = {"micro_batch": 3, "world_size": 2, "device": "cpu", "dtype": torch.float32, "mean": MEAN, "std": STD}
+    batches: dict[str, list] = {}
+    for source, where, processes in (("huggingface", path, workers), ("imagefolder", folder, 0)):
+        train, validation = open_as(source, where, crop="padded")
+        for rank in (0, 1):
+            own = common | {"workers": processes, "rank": rank}
+            loaders = (
+                TrainLoader(way(train, True), global_batch=6, seed=0, **own),
+                ValidationLoader(way(validation, False), **own),
+            )
+            for passed in (loaders[0].epoch(1, first_step=1), loaders[1].batches()):
+                batches[source] = batches.get(source, []) + [
+                    b.__class__(**vars(b) | {"bad_images": ()}) for b in passed
+                ]
+            for loader in loaders:
+                loader.close()
+    assert len(batches["imagefolder"]) == 2 * (2 + 3)
+    assert_same(batches["huggingface"], batches["imagefolder"])
+
+
+@pytest.mark.slow
+def test_training_from_it_is_training_from_the_folder_and_resumes(tmp_path: Path) -> None:
+    images = write_folder(tmp_path / "images", images=12)
+    picture(9).save(images / "train/c1/3.jpg", "PNG")
+    hub = write_parquet(of_folder(images), tmp_path / "hub")
+
+    def run(source: str, path: Path) -> None:
+        data = {"source": source, "path": str(path), "image_size": 32, "workers": 1}
+        train_ok(
+            *("--deepspeed_config", DIGITS, "--output", str(tmp_path / source)),
+            *("--set=train_batch_size=8", "--set=recipe.model.num_classes=2", "--set=recipe.schedule.epochs=2"),
+            *("--set=recipe.schedule.decay_epochs=[1]", "--set=recipe.schedule.warmup_epochs=0"),
+            f"--set=recipe.data={json.dumps(data)}",
+            HF_HOME=str(tmp_path / "home"),
+        )
+
+    run("imagefolder", images)
+    run("huggingface", hub)
+    shutil.rmtree(tmp_path / "huggingface/checkpoints/step-00000006")
+    run("huggingface", hub)
+    told, states = [], []
+    for source in ("imagefolder", "huggingface"):
+        lines = events(tmp_path / source, "step") + events(tmp_path / source, "validation")
+        told.append([(line["step"], line["loss"], line.get("top1")) for line in lines])
+        file = tmp_path / source / "checkpoints/step-00000006/mp_rank_00_model_states.pt"
+        states.append(torch.load(file, weights_only=True)["module"])
+    assert told[0] == told[1]
+    assert len(told[0]) == 8
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_share_of_each_class_is_held_out_by_the_places_of_the_images(tmp_path: Path) -> None:
+    labels = [0, 1, 1, 0, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1]
+    rows(labels).save_to_disk(tmp_path / "hub")  # no DatasetDict
+    train, validation = list_huggingface(str(tmp_path / "hub"), 0.3)
+    places = sorted(range(len(labels)), key=lambda place: hashlib.sha256(str(place).encode()).digest())
+    expected = [place for place in places if not labels[place]][:1] + [place for place in places if labels[place]][:3]
+    assert validation.rows.tolist() == sorted(expected)
+    assert sorted([*train.rows, *validation.rows]) == list(range(len(labels)))
+    for part in (train, validation):
+        assert part.labels.tolist() == [labels[row] for row in part.rows]
+
+
+def test_a_plan_counts_without_torch_and_says_what_is_missing(tmp_path: Path) -> None:
+    hub = write_parquet(datasets.DatasetDict(train=rows([0, 1, 1, 1]), validation=rows([0, 1])), tmp_path / "hub")
+    found = look("huggingface", str(hub))
+    assert (found.classes, found.train_images, found.validation_images) == ((("cat", 1), ("dog", 3)), 4, 2)
+    plan = ("-m", "recipe", "plan", DIGITS, "--set=train_batch_size=4", "--data", str(hub))
+    plan += (f"--set=recipe.data={json.dumps({'source': 'huggingface', 'image_size': 32, 'path': 'x'})}",)
+    done = without_torch(tmp_path, *plan, "--set=recipe.model.num_classes=2", HF_HOME=str(tmp_path / "home"))
+    assert "4 training images, 2 for validation; 1 (cat) to 3 (dog)" in " ".join(done.stdout.split()), done.stderr
+    (tmp_path / "stubs/datasets.py").write_text("raise ImportError('No module named pyarrow')")
+    done = without_torch(tmp_path, *plan, "--set=recipe.model.num_classes=2")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(
+        f"recipe.data.path: {hub} is read by the package datasets, which cannot be imported (No module named pyarrow); "
+        "pip install datasets"
+    )
+
+
+def test_a_name_without_a_folder_is_one_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^there is no folder own/cats, nor can such a data set be had from the hub: "
+    ):
+        list_huggingface("own/cats")
+    with pytest.raises(ValueError, match=r"^there is no folder cats; a data set on the hub is called owner/name$"):
+        list_huggingface("cats")
+    splits = datasets.DatasetDict(train=rows([0, 1, 1]), test=rows([0, 1]))
+    monkeypatch.setattr(datasets, "load_dataset", {"own/cats": splits}.__getitem__)
+    assert [len(part) for part in list_huggingface("own/cats")] == [3, 2]
+
+
+def test_what_is_evaluated_on_is_what_is_held_out_or_the_only_split(folder: Path, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"image_size": 16, "crop": "none", "on_bad_image": "skip"}
+    splits = of_folder(folder)
+    splits["train"].select([0]).save_to_disk(tmp_path / "one")
+    assert open_validation(tmp_path / "one", **common).name(0) == f"{tmp_path}/one: train[0] (0.jpg)"
+    for write in WRITERS:
+        path = write(splits, tmp_path / write.__name__)
+        assert open_validation(path, **common).name(0) == f"{path}: validation[0] (0.jpg)"
+        held_out = open_validation(path, "huggingface", **common)
+        assert np.array_equal(held_out.labels, splits["validation"].with_format(None)["label"][:])
+
+
+REFUSED: list[tuple[dict[str, datasets.Dataset], float | None, str]] = [
+    ({"validation": rows([0])}, None, r" has no split train, only validation$"),
+    ({"train": rows([0])}, None, r" has no split validation or val or test; write recipe.data.validation_share 0.1$"),
+    ({"train": rows([0]), "test": rows([0])}, 0.1, r" has a split test; remove recipe.data.validation_share$"),
+    ({"train": rows([0, 1, 1])}, 0.5, r": train holds a single image of cat, which cannot be split; add some$"),
+    (
+        {"train": rows([0, 1]), "test": rows([-1, -1])},
+        None,
+        r": 2 of the 2 images of the split test have no class: their label is not from 0 to 1",
+    ),
+    ({"train": rows([0, None, 1]), "test": rows([0])}, None, r": 1 of the 3 images of the split train have no class"),
+    (
+        {"train": rows([0], mask=datasets.Image()), "test": rows([0])},
+        None,
+        r": the split train has 2 columns \(image, mask\) of type Image, and needs one; its columns are ",
+    ),
+    (
+        {"train": rows([0]).remove_columns("label"), "test": rows([0])},
+        None,
+        r": the split train has no column of type ClassLabel, and needs one; its columns are image; ",
+    ),
+    (
+        {"train": rows([0]), "test": rows([0], names=("dog", "cat"))},
+        None,
+        r": the classes of the splits train and test differ, in names or in order$",
+    ),
+]
+
+
+@pytest.mark.parametrize(("splits", "share", "message"), REFUSED)
+def test_what_will_not_do_is_refused(
+    tmp_path: Path, splits: dict[str, datasets.Dataset], share: float | None, message: str
+) -> None:
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "hub")
+    with pytest.raises(ValueError, match=rf"^recipe\.data\.path: {tmp_path}/hub{message}") as error:
+        open_as("huggingface", tmp_path / "hub", validation_share=share)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
+    saved = save(datasets.DatasetDict(train=rows([0]), test=rows([0])), tmp_path / "saved")
+    arrow = saved / "train/data-00000-of-00001.arrow"
+    arrow.write_bytes(arrow.read_bytes()[:40])
+    (tmp_path / "empty").mkdir()
+    for path in (saved, tmp_path / "empty"):
+        with pytest.raises(ValueError, match=rf"^{path}: ") as error:
+            list_huggingface(str(path))
+        assert "\n" not in str(error.value)
