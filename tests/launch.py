@@ -43,9 +43,9 @@ def train(
     return _forked(_run_script, [script, *arguments], ranks, variables)
 
 
-def recipe(*arguments: str, ranks: int = 1, **variables: str) -> subprocess.CompletedProcess[str]:
+def recipe(*arguments: str, ranks: int = 1, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
     """``python -m recipe`` to the end; its processes have torch imported already."""
-    return _forked(_run_package, ["recipe", *arguments], ranks, variables)
+    return _forked(functools.partial(_run_package, cwd), ["recipe", *arguments], ranks, variables)
 
 
 def _forked(
@@ -78,8 +78,8 @@ def _run_script(words: list[str]) -> None:
     runpy.run_path(words[0], run_name="__main__")
 
 
-def _run_package(words: list[str]) -> None:
-    os.chdir(ROOT)
+def _run_package(cwd: Path, words: list[str]) -> None:
+    os.chdir(cwd)
     sys.argv = words
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recipe.checkpoints import CHECKPOINTS
 from recipe.commands import refusing
 from recipe.commands.figure import new_figure, save_figure
 from recipe.config import printable
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if measured is None:
         return 0  # rank 0 has the result
-    output = arguments.output or model_folder(arguments.model) / "evaluation"
+    output = arguments.output or usual_output(arguments.model, "evaluation")
     write(measured, output)
     print(format_evaluation(measured))
     print(f"\nin {printable(str(output))}: {RESULT}, {PER_CLASS}, {CONFUSION}.csv, .png, .svg")
@@ -62,13 +63,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def add_model_options(parser: argparse.ArgumentParser, results: str) -> None:
-    """Options of the commands that use a trained model; their results go to the folder ``results`` in it."""
+    """Options of the commands that use a trained model; ``results`` is the name of the folder for what they find."""
     parser.add_argument("model", type=Path, metavar="RUN_DIR|FILE", help="a run, or model.safetensors of an export")
     parser.add_argument("--checkpoint", default="best", help='"best", "last" or a name such as step-00000150')
     parser.add_argument(
         "--workers", type=within(0, 1000), default=0, metavar="N", help="processes that read images (default: 0)"
     )
-    parser.add_argument("--output", type=Path, help=f"folder to write to (default: {results}/ in the run)")
+    parser.add_argument("--output", type=Path, help=f"folder to write to (default: {results}/ in the run, or here)")
 
 
 def load(arguments: argparse.Namespace) -> "Trained":
@@ -146,6 +147,6 @@ def format_evaluation(measured: "Measured") -> str:
     return "\n".join(lines)
 
 
-def model_folder(model: Path) -> Path:
-    """The folder of a run or an export, from what the command line names."""
-    return model.parent if model.is_file() else model
+def usual_output(model: Path, results: str) -> Path:
+    """Where results go by default: into a run; for an export, which others get as it is, into the current folder."""
+    return model / results if (model / CHECKPOINTS).is_dir() else Path(results)

@@ -1,5 +1,7 @@
 """Runs a trained model over validation data and counts what it gets right; the work of ``evaluate``."""
 
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +13,9 @@ from torch import Tensor
 
 from recipe.commands.trained import Trained, validation_loader
 from recipe.data import ImageDataset, open_datasets, open_validation
+from recipe.distributed import MeetingError, meet, own_facts
 from recipe.engine import Batch, evaluate, join_process_group, rank_device, set_loudness
+from recipe.reporting import Progress
 
 CALIBRATION_BINS = 15  # as Guo et al. 2017 take
 
@@ -105,26 +109,36 @@ def measure(
     """Evaluate on all ranks of the environment; the result on rank 0, None on the others.
 
     Raises:
-        ValueError: The data cannot be read, or does not fit the model.
+        ValueError: The data cannot be read, or does not fit the model, or the ranks cannot meet.
     """
     set_loudness(verbose=False)
     device = rank_device()
     size = image_size or trained.plan.image_size
     dataset, shown = open_data(trained, data, size)
     model = trained.build(device)
-    join_process_group(device, timeout)
+    store = None
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        try:
+            store = meet(own_facts(None, device=device.type, data=f"{len(dataset):,} images"), timeout).group_store
+        except MeetingError as error:
+            raise ValueError(str(error)) from error
+    join_process_group(device, timeout, store)
+    micro_batch = micro_batch or trained.plan.micro_batch
     try:
         loader = validation_loader(
             trained,
             model,
             dataset,
-            micro_batch=micro_batch or trained.plan.micro_batch,
+            micro_batch=micro_batch,
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             workers=workers,
         )
         counts = Counts(trained.num_classes, device)
-        result = evaluate(model, loader.batches(), device, counts.add)
+        batches: Iterable[Batch] = loader.batches()
+        if dist.get_rank() == 0:
+            batches = _shown(batches, len(dataset), micro_batch * dist.get_world_size())
+        result = evaluate(model, batches, device, counts.add)
         loader.close()
         for tensor in (counts.confusion, counts.bins):
             dist.all_reduce(tensor)
@@ -132,7 +146,7 @@ def measure(
         dist.all_gather_object(bad_images, result.bad_images)
         if dist.get_rank() != 0:
             return None
-        confidence, error = counts.calibration()
+        confidence, calibration_error = counts.calibration()
         return Measured(
             trained.name,
             shown,
@@ -142,13 +156,21 @@ def measure(
             result.loss,
             result.count,
             confidence,
-            error,
+            calibration_error,
             class_names(trained, dataset),
             counts.confusion.tolist(),
             tuple(sorted(set().union(*bad_images))),
         )
     finally:
         dist.destroy_process_group()
+
+
+def _shown(batches: Iterable[Batch], images: int, images_at_once: int) -> Iterator[Batch]:
+    """Pass the batches on, with a bar of how many of the images all ranks have done."""
+    with Progress(images, "images") as progress:
+        for batch in batches:
+            yield batch
+            progress.update(min(images, progress.done + images_at_once))
 
 
 def open_data(trained: Trained, data: Path | None, image_size: int) -> tuple[ImageDataset, str]:

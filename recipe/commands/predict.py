@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipe.commands import refusing
-from recipe.commands.evaluate import COUNT, add_model_options, load, model_folder
+from recipe.commands.evaluate import COUNT, add_model_options, load, usual_output
 from recipe.config import printable
 from recipe.distributed import say
 from recipe.reporting import Parser, Progress
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("images", type=Path, nargs="+", metavar="FILE|DIR", help="image files, or folders of them")
     parser.add_argument("--micro-batch", type=COUNT, default=64, metavar="N", help="images per forward pass (64)")
     arguments = parser.parse_args(argv)
-    output: Path = arguments.output or model_folder(arguments.model) / "predictions"
+    output: Path = arguments.output or usual_output(arguments.model, "predictions")
     files = list(image_files(arguments.images))
     if not files:
         raise ValueError(f"no images in {', '.join(map(str, arguments.images))}")

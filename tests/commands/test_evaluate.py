@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import socket
 import subprocess
 from pathlib import Path
 
@@ -112,9 +113,13 @@ def test_an_export_gives_the_same_numbers_as_its_run(run: Path, folder: Path, tm
     for name, model in (("run", run), ("export", exported)):
         done = recipe("evaluate", str(model), "--data", str(folder), "--output", str(tmp_path / name))
         assert done.returncode == 0, done.stderr
+    handed_over = sorted(exported.iterdir())
     for name, model in (("run", run), ("export", exported / "model.safetensors")):
-        done = recipe("predict", str(model), str(folder / "3"), "--output", str(tmp_path / name))
+        to = ("--output", str(tmp_path / name)) if name == "run" else ()
+        done = recipe("predict", str(model), str(folder / "3"), *to, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
+    (tmp_path / "predictions/predictions.jsonl").rename(tmp_path / "export/predictions.jsonl")
+    assert sorted(exported.iterdir()) == handed_over
     for file in ("per_class.csv", "confusion.csv", "predictions.jsonl"):
         assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "export" / file).read_bytes()
     of_run, of_export = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("run", "export"))
@@ -139,6 +144,16 @@ def test_what_does_not_fit_the_model_is_refused_on_one_line(run: Path, folder: P
         assert done.returncode == 2, done.stdout
         assert message in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_ranks_that_cannot_meet_say_so_on_one_line(run: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = recipe("evaluate", str(run), **variables)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"recipe: the ranks could not meet at 127.0.0.1:{port}: ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_confidence_falls_into_the_bin_whose_upper_edge_it_is() -> None:
