@@ -18,7 +18,7 @@ from recipe import checkpoints, data, reporting
 from recipe.checkpoints import CHECKPOINTS, PLAN, CheckpointError, History, Resume, Start, manifest
 from recipe.config import ConfigError
 from recipe.data import BadImageError, Samples, SyntheticImages, WorkerError
-from recipe.distributed import Interrupted, Meeting, Requests, Watch, versions
+from recipe.distributed import Interrupted, Meeting, Requests, Watch, end_at_once, take_by, versions
 from recipe.engine import (
     MicroBatchError,
     NoImageError,
@@ -79,7 +79,8 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
     with ExitStack() as undo:
         if (os.environ.get("RANK") or "0") == "0":
             # First of all: another run that is about to end changes which checkpoints are there.
-            undo.enter_context(checkpoints.claim(output))
+            claimed = undo.enter_context(checkpoints.claim(output))
+            take_by(lambda signum, sender: end_at_once(signum, sender, claimed.close))
         start = checkpoints.choose_start(plan, output, resume, accept_changes, has_summary=(output / SUMMARY).exists())
         try:
             device = choose_device(plan.precision)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from deepspeed.accelerator import get_accelerator
 
 from recipe.checkpoints.locking import is_locked, lock
 from recipe.config.schema import read_config
+from recipe.distributed import listen
 from recipe.engine.device import choose_device
 from recipe.plan.plan import Plan, make_plan
 from recipe.plan.text import format_plan
 from recipe.run import prepare
+from tests.launch import environment
+from tests.ranks import fork
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "ds_configs/digits_b512.json"
@@ -79,6 +83,22 @@ def test_what_a_run_makes_before_ranks_meet_can_be_taken_back(tmp_path: Path) ->
             (tmp_path / path).touch()
         run.undo.close()
         assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == left
+
+
+def _prepare_and_be_ended(output: Path) -> None:
+    listen()
+    prepare(plan(), output, "auto")
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing_behind(tmp_path: Path) -> None:
+    process = fork(tmp_path / "words", environment(), _prepare_and_be_ended, tmp_path / "runs/a")
+    process.join(60)
+    assert process.exitcode == 130
+    said = (tmp_path / "words.stderr").read_text()
+    assert said.endswith("recipe: SIGINT: ended at once; the same command resumes\n")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

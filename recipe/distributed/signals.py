@@ -8,8 +8,10 @@ import io
 import os
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from recipe.config import printable
@@ -34,11 +36,13 @@ class Interrupted(BaseException):
         return 128 + self.signum
 
 
-def end_at_once(signum: int, sender: int) -> None:
-    """End the process: before training, and after it, there is nothing to finish.
+def end_at_once(signum: int, sender: int, undo: Callable[[], None] = lambda: None) -> None:
+    """End the process: before training, and after it, there is nothing to finish, but something to ``undo``.
 
     Not by an exception: raised during the import of a library, it may be caught as a failure of that library.
     """
+    with suppress(OSError):
+        undo()
     if os.environ.get("RANK", "0") == "0":
         say(f"{signal.Signals(signum).name}: ended at once; the same command resumes")
     os._exit(128 + signum)
@@ -86,8 +90,13 @@ def heeded() -> list[signal.Signals]:
 
 
 def say(message: str) -> None:
-    """Print a message on one line of standard error."""
-    print(f"recipe: {printable(message)}", file=sys.stderr, flush=True)
+    """Print a message on one line of standard error; on a terminal wrapped at its width, in place of a progress bar."""
+    text = f"recipe: {printable(message)}"
+    if sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+        text = "\r\x1b[2K" + "\n".join(lines)  # back to the beginning of the line, and erase it
+    print(text, file=sys.stderr, flush=True)
 
 
 class _Outlived(io.FileIO):

@@ -3,12 +3,18 @@
 What a launch does in training stands in test_polite_end.py.
 """
 
+import fcntl
+import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
+from recipe.distributed import say
 from tests.launch import ROOT
 
 PROGRAM = """
@@ -29,6 +35,18 @@ def test_a_signal_before_training_ends_the_process_whoever_catches_exceptions(na
     assert done.returncode == exit_code
     assert done.stdout == ""
     assert done.stderr == f"recipe: {name}: ended at once; the same command resumes\n"
+
+
+def test_on_a_terminal_a_message_takes_the_place_of_a_bar_and_fits_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", buffering=0) as screen:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        print("━━━━ 0:01:00 left", end="", file=terminal, flush=True)
+        say("SIGINT: finishing this step, then saving")
+        shown = screen.read(200).decode().replace("\r\n", "\n")
+    assert shown == "━━━━ 0:01:00 left\r\x1b[2Krecipe: SIGINT: finishing this\nstep, then saving\n"
 
 
 PRINTING = """
