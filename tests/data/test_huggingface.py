@@ -16,6 +16,7 @@ from recipe.data import BadImageError, EncodedImages, HeldImages, TrainLoader, V
 from recipe.data.augment import cut
 from recipe.data.decoding import decode
 from recipe.data.huggingface_index import list_huggingface
+from recipe.data.sampler import Keys
 from recipe.data.sources import open_datasets, open_validation
 from tests.data.images import MEAN, STD, assert_same, picture, write_folder
 from tests.data.test_imagefolder import spoil, write_kinds
@@ -95,17 +96,17 @@ def test_every_sample_is_the_folders_bit_for_bit(
     for ours, theirs in zip(open_as("huggingface", path), open_as("imagefolder", folder), strict=True):
         assert len(ours) == len(theirs) == 4 + 13
         assert ours.class_names == theirs.class_names == ["c0", "kinds of images"]
-        for index in range(len(theirs)):
-            assert ours.file(index) == theirs.file(index)
-            for key in (index, (0, index), (5, index)):
-                mine, expected = ours[key], theirs[key]
-                assert torch.equal(mine.image, expected.image), theirs.name(index)
-                assert (mine.label, mine.weight) == (expected.label, expected.weight)
-                assert bool(mine.bad_image) == bool(expected.bad_image)
+        everything = range(len(theirs))
+        assert [ours.file(index) for index in everything] == [theirs.file(index) for index in everything]
+        for epoch in (None, 0, 5):
+            mine, expected = (images[Keys(epoch, np.array(everything))] for images in (ours, theirs))
+            for name in ("images", "labels", "weights", "mirrored"):
+                assert torch.equal(getattr(mine, name), getattr(expected, name)), name
+            assert len(mine.bad_images) == len(expected.bad_images)
     train, _ = open_as("huggingface", path, on_bad_image="stop")
     assert train.name(2) == f"{path}: train[2] (2.jpg)"
     with pytest.raises(BadImageError) as error:
-        train[0, 2]
+        train[Keys(0, np.array([2]))]
     assert str(error.value).startswith(f"{path}: train[2] (2.jpg): not a readable image")
 
 
