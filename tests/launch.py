@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,15 @@ def train_ok(
     done = train(*arguments, ranks=ranks, launcher=launcher, **variables)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Wait for something that other processes bring about."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {seconds} s")
+        time.sleep(0.1)
 
 
 def complete_run(output: Path) -> None:

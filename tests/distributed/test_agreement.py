@@ -22,7 +22,7 @@ from recipe.distributed.agreement import SAME_REQUEST_SECONDS, Requests
 from recipe.distributed.launcher import open_process
 from recipe.distributed.signals import Interrupted, listen, outlive_readers
 from recipe.engine.start import join_process_group
-from tests.launch import ROOT, environment
+from tests.launch import ROOT, environment, wait_until
 from tests.ranks import fork, run_ranks
 
 TIMEOUT = timedelta(seconds=60)
@@ -84,13 +84,6 @@ def test_a_signal_ends_a_validation_between_the_same_batches_on_all_ranks() -> N
     assert run_ranks(2, _watched) == [[0, 1, 143]] * 2
 
 
-def _wait_for(file: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not file.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def _held(folder: Path, launcher: int | None) -> None:
     """A rank in a step that does not end; by ``folder``/again it signals itself, as the watch does."""
     listen()
@@ -100,7 +93,7 @@ def _held(folder: Path, launcher: int | None) -> None:
     join_process_group(torch.device("cpu"), TIMEOUT)
 
     def signal_itself() -> None:
-        _wait_for(folder / "again")
+        wait_until((folder / "again").exists)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=signal_itself, daemon=True).start()
@@ -115,7 +108,7 @@ def _held(folder: Path, launcher: int | None) -> None:
 def start(folder: Path, function: Callable[..., Any], *arguments: Any) -> tuple[BaseProcess, int]:
     """A rank that is ready for signals, and its process id."""
     process = fork(folder / "rank", environment(), function, folder, *arguments)
-    _wait_for(folder / "ready")
+    wait_until((folder / "ready").exists)
     assert process.pid is not None
     return process, process.pid
 

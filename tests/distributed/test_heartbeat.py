@@ -22,7 +22,7 @@ from recipe.distributed.launcher import open_process
 from recipe.distributed.rendezvous import meet
 from recipe.engine.start import join_process_group
 from tests.distributed.test_rendezvous import free_port
-from tests.launch import environment
+from tests.launch import environment, wait_until
 from tests.ranks import fork
 
 STEP = 3
@@ -61,8 +61,7 @@ def _rank(folder: Path, fate: str, others: str, who: tuple[int, ...], timeout_se
     with Watch(meeting, timeout, {launcher: process}, (ValueError,)) as watch:
         watch.step = STEP
         (folder / f"ready-{rank}").touch()
-        while not (folder / "go").exists():
-            time.sleep(0.1)
+        wait_until((folder / "go").exists)
         if rank in who:
             FATES[fate](watch)
         if others:
@@ -91,10 +90,7 @@ class Ranks:
         self.processes: list[BaseProcess] = [
             fork(folder / str(rank), of_all | {"RANK": str(rank)}, _rank, *arguments) for rank in range(ranks)
         ]
-        deadline = time.monotonic() + 60
-        while len(list(folder.glob("ready-*"))) < ranks:
-            assert time.monotonic() < deadline, self.said()
-            time.sleep(0.1)
+        wait_until(lambda: len(list(folder.glob("ready-*"))) == ranks)
 
     def go(self) -> None:
         (self.folder / "go").touch()

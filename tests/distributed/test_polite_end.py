@@ -7,8 +7,6 @@ import os
 import shlex
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ import pytest
 from benchmarks.kill_resume import Kill, Setting, difference, launch
 from recipe.checkpoints.locking import is_locked
 from recipe.checkpoints.manifest import damage, find
-from tests.launch import DIGITS, ROOT, SHORT, command, environment, events, train_ok
+from tests.launch import DIGITS, ROOT, SHORT, command, environment, events, train_ok, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -65,13 +63,6 @@ def test_one_ctrl_c_in_a_long_step_saves_it_whoever_goes_before_it_is_done(tmp_p
     done = len(events(output, "step"))
     assert f"ended by SIGINT, saved after {done} of 6 steps" in (output / "train.log").read_text().splitlines()[-1]
     assert [(checkpoint.step, damage(checkpoint)) for checkpoint in find(output / "checkpoints")] == [(done, None)]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def test_checkpoints_by_the_clock(tmp_path: Path) -> None:

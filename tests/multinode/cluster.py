@@ -4,8 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,15 +72,6 @@ class Cluster(Hosts):
             printed, _ = process.communicate(timeout=300)
         assert process.returncode == 0, printed
         return printed
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    """Wait for something that other processes bring about."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {seconds} s")
-        time.sleep(0.1)
 
 
 def steps_written(output: Path) -> int:

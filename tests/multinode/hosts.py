@@ -11,7 +11,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -99,18 +100,30 @@ class Hosts:
         first = str(self._first_processes[name])
         return ["nsenter", "-t", first, "-n", "-m", "-u", "-i", "-p", f"--wd={os.getcwd()}", "--", *command]
 
-    def link(self, name: str, state: str) -> None:
-        """Take a host's network "down", or "up" again."""
-        _run("ip", "-n", self._namespace(name), "link", "set", "eth0", state)
+    @contextmanager
+    def cut_off(self, name: str) -> Iterator[None]:
+        """A host's network is down while ``with`` lasts."""
+        link = ("ip", "-n", self._namespace(name), "link", "set", "eth0")
+        _run(*link, "down")
+        try:
+            yield
+        finally:
+            _run(*link, "up")
+
+    @contextmanager
+    def covered(self, name: str, path: Path, by: Path | str) -> Iterator[None]:
+        """One host sees another file or folder at a path; "tmpfs" is an empty folder of its own."""
+        mount = ["-t", "tmpfs", "tmpfs"] if by == "tmpfs" else ["--bind", str(by)]
+        _run(*self.inside(name, ["mount", *mount, str(path)]))
+        try:
+            yield
+        finally:
+            _run(*self.inside(name, ["umount", "-l", str(path)]))
 
     def limit(self, name: str, rate: str) -> None:
         """Limit what a host sends, such as to "100mbit"."""
         shaping = f"tc qdisc replace dev eth0 root tbf rate {rate} burst 128kb latency 200ms"
         _run("ip", "netns", "exec", self._namespace(name), *shaping.split())
-
-    def unlimit(self, name: str) -> None:
-        """Let a host send as fast as it can again."""
-        _run("ip", "netns", "exec", self._namespace(name), "tc", "qdisc", "del", "dev", "eth0", "root")
 
     def processes(self, name: str) -> list[str]:
         """The Python processes that are alive on a host, "<pid> <command line>" each."""

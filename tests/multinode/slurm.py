@@ -6,7 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.multinode.cluster import Cluster, wait_until
+from tests.launch import wait_until
+from tests.multinode.cluster import Cluster
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 SBIN = "/usr/sbin:/sbin:/usr/bin:/bin"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import events, losses, train_ok
-from tests.multinode.cluster import TORCHRUN, Cluster, steps_written, wait_until
+from tests.launch import events, losses, train_ok, wait_until
+from tests.multinode.cluster import TORCHRUN, Cluster, steps_written
 from tests.multinode.test_training import RUN
 
 pytestmark = [pytest.mark.multinode, pytest.mark.slow]
@@ -33,11 +33,8 @@ def test_a_host_of_three_is_taken_away(four_hosts: Cluster, tmp_path: Path) -> N
             stack.enter_context(four_hosts.started(elastic(*BATCH, "--output", str(output)), on=host)) for host in hosts
         ]
         wait_until(lambda: steps_written(output) >= 4, seconds=150)
-        four_hosts.link("node-2", "down")
-        try:
+        with four_hosts.cut_off("node-2"):
             printed = [agent.communicate(timeout=240)[0] for agent in agents[:2]]
-        finally:
-            four_hosts.link("node-2", "up")
     print(*printed, sep="\n")
     assert [agent.returncode for agent in agents[:2]] == [0, 0]
     assert (output / "summary.json").exists()

@@ -12,8 +12,8 @@ import pytest
 
 from recipe.checkpoints.manifest import find
 from tests.data.images import write_folder
-from tests.launch import DIGITS, ROOT, events
-from tests.multinode.cluster import Cluster, steps_written, wait_until
+from tests.launch import DIGITS, ROOT, events, wait_until
+from tests.multinode.cluster import Cluster, steps_written
 
 pytestmark = [pytest.mark.multinode, pytest.mark.slow]
 
@@ -132,11 +132,8 @@ def test_a_host_that_goes_away(two_hosts: Cluster, tmp_path: Path) -> None:
     with two_hosts.launched(*LONG, "--output", str(tmp_path)) as process:
         wait_until(lambda: steps_written(tmp_path) > 6)
         cut = time.monotonic()
-        two_hosts.link("node-1", "down")
-        try:
+        with two_hosts.cut_off("node-1"):
             printed = the_end(process, cut)
-        finally:
-            two_hosts.link("node-1", "up")
     assert "rank 1 on node-1 ended without a word at step" in last_word(printed), printed
     nothing_is_left(two_hosts, cut)
 

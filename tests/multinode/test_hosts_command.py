@@ -12,8 +12,8 @@ import pytest
 
 from recipe.commands.hosts.visit import KEEPALIVE_LIMIT_SECONDS
 from tests.data.images import write_folder
-from tests.launch import DIGITS, ROOT
-from tests.multinode.cluster import Cluster, wait_until
+from tests.launch import DIGITS, ROOT, wait_until
+from tests.multinode.cluster import Cluster
 
 pytestmark = [pytest.mark.multinode, pytest.mark.slow]
 
@@ -43,17 +43,6 @@ def problems(cluster: Cluster, *arguments: str, hosts: Sequence[str] = ()) -> li
     found = [line.removeprefix("problem: ") for line in lines if line.startswith("problem: ")]
     assert f"A launch would fail or go wrong: {len(found)} problem" in lines[-1]
     return found
-
-
-@contextmanager
-def covered(cluster: Cluster, host: str, path: Path, by: Path | str) -> Iterator[None]:
-    """One host sees another file or folder at a path; "tmpfs" is an empty folder of its own."""
-    mount = ["-t", "tmpfs", "tmpfs"] if by == "tmpfs" else ["--bind", str(by)]
-    subprocess.run(cluster.inside(host, ["mount", *mount, str(path)]), check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(cluster.inside(host, ["umount", "-l", str(path)]), check=True)
 
 
 @contextmanager
@@ -92,17 +81,16 @@ def test_debians_127_0_1_1_and_its_remedy_with_which_the_link_is_measured(two_ho
     names.write_text("127.0.0.1 localhost\n127.0.1.1 node-1\n10.77.0.10 node-0\n")
     environment = two_hosts.home / ".deepspeed_env"
     before = environment.read_text()
-    with covered(two_hosts, "node-1", Path("/etc/hosts"), names):
+    with two_hosts.covered("node-1", Path("/etc/hosts"), names):
         (problem,) = problems(two_hosts)
         assert problem.startswith("node-1: its own name leads to 127.0.1.1, where no other host reaches it; ")
         two_hosts.limit("node-1", "100mbit")
+        environment.write_text(f"{before}GLOO_SOCKET_IFNAME=eth0\n")
         try:
-            environment.write_text(f"{before}GLOO_SOCKET_IFNAME=eth0\n")
             options = f"-tt -o ServerAliveInterval={KEEPALIVE_LIMIT_SECONDS}"
             code, lines = ask(two_hosts, PDSH_SSH_ARGS_APPEND=options)
         finally:
             environment.write_text(before)
-            two_hosts.unlimit("node-1")
     printed = "\n".join(lines)
     assert code == 0, printed
     measured = [float(rate) for rate in re.findall(r"(\d+) Mbit/s to node", printed)]
@@ -115,15 +103,12 @@ def test_hosts_that_cannot_be_visited(four_hosts: Cluster, tmp_path: Path) -> No
     """One is cut off, one refuses the key, one has a key that is not known, and one nobody knows."""
     keys, known = four_hosts.folder / "known_hosts", tmp_path / "known_hosts"
     known.write_text("".join(keys.read_text().splitlines(keepends=True)[:3]))
-    four_hosts.link("node-1", "down")
-    try:
-        with (
-            covered(four_hosts, "node-2", four_hosts.folder / "id.pub", "/dev/null"),
-            covered(four_hosts, "node-0", keys, known),
-        ):
-            cut_off, refused, strange, unknown = problems(four_hosts, hosts=[*four_hosts.names, "node-9"])
-    finally:
-        four_hosts.link("node-1", "up")
+    with (
+        four_hosts.cut_off("node-1"),
+        four_hosts.covered("node-2", four_hosts.folder / "id.pub", "/dev/null"),
+        four_hosts.covered("node-0", keys, known),
+    ):
+        cut_off, refused, strange, unknown = problems(four_hosts, hosts=[*four_hosts.names, "node-9"])
     assert re.match(
         r"node-1: ssh: connect to host node-1 port 22: (Connection timed out|No route to host); check that it is up",
         cut_off,
@@ -142,9 +127,9 @@ def test_other_code_clock_and_config_and_a_host_that_hangs(four_hosts: Cluster, 
     other.write_text(config.read_text() + "\n")
     os.mkfifo(pipe)
     with (
-        covered(four_hosts, "node-1", probe, changed),
-        covered(four_hosts, "node-2", config, other),
-        covered(four_hosts, "node-3", config, pipe),
+        four_hosts.covered("node-1", probe, changed),
+        four_hosts.covered("node-2", config, other),
+        four_hosts.covered("node-3", config, pipe),
     ):
         found = problems(four_hosts, "--config", DIGITS)
     digest = r"\S+( \S+)?"
@@ -166,11 +151,11 @@ def test_data_and_output_folders_that_differ_and_another_interpreter(four_hosts:
     output, python = tmp_path / "output", Path(sys.executable)
     output.mkdir()
     with (
-        covered(four_hosts, "node-1", data, less),
-        covered(four_hosts, "node-1", output, "tmpfs"),
-        covered(four_hosts, "node-2", data, "tmpfs"),
-        covered(four_hosts, "node-2", output, "/proc"),
-        covered(four_hosts, "node-3", python.parent, tmp_path),
+        four_hosts.covered("node-1", data, less),
+        four_hosts.covered("node-1", output, "tmpfs"),
+        four_hosts.covered("node-2", data, "tmpfs"),
+        four_hosts.covered("node-2", output, "/proc"),
+        four_hosts.covered("node-3", python.parent, tmp_path),
     ):
         found = problems(four_hosts, "--data", str(data), "--output", str(output / "run"))
         left = subprocess.run(four_hosts.inside("node-1", ["ls", "-A", str(output)]), capture_output=True, check=True)

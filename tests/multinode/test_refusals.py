@@ -1,9 +1,7 @@
 """What would silently go wrong on several hosts ends on all of them, at once, with one message and exit code 2."""
 
 import json
-import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -28,21 +26,11 @@ def refusal(cluster: Cluster, output: Path, *arguments: str, **launch: Sequence[
     return said[0]
 
 
-@contextmanager
-def hidden(cluster: Cluster, host: str, path: Path, by: Path) -> Iterator[None]:
-    """While it lasts, one host sees ``by`` where the others see ``path``."""
-    subprocess.run(cluster.inside(host, ["mount", "--bind", str(by), str(path)]), check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(cluster.inside(host, ["umount", str(path)]), check=True)
-
-
 def test_ranks_with_another_config(two_hosts: Cluster, tmp_path: Path) -> None:
     config, other = tmp_path / "run.json", tmp_path / "other.json"
     config.write_text((ROOT / DIGITS).read_text())
     other.write_text(config.read_text().replace('"seed": 0', '"seed": 1'))
-    with hidden(two_hosts, "node-1", config, by=other):
+    with two_hosts.covered("node-1", config, by=other):
         message = refusal(two_hosts, tmp_path / "run", "--deepspeed_config", str(config))
     assert message.startswith("rank 1 on node-1 and rank 0 on node-0 read different configs; ")
 
@@ -50,7 +38,7 @@ def test_ranks_with_another_config(two_hosts: Cluster, tmp_path: Path) -> None:
 def test_ranks_with_other_code(two_hosts: Cluster, tmp_path: Path) -> None:
     other = tmp_path / "scaling.py"
     other.write_text((ROOT / "recipe/plan/scaling.py").read_text() + "# changed\n")
-    with hidden(two_hosts, "node-1", ROOT / "recipe/plan/scaling.py", by=other):
+    with two_hosts.covered("node-1", ROOT / "recipe/plan/scaling.py", by=other):
         message = refusal(two_hosts, tmp_path / "run")
     assert message.startswith("rank 1 on node-1 and rank 0 on node-0 run different code of recipe/; ")
 
@@ -61,7 +49,7 @@ def test_data_that_one_host_lacks(two_hosts: Cluster, tmp_path: Path) -> None:
     source = {"source": "imagefolder", "path": str(data), "image_size": 32}
     source |= {"train_images": 600, "validation_images": 600}
     changes = (f"--set=recipe.data={json.dumps(source)}", "--set=recipe.model.num_classes=2")
-    with hidden(two_hosts, "node-1", data, by=empty):
+    with two_hosts.covered("node-1", data, by=empty):
         message = refusal(two_hosts, tmp_path / "run", *changes)
     assert message.startswith(f"rank 1 on node-1: {DIGITS}"), message
     assert f"{data} has no " in message, message

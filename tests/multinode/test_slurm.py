@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import DIGITS, SHORT, losses
-from tests.multinode.cluster import DEEPSPEED, Cluster, steps_written, wait_until
+from tests.launch import DIGITS, SHORT, losses, wait_until
+from tests.multinode.cluster import DEEPSPEED, Cluster, steps_written
 from tests.multinode.slurm import Slurm, missing
 
 pytestmark = [

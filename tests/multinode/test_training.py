@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from recipe.checkpoints.manifest import find
-from tests.launch import DIGITS, events, losses, train_ok
-from tests.multinode.cluster import Cluster, steps_written, wait_until
+from tests.launch import DIGITS, events, losses, train_ok, wait_until
+from tests.multinode.cluster import Cluster, steps_written
 
 pytestmark = [pytest.mark.multinode, pytest.mark.slow]
 
