@@ -54,13 +54,7 @@ class History:
 
     def state(self, seconds_since: float) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {
-            "validations": self.validations,
-            "bad_images": sorted(self.bad_images),
-            "seconds": self.seconds + seconds_since,
-            "noise_scale": asdict(self.noise_scale),
-            "decoded_by_pil": self.decoded_by_pil,
-        }
+        return asdict(self) | {"bad_images": sorted(self.bad_images), "seconds": self.seconds + seconds_since}
 
 
 def load_run(engine: DeepSpeedEngine, plan: Plan, start: Start) -> tuple[History | None, list[str]]:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from recipe.commands.hosts.visit import Host, Launch, examine, is_loopback
 from recipe.config import printable, read_config
@@ -79,16 +80,15 @@ def _launch(
 ) -> tuple[Launch, dict[str, int | None]]:
     """The launch, and the counts that its config gives for the data."""
     precision, config_path, name = "fp32", None, ""
-    data = {"folder": arguments.data, "source": None}
+    data: dict[str, Any] = {"folder": arguments.data}
     expected: dict[str, int | None] = {}
     if arguments.config:
         config = read_config(arguments.config, overrides(arguments))
         source = config.recipe.data
         plan = make_plan(config, world_size, look=look if source.is_to_be_counted else None)
         precision, config_path, name = plan.precision, str(arguments.config), arguments.config.stem
-        data = {"folder": source.path} | {
-            key: getattr(source, key) for key in ("source", "pack_short_side", "pack_raw", "validation_share")
-        }
+        special = {"source", "pack_short_side", "pack_raw", "validation_share"}
+        data = {"folder": source.path} | source.model_dump(include=special)
         expected = {
             "classes": config.recipe.model.num_classes,
             "train_images": plan.train_images,

@@ -141,7 +141,7 @@ def devices(precision: str) -> dict[str, Any]:
 
 def data(
     folder: str,
-    source: Literal["imagefolder", "pack", "huggingface"] | None,
+    source: Literal["imagefolder", "pack", "huggingface"] | None = None,
     **special: Any,
 ) -> dict[str, Any]:
     """Count the images as a run does; without a config the folder's content decides whether it is a pack.

@@ -88,7 +88,7 @@ def examine(hosts: Sequence[Host], launch: Launch) -> tuple[list[str], list[str]
             unguarded = pool.submit(_without_keepalive, hosts)
             _ask(hosts, visits, launch, master, pool)
         finally:
-            for visit in visits.values():
+            for visit in list(visits.values()):
                 visit.close()
     problems, notes = [], []
     found = master.result()
