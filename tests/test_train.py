@@ -279,8 +279,7 @@ def test_an_image_folder_with_a_bad_image(tmp_path: Path, ranks: int) -> None:
         r'\(cannot identify image file\); mend it, or set recipe.data.on_bad_image to "skip"',
         said[0],
     )
-    assert set(said) == {said[0]}  # rank 0 repeats what another one tells
-    assert len(said) == 1 + (not said[0].startswith("recipe: rank 0"))
+    assert len(said) == 1
     assert "Traceback" not in stopped.stderr
     assert (output / "train.log").read_text().count(said[0].removeprefix("recipe: ")) == 1
     skipped = train_ok(
