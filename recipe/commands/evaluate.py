@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recipe.checkpoints import CHECKPOINTS
 from recipe.commands import refusing
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         return 0  # rank 0 has the result
     output = arguments.output or usual_output(arguments.model, "evaluation")
     write(measured, output)
-    print(format_evaluation(measured))
+    print(format_evaluation(measured.summary))
     print(f"\nin {printable(str(output))}: {RESULT}, {PER_CLASS}, {CONFUSION}.csv, .png, .svg")
     return 0
 
@@ -89,12 +89,12 @@ def write(measured: "Measured", output: Path) -> None:
         OSError: A file cannot be written.
     """
     output.mkdir(parents=True, exist_ok=True)
-    (output / RESULT).write_text(json.dumps(measured.summary(), indent=2) + "\n", encoding="utf-8")
+    (output / RESULT).write_text(json.dumps(measured.summary, indent=2) + "\n", encoding="utf-8")
     with (output / PER_CLASS).open("w", encoding="utf-8", newline="") as stream:
         rows = csv.writer(stream, lineterminator="\n")
         rows.writerow(["class", "images", "correct", "accuracy_percent", "most_often_taken_for", "times"])
-        for row in measured.per_class():
-            rows.writerow([row.name, row.images, row.correct, f"{row.accuracy:.4f}", row.taken_for or "", row.times])
+        for row in measured.summary["classes"]:
+            rows.writerow((row | {"accuracy": f"{row['accuracy']:.4f}"}).values())
     with (output / f"{CONFUSION}.csv").open("w", encoding="utf-8", newline="") as stream:
         rows = csv.writer(stream, lineterminator="\n")
         rows.writerow(["true class \\ predicted", *measured.classes])
@@ -115,7 +115,7 @@ def draw_confusion(measured: "Measured", path: Path) -> None:
     axes.grid(False)
     figure.colorbar(image, ax=axes, label="share of the class's images, %", shrink=0.8)
     axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(f"Confusion on {measured.count:,} images: top-1 {measured.top1:.2f} %", pad=12)
+    axes.set_title(f"Confusion on {counts.sum():,.0f} images: top-1 {measured.summary['top1']:.2f} %", pad=12)
     if classes <= MOST_NAMED_CLASSES:
         names = [printable(name)[:24] for name in measured.classes]
         axes.set_xticks(range(classes), names, rotation=90)
@@ -123,27 +123,27 @@ def draw_confusion(measured: "Measured", path: Path) -> None:
     save_figure(figure, path)
 
 
-def format_evaluation(measured: "Measured") -> str:
+def format_evaluation(result: dict[str, Any]) -> str:
     """The numbers and the classes with the lowest accuracy, as lines for people."""
-    rows = measured.per_class()
+    rows, bad_images = result["classes"], result["bad_images"]
     shown = [("class", "images", "accuracy", "most often taken for")]
     for row in rows[:SHOWN_CLASSES]:
-        taken_for = "" if row.taken_for is None else f"{row.taken_for} ({row.times:,})"
-        shown.append((printable(row.name), f"{row.images:,}", f"{row.accuracy:.2f} %", printable(taken_for)))
+        taken_for = f"{row['taken_for']} ({row['times']:,})" if row["times"] else ""
+        shown.append((printable(row["name"]), f"{row['images']:,}", f"{row['accuracy']:.2f} %", printable(taken_for)))
     lines = [
-        printable(f"{measured.model} on {measured.data}"),
-        f"top-1 {measured.top1:.2f} %, top-5 {measured.top5:.2f} %, loss {measured.loss:.4f} "
-        f"on {measured.count:,} images",
-        f"expected calibration error {measured.expected_calibration_error:.2f} % "
-        f"(mean confidence {measured.mean_confidence:.2f} %)",
+        printable(f"{result['model']} on {result['data']}"),
+        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} "
+        f"on {result['count']:,} images",
+        f"expected calibration error {result['expected_calibration_error']:.2f} % "
+        f"(mean confidence {result['mean_confidence']:.2f} %)",
         "",
         table(shown, columns()).rstrip(),
     ]
     if len(rows) > SHOWN_CLASSES:
         lines.append(f"… and {len(rows) - SHOWN_CLASSES:,} classes with higher accuracy")
-    if measured.bad_images:
-        names = ", ".join(map(printable, measured.bad_images[:5]))
-        lines += ["", f"{len(measured.bad_images):,} files could not be read and were left out: {names}"]
+    if bad_images:
+        names = ", ".join(map(printable, bad_images[:5]))
+        lines += ["", f"{len(bad_images):,} files could not be read and were left out: {names}"]
     return "\n".join(lines)
 
 

@@ -1,11 +1,11 @@
 """Runs a trained model over validation data and counts what it gets right; the work of ``evaluate``."""
 
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,55 +20,32 @@ from recipe.reporting import Progress
 CALIBRATION_BINS = 15  # as Guo et al. 2017 take
 
 
-class ClassResult(NamedTuple):
-    """A row of the table of classes: ``accuracy`` in per cent, and the class its images are most often taken for."""
-
-    name: str
-    images: int
-    correct: int
-    accuracy: float
-    taken_for: str | None
-    times: int
-
-
 @dataclass(frozen=True)
 class Measured:
-    """What was measured on ``count`` images.
+    """What was measured.
 
-    Accuracies, errors and confidences are in per cent; ``confusion[t][p]`` counts the images of class t that were
-    taken for class p.
+    Attributes:
+        summary: The content of ``evaluation.json``; accuracies, errors and confidences are in per cent.
+        classes: The names of the model's outputs.
+        confusion: ``confusion[t][p]`` counts the images of class t that were taken for class p.
     """
 
-    model: str
-    data: str
-    image_size: int
-    top1: float
-    top5: float
-    loss: float
-    count: int
-    mean_confidence: float
-    expected_calibration_error: float
+    summary: dict[str, Any]
     classes: tuple[str, ...]
     confusion: list[list[int]]
-    bad_images: tuple[str, ...]
 
-    def per_class(self) -> list[ClassResult]:
-        """The classes that have images, the lowest accuracy first."""
-        rows = []
-        for place, (name, counts) in enumerate(zip(self.classes, self.confusion, strict=True)):
-            images, correct = sum(counts), counts[place]
-            others = [(times, other) for other, times in enumerate(counts) if other != place and times]
-            times, other = max(others, key=lambda pair: (pair[0], -pair[1]), default=(0, -1))
-            if images:
-                taken_for = self.classes[other] if times else None
-                rows.append(ClassResult(name, images, correct, 100 * correct / images, taken_for, times))
-        return sorted(rows, key=lambda row: (row.accuracy, -row.images, row.name))
 
-    def summary(self) -> dict[str, Any]:
-        """Plain values for ``evaluation.json``."""
-        fields = asdict(self)
-        del fields["confusion"]
-        return fields | {"classes": [row._asdict() for row in self.per_class()], "bad_images": list(self.bad_images)}
+def per_class(classes: Sequence[str], confusion: list[list[int]]) -> list[dict[str, Any]]:
+    """The classes that have images, the lowest accuracy first, each with the one it is most often taken for."""
+    rows = []
+    for place, (name, counts) in enumerate(zip(classes, confusion, strict=True)):
+        wrong = [0 if other == place else times for other, times in enumerate(counts)]
+        images, correct, times = sum(counts), counts[place], max(wrong)
+        taken_for = classes[wrong.index(times)] if times else None
+        if images:
+            row = {"name": name, "images": images, "correct": correct, "accuracy": 100 * correct / images}
+            rows.append(row | {"taken_for": taken_for, "times": times})
+    return sorted(rows, key=lambda row: (row["accuracy"], -row["images"], row["name"]))
 
 
 class Counts:
@@ -146,21 +123,22 @@ def measure(
         dist.all_gather_object(bad_images, result.bad_images)
         if dist.get_rank() != 0:
             return None
-        confidence, calibration_error = counts.calibration()
-        return Measured(
-            trained.name,
-            shown,
-            size,
-            result.top1,
-            result.top5,
-            result.loss,
-            result.count,
-            confidence,
-            calibration_error,
-            class_names(trained, dataset),
-            counts.confusion.tolist(),
-            tuple(sorted(set().union(*bad_images))),
-        )
+        confidence, error = counts.calibration()
+        classes, confusion = class_names(trained, dataset), counts.confusion.tolist()
+        summary = {
+            "model": trained.name,
+            "data": shown,
+            "image_size": size,
+            "top1": result.top1,
+            "top5": result.top5,
+            "loss": result.loss,
+            "count": result.count,
+            "mean_confidence": confidence,
+            "expected_calibration_error": error,
+            "classes": per_class(classes, confusion),
+            "bad_images": sorted(set().union(*bad_images)),
+        }
+        return Measured(summary, classes, confusion)
     finally:
         dist.destroy_process_group()
 
