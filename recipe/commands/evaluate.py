@@ -90,15 +90,13 @@ def write(measured: "Measured", output: Path) -> None:
     """
     output.mkdir(parents=True, exist_ok=True)
     (output / RESULT).write_text(json.dumps(measured.summary, indent=2) + "\n", encoding="utf-8")
-    with (output / PER_CLASS).open("w", encoding="utf-8", newline="") as stream:
-        rows = csv.writer(stream, lineterminator="\n")
-        rows.writerow(["class", "images", "correct", "accuracy_percent", "most_often_taken_for", "times"])
-        for row in measured.summary["classes"]:
-            rows.writerow((row | {"accuracy": f"{row['accuracy']:.4f}"}).values())
-    with (output / f"{CONFUSION}.csv").open("w", encoding="utf-8", newline="") as stream:
-        rows = csv.writer(stream, lineterminator="\n")
-        rows.writerow(["true class \\ predicted", *measured.classes])
-        rows.writerows([name, *counts] for name, counts in zip(measured.classes, measured.confusion, strict=True))
+    head = ["class", "images", "correct", "accuracy_percent", "most_often_taken_for", "times"]
+    rows = [(row | {"accuracy": f"{row['accuracy']:.4f}"}).values() for row in measured.summary["classes"]]
+    matrix = [[name, *counts] for name, counts in zip(measured.classes, measured.confusion, strict=True)]
+    tables = {PER_CLASS: [head, *rows], f"{CONFUSION}.csv": [["true class \\ predicted", *measured.classes], *matrix]}
+    for name, lines in tables.items():
+        with (output / name).open("w", encoding="utf-8", newline="") as stream:
+            csv.writer(stream, lineterminator="\n").writerows(lines)
     draw_confusion(measured, output / CONFUSION)
 
 

@@ -1,5 +1,6 @@
 """What people see, at the width of their terminal and where there is none."""
 
+import argparse
 import fcntl
 import os
 import pty
@@ -8,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -129,3 +131,17 @@ def test_a_mistyped_option_is_named_where_a_required_one_is_missed(
     with pytest.raises(SystemExit):
         parser.parse_args()
     assert capsys.readouterr().err.endswith("required: --deepspeed_config; did you mean --deepspeed_config?\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong"),
+    [
+        (terminal.within(1, 9999), {"1": 1, "9999": 9999}, ["0", "10000", "1.5", "x", ""]),
+        (terminal.within(1e-3, 1e9), {"0.001": 0.001, "2500": 2500.0}, ["0", "-3", "nan", "inf", "x"]),
+    ],
+)
+def test_a_number_within_bounds(kind: Callable[[str], float], right: dict[str, float], wrong: list[str]) -> None:
+    assert {text: kind(text) for text in right} == right
+    for text in wrong:
+        with pytest.raises(argparse.ArgumentTypeError, match="number from"):
+            kind(text)
