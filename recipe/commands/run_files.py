@@ -96,8 +96,9 @@ def _read_events(file: Path) -> dict[str, dict[str, Column]]:
     for number, line in enumerate(lines, start=1):
         try:
             event: dict[str, Any] = parse_event(line) or {}
-            fields = FIELDS.get(event["event"], ())
-            numbers.get(event["event"], array("d")).extend(math.nan if event[f] is None else event[f] for f in fields)
+            name = event["event"]
+            if name in FIELDS:
+                numbers[name].extend(math.nan if event[field] is None else event[field] for field in FIELDS[name])
         except (TypeError, LookupError, OverflowError):
             if not line.endswith(b"\n"):
                 break  # it is still being written
