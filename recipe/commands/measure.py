@@ -123,7 +123,7 @@ def measure(
         dist.all_gather_object(bad_images, result.bad_images)
         if dist.get_rank() != 0:
             return None
-        confidence, error = counts.calibration()
+        confidence, calibration_error = counts.calibration()
         classes, confusion = class_names(trained, dataset), counts.confusion.tolist()
         summary = {
             "model": trained.name,
@@ -134,7 +134,7 @@ def measure(
             "loss": result.loss,
             "count": result.count,
             "mean_confidence": confidence,
-            "expected_calibration_error": error,
+            "expected_calibration_error": calibration_error,
             "classes": per_class(classes, confusion),
             "bad_images": sorted(set().union(*bad_images)),
         }

@@ -12,6 +12,7 @@ from recipe.plan import (
     CONTEXT_BYTES,
     LABEL_WIDTH,
     NO_BREAK,
+    RAW_SHORT_SIDE,
     Link,
     ModelFacts,
     Plan,
@@ -19,6 +20,7 @@ from recipe.plan import (
     all_reduce_bytes,
     batchnorm_traffic,
     columns,
+    cores_to_load,
     counted,
     fields,
     format_fields,
@@ -154,7 +156,23 @@ def _speed(plan: Plan, facts: ModelFacts, assumed: Answer) -> list[tuple[str, st
             f"{_hours(found.training_seconds)} and {_hours(found.validation_seconds)} of validation (hours:minutes:"
             "seconds; a forward pass is assumed to take a third of a step)",
         ),
+        *_loading(plan, assumed.images_per_second),
     ]
+
+
+def _loading(plan: Plan, images_per_second: float) -> list[tuple[str, str]]:
+    cores = cores_to_load(plan, images_per_second)
+    if cores is None:
+        return []
+    planned, raw = cores
+    text = f"{planned:.1f} cores for each GPU's {images_per_second:,.0f} images/s (measured on a busy Xeon)"
+    if not plan.assumes_workers and plan.workers < planned:
+        text += f": {counted(plan.workers, 'loader process', 'es')} per rank may be too few"
+    if not plan.config.recipe.data.pack_raw:
+        text += (
+            f"; {raw:.1f} from a pack of raw pixels, python -m recipe pack SRC DST --short-side {RAW_SHORT_SIDE} --raw"
+        )
+    return [("loading", text)]
 
 
 def as_json(answer: Answer) -> dict[str, Any]:
@@ -188,6 +206,8 @@ def as_json(answer: Answer) -> dict[str, Any]:
         time = speed(plan, facts, answer.images_per_second, answer.link)
         assumed = {"speed": answer.speed_source, "link": answer.link_source}
         found["speed"] = asdict(time) | {"step_seconds": time.step_seconds, "assumed": assumed}
+        if cores := cores_to_load(plan, answer.images_per_second):
+            found["cores_to_load_a_gpu"] = dict(zip(("planned", "raw"), cores, strict=True))
     return found
 
 

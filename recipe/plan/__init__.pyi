@@ -1,5 +1,6 @@
 from .cost import (
     CONTEXT_BYTES as CONTEXT_BYTES,
+    RAW_SHORT_SIDE as RAW_SHORT_SIDE,
     SHIPPED as SHIPPED,
     Link as Link,
     ModelFacts as ModelFacts,
@@ -7,6 +8,7 @@ from .cost import (
     all_reduce_bytes as all_reduce_bytes,
     all_reduce_seconds as all_reduce_seconds,
     batchnorm_traffic as batchnorm_traffic,
+    cores_to_load as cores_to_load,
     efficiency as efficiency,
     exposed_seconds as exposed_seconds,
     gradient_bytes as gradient_bytes,

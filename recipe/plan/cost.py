@@ -5,12 +5,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from recipe.config import FOLDERS
 from recipe.plan.plan import Plan, fitting_micro_batches
 
 VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp64": 8}
 CONTEXT_BYTES = 1.5 * 2**30  # assumed: CUDA's context, cuDNN's workspaces, what the allocator cannot use
 BACKWARD_SHARE = 2 / 3  # of a training step: twice the multiplications of the forward pass
 VALIDATION_SPEEDUP = 3.0  # a forward pass alone
+RAW_SHORT_SIDE = 256  # of the pack of raw pixels that is recommended: the smallest for images of 224 px
+# Random resized crops of 224 px that one core reads, decodes and cuts per second, by pack_short_side and pack_raw: on a
+# busy Intel Xeon, benchmarks/results/input_pipeline_raw_cpu.md.
+LOADED_PER_CORE: Mapping[tuple[int, bool], float] = {
+    (0, False): 371.0,
+    (352, False): 554.0,
+    (320, False): 663.0,
+    (352, True): 1721.0,
+    (RAW_SHORT_SIDE, True): 2034.0,
+}
 
 
 @dataclass(frozen=True)
@@ -233,6 +244,19 @@ def batchnorm_traffic(plan: Plan, facts: ModelFacts) -> BatchNormTraffic:
         messages += math.ceil(math.log2(plan.world_size))
         sent += all_reduce_bytes(two_a_channel, plan.world_size)
     return BatchNormTraffic(images, ranks, collectives, messages, sent)
+
+
+def cores_to_load(plan: Plan, images_per_second: float) -> tuple[float, float] | None:
+    """Cores that make as many images ready as one GPU trains: as planned, and from a pack of raw pixels.
+
+    None where nobody has measured what is planned.
+    """
+    data = plan.config.recipe.data
+    loaded = LOADED_PER_CORE.get((data.pack_short_side, data.pack_raw))
+    is_measured = data.crop == "random_resized" and plan.image_size == 224 and data.source in FOLDERS
+    if loaded is None or not is_measured or data.on_device or data.decoder != "cpu":
+        return None
+    return images_per_second / loaded, images_per_second / LOADED_PER_CORE[RAW_SHORT_SIDE, True]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from recipe.plan import (
     reduced_bytes,
     speed,
 )
+from recipe.plan.cost import LOADED_PER_CORE
 from tests.launch import ROOT
 
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -221,6 +222,30 @@ def test_what_is_not_known_is_not_said(capsys: pytest.CaptureFixture[str]) -> No
     assert HEADLINE in missing
     assert "recipe.model.name" in missing
     assert "resnet50" in missing
+
+
+def test_loading_is_said_in_cores_and_a_pack_of_raw_pixels_recommended(capsys: pytest.CaptureFixture[str]) -> None:
+    measured = json.loads((ROOT / "benchmarks/results/input_pipeline_raw_cpu.json").read_text())["one_thread"]
+    for (short_side, raw), per_core in LOADED_PER_CORE.items():
+        name = f"{'raw ' if raw else ''}pack {short_side}" if short_side else "recipe"
+        assert per_core == round(measured["images_per_second"][name])
+
+    def loading(*overrides: str) -> str:
+        words = [f"--set={override}" for override in overrides]
+        out = screen(capsys, str(ROOT / HEADLINE), "--images-per-second", "5000", *words)
+        return " ".join(out.partition("loading")[2].partition("note")[0].split())
+
+    of_pack = ["recipe.data.source=pack", "recipe.data.pack_raw=true"]
+    folder = f"{5000 / 371:.1f} cores for each GPU's 5,000 images/s (measured on a busy Xeon)"
+    remedy = f"; {5000 / 2034:.1f} from a pack of raw pixels, python -m recipe pack SRC DST --short-side 256 --raw"
+    assert loading() == folder + remedy
+    assert loading("recipe.data.workers=13") == f"{folder}: 13 loader processes per rank may be too few{remedy}"
+    assert loading("recipe.data.workers=14") == folder + remedy
+    raw = loading(*of_pack, "recipe.data.pack_short_side=352")
+    assert raw == f"{5000 / 1721:.1f} cores for each GPU's 5,000 images/s (measured on a busy Xeon)"
+    for unknown in ("crop=none", "image_size=192", "decoder=dali", "on_device=true"):
+        assert loading(f"recipe.data.{unknown}") == ""
+    assert loading(*of_pack, "recipe.data.pack_short_side=300") == ""
 
 
 def test_what_zero_reduces() -> None:
