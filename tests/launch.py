@@ -24,6 +24,8 @@ SHORT = (
     "--set=recipe.schedule.epochs=3",
     "--set=recipe.schedule.warmup_epochs=1",
     "--set=recipe.schedule.decay_epochs=[2]",
+    # With seed 0 two maxima of the first max-pooling are other pixels in fp32 than in fp64.
+    "--set=recipe.seed=1",
 )  # six steps of the digits config
 
 
