@@ -142,8 +142,8 @@ class Data(Section):
     """true or false: whether half of the training images are mirrored; the paper's are"""
 
     mean: Annotated[tuple[Unit, ...], Three] | Auto = "auto"
-    """the mean of red, green and blue, three numbers from 0 to 1, or "auto": the weights' own, or the
-    source's. For files of images that is ImageNet's"""
+    """the mean of red, green and blue, three numbers from 0 to 1, or "auto": the weights' own,
+    where a config.json beside them tells, or else the source's. For files of images that is ImageNet's"""
 
     std: Annotated[tuple[PositiveFloat, ...], Three] | Auto = "auto"
     """the standard deviation of red, green and blue on a scale from 0 to 1, three numbers > 0, or "auto": the

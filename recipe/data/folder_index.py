@@ -85,7 +85,10 @@ def list_imagefolder(path: Path, validation_share: float | None = None) -> tuple
             raise ValueError(f"{held_out} is there; remove recipe.data.validation_share, or move that folder away")
         return split(list_classes(path / "train" if (path / "train").is_dir() else path), validation_share)
     if not (path / "train").is_dir():
-        raise ValueError(f"{path} has no folder train/; it should hold a folder per class")
+        raise ValueError(
+            f"{path} has no folder train/; it should hold train/ and val/, each with a folder per class, or a folder "
+            "per class itself, of which recipe.data.validation_share 0.1 holds a part out"
+        )
     if held_out is None:
         raise ValueError(
             f"{path} has neither val/ nor test/ beside train/; add one, or write recipe.data.validation_share 0.1"

@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import timm
-from safetensors import SafetensorError
 from timm.models import load_state_dict, load_state_dict_from_hf
 from torch import Tensor, nn
 
 from recipe.model.batchnorm import BatchNorm
 
-HUB = "hf-hub:"
+HUB, LOCAL = "hf-hub:", "local-dir:"  # as timm spells them
 FILES = ("model.safetensors", "pytorch_model.bin")  # what a folder of the hub's form holds
 SHOWN_NAMES = 3
 
@@ -32,8 +31,11 @@ def read_weights(weights: str) -> dict[str, Tensor]:
             return timm.create_model(weights, pretrained=True).state_dict()
     except (OSError, RuntimeError, ValueError, LookupError) as error:
         first = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{key}: they cannot be fetched: {first}; name a file or folder on this machine") from None
-    path = Path(weights)
+        raise ValueError(
+            f"the weights {weights} cannot be fetched: {first}; write a file or folder on this machine for "
+            "recipe.model.weights"
+        ) from None
+    path = Path(weights.removeprefix(LOCAL))
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
         if not found:
@@ -43,11 +45,9 @@ def read_weights(weights: str) -> dict[str, Tensor]:
         raise ValueError(f"{key}: there is no such file or folder")
     try:
         state = load_state_dict(str(path), weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, LookupError, EOFError, AttributeError) as error:
-        first = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{key}: {path} holds no weights that can be read: {first}") from None
-    except Exception as error:  # pickle's own, which have no class in common
-        raise ValueError(f"{key}: {path} holds no weights that can be read: {type(error).__name__}") from None
+    except Exception as error:  # pickle's own, and those of what it calls, have no class in common
+        problem = error.strerror if isinstance(error, OSError) else "it holds no weights, or more than weights"
+        raise ValueError(f"{key}: {path} cannot be read: {problem}; expected a .safetensors or .pth file") from None
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{key}: {path} holds more than weights by name")
     return state

@@ -380,7 +380,8 @@ def _preprocessing(config: Config) -> tuple[int, tuple[float, ...], tuple[float,
     data, weights = config.recipe.data, config.recipe.model.weights
     own: dict[str, Any] = {}
     if weights is not None:
-        folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+        path = Path(weights.removeprefix("local-dir:"))
+        folder = path if path.is_dir() else path.parent
         with suppress(OSError, ValueError, LookupError, TypeError):
             own = json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
     usual_mean, usual_std = PIXEL_MEAN_STD[data.source]

@@ -8,7 +8,7 @@ from recipe.config import Config, lacks_batchnorm, printable
 from recipe.plan.cost import SHIPPED, ModelFacts
 from recipe.plan.layout import NO_BREAK, columns, counted, fields, wrap
 from recipe.plan.noise_scale import planned_measurements, too_few
-from recipe.plan.plan import ASSUMED_MICRO_BATCH, Plan, fitting_micro_batches
+from recipe.plan.plan import ASSUMED_MICRO_BATCH, PIXEL_MEAN_STD, Plan, fitting_micro_batches
 
 
 def plan_json(plan: Plan) -> str:
@@ -77,7 +77,7 @@ def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
             f"a micro-batch of {plan.micro_batch} is small: {share:,} images per rank have no larger divisor up to "
             f"{largest}; a train_batch_size with more divisors trains faster"
         )
-    found += _rate_notes(plan)
+    found += _weights_notes(plan) + _rate_notes(plan)
     if plan.precision == "bf16" and plan.accumulation >= 64:
         found.append(
             f"bf16 gradients of {plan.accumulation} accumulation steps are summed in bf16, with 8 bits of precision; "
@@ -129,6 +129,18 @@ def _batchnorm_notes(plan: Plan, facts: ModelFacts | None) -> list[str]:
             '"statistics": 32 does'
         )
     return found if has_batchnorm else [f"if the model has batch norm: {note}" for note in found]
+
+
+def _weights_notes(plan: Plan) -> list[str]:
+    """What a plan cannot know of weights that are fetched when the run starts."""
+    model, usual = plan.config.recipe.model, PIXEL_MEAN_STD[plan.config.recipe.data.source]
+    is_fetched = model.starts_from is not None and (model.weights or "hf-hub:").startswith("hf-hub:")
+    if not is_fetched or (plan.mean, plan.std) != usual:
+        return []
+    return [
+        f"mean and std are the usual ones; if {printable(str(model.starts_from))} was trained with others, which its "
+        "page on the hub and timm.get_pretrained_cfg tell, write them for recipe.data.mean and std"
+    ]
 
 
 def _rate_notes(plan: Plan) -> list[str]:

@@ -151,7 +151,7 @@ def test_groups_leave_out_the_frozen_and_count_the_shared_once() -> None:
         ("", 'recipe.model.name = "": timm has no such model'),
         ("resnet50.a1_in1", 'timm has no such model; did you mean "resnet50.a1_in1k"?'),
         # Known, and not at hand: tests fetch nothing.
-        ("resnet50.a1_in1k", "they cannot be fetched: .*; name a file or folder on this machine"),
+        ("resnet50.a1_in1k", "the weights resnet50.a1_in1k cannot be fetched: .*; write a file or folder on this "),
         ("hf-hub:timm/resnet50.a1_in1k", 'goes into recipe.model.weights; did you mean "resnet50.a1_in1k"?'),
         ("timm/resnet18", 'goes into recipe.model.weights; did you mean "resnet18"?'),
         ("local-dir:weights/resnet50", 'goes into recipe.model.weights; did you mean "resnet50"?'),

@@ -36,9 +36,12 @@ def source(tmp_path: Path) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("file", ["a.safetensors", "a.pth", "hub"])
-def test_weights_come_from_files_and_folders(tmp_path: Path, source: nn.Module, file: str) -> None:
-    model = build_model("test_resnet", 10, seed=0, statistics="local", weights=str(tmp_path / file))
+@pytest.mark.parametrize("file", ["a.safetensors", "a.pth", "hub", "local-dir:hub"])
+def test_weights_come_from_files_and_folders(
+    tmp_path: Path, source: nn.Module, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = build_model("test_resnet", 10, seed=0, statistics="local", weights=file)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in source.state_dict().items())
 
 
@@ -80,8 +83,8 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path, source: nn
         ("resnet18", "a.safetensors", "check recipe.model.name"),
         ("test_resnet", "nowhere.pth", "there is no such file or folder"),
         ("test_resnet", "empty", "holds neither model.safetensors nor pytorch_model.bin"),
-        ("test_resnet", "cut.safetensors", "holds no weights that can be read"),
-        ("test_resnet", "code.pth", "holds no weights that can be read"),
+        ("test_resnet", "cut.safetensors", "it holds no weights, or more than weights; expected a .safe"),
+        ("test_resnet", "code.pth", "it holds no weights, or more than weights; expected a .safe"),
     ):
         with pytest.raises(ValueError, match=r"recipe\.model\.weights") as refusal:
             build_model(name, 10, seed=0, statistics="local", weights=str(tmp_path / weights))

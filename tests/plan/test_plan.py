@@ -514,6 +514,11 @@ def plan_notes(world_size: int = 1, **changes: Any) -> str:
 def test_notes() -> None:
     n32 = {"recipe__batchnorm__statistics": 32}
     assert plan_notes(**n32) == ""
+    for start in ({"recipe__model__name": "resnet50.a1_in1k"}, {"recipe__model__weights": "hf-hub:own/photos"}):
+        (value,) = start.values()
+        assert f"mean and std are the usual ones; if {value} was trained with others" in plan_notes(**n32, **start)
+        assert plan_notes(**n32, **start, recipe__data__mean=[0.5] * 3) == ""
+    assert plan_notes(**n32, recipe__model__weights="local-dir:photos") == ""
     assert "a micro-batch of 1 is small" in plan_notes(train_batch_size=8191)
     assert plan_notes(train_batch_size=256, recipe__max_micro_batch_size=32) == ""
     assert "come from only 4 images" in plan_notes(train_batch_size=256, recipe__max_micro_batch_size=4)
