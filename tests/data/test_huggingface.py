@@ -240,6 +240,16 @@ def test_what_is_evaluated_on_is_what_is_held_out_or_the_only_split(folder: Path
         assert np.array_equal(held_out.labels, splits["validation"].with_format(None)["label"][:])
 
 
+def test_an_image_may_be_a_file_elsewhere_or_missing(folder: Path, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"image_size": 16, "crop": "none", "on_bad_image": "stop"}
+    named = open_validation(folder, "huggingface", **common)  # datasets lists a folder of images, too
+    files = sorted(path.read_bytes() for path in (folder / "val").glob("*/*"))
+    assert sorted(map(named.file, range(len(named)))) == files
+    rows([0, 1]).map(lambda row: {"image": None}).save_to_disk(tmp_path / "hub")
+    with pytest.raises(BadImageError, match=r"hub: train\[1\]: not a readable image \(the file is empty\)"):
+        open_validation(tmp_path / "hub", **common).image(1)
+
+
 REFUSED: list[tuple[dict[str, datasets.Dataset], float | None, str]] = [
     ({"validation": rows([0])}, None, r" has no split train, only validation$"),
     ({"train": rows([0])}, None, r" has no split validation or val or test; write recipe.data.validation_share 0.1$"),
