@@ -157,6 +157,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
         mean=plan.mean,
         std=plan.std,
     )
+    mixing = data.open_mixing(recipe.data.model_dump(), recipe.model.num_classes, plan.accumulation, recipe.seed)
     gradient_norms = listen_to_gradients(engine, recipe.noise_scale.every_steps) if recipe.noise_scale.enabled else None
 
     with Requests(recipe.checkpoint.save_every, timeout, watch.launchers) as requests:
@@ -195,7 +196,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
                     break
                 telemetry.start_clock()
                 expect_step()
-                batches = watch.awaited(train_loader.epoch(epoch, first_step))
+                batches = watch.awaited(mixing.mix(train_loader.epoch(epoch, first_step), engine.global_steps))
                 for step in train_epoch(engine, batches, gradient_norms, loss_function):
                     telemetry.step(step)
                     history.add(step)

@@ -194,6 +194,8 @@ TOOLBOX = (
     "--set=recipe.model.gradient_checkpointing=true",
     "--set=recipe.batchnorm.statistics=32",
     "--set=recipe.ema.decay=0.999",
+    '--set=recipe.data.mixup={"probability": 0.5}',
+    '--set=recipe.data.cutmix={"probability": 0.5}',
 )
 
 

@@ -101,6 +101,29 @@ Unit = Annotated[float, Field(ge=0, le=1)]
 Three = Field(strict=False, min_length=3, max_length=3)
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Mixup(Section):
+    probability: Share = 0
+    """the share of the steps in which mixup blends each image with its neighbour in the batch, a number from 0 to 1.
+    All pairs of a step are blended alike"""
+
+    alpha: PositiveFloat = 0.2
+    """the alpha of Beta(alpha, alpha), by which mixup draws how much of an image stays, a number > 0; 0.2 in its paper
+    for ImageNet"""
+
+
+class CutMix(Section):
+    probability: Share = 0
+    """the share of the steps in which CutMix puts a box of its neighbour in the batch into each image, a number from 0
+    to 1. All pairs of a step have one box"""
+
+    alpha: PositiveFloat = 1
+    """the alpha of Beta(alpha, alpha), by which CutMix draws how much of an image stays, a number > 0; 1 in its
+    paper"""
+
+
 class Data(Section):
     source: Literal["digits", "imagefolder", "pack", "huggingface", "synthetic"]
     """ "digits" (scikit-learn's), "imagefolder" (a folder for each class), "pack" (what python -m recipe pack makes of
@@ -141,6 +164,12 @@ class Data(Section):
     flip: bool = True
     """true or false: whether half of the training images are mirrored; the paper's are"""
 
+    mixup: Mixup = Mixup()
+    """an object with probability and alpha"""
+
+    cutmix: CutMix = CutMix()
+    """an object with probability and alpha"""
+
     mean: Annotated[tuple[Unit, ...], Three] | Auto = "auto"
     """the mean of red, green and blue, three numbers from 0 to 1, or "auto": the weights' own,
     where a config.json beside them tells, or else the source's. For files of images that is ImageNet's"""
@@ -165,6 +194,11 @@ class Data(Section):
     on_bad_image: Literal["stop", "skip"] = "stop"
     """ "stop" or "skip": what an image that cannot be read does to the run. "skip" trains on the next image
     instead, leaves it out of validation and lists it in the summary"""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others."""
+        return self.mixup.probability + self.cutmix.probability > 0
 
     @property
     def is_to_be_counted(self) -> bool:
@@ -442,6 +476,9 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "recipe.data.decoder", f"{data.source} data holds no JPEGs", 'write "cpu"'
     if data.decoder != "cpu" and data.on_device:
         yield "recipe.data.decoder", "with on_device true all is decoded once, by the CPU", 'write "cpu"'
+    if data.mixup.probability + data.cutmix.probability > 1:
+        problem = "with that of mixup it is more than 1, and a step has one of the two"
+        yield "recipe.data.cutmix.probability", problem, f"write at most {1 - data.mixup.probability:g}"
     if config.recipe.model.weights is not None and "." in config.recipe.model.name:
         yield "recipe.model.weights", f"{config.recipe.model.name} names weights, too", "remove it, or the name's tag"
     if config.recipe.model.freeze != "none" and config.recipe.model.starts_from is None:

@@ -22,6 +22,7 @@ from .loader import (
     ValidationLoader as ValidationLoader,
     WorkerError as WorkerError,
 )
+from .mixing import open_mixing as open_mixing
 from .pack import PackedImages as PackedImages, open_pack as open_pack
 from .pack_format import (
     HEADER as HEADER,

@@ -27,7 +27,7 @@ class Batch:
     images: Tensor
     """(m, 3, S, S), normalised; channels_last on CUDA."""
     labels: Tensor
-    """int64 (m,)."""
+    """int64 (m,), or where images are mixed probabilities (m, classes)."""
     weights: Tensor
     """float32 (m,): 1 for a sample that counts, 0 for one that only fills a place."""
     bad_images: tuple[str, ...] = ()

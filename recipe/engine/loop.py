@@ -33,7 +33,7 @@ class Batch(Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """int64 (m,)."""
+        """int64 (m,), or in training probabilities (m, classes)."""
 
     @property
     def weights(self) -> Tensor:

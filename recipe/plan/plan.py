@@ -140,6 +140,12 @@ def make_plan(
             'with "local" statistics each rank has running averages of its own, which no average of theirs would fit',
             'write null, or for recipe.batchnorm.statistics "global" or a number of images',
         )
+    if recipe.data.mixes and micro_batch % 2:
+        raise config.source.refusal(
+            f"recipe.data.{'mixup' if recipe.data.mixup.probability else 'cutmix'}.probability",
+            f"a micro-batch of {micro_batch} does not hold whole pairs",
+            "write 0, or an even train_micro_batch_size_per_gpu",
+        )
     contents = _contents(config, look)
     train_images, validation_images = _data_set_sizes(config, contents)
     if config.train_batch_size > train_images:

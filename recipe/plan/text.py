@@ -227,7 +227,13 @@ def _images(plan: Plan) -> list[tuple[str, str]]:
         workers = "loader processes: a rank's share of the cores less one"
     decoded = {"cpu": "", "gpu": ", decoded by nvJPEG", "dali": ", decoded by DALI"}[data.decoder]
     held = ", all held on the device" if data.on_device else ""
-    return [("images", f"{crop}{', half of them mirrored' if data.flip else ''}{decoded}{held}; {workers}")]
+    mixed = ", ".join(
+        f"{name} in {mix.probability:.0%} of the steps (α = {mix.alpha:g})"
+        for name, mix in (("mixup", data.mixup), ("CutMix", data.cutmix))
+        if mix.probability
+    )
+    flipped = f"{', half of them mirrored' if data.flip else ''}{f', {mixed}' if mixed else ''}"
+    return [("images", f"{crop}{flipped}{decoded}{held}; {workers}")]
 
 
 def _kernels(plan: Plan) -> list[tuple[str, str]]:

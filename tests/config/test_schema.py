@@ -401,6 +401,10 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
             "= 0.9999: ZeRO stage 1 leaves no rank the whole master weights to average; write null, or zero",
         ),
         ({"recipe.ema.decay": 1}, "= 1: too large; expected what an image leaves in place of the moving average"),
+        (
+            {"recipe.data.cutmix.probability": 0.6, "recipe.data.mixup.probability": 0.5},
+            "= 0.6: with that of mixup it is more than 1, and a step has one of the two; write at most 0.5",
+        ),
         # DeepSpeed's own names of optimizers, one of which means its FusedLamb.
         ({"optimizer.type": "lamb"}, '= "lamb": not "SGD", "LARS" or "LAMB"; expected "SGD" (the paper\'s), "LARS" or'),
         ({"optimizer.params.nesterov": True, "optimizer.type": "LARS"}, "= true: LARS has none; remove it"),

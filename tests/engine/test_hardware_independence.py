@@ -52,6 +52,15 @@ def test_the_same_training_on_any_hardware(tmp_path: Path) -> None:
             assert validation["loss"] == pytest.approx(expected["loss"], rel=1e-9)
 
 
+def test_mixed_images_are_the_same_on_any_hardware(tmp_path: Path) -> None:
+    mixing = ("--set=recipe.schedule.epochs=2", "--set=recipe.schedule.warmup_epochs=1")  # ten steps
+    mixing += tuple(f'--set=recipe.data.{name}={{"probability": 0.4}}' for name in ("mixup", "cutmix"))
+    one = losses(run(tmp_path / "one", 1, 128, 0, FP64, *mixing))
+    two = losses(run(tmp_path / "two", 2, 16, 0, FP64, *mixing))
+    assert len(one) == 10
+    assert two == pytest.approx(one, rel=1e-9)
+
+
 def test_one_fp32_step_from_the_same_checkpoint_gives_the_same_weights(tmp_path: Path) -> None:
     """Within 1e-5 of the update's norm, early in training and late; the checkpoints are of a real run."""
     runs = Runs(tmp_path, epochs=5)

@@ -484,6 +484,19 @@ def test_a_weight_average_in_the_plan() -> None:
     assert refusal(2, **ema, recipe__batchnorm__statistics="local").key == "recipe.ema.decay"
 
 
+def test_mixing_in_the_plan() -> None:
+    mixing = {"recipe__data__mixup": {"probability": 0.3}, "recipe__data__cutmix": {"probability": 0.25, "alpha": 0.5}}
+    text = format_plan(make_plan(config(**mixing), 32))
+    assert "mirrored, mixup in 30% of the steps (α = 0.2), CutMix in 25% of the steps (α = 0.5); " in " ".join(
+        text.split()
+    )
+    error = refusal(2, **mixing, train_batch_size=246, train_micro_batch_size_per_gpu=41)
+    assert (error.key, error.problem) == (
+        "recipe.data.mixup.probability",
+        "a micro-batch of 41 does not hold whole pairs",
+    )
+
+
 def test_what_was_found_of_sgd_is_not_said_of_lars() -> None:
     lars = {"optimizer": {"type": "LARS"}, "recipe__batchnorm__statistics": 32, "train_batch_size": 16384}
     assert plan_notes(**lars, recipe__schedule__warmup="none") == ""
