@@ -41,7 +41,7 @@ class WeightAverage:
         share = (self._batch / self._images.clamp(min=self._batch)).clamp(min=self._least_share) * applied
         averages = list(self._average.values())
         changes = torch._foreach_sub(list(self._weights.values()), averages)
-        torch._foreach_mul_(changes, share)
+        torch._foreach_mul_(changes, share.to(changes[0].dtype))  # of one dtype: a few kernels
         torch._foreach_add_(averages, changes)
 
     def forward(self) -> Callable[[Tensor], Tensor]:
