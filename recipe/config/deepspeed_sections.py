@@ -73,8 +73,8 @@ class OptimizerParams(Section):
     """true or false; the paper's momentum is Nesterov's (section 5.1). Only for SGD: LARS has plain momentum"""
 
     trust_coefficient: PositiveFloat = 0.001
-    """LARS's trust coefficient, a number > 0; 0.001 in its paper and in MLPerf. The weights of a layer move by about so
-    large a part of their norm per step, times the rate"""
+    """LARS's trust coefficient, a number > 0; MLPerf's is 0.001. The weights of a layer move by about so large a part
+    of their norm per step, times the rate"""
 
     eps: NonNegativeFloat | Auto = "auto"
     """what LARS adds to the norm by which it divides, and LAMB to the root of the second moment, a number >= 0, or

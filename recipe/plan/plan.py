@@ -140,12 +140,6 @@ def make_plan(
             'with "local" statistics each rank has running averages of its own, which no average of theirs would fit',
             'write null, or for recipe.batchnorm.statistics "global" or a number of images',
         )
-    if recipe.data.mixes and micro_batch % 2:
-        raise config.source.refusal(
-            f"recipe.data.{'mixup' if recipe.data.mixup.probability else 'cutmix'}.probability",
-            f"a micro-batch of {micro_batch} does not hold whole pairs",
-            "write 0, or an even train_micro_batch_size_per_gpu",
-        )
     contents = _contents(config, look)
     train_images, validation_images = _data_set_sizes(config, contents)
     if config.train_batch_size > train_images:
@@ -257,9 +251,15 @@ def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, 
         raise config.source.refusal("train_batch_size", f"it cannot be shared out as {product}", remedy)
     share = batch // world_size
     ranks = f"{world_size} rank{'' if world_size == 1 else 's'}"
-    n = config.statistics
-    fitting = fitting_micro_batches(batch, world_size, n)
+    n, mixes = config.statistics, config.recipe.data.mixes
+    fitting = fitting_micro_batches(batch, world_size, n, even=mixes)
     written = share // accumulation if isinstance(accumulation, int) else micro
+    if mixes and (share if written == "auto" else written) % 2:
+        raise config.source.refusal(
+            f"recipe.data.{'mixup' if config.recipe.data.mixup.probability else 'cutmix'}.probability",
+            f"{share if written == 'auto' else written} images do not make whole pairs",
+            "write 0, or an even number of images for each rank and micro-batch",
+        )
     if not isinstance(written, int):
         size = next((size for size in fitting if size <= largest), None)
         if size is None and fitting and config.recipe.max_micro_batch_size == "auto":
@@ -283,14 +283,19 @@ def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, 
     return size, share // size
 
 
-def fitting_micro_batches(global_batch: int, world_size: int, statistics: str | int) -> list[int]:
-    """All micro-batches that share out the global batch and hold batch norm's groups, the largest first."""
+def fitting_micro_batches(
+    global_batch: int, world_size: int, statistics: str | int, *, even: bool = False
+) -> list[int]:
+    """All micro-batches that share out the global batch and hold batch norm's groups, the largest first.
+
+    ``even`` leaves those out that do not hold whole pairs of images.
+    """
     share = global_batch // world_size
     small = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
     return [
         size
         for size in sorted({*small, *(share // size for size in small)}, reverse=True)
-        if not isinstance(statistics, int) or holds_groups(statistics, size, world_size)
+        if (not isinstance(statistics, int) or holds_groups(statistics, size, world_size)) and not (even and size % 2)
     ]
 
 

@@ -490,11 +490,11 @@ def test_mixing_in_the_plan() -> None:
     assert "mirrored, mixup in 30% of the steps (α = 0.2), CutMix in 25% of the steps (α = 0.5); " in " ".join(
         text.split()
     )
+    # 450 images are two micro-batches of 225, but three of 150.
+    assert make_plan(config(**mixing, train_batch_size=450), 1).micro_batch == 150
     error = refusal(2, **mixing, train_batch_size=246, train_micro_batch_size_per_gpu=41)
-    assert (error.key, error.problem) == (
-        "recipe.data.mixup.probability",
-        "a micro-batch of 41 does not hold whole pairs",
-    )
+    assert (error.key, error.problem) == ("recipe.data.mixup.probability", "41 images do not make whole pairs")
+    assert refusal(2, **mixing, train_batch_size=246).problem == "123 images do not make whole pairs"
 
 
 def test_what_was_found_of_sgd_is_not_said_of_lars() -> None:
