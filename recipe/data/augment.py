@@ -24,7 +24,7 @@ _WIDEST = 4 / 3
 """Width ÷ height of a box, at most; at least it is the inverse."""
 _TRIES = 10
 
-# Which of a sample's numbers decide what. What a crop does not need stays undrawn: all others keep their places.
+# Which of a sample's numbers decides what, whatever the crop.
 _AREAS, _RATIOS, _CORNER, _MIRROR = slice(_TRIES), slice(_TRIES, 2 * _TRIES), slice(2 * _TRIES, 2 * _TRIES + 2), 22
 _NUMBERS = 23
 
