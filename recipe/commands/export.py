@@ -168,6 +168,7 @@ def card(trained: "Trained") -> str:
         model_name=recipe.model.name,
         eval_results=None if trained.top1 is None else [measured],
     )
+    weights = "as trained" if recipe.ema.decay is None else "the moving average of the training's"
     return f"""\
 ---
 {head.to_yaml()}
@@ -176,7 +177,8 @@ def card(trained: "Trained") -> str:
 # {recipe.model.name}, trained on {recipe.data.source} at batch {plan.global_batch:,}
 
 - **Measured:** {accuracy(trained)}.
-- **Trained:** {how_far(trained)} on {plan.train_images:,} images, in {plan.precision}; the weights are in fp32.
+- **Trained:** {how_far(trained)} on {plan.train_images:,} images, in {plan.precision}.
+- **Weights:** {weights}, in fp32.
 - **How:** the run's whole config is "recipe" in [{TIMM_CONFIG}]({TIMM_CONFIG}).
 
 ```python

@@ -176,7 +176,9 @@ def test_rank_0_is_named_by_one_of_those_that_are_left_on_its_host(tmp_path: Pat
 def test_a_store_that_goes_away_with_torchruns_agent_ends_all_ranks(tmp_path: Path) -> None:
     """Rank 0 too, which does not hold the store then, even where it is the only rank of its host."""
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = Ranks(tmp_path, "is busy", 0, 1, MASTER_PORT=str(agent.port), TORCHELASTIC_USE_AGENT_STORE="True")
+    of_agent = {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    # On a busy machine the store may be gone before a rank watches it; torch then tries for twice the timeout.
+    ranks = Ranks(tmp_path, "is busy", 0, 1, timeout_seconds=30, **of_agent)
     ranks.go()
     del agent
     assert [code for code, _ in ranks.ends()] == [FAILED, FAILED]

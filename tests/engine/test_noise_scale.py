@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,12 +74,12 @@ def test_the_variance_of_a_real_models_gradient_falls_as_one_over_the_batch() ->
     In evaluation mode, where batch norm does not join the images of a batch, and on batches drawn with replacement.
     """
     from recipe.data.digits import open_digits
+    from recipe.data.sampler import Keys
     from recipe.model.build import build_model
 
     training, _ = open_digits(image_size=16, crop="none", flip=False, seed=0)
-    chosen = [training[(0, index)] for index in range(256)]
-    images = torch.stack([sample.image for sample in chosen]).movedim(-1, 1).float() / 255 - 0.3
-    labels = torch.tensor([sample.label for sample in chosen])
+    batch = training[Keys(0, np.arange(256))]
+    images, labels = batch.images.movedim(-1, 1).float() / 255 - 0.3, batch.labels
     model = build_model("test_resnet", 10, seed=0, statistics="local").eval()
 
     def gradient(indices: Tensor) -> Tensor:
