@@ -18,8 +18,8 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from recipe import train
 from recipe.distributed import listen
-from recipe.train import main, set_up_torch
 
 MOMENTS = {
     "window": "between a micro-batch's backward pass and the optimizer's turn",
@@ -141,13 +141,14 @@ def kill_at(moment: str, trigger: Trigger) -> None:
 
 if __name__ == "__main__":
     listen()  # before torch starts threads
-    set_up_torch()
+    train.set_up_torch()
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() == "cpu":
-        get_accelerator().is_fp16_supported = lambda: True  # where it is slow, it is right all the same
+        # Where it is slow, it is right all the same.
+        train.cpu_may_know_fp16 = get_accelerator().is_fp16_supported = lambda: True
     if os.environ.get("KILL_AT"):
         name, count, who, signal_name = f"{os.environ['KILL_AT']} KILL".split()[:4]
         if os.environ.get("RANK", "0") == who.replace("group", "0"):
             kill_at(name, Trigger(int(count), who == "group", signal.Signals[f"SIG{signal_name}"]))
-    sys.exit(main())
+    sys.exit(train.main())
