@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from scipy import stats
 from torch import Tensor, nn
 
 from benchmarks import (
@@ -20,6 +23,7 @@ from benchmarks import (
     noise_scale_cost,
     noise_scale_digits,
     on_device,
+    parity,
     scaling,
     startup,
     timed_train,
@@ -430,3 +434,26 @@ def test_startup_times_parts_and_lists_the_same_images(
     assert set(report["listing"]["seconds"]) == {"torchvision", "scan", "kept"}
     assert capsys.readouterr().out == file.with_suffix(".md").read_text()
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_parity_trains_one_configuration_by_each_program(tmp_path: Path) -> None:
+    whole = parity.digits(tmp_path / "digits")
+    assert [parity.rate(whole, step, 10) for step in (0, 10, 20, 59, 60, 160)] == pytest.approx(
+        [0.1, 0.25, 0.4, 0.4, 0.04, 0.0004]
+    )
+    setting = replace(whole, epochs=2, warmup_epochs=1, decay_epochs=(1,))
+    top1 = {
+        train.__name__: parity.trained_once(train, setting, 1, tmp_path / train.__name__)
+        for train in (parity.recipe, parity.plain)
+    }
+    assert {name: len(epochs) for name, epochs in top1.items()} == {"recipe": 2, "plain": 2}
+    weights = [load_file(tmp_path / name / "start.safetensors") for name in top1]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_interval_of_a_paired_difference_is_students() -> None:
+    ours, theirs = [98.2, 99.0, 98.7, 98.1], [98.6, 98.9, 99.2, 98.9]
+    centre, half = parity.interval([a - b for a, b in zip(ours, theirs, strict=True)])
+    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert (centre - half, centre + half) == pytest.approx((expected.low, expected.high))
