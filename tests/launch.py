@@ -1,16 +1,21 @@
 """Starts real training runs, by the ``deepspeed`` CLI or their ranks alone, and reads what they leave."""
 
 import atexit
+import fcntl
 import functools
 import json
 import os
+import pty
 import runpy
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +108,23 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {seconds} s")
         time.sleep(0.1)
+
+
+def open_terminal(columns: int) -> tuple[int, int]:
+    """A terminal of that width: the descriptor that its screen is read from, and the one that programs write to."""
+    screen, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("4H", 40, columns, 0, 0))
+    return screen, side
+
+
+def shown_on(screen: int) -> str:
+    """All that was written to a terminal, when the last program has closed it; one read gives what has arrived."""
+    shown = b""
+    with suppress(OSError):  # Linux's word for: the other side has closed
+        while chunk := os.read(screen, 65536):
+            shown += chunk
+    os.close(screen)
+    return shown.decode()
 
 
 def complete_run(output: Path) -> None:

@@ -1,17 +1,13 @@
 """Real runs of ``recipe/train.py``: what they write, how they end, and what they refuse."""
 
-import fcntl
 import gc
 import json
 import os
-import pty
 import re
 import shutil
 import socket
-import struct
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 from unittest import mock
@@ -24,7 +20,19 @@ from PIL import Image
 from recipe.commands.export import main as export_command
 from recipe.train import parse_arguments, run as train_here
 from tests.golden import FP64, GOLDEN
-from tests.launch import DIGITS, ROOT, SHORT, command, environment, events, losses, train, train_ok
+from tests.launch import (
+    DIGITS,
+    ROOT,
+    SHORT,
+    command,
+    environment,
+    events,
+    losses,
+    open_terminal,
+    shown_on,
+    train,
+    train_ok,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -378,8 +386,7 @@ def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
 
 
 def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
-    terminal, stderr = pty.openpty()
-    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("4H", 40, 60, 0, 0))
+    screen, stderr = open_terminal(columns=60)
     process = subprocess.Popen(
         command("--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT),
         cwd=ROOT,
@@ -388,15 +395,9 @@ def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
         stderr=stderr,
     )
     os.close(stderr)
-    shown = b""
-    while True:
-        try:
-            chunk = os.read(terminal, 65536)
-        except OSError:  # Linux's word for: the other side has closed
-            break
-        shown += chunk
+    shown = shown_on(screen)
     assert process.wait() == 0
-    lines = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode()).replace("\r", "\n").splitlines()
+    lines = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown).replace("\r", "\n").splitlines()
     assert any(re.fullmatch(r"epoch 3/3 \S+ 0:00:00 left, 6/6 steps, loss \d\.\d+", line) for line in lines), lines[
         -20:
     ]

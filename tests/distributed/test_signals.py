@@ -3,19 +3,15 @@
 What a launch does in training stands in test_polite_end.py.
 """
 
-import fcntl
 import os
-import pty
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
 
 from recipe.distributed import say
-from tests.launch import ROOT
+from tests.launch import ROOT, open_terminal, shown_on
 
 PROGRAM = """
 import os, signal, sys, time
@@ -38,14 +34,13 @@ def test_a_signal_before_training_ends_the_process_whoever_catches_exceptions(na
 
 
 def test_on_a_terminal_a_message_takes_the_place_of_a_bar_and_fits_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
+    screen, side = open_terminal(columns=30)
     monkeypatch.setenv("TERM", "xterm")
-    with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", buffering=0) as screen:
-        monkeypatch.setattr(sys, "stderr", terminal)
+    with os.fdopen(side, "w") as terminal, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", terminal)
         print("━━━━ 0:01:00 left", end="", file=terminal, flush=True)
         say("SIGINT: finishing this step, then saving")
-        shown = screen.read(200).decode().replace("\r\n", "\n")
+    shown = shown_on(screen).replace("\r\n", "\n")
     assert shown == "━━━━ 0:01:00 left\r\x1b[2Krecipe: SIGINT: finishing this\nstep, then saving\n"
 
 

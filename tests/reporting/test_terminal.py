@@ -1,14 +1,10 @@
 """What people see, at the width of their terminal and where there is none."""
 
 import argparse
-import fcntl
 import os
-import pty
 import re
-import struct
 import subprocess
 import sys
-import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +18,7 @@ from recipe.reporting import terminal
 from recipe.reporting.summary import format_summary
 from recipe.reporting.terminal import Progress
 from tests.commands.test_hosts import good_hosts
-from tests.launch import ROOT
+from tests.launch import ROOT, open_terminal, shown_on
 
 FACTS = SHIPPED["resnet50", 1000]
 PLANS = [make_plan(read_config(f"ds_configs/resnet50_b{batch}.json"), 32) for batch in (8192, 256)]
@@ -73,28 +69,18 @@ with terminal.Progress(1_405_000, "steps", done=1_000) as progress:
     ],
 )
 def test_a_bar_keeps_the_time_left_and_drops_figures_that_do_not_fit(width: int, shown: str) -> None:
-    side, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 40, width, 0, 0))
+    screen, end = open_terminal(width)
     variables = {name: os.environ[name] for name in os.environ.keys() - {"COLUMNS"}} | {"TERM": "xterm"}
     with subprocess.Popen([sys.executable, "-c", BAR], cwd=ROOT, stdout=end, stderr=end, env=variables):
         os.close(end)
-        seen = b""
-        while chunk := read(side):
-            seen += chunk
-    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", seen.decode())
+        seen = shown_on(screen)
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", seen)
     lines = [line for line in re.split(r"[\r\n]+", text) if line]
     assert max(map(len, lines)) <= width
     assert re.fullmatch(rf"epoch 100/100 \S{{8,}} \d+:\d\d:\d\d left, {shown}", lines[-1]), lines[-1]
     (told,) = (number for number, line in enumerate(lines) if line.startswith("epoch 100/100: top-1 76.26 %, "))
     assert " ".join(lines[told : told + 2]).endswith("on 50,000 validation images") or width == 120
-    assert seen.count(b"\x1b[?25h") >= seen.count(b"\x1b[?25l")  # the cursor is there
-
-
-def read(side: int) -> bytes:
-    try:
-        return os.read(side, 65536)
-    except OSError:  # Linux's word for: the other side has closed
-        return b""
+    assert seen.count("\x1b[?25h") >= seen.count("\x1b[?25l")  # the cursor is there
 
 
 def test_without_a_terminal_there_are_plain_lines(
