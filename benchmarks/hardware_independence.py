@@ -1,7 +1,7 @@
 """One file, one training: what numbers of ranks, micro-batches and loader workers change, and what they do not.
 
-Real ``deepspeed`` launches train the digits at a global batch of 512 for 50 steps, split in every way into 1, 2 and 4
-ranks, micro-batches of 16 to 128 and 0 or 2 loader processes a rank. Shown are
+Real runs train the digits at a global batch of 512 for 50 steps, split in every way into 1, 2 and 4 ranks,
+micro-batches of 16 to 128 and 0 or 2 loader processes per rank. Shown are
 
 1. ``"statistics": 32`` in double precision: every loss of every split beside those of the reference, one rank with
    micro-batches of 64. Training is chaotic and multiplies rounding, so that only double precision can tell the same
@@ -21,10 +21,9 @@ import itertools
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from typing import Any, NamedTuple
 import scipy.stats
 import torch
 
-from benchmarks.launch import ROOT, direct_command, environment
+from benchmarks.launch import run_direct
 from benchmarks.report import add_json, context, heading, positive, write
 
 BATCH, STEPS_PER_EPOCH = 512, 2
@@ -43,7 +42,6 @@ STEP_TOLERANCE = 1e-5
 EARLY_STEP, LATE_STEP = 2, 46  # of 50: in the warmup, and at the lowest rate
 SEEDS = 10
 SIGNIFICANCE = 0.05
-TIMEOUT_SECONDS = 1200
 
 
 class Split(NamedTuple):
@@ -72,11 +70,12 @@ DEPENDENT = [Split(2, 32), Split(1, 128), Split(4, 64)]
 class Runs:
     """Launches runs below a folder."""
 
-    def __init__(self, folder: Path, epochs: int, jobs: int = 1) -> None:
-        """``jobs`` is the number of runs at a time."""
+    def __init__(self, folder: Path, epochs: int, jobs: int = 1, run: Callable[..., Any] = run_direct) -> None:
+        """``jobs`` is the number of runs at a time; ``run`` brings one to its end."""
         self.folder = folder
         self.epochs = epochs
         self.jobs = jobs
+        self.run = run
 
     def train_all(self, cases: Sequence[tuple[Split, dict[str, Any]]]) -> list[Path]:
         """Train each split with its changes to the end; return the output folders."""
@@ -107,15 +106,8 @@ class Runs:
         } | changes
         overrides = [f"--set={key}={json.dumps(value)}" for key, value in values.items()]
         config = ("--deepspeed_config", "ds_configs/digits_b512.json")
-        done = subprocess.run(
-            direct_command(split.ranks, script, *config, "--output", str(output), *overrides),
-            cwd=ROOT,
-            env=environment(**variables),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-            check=False,
-        )
+        arguments = (*config, "--output", str(output), *overrides)
+        done = self.run(*arguments, ranks=split.ranks, script=script, **variables)
         if done.returncode != exit_code:
             raise RuntimeError(f"{split} with {changes} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
         print(f"  {split}{', one step' if variables else ''} {changes or ''}", flush=True)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,6 +37,19 @@ def direct_command(ranks: int, script: str, *arguments: str) -> list[str]:
         "ranks",
         *python,
     ]
+
+
+def run_direct(*arguments: str, ranks: int, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a ``direct_command`` to its end; give its exit code and output."""
+    return subprocess.run(
+        direct_command(ranks, script, *arguments),
+        cwd=ROOT,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
 
 
 def environment(**variables: str) -> dict[str, str]:
