@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +44,7 @@ class Setting(NamedTuple):
     workers: int = 0
     statistics: str = "global"
     model: str = "test_resnet"
+    image_size: int = 32
 
     @property
     def micro_batch(self) -> int:
@@ -57,6 +58,7 @@ class Setting(NamedTuple):
             "train_batch_size": 256,
             "recipe.max_micro_batch_size": self.micro_batch,
             "recipe.data.workers": self.workers,
+            "recipe.data.image_size": self.image_size,
             "recipe.batchnorm.statistics": self.statistics,
             "recipe.model.name": self.model,
             "recipe.schedule.epochs": EPOCHS,
@@ -65,9 +67,8 @@ class Setting(NamedTuple):
             "steps_per_print": 3,
         }
         if self.precision == "fp16":
-            # So that the loss scale rises and falls within the run; on small images, as CPUs are slow at it.
+            # So that the loss scale rises and falls within the run.
             values["fp16"] = {"enabled": True, "initial_scale_power": 14, "loss_scale_window": 3, "hysteresis": 1}
-            values["recipe.data.image_size"] = 8
         overrides = [f"--set={key}={json.dumps(value)}" for key, value in values.items()]
         return ["--deepspeed_config", "ds_configs/digits_b512.json", *overrides]
 
@@ -118,6 +119,11 @@ def draw(dice: random.Random, setting: Setting, moment: str) -> Kill:
     return Kill(moment, times, dice.choice([*ranks, "group"]))
 
 
+def kill_at(kill: Kill | None) -> str:
+    """``killed_train.py``'s variable."""
+    return "" if kill is None else " ".join(map(str, kill))
+
+
 def launch(setting: Setting, output: Path, kill: Kill | None) -> int:
     """Start the run, or go on with it, and wait for its end, whichever; return the launcher's exit code.
 
@@ -132,7 +138,7 @@ def launch(setting: Setting, output: Path, kill: Kill | None) -> int:
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment(KILL_AT="" if kill is None else " ".join(map(str, kill))),
+        env=environment(KILL_AT=kill_at(kill)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -192,7 +198,13 @@ def _differing_leaf(ours: Any, theirs: Any, name: str = "") -> str | None:
     return None if ours == theirs else f"{name} is {ours!r}, undisturbed {theirs!r}"
 
 
-def run_killed(setting: Setting, kills: Sequence[Kill], folder: Path, reference: Path) -> list[Outcome]:
+def run_killed(
+    setting: Setting,
+    kills: Sequence[Kill],
+    folder: Path,
+    reference: Path,
+    start: Callable[[Setting, Path, Kill | None], int] = launch,
+) -> list[Outcome]:
     """Train below ``folder``, killed by each of ``kills`` in turn, until the run is complete; compare it.
 
     A run that is complete before all kills have come makes room for another. Every kill is answered for.
@@ -206,7 +218,7 @@ def run_killed(setting: Setting, kills: Sequence[Kill], folder: Path, reference:
     while waiting or belonging:
         output = folder / f"run-{runs}"
         kill = waiting.pop(0) if waiting else None
-        launch(setting, output, kill)
+        start(setting, output, kill)
         if kill is not None and not is_complete(output):
             belonging.append(Outcome(setting, kill))
             print(f"  killed: {kill}", flush=True)
@@ -234,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_json(parser)
     arguments = parser.parse_args(words)
     dice = random.Random(arguments.seed)
-    settings = [Setting(1, "fp32"), Setting(2, "fp32"), Setting(1, "fp16")]
+    settings = [Setting(1, "fp32"), Setting(2, "fp32"), Setting(1, "fp16", image_size=8)]  # CPUs are slow at fp16
     moments = list(MOMENTS)
     plans: dict[Setting, list[Kill]] = {setting: [] for setting in settings}
     for number in range(arguments.kills):

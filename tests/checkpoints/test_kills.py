@@ -1,6 +1,6 @@
 """Invariants 4 and 6: killed at any moment, a run goes on as if nothing had happened.
 
-Each kill is SIGKILL of a process of a real launch; ``python -m benchmarks.kill_resume`` does more of them.
+Each kill is SIGKILL of a rank or of a real launch; ``python -m benchmarks.kill_resume`` launches all of them, and more.
 """
 
 import json
@@ -10,20 +10,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kill_resume import LAST_STEP, Setting, difference, draw, launch, run_killed
+from benchmarks.kill_resume import LAST_STEP, Kill, Setting, difference, draw, kill_at, launch, run_killed
 from benchmarks.killed_train import MOMENTS
-from tests.launch import events
+from tests.launch import events, train
 
 pytestmark = pytest.mark.slow
 
 SEED = 20261123
 KILLS = {
-    Setting(1, "fp32"): ("window", "checkpoint", "prune", "clock", "metrics", "published", "summary"),
+    Setting(1, "fp32", image_size=8): ("window", "checkpoint", "prune", "clock", "metrics", "published", "summary"),
     # Running averages that differ from rank to rank, and that DeepSpeed saves of rank 0 alone.
-    Setting(2, "fp32", statistics="local"): ("step", "files", "validation", "last", "window"),
+    Setting(2, "fp32", statistics="local", image_size=8): ("step", "files", "validation", "last", "window"),
     # In which CPUs take minutes for what they do in seconds in fp32; for this model a third of them.
-    Setting(1, "fp16", model="test_efficientnet"): ("publish",),
+    Setting(1, "fp16", model="test_efficientnet", image_size=8): ("publish",),
 }
+
+
+def start(setting: Setting, output: Path, kill: Kill | None) -> int:
+    """By the launcher where it is killed too, and once where it ends the other rank; else the ranks alone, forked."""
+    if kill is not None and (kill.who == "group" or (setting.ranks, kill.moment) == (2, "step")):
+        return launch(setting, output, kill)
+    arguments = (*setting.arguments, "--output", str(output))
+    done = train(*arguments, ranks=setting.ranks, script="benchmarks/killed_train.py", KILL_AT=kill_at(kill))
+    assert kill is not None or done.returncode == 0, done.stderr
+    return done.returncode
 
 
 def test_every_moment_is_killed_at() -> None:
@@ -36,12 +46,12 @@ def test_killed_runs_come_out_bit_for_bit(tmp_path: Path, setting: Setting) -> N
     kills = [draw(dice, setting, moment) for moment in KILLS[setting]]
     print(f"seed {SEED}:", *kills, sep="\n  ")
     reference = tmp_path / "undisturbed"
-    launch(setting, reference, None)
+    start(setting, reference, None)
     if setting.precision == "fp16":
         steps = events(reference, "step")
         assert len({step["loss_scale"] for step in steps}) > 2, "the loss scale has no state that could be lost"
         assert any(step["skipped"] for step in steps)
-    outcomes = run_killed(setting, kills, tmp_path, reference)
+    outcomes = run_killed(setting, kills, tmp_path, reference, start)
     assert [(outcome.kill, outcome.difference) for outcome in outcomes if outcome.difference] == []
     assert sorted(outcome.kill for outcome in outcomes) == sorted(kills)
 
