@@ -11,30 +11,36 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kill_resume import Kill, Setting, difference, launch
+from benchmarks.kill_resume import Kill, Setting, difference, kill_at, launch
 from recipe.checkpoints.locking import is_locked
 from recipe.checkpoints.manifest import damage, find
-from tests.launch import DIGITS, ROOT, SHORT, command, environment, events, train_ok, wait_until
+from tests.launch import DIGITS, ROOT, SHORT, command, environment, events, train, train_ok, wait_until
 
 pytestmark = pytest.mark.slow
 
 
+# Each with the exit code, and whether the launcher starts the ranks; they alone, forked, need no imports.
 # Where the group is signalled, the launcher's outermost process goes by it; the ranks end politely all the same.
 SIGNALS = {
-    Kill("window", 5, "1", "TERM"): 143,
-    Kill("validation", 2, "0", "INT"): 130,
-    Kill("checkpoint", 1, "0", "TERM"): 143,
-    Kill("step", 4, "group", "INT"): -signal.SIGINT,
+    Kill("window", 5, "1", "TERM"): (143, True),
+    Kill("validation", 2, "0", "INT"): (130, False),
+    Kill("checkpoint", 1, "0", "TERM"): (143, False),
+    Kill("step", 4, "group", "INT"): (-signal.SIGINT, True),
 }
 
 
 def test_a_signal_ends_the_run_after_the_step_and_loses_nothing(tmp_path: Path) -> None:
-    setting = Setting(2, "fp32", workers=1)
+    setting = Setting(2, "fp32", workers=1, image_size=8)
     reference, output = tmp_path / "undisturbed", tmp_path / "run"
-    launch(setting, reference, None)
+
+    def start(folder: Path, kill: Kill | None) -> int:
+        arguments = (*setting.arguments, "--output", str(folder))
+        return train(*arguments, ranks=2, script="benchmarks/killed_train.py", KILL_AT=kill_at(kill)).returncode
+
+    assert start(reference, None) == 0
     steps_done = 0
-    for kill, exit_code in SIGNALS.items():
-        assert launch(setting, output, kill) == exit_code, kill
+    for kill, (exit_code, launched) in SIGNALS.items():
+        assert (launch(setting, output, kill) if launched else start(output, kill)) == exit_code, kill
         assert not (output / "summary.json").exists()
         written = [event["step"] for event in events(output, "step")]
         newest = find(output / "checkpoints")[0]
@@ -42,7 +48,7 @@ def test_a_signal_ends_the_run_after_the_step_and_loses_nothing(tmp_path: Path) 
         assert newest.step >= steps_done, kill
         steps_done = newest.step
         assert "ended by SIG" in (output / "train.log").read_text().splitlines()[-1]
-    launch(setting, output, None)
+    assert start(output, None) == 0
     assert difference(output, reference) is None
 
 
