@@ -16,6 +16,7 @@ RUN = (
     DIGITS,
     '--set=recipe.precision="fp64"',
     "--set=recipe.batchnorm.statistics=32",
+    "--set=recipe.data.image_size=16",
     "--set=recipe.schedule.epochs=5",
     "--set=recipe.schedule.warmup_epochs=2",
     "--set=recipe.schedule.decay_epochs=[3,4]",
