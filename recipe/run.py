@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from recipe import checkpoints, data, reporting
-from recipe.checkpoints import CHECKPOINTS, PLAN, CheckpointError, History, Resume, Start, manifest
+from recipe.checkpoints import CHECKPOINTS, PLAN, CheckpointError, Data, History, Resume, Start, manifest
 from recipe.config import ConfigError
 from recipe.data import BadImageError, Samples, SyntheticImages, WorkerError
 from recipe.distributed import Interrupted, Meeting, Requests, Watch, end_at_once, take_by, versions
@@ -53,6 +53,7 @@ class Run:
     device: torch.device
     model: nn.Module
     samples: tuple[Samples, Samples] | SyntheticImages
+    data: Data
     start: Start
     undo: ExitStack
     """what takes back the folders and the lock, for ranks that do not train after all"""
@@ -64,7 +65,7 @@ class Run:
             "config": plan.config.source.text,
             "device": self.device.type,
             "checkpoint": found[0].path.name if found else "none",
-            "data": f"{plan.train_images:,} + {plan.validation_images:,} images",
+            "data": f"{plan.train_images:,} + {plan.validation_images:,} images, digest {self.data.digest[:8]}",
         }
 
 
@@ -86,6 +87,8 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
             device = choose_device(plan.precision)
             classes, section = recipe.model.num_classes, recipe.data.model_dump()
             samples = data.open_samples(section, **view, classes=classes, device=device, workers=plan.workers)
+            names, digest = data.describe_data(samples)
+            described = Data(classes=names, digest=digest)
             model = build_model(seed=recipe.seed, statistics=recipe.batchnorm.statistics, **recipe.model.model_dump())
             check_image_size(model, plan.image_size, plan.batchnorm_images)
         except ConfigError:
@@ -93,8 +96,9 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
         except ValueError as error:
             # Device, data and model know the key and the value, but not the file.
             raise ValueError(f"{plan.config.source.file}: {error}") from error
+        checkpoints.check_data(start, described, output, accept_changes)
         model = model.double() if plan.precision == "fp64" else model
-        return Run(plan, output, device, model, samples, start, undo.pop_all())
+        return Run(plan, output, device, model, samples, described, start, undo.pop_all())
 
 
 def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, Any]:
@@ -165,7 +169,8 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
         def save_now(top1: float | None = None) -> None:
             telemetry.report()
             telemetry.sync()
-            checkpoints.save_run(engine, output / CHECKPOINTS, plan, history, time.monotonic() - started, top1)
+            seconds = time.monotonic() - started
+            checkpoints.save_run(engine, output / CHECKPOINTS, plan, run.data, history, seconds, top1)
             requests.saved()
             telemetry.start_clock()
 
@@ -210,7 +215,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
             save_now()
             done = f"{engine.global_steps:,} of {plan.total_steps:,} steps"
             telemetry.say(f"ended by {end}, saved after {done}; the same command resumes")
-            leave_process_group(watch)
+            watch.leave_process_group()
             raise
         except torch.OutOfMemoryError as error:
             raise MicroBatchError(plan.micro_batch, device_name(run.device), error) from error
@@ -231,20 +236,12 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
         skipped_steps=engine.skipped_steps,
         images_per_second=telemetry.images_per_second(),
         best_checkpoint=None if best is None else best.path,
-        classes=data.class_names(run.samples),
+        classes=run.data.classes,
         versions=versions(),
     )
     if dist.get_rank() == 0:
         reporting.replace_text(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
     if config.comms_logger.enabled:
         deepspeed.comm.log_summary()
-    leave_process_group(watch)
+    watch.leave_process_group()
     return summary
-
-
-def leave_process_group(watch: Watch) -> None:
-    """End together: a rank that leaves early makes gloo abort the others."""
-    dist.barrier()  # until the last rank has come here, a failure is reported
-    watch.close()
-    dist.barrier()
-    dist.destroy_process_group()

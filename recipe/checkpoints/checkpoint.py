@@ -40,10 +40,12 @@ def save(
     client_state: dict[str, Any],
     plan: str,
     training_sha256: str,
+    data: manifest.Data | None = None,
 ) -> Path:
     """Write the state of ``engine`` and ``client_state`` (plain values and tensors) below ``folder``. A collective.
 
-    ``top1`` is that of its validation, in per cent, ``plan`` the text of its ``plan.json``.
+    ``top1`` is that of its validation, in per cent, ``plan`` the text of its ``plan.json``; for the others see
+    ``Checkpoint``.
 
     Raises:
         CheckpointError: it could not be written; the older ones are as they were.
@@ -60,7 +62,8 @@ def save(
         if dist.get_rank() == 0:
             (unfinished / tag / PLAN).write_text(plan, encoding="utf-8")
             head = {"step": engine.global_steps, "top1": top1, "training_sha256": training_sha256}
-            manifest.complete(unfinished / tag, head | {"world_size": dist.get_world_size()})
+            head |= {"world_size": dist.get_world_size(), "data": data and data.model_dump()}
+            manifest.complete(unfinished / tag, head)
             manifest.publish(unfinished / tag, folder / tag)
             # And with it the script that DeepSpeed adds for ZeRO shards: no code in checkpoints.
             shutil.rmtree(unfinished)

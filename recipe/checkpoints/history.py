@@ -89,7 +89,13 @@ def load_run(engine: DeepSpeedEngine, plan: Plan, start: Start) -> tuple[History
 
 
 def save_run(
-    engine: DeepSpeedEngine, folder: Path, plan: Plan, history: History, seconds: float, top1: float | None
+    engine: DeepSpeedEngine,
+    folder: Path,
+    plan: Plan,
+    data: manifest.Data,
+    history: History,
+    seconds: float,
+    top1: float | None,
 ) -> None:
     """Write a checkpoint, then remove those that the config does not keep. The engine is left as it was.
 
@@ -110,6 +116,7 @@ def save_run(
         client_state=history.state(seconds) | {"running_averages": own} | averaged,
         plan=resolved,
         training_sha256=training_sha256(json.loads(resolved)),
+        data=data,
     )
     restore_running_averages(engine.module, own)
     if dist.get_rank() == 0:

@@ -28,10 +28,18 @@ class File(BaseModel, frozen=True, strict=True):
     sha256: str
 
 
+class Data(BaseModel, frozen=True, strict=True):
+    """What a run trains on: the names of the classes, in the order of their numbers, and a digest of the images."""
+
+    classes: list[str]
+    digest: str
+
+
 class Checkpoint(BaseModel, frozen=True, strict=True, allow_inf_nan=False):
     """A checkpoint that was written to its end: ``step`` updates done, ``top1`` in per cent if it was validated.
 
-    ``training_sha256`` tells trainings apart (see ``resume``); ``world_size`` ranks wrote it.
+    ``training_sha256`` tells trainings apart (see ``resume``); ``world_size`` ranks wrote it, trained on
+    ``data`` (None: by a version that did not say).
     """
 
     path: Path = Path()
@@ -39,6 +47,7 @@ class Checkpoint(BaseModel, frozen=True, strict=True, allow_inf_nan=False):
     top1: float | None = Field(ge=0, le=100)
     training_sha256: str
     world_size: int
+    data: Data | None = None
     files: dict[str, File] = Field(min_length=1)
 
 

@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
-from recipe.checkpoints.manifest import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, find, unreadable
+from recipe.checkpoints.manifest import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, Data, find, unreadable
 from recipe.config import lacks_batchnorm
 from recipe.plan import Plan, plan_json
 
@@ -61,6 +62,24 @@ class Start:
         size = (self.earlier_plan or {}).get("train_micro_batch_size_per_gpu")
         same_ranks = bool(self.checkpoints) and self.checkpoints[0].world_size == world_size
         return size if same_ranks and isinstance(size, int) else None
+
+
+def check_data(start: Start, data: Data, output: Path, accept_changes: bool) -> None:
+    """Refuse images of other classes, or of other names, than those that the newest checkpoint was trained on.
+
+    Raises:
+        ValueError: they are others, and ``accept_changes`` does not insist.
+    """
+    before = start.checkpoints[0].data if start.checkpoints else None
+    if before is None or before == data or accept_changes:
+        return
+    pairs = zip_longest(before.classes, data.classes, fillvalue="missing")
+    changed = [f"class {number} was {was}, is {now}" for number, (was, now) in enumerate(pairs) if was != now]
+    what = ", ".join(changed[:3]) or "their classes or names have changed"
+    raise ValueError(
+        f"{output} was trained on other images: {what}; check recipe.data.path, name another --output, or insist with "
+        "--accept-changes"
+    )
 
 
 def is_complete(plan: Plan, start: Start) -> bool:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,12 +13,11 @@ from torch import Tensor, nn
 
 from recipe.checkpoints import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, best_first, damage, find, unreadable
 from recipe.commands.run_files import TIMM_CONFIG, WEIGHTS, plan_of, read_plan, run_meant
-from recipe.config import FOLDERS, Config, parse_config, parse_json, read_text
-from recipe.data import ImageDataset, ValidationLoader, open_validation
+from recipe.config import parse_config, parse_json, read_text
+from recipe.data import ImageDataset, ValidationLoader
 from recipe.distributed import say
 from recipe.model import DTYPES, build_model, cast_parameters
 from recipe.plan import Plan
-from recipe.reporting import read_summary
 
 SAVED = "mp_rank_00_model_states.pt"  # DeepSpeed's name of what rank 0 writes
 
@@ -32,7 +30,7 @@ class Trained:
         name: What messages call it, a path.
         step: The steps after which a run had these weights; 0 for an export.
         top1: What the run then measured in per cent; None if it did not, and for an export.
-        classes: The names of the outputs in their order; None where neither the run nor its data names them.
+        classes: The names of the outputs in their order; None where the run does not name them.
         state: The tensors by name, in the run's own dtypes; those of an export are in fp32.
     """
 
@@ -94,9 +92,7 @@ def read_trained(path: Path, checkpoint: str = "best") -> Trained:
         )
     chosen = _choose_checkpoint(path, checkpoint)
     plan = read_plan(chosen.path / PLAN)
-    return Trained(
-        str(chosen.path), chosen.step, chosen.top1, plan, _class_names(path, plan.config), _read_weights(chosen)
-    )
+    return Trained(str(chosen.path), chosen.step, chosen.top1, plan, _class_names(chosen, plan), _read_weights(chosen))
 
 
 def validation_loader(
@@ -164,21 +160,10 @@ def _in_order(newest_first: Sequence[Checkpoint], which: str) -> list[Checkpoint
     return [checkpoint for checkpoint in newest_first if checkpoint.path.name == which]
 
 
-def _class_names(run: Path, config: Config) -> tuple[str, ...] | None:
-    """The names of the model's outputs: from the run's summary, or else from its data where that is still there."""
-    summary, data = read_summary(run) or {}, config.recipe.data
-    names = summary.get("classes")
-    if not names and data.source in FOLDERS and data.path is not None:
-        with suppress(OSError, ValueError):
-            names = open_validation(
-                data.path,
-                data.source,
-                image_size=1,
-                crop="none",
-                on_bad_image="skip",
-                validation_share=data.validation_share,
-            ).class_names
-    return tuple(names) if names and len(names) == config.recipe.model.num_classes else None
+def _class_names(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...] | None:
+    """The names of the model's outputs, where the data that it was trained on names them."""
+    names = () if checkpoint.data is None else tuple(checkpoint.data.classes)
+    return names if len(names) == plan.config.recipe.model.num_classes else None
 
 
 def _read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:

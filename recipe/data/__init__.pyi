@@ -45,8 +45,8 @@ from .pack_format import (
 from .sampler import Keys as Keys, epoch_permutation as epoch_permutation
 from .seeds import derive_seed as derive_seed
 from .sources import (
-    class_names as class_names,
     decoded_beforehand as decoded_beforehand,
+    describe_data as describe_data,
     open_datasets as open_datasets,
     open_loaders as open_loaders,
     open_samples as open_samples,

@@ -1,6 +1,7 @@
 """A data set is a function from keys to samples."""
 
 import errno
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, Unpack
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from recipe.config import printable
 from recipe.data.augment import Crop, View, cut, draw_views, evaluation_view
 from recipe.data.batch import HostBatch
 from recipe.data.decoding import UNREADABLE, Decoded, decode
@@ -20,6 +22,8 @@ OnBadImage = Literal["stop", "skip"]
 
 _WHOLE_BYTES = 2**24
 """Of decoded images that wait for the others with which their views are drawn."""
+
+_NO_NAMES = np.empty(0, np.uint8)
 
 _HOPELESS = 100
 """So many unreadable images in a row are a disk that has gone, not a data set with a few bad files."""
@@ -73,6 +77,9 @@ class Samples(Dataset[HostBatch], ABC):
     class_names: list[str]
     """What labels mean."""
 
+    digest: str
+    """Of every image's class and, where it is a file, its name, in data-set order; the same for a pack of a folder."""
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -86,15 +93,25 @@ class Samples(Dataset[HostBatch], ABC):
 
 
 class ImageDataset(Samples):
-    """Labelled images in files, by key; ``labels`` are the numbers of their classes, in data-set order."""
+    """Labelled images in files, by key; ``labels`` are the numbers of their classes, in data-set order.
+
+    ``names`` are the files' names end to end, zero bytes aside.
+    """
 
     def __init__(
-        self, labels: Sequence[int] | npt.NDArray[np.int64], class_names: Sequence[str], **options: Unpack[Options]
+        self,
+        labels: Sequence[int] | npt.NDArray[np.int64],
+        class_names: Sequence[str],
+        names: npt.NDArray[np.uint8] = _NO_NAMES,
+        **options: Unpack[Options],
     ) -> None:
         # A tensor stays shared with forked workers; a list is copied by and by, as reference counts change.
         self.labels = torch.tensor(labels)
-        self.class_names = list(class_names)
+        self.class_names = list(map(printable, class_names))
         self.classes = len(class_names)
+        digest = hashlib.sha256(np.asarray(labels, np.int64).data)
+        digest.update(names[names != 0])
+        self.digest = digest.hexdigest()
         self.image_size = options["image_size"]
         self.crop = options["crop"]
         self._flip = options["flip"]

@@ -42,7 +42,7 @@ class EncodedImages(Samples):
 
     def __init__(self, dataset: ImageDataset, decoder: Decoder, device: torch.device) -> None:
         self._dataset = dataset
-        self.class_names = dataset.class_names
+        self.class_names, self.digest = dataset.class_names, dataset.digest
         self._decoder = decoder
         self._device = device
 

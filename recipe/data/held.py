@@ -36,7 +36,7 @@ class HeldImages(Samples):
 
     def __init__(self, dataset: ImageDataset, device: torch.device, *, training: bool) -> None:
         self._dataset = dataset
-        self.class_names = dataset.class_names
+        self.class_names, self.digest = dataset.class_names, dataset.digest
 
         def read(index: int) -> tuple[Sample, int]:
             """The sample, and the image that stands there, which is another where this one is bad."""

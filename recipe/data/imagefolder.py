@@ -12,7 +12,7 @@ class ImageFiles(ImageDataset):
     """The images below one folder, read when asked for."""
 
     def __init__(self, folder: FolderIndex, **options: Unpack[Options]) -> None:
-        super().__init__(folder.labels, folder.classes, **options)
+        super().__init__(folder.labels, folder.classes, folder.names, **options)
         self._folder = folder
 
     def file(self, index: int) -> bytes:

@@ -30,7 +30,7 @@ class PackedImages(ImageDataset):
         # Mapped, and no Python objects in them: forked workers, and the other ranks of the host, share them.
         self._images, self._names = open_index(pack, header, part)
         self._raw = header.making.raw
-        super().__init__(self._images["label"].astype(np.int64), header.classes, **options)
+        super().__init__(self._images["label"].astype(np.int64), header.classes, self._names, **options)
         # Opened once and for all: on a network file system each opening would ask the server. Workers inherit them,
         # and read at an offset of their own.
         self._files: list[int] = []

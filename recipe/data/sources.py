@@ -1,6 +1,6 @@
 """From the folder of a config to its data sets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -144,9 +144,11 @@ def open_samples(
     return training, validation
 
 
-def class_names(samples: tuple[Samples, Samples] | SyntheticImages) -> Sequence[str]:
-    """The names of the classes in the order of their numbers; none for synthetic images."""
-    return () if isinstance(samples, SyntheticImages) else samples[0].class_names
+def describe_data(samples: tuple[Samples, Samples] | SyntheticImages) -> tuple[list[str], str]:
+    """The names of the classes in the order of their numbers, and a digest of the images; none of synthetic ones."""
+    if isinstance(samples, SyntheticImages):
+        return [], ""
+    return samples[0].class_names, " ".join(part.digest for part in samples)
 
 
 def decoded_beforehand(samples: tuple[Samples, Samples] | SyntheticImages) -> int:

@@ -107,6 +107,13 @@ class Watch:
         self._wake.set()
         self._thread.join(GRACE_SECONDS)  # it may hang in a call to a host that is gone
 
+    def leave_process_group(self) -> None:
+        """End together: a rank that leaves early makes gloo abort the others."""
+        dist.barrier()  # until the last rank has come here, a failure is reported
+        self.close()
+        dist.barrier()
+        dist.destroy_process_group()
+
     def awaited(self, items: Iterable[T]) -> Iterator[T]:
         """Pass ``items`` on; one that does not come ends the process before the other ranks' timeout does."""
         iterator = iter(items)

@@ -61,7 +61,7 @@ def summarise(
         "decoded_by_pil": history.decoded_by_pil,
         "device": device,
         "versions": dict(versions),
-        "classes": list(map(printable, classes)),
+        "classes": list(classes),
     }
 
 

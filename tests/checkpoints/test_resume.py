@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from recipe.checkpoints.resume import Start, choose_start, differing_keys, statistics_change, training_sha256
+from recipe.checkpoints.manifest import Data
+from recipe.checkpoints.resume import (
+    Start,
+    check_data,
+    choose_start,
+    differing_keys,
+    statistics_change,
+    training_sha256,
+)
 from recipe.config.schema import read_config
 from recipe.plan.plan import Plan, make_plan
 from recipe.plan.text import plan_json
@@ -19,13 +27,14 @@ def plan(*overrides: str, world_size: int = 1) -> Plan:
     return make_plan(read_config(DIGITS, overrides), world_size)
 
 
-def leave_checkpoint(output: Path, step: int, of: Plan) -> Path:
+def leave_checkpoint(output: Path, step: int, of: Plan, data: Data | None = None) -> Path:
     """What is looked at of a checkpoint: its manifest and its plan."""
     path = output / f"checkpoints/step-{step:08}"
     path.mkdir(parents=True)
     text = plan_json(of)
     (path / "plan.json").write_text(text)
     head = {"step": step, "top1": None, "training_sha256": training_sha256(json.loads(text))}
+    head |= {"data": None if data is None else data.model_dump()}
     files = {"plan.json": {"bytes": len(text), "sha256": ""}}
     (path / "manifest.json").write_text(json.dumps(head | {"world_size": of.world_size, "files": files}))
     return path
@@ -131,6 +140,31 @@ def test_what_steps_are_counted_in_never_changes(tmp_path: Path, change: str) ->
             choose_start(plan(change), tmp_path, "auto", accept_changes=True)
     else:
         assert steps(choose_start(plan(change), tmp_path, "auto", accept_changes=True)) == [4]
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (Data(classes=["cat", "fox"], digest="x"), "class 1 was dog, is fox"),
+        (
+            Data(classes=["bee", "cat", "dog"], digest="x"),
+            "class 0 was cat, is bee, class 1 was dog, is cat, class 2 was ",
+        ),
+        (Data(classes=["cat", "dog"], digest="y"), "their classes or names have changed"),
+    ],
+)
+def test_other_images_than_a_run_was_trained_on_are_refused_unless_they_are_accepted(
+    tmp_path: Path, now: Data, message: str
+) -> None:
+    before = Data(classes=["cat", "dog"], digest="x")
+    leave_checkpoint(tmp_path, 4, plan(), before)
+    start = choose_start(plan(), tmp_path, "auto", accept_changes=False)
+    check_data(start, before, tmp_path, accept_changes=False)
+    check_data(start, now, tmp_path, accept_changes=True)
+    with pytest.raises(
+        ValueError, match=f"^{tmp_path} was trained on other images: {message}.*; check recipe.data.path"
+    ):
+        check_data(start, now, tmp_path, accept_changes=False)
 
 
 def test_an_older_checkpoint_of_another_config_does_not_stand_in(tmp_path: Path) -> None:

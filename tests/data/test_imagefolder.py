@@ -122,6 +122,25 @@ def test_classes_are_sorted_as_text_and_nothing_hidden_counts_in_the_folder_and_
         assert all(torch.equal(train.image(i).pixels, pixels(picture(int(name)))) for i, name in enumerate(expected))
 
 
+def test_the_digest_changes_with_the_class_or_the_split_of_an_image_and_not_with_the_place_of_the_folder(tmp_path):
+    def digests(root):
+        return [part.digest for part in open_datasets("imagefolder", root, 8, "none", False, 0, "stop")]
+
+    root = write_folder(tmp_path / "images")
+    before = digests(root)
+    assert digests(root.rename(tmp_path / "elsewhere")) == before
+    root = tmp_path / "elsewhere"
+    (root / "train/c0/0.jpg").rename(root / "train/c0/1a.jpg")  # as many images of each class, in another order
+    train, validation = digests(root)
+    assert train != before[0]
+    assert validation == before[1]
+    (root / "train/c0/1a.jpg").rename(root / "train/c0/0.jpg")
+    assert digests(root) == before
+    for one, other in (("c0/0", "c1/9"), ("c1/0", "c0/9")):
+        (root / f"train/{one}.jpg").rename(root / f"train/{other}.jpg")
+    assert digests(root)[0] != before[0]
+
+
 def test_val_comes_before_test(tmp_path):
     write_folder(tmp_path, parts=("train", "test"))
     assert "/test/" in open_folder(tmp_path)[1].name(0)

@@ -52,6 +52,7 @@ def test_every_sample_is_the_folders_bit_for_bit(folder, packed):
     for ours, theirs in zip(open_as("pack", packed), open_as("imagefolder", folder), strict=True):
         assert len(ours) == len(theirs) == 4 + 13 + len(ODD)
         assert ours.classes == theirs.classes == 3
+        assert ours.digest == theirs.digest
         for index in range(len(theirs)):
             assert ours.file(index) == theirs.file(index)
             for key in (index, (0, index), (5, index)):
