@@ -214,15 +214,22 @@ def test_the_tools_for_large_batches_together_resume_bit_for_bit_and_are_exporte
     assert all(line["ema_loss"] != line["loss"] for line in lines[1])
     (tmp_path / "summary.json").unlink()
     (tmp_path / "checkpoints/step-00000006/manifest.json").unlink()
-    assert "resumed from" in train_ok(*arguments).stdout
+    done = train_ok(*arguments)
+    assert "resumed from" in done.stdout
     for before, after in zip(lines[0], events(tmp_path, "step"), strict=True):
         assert (before["loss"], before["lr"]) == (after["loss"], after["lr"])
     assert events(tmp_path, "validation") == lines[1]
 
-    # The checkpoint is rated by the average, which is what evaluate and export take from it.
+    # Checkpoint and summary are rated by the average, which is what evaluate and export take.
     best = max(reversed(lines[1]), key=lambda line: line["ema_top1"])
     manifest = json.loads((tmp_path / f"checkpoints/step-{best['step'] + 1:08}/manifest.json").read_text())
     assert manifest["top1"] == best["ema_top1"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["best_top1"], summary["final_top1"]) == (best["ema_top1"], lines[1][-1]["ema_top1"])
+    errors = sorted(100 - line["ema_top1"] for line in lines[1])
+    assert summary["median_error_last_epochs"] == errors[len(errors) // 2]
+    assert summary["best_checkpoint"] == str(tmp_path / f"checkpoints/step-{best['step'] + 1:08}")
+    assert "all of the averaged weights" in " ".join(done.stdout.split())
     evaluate = (sys.executable, "-m", "recipe", "evaluate", str(tmp_path))
     subprocess.run(evaluate, cwd=ROOT, env=environment(), check=True, stdout=subprocess.DEVNULL)
     measured = json.loads((tmp_path / "evaluation/evaluation.json").read_text())

@@ -37,7 +37,10 @@ def main(argv: Sequence[str]) -> int:
         "deepspeed --no_local_rank --module recipe evaluate …",
     )
     add_model_options(parser, "evaluation")
-    parser.add_argument("--data", type=Path, help="folder with val/, or with a folder per class; else the run's own")
+    parser.add_argument(
+        "--data",
+        help="folder with val/, or with a folder per class, a pack, or a data set of Hugging Face (default: the run's)",
+    )
     parser.add_argument("--image-size", type=COUNT, metavar="S", help="pixels per side (default: as in training)")
     parser.add_argument("--micro-batch", type=COUNT, metavar="N", help="images per forward pass (default: the run's)")
     arguments = parser.parse_args(argv)

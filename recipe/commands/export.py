@@ -147,15 +147,25 @@ def accuracy(trained: "Trained") -> str:
     return f"top-1 {trained.top1:.2f} % on {trained.plan.validation_images:,} validation images"
 
 
+def data_name(source: str, path: str | None) -> str:
+    """What others may know the data by: its name on the hub, or that of its folder."""
+    from recipe.data import is_hub_name
+
+    if path is None:
+        return source
+    return printable(path if source == "huggingface" and is_hub_name(path) else Path(path).name or source)
+
+
 def card(trained: "Trained") -> str:
     """The model card, as model hubs show it: Markdown behind a YAML head."""
     from huggingface_hub import EvalResult, ModelCardData
 
     plan, recipe = trained.plan, trained.plan.config.recipe
+    data = data_name(recipe.data.source, recipe.data.path)
     measured = EvalResult(
         task_type="image-classification",
         dataset_type=recipe.data.source,
-        dataset_name=recipe.data.source,
+        dataset_name=data,
         dataset_split="validation",
         metric_type="accuracy",
         metric_name="top-1, in per cent",
@@ -174,7 +184,7 @@ def card(trained: "Trained") -> str:
 {head.to_yaml()}
 ---
 
-# {recipe.model.name}, trained on {recipe.data.source} at batch {plan.global_batch:,}
+# {recipe.model.name}, trained on {data} at batch {plan.global_batch:,}
 
 - **Measured:** {accuracy(trained)}.
 - **Trained:** {how_far(trained)} on {plan.train_images:,} images, in {plan.precision}.

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ class Counts:
 
 def measure(
     trained: Trained,
-    data: Path | None,
+    data: str | None,
     *,
     image_size: int | None,
     micro_batch: int | None,
@@ -151,7 +150,7 @@ def _shown(batches: Iterable[Batch], images: int, images_at_once: int) -> Iterat
             progress.update(min(images, progress.done + images_at_once))
 
 
-def open_data(trained: Trained, data: Path | None, image_size: int) -> tuple[ImageDataset, str]:
+def open_data(trained: Trained, data: str | None, image_size: int) -> tuple[ImageDataset, str]:
     """The images to evaluate on, labelled by the places of the model's outputs, and what to call them.
 
     Raises:
@@ -165,10 +164,9 @@ def open_data(trained: Trained, data: Path | None, image_size: int) -> tuple[Ima
             return dataset, "the digits' validation images"
         if section.path is None:
             raise ValueError(f"{trained.name} was trained on synthetic images; give --data DIR to evaluate on others")
-        data, its_own = Path(section.path), {"source": section.source, "validation_share": section.validation_share}
+        data, its_own = section.path, {"source": section.source, "validation_share": section.validation_share}
     dataset = open_validation(data, **common, **its_own)
-    names: list[str] = list(getattr(dataset, "class_names"))  # noqa: B009
-    known = trained.classes
+    names, known = dataset.class_names, trained.classes
     if known is None:
         if len(names) != trained.num_classes:
             raise ValueError(
@@ -184,12 +182,11 @@ def open_data(trained: Trained, data: Path | None, image_size: int) -> tuple[Ima
     else:
         places = torch.tensor([known.index(name) for name in names])
         dataset.labels = places[dataset.labels]
-    return dataset, str(data)
+    return dataset, data
 
 
 def class_names(trained: Trained, dataset: ImageDataset) -> tuple[str, ...]:
-    """The names of the model's outputs, as it knows them, or as the data does, or numbers."""
+    """The names of the model's outputs, as it knows them, or as the data does."""
     if trained.classes is not None:
         return trained.classes
-    names: list[str] = getattr(dataset, "class_names", None) or [str(n) for n in range(trained.num_classes)]
-    return tuple(names)
+    return tuple(dataset.class_names)

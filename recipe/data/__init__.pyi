@@ -15,6 +15,7 @@ from .folder_index import (
 )
 from .held import HeldImages as HeldImages
 from .huggingface import HubImages as HubImages
+from .huggingface_index import is_hub_name as is_hub_name
 from .imagefolder import ImageFiles as ImageFiles
 from .loader import (
     PREFETCHED as PREFETCHED,
@@ -51,6 +52,7 @@ from .sources import (
     open_loaders as open_loaders,
     open_samples as open_samples,
     open_validation as open_validation,
+    recognise as recognise,
 )
 from .synthetic import (
     SyntheticImages as SyntheticImages,

@@ -26,8 +26,8 @@ class DecodingError(ValueError):
         self.remedy = remedy
 
 
-UNREADABLE = (OSError, DecodingError)
-"""What makes an image a bad one: its file cannot be read, or is not to be decoded."""
+UNREADABLE = (OSError, ValueError)
+"""What makes an image a bad one: its file cannot be read or named, or is not to be decoded (``DecodingError``)."""
 
 
 class Decoded(NamedTuple):

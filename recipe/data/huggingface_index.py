@@ -45,10 +45,15 @@ class Split:
         return Split(self.name, self.images, self.rows[chosen], self.labels[chosen], self.classes)
 
 
-def is_huggingface(path: Path) -> bool:
-    """Whether a folder holds what ``save_to_disk`` wrote, or Parquet files."""
+def is_hub_name(path: str) -> bool:
+    """Whether this is a name on the hub: owner/name, and no folder here."""
+    return not Path(path).is_dir() and bool(_HUB_NAME.fullmatch(path))
+
+
+def is_huggingface(path: str) -> bool:
+    """Whether this is a name on the hub, or a folder that holds what ``save_to_disk`` wrote, or Parquet files."""
     files = (*_SAVED, "*.parquet", "data/*.parquet")
-    return any(next(path.glob(pattern), None) is not None for pattern in files)
+    return is_hub_name(path) or any(next(Path(path).glob(pattern), None) is not None for pattern in files)
 
 
 def list_huggingface(path: str, validation_share: float | None = None) -> tuple[Split, Split]:
@@ -93,12 +98,13 @@ def _held_out(splits: Mapping[str, Any]) -> str | None:
 def _load(path: str) -> Mapping[str, Any]:
     """The splits of a data set by their names."""
     is_folder = Path(path).is_dir()
-    if not is_folder and not _HUB_NAME.fullmatch(path):
+    if not is_folder and not is_hub_name(path):
         raise ValueError(f"there is no folder {path}; a data set on the hub is called owner/name")
     try:
         import datasets
     except ImportError as error:
-        problem = f"{path} is read by the package datasets, which cannot be imported ({error})"
+        what = path if is_folder else f"there is no folder {path}, and what is on the hub"
+        problem = f"{what} is read by the package datasets, which cannot be imported ({error})"
         raise ValueError(f"{problem}; pip install datasets") from error
     try:
         if is_folder and any(Path(path, name).is_file() for name in _SAVED):

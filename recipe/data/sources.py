@@ -65,6 +65,13 @@ def open_datasets(
     return datasets
 
 
+def recognise(path: str | Path) -> Literal["imagefolder", "pack", "huggingface"]:
+    """What lies at a path, by its content: where it is none of the others, folders of images."""
+    if is_huggingface(str(path)):
+        return "huggingface"
+    return "pack" if Path(path, HEADER).is_file() else "imagefolder"
+
+
 def open_validation(
     path: str | Path,
     source: str | None = None,
@@ -78,7 +85,7 @@ def open_validation(
 
     Args:
         path: See ``open_datasets``.
-        source: That of the run whose data it is; for None the content of the folder tells.
+        source: That of the run whose data it is; for None see ``recognise``.
         image_size, crop, on_bad_image: See ``ImageDataset``.
         validation_share: That of the run, if its data was split.
 
@@ -92,14 +99,15 @@ def open_validation(
         "seed": 0,
         "on_bad_image": on_bad_image,
     }
-    if source == "huggingface" or (source is None and is_huggingface(Path(path))):
+    source = source or recognise(path)
+    if source == "huggingface":
         return HubImages(list_validation(str(path), validation_share), **common)
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}")
     if validation_share is not None:
         return open_imagefolder(path, validation_share, **common)[1]
-    if (path / HEADER).is_file():
+    if source == "pack":
         return open_pack(path, **common)[1]
     return ImageFiles(list_classes(held_out_folder(path) or path), **common)
 

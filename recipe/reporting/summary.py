@@ -32,10 +32,14 @@ def summarise(
     classes: Sequence[str],
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The content of ``summary.json``. Accuracies and errors are in per cent; ``classes`` are names, from 0 on."""
-    measured = plan.config.recipe.noise_scale
-    best = max(reversed(history.validations), key=lambda validation: validation["top1"])  # the latest among equals
-    errors = [100 - validation["top1"] for validation in history.validations[-LAST_EPOCHS:]]
+    """The content of ``summary.json``. Accuracies and errors are in per cent; ``classes`` are names, from 0 on.
+
+    They are those of the weights that are used later: of the moving average, where the run keeps one.
+    """
+    measured, averaged = plan.config.recipe.noise_scale, plan.config.recipe.ema.decay is not None
+    top1, top5 = ("ema_top1", "ema_top5") if averaged else ("top1", "top5")
+    best = max(reversed(history.validations), key=lambda validation: validation[top1])  # the latest among equals
+    errors = [100 - validation[top1] for validation in history.validations[-LAST_EPOCHS:]]
     return {
         "config": plan.config.source.file,
         "model": plan.config.recipe.model.name,
@@ -48,9 +52,10 @@ def summarise(
         "steps": plan.total_steps,
         "train_images": plan.train_images,
         "skipped_steps": skipped_steps,
-        "final_top1": history.validations[-1]["top1"],
-        "final_top5": history.validations[-1]["top5"],
-        "best_top1": best["top1"],
+        "weights": "averaged" if averaged else "trained",
+        "final_top1": history.validations[-1][top1],
+        "final_top5": history.validations[-1][top5],
+        "best_top1": best[top1],
         "best_epoch": best["epoch"],
         "best_checkpoint": None if best_checkpoint is None else str(best_checkpoint),
         "median_error_last_epochs": statistics.median(errors),
@@ -97,7 +102,8 @@ def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = No
             "top-1",
             f"{summary['final_top1']:.2f} % at the end, {summary['best_top1']:.2f} % at best "
             f"(epoch {summary['best_epoch'] + 1}); median error of the last {counted(last, 'epoch')} "
-            f"{summary['median_error_last_epochs']:.2f} %",
+            f"{summary['median_error_last_epochs']:.2f} %"
+            + (", all of the averaged weights" if summary.get("weights") == "averaged" else ""),
         ),
         ("speed", f"{speed}{summary['steps']:,} steps{skipped}, {_duration(summary['wall_seconds'])} in all"),
         *_noise_scale(summary),

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from recipe.commands.export import data_name
+from recipe.commands.hosts import probe
 from recipe.data import BadImageError, EncodedImages, HeldImages, TrainLoader, ValidationLoader, list_imagefolder, look
 from recipe.data.augment import cut
 from recipe.data.decoding import decode
@@ -226,6 +228,11 @@ def test_a_name_without_a_folder_is_one_of_the_hub(tmp_path: Path, monkeypatch: 
     splits = datasets.DatasetDict(train=rows([0, 1, 1]), test=rows([0, 1]))
     monkeypatch.setattr(datasets, "load_dataset", {"own/cats": splits}.__getitem__)
     assert [len(part) for part in list_huggingface("own/cats")] == [3, 2]
+    assert len(open_validation("own/cats", image_size=16, crop="none", on_bad_image="skip")) == 2
+    assert data_name("huggingface", "own/cats") == "own/cats"
+    (tmp_path / "own/cats").mkdir(parents=True)
+    assert data_name("huggingface", "own/cats") == data_name("imagefolder", "/own/cats/") == "cats"
+    assert data_name("digits", None) == "digits"
 
 
 def test_what_is_evaluated_on_is_what_is_held_out_or_the_only_split(folder: Path, tmp_path: Path) -> None:
@@ -235,19 +242,32 @@ def test_what_is_evaluated_on_is_what_is_held_out_or_the_only_split(folder: Path
     assert open_validation(tmp_path / "one", **common).name(0) == f"{tmp_path}/one: train[0] (0.jpg)"
     for write in WRITERS:
         path = write(splits, tmp_path / write.__name__)
+        assert probe.data(str(path)) == {"classes": 2, "train_images": 17, "validation_images": 17}
         assert open_validation(path, **common).name(0) == f"{path}: validation[0] (0.jpg)"
         held_out = open_validation(path, "huggingface", **common)
         assert np.array_equal(held_out.labels, splits["validation"].with_format(None)["label"][:])
 
 
-def test_an_image_may_be_a_file_elsewhere_or_missing(folder: Path, tmp_path: Path) -> None:
+def test_an_image_may_be_a_file_elsewhere_or_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common: dict[str, Any] = {"image_size": 16, "crop": "none", "on_bad_image": "stop"}
     named = open_validation(folder, "huggingface", **common)  # datasets lists a folder of images, too
     files = sorted(path.read_bytes() for path in (folder / "val").glob("*/*"))
     assert sorted(map(named.file, range(len(named)))) == files
-    rows([0, 1]).map(lambda row: {"image": None}).save_to_disk(tmp_path / "hub")
-    with pytest.raises(BadImageError, match=r"hub: train\[1\]: not a readable image \(the file is empty\)"):
-        open_validation(tmp_path / "hub", **common).image(1)
+    bad = [
+        (None, r"train\[0\]: not a readable image \(the file is empty\)"),
+        (
+            {"bytes": None, "path": "a\0b.jpg"},
+            r"train\[1\] \(a\\u0000b.jpg\): not a readable image \(embedded null byte\)",
+        ),
+    ]
+    features = rows([]).features
+    images = {"image": [image for image, _ in bad], "label": [0, 1]}
+    splits = {"train": datasets.Dataset.from_dict(images, features=features)}
+    monkeypatch.setattr(datasets, "load_dataset", {"own/odd": splits}.__getitem__)
+    ours = open_validation("own/odd", **common)
+    for index, (_, message) in enumerate(bad):
+        with pytest.raises(BadImageError, match=message):
+            ours.image(index)
 
 
 REFUSED: list[tuple[dict[str, datasets.Dataset], float | None, str]] = [

@@ -144,14 +144,13 @@ def data(
     source: Literal["imagefolder", "pack", "huggingface"] | None = None,
     **special: Any,
 ) -> dict[str, Any]:
-    """Count the images as a run does; without a config the folder's content decides whether it is a pack.
+    """Count the images as a run does; without a config the folder's content decides what it is.
 
     ``special`` are the last arguments of ``open_datasets``.
     """
-    from recipe.data import HEADER, open_datasets
+    from recipe.data import HEADER, open_datasets, recognise
 
-    if source is None:
-        source = "pack" if Path(folder, HEADER).is_file() else "imagefolder"
+    source = source or recognise(folder)
     train, validation = open_datasets(source, folder, 8, "none", False, 0, "stop", **special)
     counts = {"classes": train.classes, "train_images": len(train), "validation_images": len(validation)}
     # The header holds the SHA-256 of every file.

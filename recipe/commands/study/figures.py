@@ -128,7 +128,7 @@ def _losses(run: Result, output: Path) -> list[float]:
 def _errors(run: Result, output: Path) -> list[float]:
     """The top-1 validation error after each epoch in per cent."""
     events = read_events(output / run.training.folder)
-    return [100 - event["top1"] for event in events if event["event"] == "validation"]
+    return [100 - event.get("ema_top1", event["top1"]) for event in events if event["event"] == "validation"]
 
 
 def _legend(name: str, without: str) -> str:
