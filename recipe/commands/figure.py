@@ -1,5 +1,6 @@
 """Pictures for all commands: one look, PNG and SVG, no display needed."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,9 @@ def save_figure(figure: "Figure", path: Path) -> list[Path]:
     elif suffix[1:] in figure.canvas.get_supported_filetypes():
         raise ValueError(f"{path}: pictures are written as PNG and SVG; name {path.with_suffix('.png')}")
     written = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
-    for file in written:
-        figure.savefig(file)
+    with warnings.catch_warnings():
+        # matplotlib's font lacks most of the world's letters; the names of classes are in the CSV beside the picture.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        for file in written:
+            figure.savefig(file)
     return written

@@ -60,7 +60,7 @@ def image_files(paths: Iterable[Path]) -> Iterator[Path]:
         elif path.is_file():
             yield path
         else:
-            raise ValueError(f"there is no file {path}")
+            raise ValueError(f"{path} is neither a file nor a folder" if path.exists() else f"there is no file {path}")
 
 
 def _write(trained: "Trained", files: Sequence[Path], output: Path, *, micro_batch: int, workers: int) -> list[Path]:

@@ -139,7 +139,9 @@ def _choose_checkpoint(run: Path, which: str) -> Checkpoint:
         messages.append(f"checkpoint {checkpoint.path} is left aside: {problem}")
     else:
         wanted = "whole checkpoint" if which in ("best", "last") else f"whole checkpoint {which}"
-        raise ValueError("; ".join([*messages, f"{folder} holds no {wanted}; {run_meant(run)}"]))
+        others = ", ".join(checkpoint.path.name for checkpoint in find(folder))
+        remedy = f"it holds {others}" if others and not messages else run_meant(run)
+        raise ValueError("; ".join([*messages, f"{folder} holds no {wanted}; {remedy}"]))
     if SAVED not in checkpoint.files:
         raise ValueError(
             f"{checkpoint.path} is in shards, as ZeRO stage 3 writes it; join them with "

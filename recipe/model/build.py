@@ -65,7 +65,7 @@ def build_model(
                 f"recipe.model.zero_init_last = false: {name} is no ResNet and keeps timm's initialisation; remove it"
             )
     if weights is not None or tag:
-        load_weights(model, weights or name)
+        load_weights(model, name if weights is None else weights)
     if gradient_checkpointing:
         try:
             model.set_grad_checkpointing()  # type: ignore[operator]

@@ -15,7 +15,8 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from benchmarks.launch import deepspeed_command
-from recipe.commands.measure import Counts
+from recipe.commands.evaluate import draw_confusion
+from recipe.commands.measure import Counts, Measured
 from recipe.commands.trained import read_trained
 from recipe.data import Batch, open_datasets
 from tests.launch import ROOT, complete_run, environment, events, recipe
@@ -136,7 +137,7 @@ def test_what_does_not_fit_the_model_is_refused_on_one_line(run: Path, folder: P
     for arguments, message in (
         ([str(tmp_path / "nowhere")], "there is no folder"),
         ([str(export)], "config.json is not what python -m recipe export writes"),
-        ([str(run), "--checkpoint", "step-7"], "holds no whole checkpoint step-7"),
+        ([str(run), "--checkpoint", "step-7"], "holds no whole checkpoint step-7; it holds step-0000000"),
         ([str(run), "--data", str(cats)], "does not know: 'cat'"),
         ([str(run), "--data", str(tmp_path / "none")], "there is no folder"),
     ):
@@ -194,3 +195,10 @@ def test_predictions_come_in_order_and_name_what_cannot_be_read(
     with (tmp_path / "out/predictions.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["class_1"] for row in rows] == [record["top"][0]["class"] for record in records]
+
+
+def test_names_that_the_font_lacks_are_drawn_without_a_warning(tmp_path: Path) -> None:
+    draw_confusion(
+        Measured({"top1": 50.0}, ("犬", "$x"), [[1, 0], [1, 0]]), tmp_path / "confusion"
+    )  # warnings are errors
+    assert {path.name for path in tmp_path.iterdir()} == {"confusion.png", "confusion.svg"}
