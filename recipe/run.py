@@ -30,6 +30,7 @@ from recipe.engine import (
     join_process_group,
     listen_to_gradients,
     read_overflows,
+    set_global_batch,
     set_loudness,
     settle_micro_batch,
     start_engine,
@@ -151,6 +152,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     train_loader, validation_loader = data.open_loaders(
         run.samples,
         global_batch=plan.global_batch,
+        batch_changes=plan.config.batch_changes[1:],
         micro_batch=plan.micro_batch,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -161,7 +163,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
         mean=plan.mean,
         std=plan.std,
     )
-    mixing = data.open_mixing(recipe.data.model_dump(), recipe.model.num_classes, plan.accumulation, recipe.seed)
+    mixing = data.open_mixing(recipe.data.model_dump(), recipe.model.num_classes, recipe.seed)
     gradient_norms = listen_to_gradients(engine, recipe.noise_scale.every_steps) if recipe.noise_scale.enabled else None
 
     with Requests(recipe.checkpoint.save_every, timeout, watch.launchers) as requests:
@@ -178,12 +180,12 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
             # What the model draws itself, as dropout does, is drawn again after a resume. The data does not need it.
             torch.manual_seed(data.derive_seed("layers", recipe.seed, engine.global_steps, dist.get_rank()))
             watch.step = engine.global_steps
-            if engine.global_steps % plan.steps_per_epoch == plan.steps_per_epoch - 1:
+            if plan.timeline.place(engine.global_steps + 1)[1] == 0:
                 validation_loader.begin()  # its first images are read while the epoch's last step runs
 
         try:
             while True:
-                epoch, first_step = divmod(engine.global_steps, plan.steps_per_epoch)
+                epoch, first_step = plan.timeline.place(engine.global_steps)
                 if first_step == 0 and engine.global_steps > history.validated_steps:
                     average_running_statistics(engine.module)
                     if engine.global_steps < plan.total_steps:
@@ -201,7 +203,9 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
                     break
                 telemetry.start_clock()
                 expect_step()
-                batches = watch.awaited(mixing.mix(train_loader.epoch(epoch, first_step), engine.global_steps))
+                accumulation = set_global_batch(engine, plan.timeline.phase(engine.global_steps).global_batch)
+                batches = train_loader.epoch(epoch, first_step)
+                batches = watch.awaited(mixing.mix(batches, engine.global_steps, accumulation))
                 for step in train_epoch(engine, batches, gradient_norms, loss_function):
                     telemetry.step(step)
                     history.add(step)

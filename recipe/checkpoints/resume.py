@@ -40,7 +40,7 @@ FREE_TO_CHANGE = (
     "recipe.distributed",
 )
 # Steps are counted in these: with another value the same number of steps is another place in the data.
-NEVER_TO_CHANGE = ("train_batch_size", "recipe.data.train_images")
+NEVER_TO_CHANGE = ("train_batch_size", "recipe.schedule.batch_size", "recipe.data.train_images")
 
 Resume = Literal["auto", "never", "must"]
 

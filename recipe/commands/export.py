@@ -136,7 +136,7 @@ def load_line(folder: Path) -> str:
 
 def how_far(trained: "Trained") -> str:
     """How far in their training the weights are."""
-    plan, epochs = trained.plan, trained.step / trained.plan.steps_per_epoch
+    plan, epochs = trained.plan, trained.plan.timeline.epochs_done(trained.step)
     return f"after {trained.step:,} of {plan.total_steps:,} steps ({epochs:.4g} of {plan.epochs:,} epochs)"
 
 

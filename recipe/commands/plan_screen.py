@@ -180,11 +180,13 @@ def as_json(answer: Answer) -> dict[str, Any]:
     plan, facts = answer.plan, answer.facts
     numbers = (
         *("world_size", "global_batch", "micro_batch", "accumulation", "train_images", "validation_images"),
-        *("steps_per_epoch", "left_over_images", "total_steps", "weight_decay"),
+        *("left_over_images", "total_steps", "weight_decay"),
     )
     found: dict[str, Any] = {
         "file": plan.config.source.file,
         **{name: getattr(plan, name) for name in numbers},
+        "steps_per_epoch": plan.timeline.phases[0].steps_per_epoch,
+        "phases": [asdict(phase) for phase in plan.timeline.phases],
         "peak_rate": plan.schedule.peak_rate,
         "warmup_steps": plan.schedule.warmup_steps,
         "rates": rates(plan),
@@ -221,7 +223,7 @@ def draw_rates(plans: Sequence[Plan], path: Path) -> list[Path]:
     for plan, width in zip(plans, (3.0, 1.5), strict=False):  # of two that coincide, both show
         steps = sorted({plan.total_steps * point // PICTURE_POINTS for point in range(PICTURE_POINTS + 1)})
         rates = [plan.schedule.rate(min(step, plan.total_steps - 1)) for step in steps]
-        axes.plot([step / plan.steps_per_epoch for step in steps], rates, drawstyle="steps-post", linewidth=width)
+        axes.plot([plan.timeline.epochs_done(step) for step in steps], rates, drawstyle="steps-post", linewidth=width)
     scale_y(axes)
     axes.set(xlabel="epoch", ylabel="learning rate")
     files = [printable(Path(plan.config.source.file).name) for plan in plans]

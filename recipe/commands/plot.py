@@ -156,5 +156,5 @@ def _label(run: RunFiles, name: str) -> str:
     plan = run.plan
     label = printable(f"{name}: {plan.config.recipe.model.name}, batch {plan.global_batch:,}")
     if run.summary is None:
-        label += f" ({run.steps_done / plan.steps_per_epoch:.4g} of {plan.epochs} epochs)"
+        label += f" ({plan.timeline.epochs_done(run.steps_done):.4g} of {plan.epochs} epochs)"
     return textwrap.fill(label, LEGEND_CHARACTERS)

@@ -47,7 +47,8 @@ class RunFiles:
 
     def epochs(self, event: str) -> Column:
         """Where in the training each line of an event lies: the epochs that were done after its step."""
-        return (self.events[event]["step"] + 1) / self.plan.steps_per_epoch
+        steps = self.events[event]["step"]
+        return np.array([self.plan.timeline.epochs_done(int(step) + 1) for step in steps])
 
 
 def read_run(folder: Path) -> RunFiles:

@@ -264,7 +264,8 @@ class DeepSpeedConfig(Section):
 
     train_batch_size: BatchSize
     """the global batch: images per optimizer step, over all GPUs, a whole number from 1 to 1000000000. It is
-    ranks × accumulation steps × micro-batch; peak rate, warmup steps and accumulation follow from it"""
+    ranks × accumulation steps × micro-batch; peak rate, warmup steps and accumulation follow from it. Where
+    recipe.schedule.batch_size changes it, it is the first"""
 
     train_micro_batch_size_per_gpu: Count | Auto = "auto"
     """images per GPU and forward pass, a whole number >= 1, or "auto": the largest that the plan can use.

@@ -4,6 +4,7 @@ Every refusal is a ``ConfigError``: one line with file, key, value, what is wron
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +16,7 @@ from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, model_se
 from recipe.config.deepspeed_sections import (
     OPTIMIZER_KEYS,
     Auto,
+    BatchSize,
     Count,
     DeepSpeedConfig,
     NonNegativeFloat,
@@ -206,6 +208,8 @@ class Data(Section):
         return self.source in FOLDERS and "auto" in (self.train_images, self.validation_images)
 
 
+BatchChange = Annotated[tuple[Count, BatchSize], Field(strict=False)]
+
 DECAY_KEYS = {
     "step": ("decay_epochs", "decay_factor"),
     "cosine": ("final_lr",),
@@ -218,6 +222,11 @@ DECAY_KEYS = {
 class Schedule(Section):
     epochs: Count
     """passes over the training images, a whole number >= 1. The last, partial batch of each is dropped"""
+
+    batch_size: Annotated[tuple[BatchChange, ...], Field(strict=False, min_length=1)] | None = None
+    """later global batches, a list of [epoch, batch], epochs >= 1 that rise, or null: train_batch_size throughout.
+    From that epoch on, counted from 0, an optimizer step has so many images, by more accumulation steps of the same
+    micro-batch, and scaling_rule gives its rate"""
 
     reference_lr: PositiveFloat = 0.1
     """the rate at the reference batch, a number > 0; the paper's is 0.1 (section 2.1)"""
@@ -276,7 +285,7 @@ class Loss(Section):
 class Ema(Section):
     decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """what an image leaves in place of the moving average of the weights, a number > 0 and < 1, such as 0.9999998, or
-    null for none. Over a step it is decay ** train_batch_size, so that the batch does not change how far the average
+    null for none. Over a step it is decay ** the global batch, which therefore does not change how far the average
     looks back; until it has seen that many images, it is the plain mean of all weights so far. It is validated beside
     the weights, and evaluate, predict and export take it. Not with ZeRO stages 1 to 3"""
 
@@ -383,6 +392,23 @@ class Config(DeepSpeedConfig):
     def source(self) -> Source:
         """The file behind the view; not a field, so that a dump of the view is a config again."""
         return self._source
+
+    @property
+    def batch_changes(self) -> tuple[tuple[int, int], ...]:
+        """The global batches within the run, each with the epoch, counted from 0, from which on it holds."""
+        schedule = self.recipe.schedule
+        later = (change for change in schedule.batch_size or () if change[0] < schedule.epochs)
+        return ((0, self.train_batch_size), *later)
+
+    @property
+    def batches(self) -> list[int]:
+        """The global batches within the run, in their order."""
+        return [batch for _, batch in self.batch_changes]
+
+    @property
+    def common_batch(self) -> int:
+        """Images whose divisors divide every global batch of the run, as a micro-batch must."""
+        return math.gcd(*self.batches)
 
     @property
     def statistics(self) -> Literal["global", "local"] | int:
@@ -493,5 +519,11 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
             f'the decay "{schedule.decay}" has none',
             f"remove it, or write the decay {whose}",
         )
+    changed_in = [epoch for epoch, _ in schedule.batch_size or ()]
+    if changed_in != sorted(set(changed_in)):
+        yield "recipe.schedule.batch_size", "the epochs do not rise", "write each once, the smallest first"
+    if schedule.batch_size and schedule.weight_decay_rule != "constant":
+        problem = "the weight decay would change with the batch within the run"
+        yield "recipe.schedule.weight_decay_rule", problem, 'write "constant", or for recipe.schedule.batch_size null'
     if list(schedule.decay_epochs) != sorted(set(schedule.decay_epochs)):
         yield "recipe.schedule.decay_epochs", "the numbers do not rise", "write each once, the smallest first"

@@ -205,9 +205,11 @@ class TrainLoader(_Loader):
         rank: int,
         world_size: int,
         seed: int,
+        batch_changes: Sequence[tuple[int, int]] = (),
         **options: Unpack[LoaderOptions],
     ) -> None:
         split = Split(global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size, seed=seed)
+        split["batch_changes"] = batch_changes
         self._order = TrainSampler(len(dataset), **split)
         self._begun_at = (0, 0)
         super().__init__(dataset, self._order, **options)

@@ -40,15 +40,17 @@ class Mixing:
     mixup: tuple[float, float]
     cutmix: tuple[float, float]
     classes: int
-    accumulation: int
     seed: int
 
-    def mix(self, batches: Iterable[Batch], first_step: int) -> Iterator[Batch]:
-        """The micro-batches of the run's optimizer steps from ``first_step`` on; as they are, where nothing mixes."""
+    def mix(self, batches: Iterable[Batch], first_step: int, accumulation: int) -> Iterator[Batch]:
+        """The micro-batches of the run's optimizer steps from ``first_step`` on; as they are, where nothing mixes.
+
+        A step is of ``accumulation`` of them.
+        """
         mixes = self.mixup[0] + self.cutmix[0] > 0
         for number, batch in enumerate(batches):
             if mixes:
-                drawn = self.draw(first_step + number // self.accumulation, batch.images.shape[-1])
+                drawn = self.draw(first_step + number // accumulation, batch.images.shape[-1])
                 yield mix_neighbours(batch, drawn, self.classes)
             else:
                 yield batch
@@ -68,10 +70,10 @@ class Mixing:
         return Mixed(1 - (bottom - top) * (right - left) / size**2, (top, left, bottom, right))
 
 
-def open_mixing(section: Mapping[str, Any], classes: int, accumulation: int, seed: int) -> Mixing:
+def open_mixing(section: Mapping[str, Any], classes: int, seed: int) -> Mixing:
     """The mixing that ``recipe.data`` of a resolved config asks for, as a dict."""
     mixup, cutmix = ((section[name]["probability"], section[name]["alpha"]) for name in ("mixup", "cutmix"))
-    return Mixing(mixup, cutmix, classes, accumulation, seed)
+    return Mixing(mixup, cutmix, classes, seed)
 
 
 def mix_neighbours(batch: Batch, how: Mixed, classes: int) -> Batch:

@@ -1,7 +1,7 @@
 """Which samples a rank sees, in which order: a function of (seed, epoch, step), split by arithmetic alone."""
 
-from collections.abc import Iterator
-from typing import NamedTuple, TypedDict, Unpack
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, NotRequired, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,8 @@ class Split(TypedDict):
 
     global_batch: int
     """samples per step, over all ranks and accumulation rounds"""
+    batch_changes: NotRequired[Sequence[tuple[int, int]]]
+    """(epoch, global batch from that on), the epochs rising; none: it is ``global_batch`` throughout"""
     micro_batch: int
     """samples that a rank takes at once"""
     rank: int
@@ -53,21 +55,22 @@ class TrainSampler(Sampler[Keys]):
     """
 
     def __init__(self, length: int, **split: Unpack[Split]) -> None:
-        global_batch, micro_batch, world_size = split["global_batch"], split["micro_batch"], split["world_size"]
-        if global_batch % (world_size * micro_batch):
-            raise ValueError(
-                f"global batch {global_batch} is no multiple of {world_size} ranks × {micro_batch} samples"
-            )
-        if global_batch > length:
-            raise ValueError(f"global batch {global_batch} is larger than the data set ({length} samples)")
-        self.accumulation = global_batch // (world_size * micro_batch)
-        self.steps_per_epoch = length // global_batch
+        micro_batch, world_size = split["micro_batch"], split["world_size"]
+        for _, batch in (changes := ((0, split["global_batch"]), *split.get("batch_changes", ()))):
+            if batch % (world_size * micro_batch):
+                raise ValueError(f"global batch {batch} is no multiple of {world_size} ranks × {micro_batch} samples")
+            if batch > length:
+                raise ValueError(f"global batch {batch} is larger than the data set ({length} samples)")
+        self._changes = changes
         self._length = length
         self._split = split
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Make the next pass that of ``epoch``, from step ``first_step`` of that epoch on."""
+        self._batch = next(batch for first_epoch, batch in reversed(self._changes) if first_epoch <= epoch)
+        self.accumulation = self._batch // (self._split["world_size"] * self._split["micro_batch"])
+        self.steps_per_epoch = self._length // self._batch
         if not 0 <= first_step <= self.steps_per_epoch:
             raise ValueError(f"first step {first_step} is not within an epoch of {self.steps_per_epoch} steps")
         self._epoch, self._first_step = epoch, first_step
@@ -83,7 +86,7 @@ class TrainSampler(Sampler[Keys]):
                 # The micro-batches of one accumulation round lie side by side across the ranks: n samples in
                 # a row are then on neighbouring ranks at the same moment, and batch norm over groups of n
                 # sees the same groups for every split into ranks, accumulation and micro-batch.
-                start = step * split["global_batch"] + (accumulation * split["world_size"] + split["rank"]) * m
+                start = step * self._batch + (accumulation * split["world_size"] + split["rank"]) * m
                 yield Keys(epoch, permutation[start : start + m])
 
 

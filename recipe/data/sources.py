@@ -165,14 +165,21 @@ def decoded_beforehand(samples: tuple[Samples, Samples] | SyntheticImages) -> in
 
 
 def open_loaders(
-    samples: tuple[Samples, Samples] | SyntheticImages, *, global_batch: int, seed: int, workers: int, **common: Any
+    samples: tuple[Samples, Samples] | SyntheticImages,
+    *,
+    global_batch: int,
+    batch_changes: Sequence[tuple[int, int]] = (),
+    seed: int,
+    workers: int,
+    **common: Any,
 ) -> tuple[TrainLoader | SyntheticLoader, ValidationLoader | SyntheticLoader]:
     """Return this rank's loaders of training and validation data; ``common`` is what both take, see ``TrainLoader``."""
+    order: dict[str, Any] = {"global_batch": global_batch, "batch_changes": batch_changes, "seed": seed}
     if isinstance(samples, SyntheticImages):
-        loader = SyntheticLoader(**asdict(samples), global_batch=global_batch, seed=seed, **common)
+        loader = SyntheticLoader(**asdict(samples), **order, **common)
         return loader, loader
     training, validation = samples
     return (
-        TrainLoader(training, global_batch=global_batch, seed=seed, workers=workers, **common),
+        TrainLoader(training, **order, workers=workers, **common),
         ValidationLoader(validation, workers=workers, **common),
     )

@@ -23,6 +23,7 @@ from .precision import read_overflows as read_overflows
 from .start import (
     deepspeed_config as deepspeed_config,
     join_process_group as join_process_group,
+    set_global_batch as set_global_batch,
     set_loudness as set_loudness,
     start_engine as start_engine,
 )

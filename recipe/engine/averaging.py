@@ -19,11 +19,10 @@ class WeightAverage:
 
     Args:
         decay: How much of the average an image leaves in place, from 0 to 1.
-        batch: The global batch.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, decay: float, batch: int) -> None:
-        self._module, self._batch, self._least_share = engine.module, batch, 1 - decay**batch
+    def __init__(self, engine: DeepSpeedEngine, decay: float) -> None:
+        self._module, self._batch, self._decay = engine.module, engine.train_batch_size, decay
         halves, masters = (
             chain.from_iterable(getattr(engine.optimizer, groups, ())) for groups in ("fp16_groups", "fp32_groups")
         )
@@ -36,9 +35,9 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, skipped: Tensor | None) -> None:
         """Take in the weights after a step; ``skipped``, bool () on the device, says that there was no update."""
-        applied = 1.0 if skipped is None else (~skipped).double()
-        self._images += self._batch * applied
-        share = (self._batch / self._images.clamp(min=self._batch)).clamp(min=self._least_share) * applied
+        applied, batch = 1.0 if skipped is None else (~skipped).double(), self._batch()
+        self._images += batch * applied
+        share = (batch / self._images.clamp(min=batch)).clamp(min=1 - self._decay**batch) * applied
         averages = list(self._average.values())
         changes = torch._foreach_sub(list(self._weights.values()), averages)
         torch._foreach_mul_(changes, share.to(changes[0].dtype))  # of one dtype: a few kernels

@@ -44,9 +44,9 @@ def settle_micro_batch(plan: Plan, model: nn.Module, device: torch.device, earli
     if not plan.assumes_micro_batch:
         return plan, ""
     even = plan.config.recipe.data.mixes
-    candidates = fitting_micro_batches(plan.global_batch, plan.world_size, plan.config.statistics, even=even)
+    candidates = fitting_micro_batches(plan.config.common_batch, plan.world_size, plan.config.statistics, even=even)
     if plan.config.recipe.noise_scale.enabled:  # it compares two sizes of batch
-        candidates = [size for size in candidates if size < plan.global_batch]
+        candidates = [size for size in candidates if size < min(plan.config.batches)]
     if earlier in candidates:
         return with_micro_batch(plan, earlier), "as before"
     if device.type == "cpu":

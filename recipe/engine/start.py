@@ -120,8 +120,20 @@ def start_engine(
         bf16 = deepspeed_config.get("bf16", {})
         update_together(engine, engine.fp16_enabled() or bf16.get("check_grad_overflow", True))
     if ema_decay is not None:
-        engine.weight_average = WeightAverage(engine, ema_decay, engine.train_batch_size())
+        engine.weight_average = WeightAverage(engine, ema_decay)
     return engine
+
+
+def set_global_batch(engine: DeepSpeedEngine, batch: int) -> int:
+    """Have the next updates be of ``batch`` images, by more or fewer micro-batches; return how many of them a rank has.
+
+    Between two updates only. DeepSpeed goes on counting micro-batches where it was: the first update after a change
+    would come amid an accumulation.
+    """
+    engine.set_train_batch_size(batch)
+    engine.micro_steps = 0
+    accumulation: int = engine.gradient_accumulation_steps()
+    return accumulation
 
 
 def use_channels_last(engine: DeepSpeedEngine) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from recipe.config import FOLDERS
@@ -181,7 +181,7 @@ def activation_bytes(plan: Plan, facts: ModelFacts) -> float:
 def largest_micro_batch(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> int | None:
     """The largest micro-batch that shares out the global batch, holds batch norm's groups and fits; None if none."""
     room = (gpu_bytes - memory(plan, facts).fixed) / activation_bytes(plan, facts)
-    sizes = fitting_micro_batches(plan.global_batch, plan.world_size, plan.config.statistics)
+    sizes = fitting_micro_batches(plan.config.common_batch, plan.world_size, plan.config.statistics)
     return next((size for size in sizes if size <= room), None)
 
 
@@ -285,15 +285,12 @@ def speed(plan: Plan, facts: ModelFacts, images_per_second: float, link: Link) -
     The gradients' all-reduce is the better of ring and tree; batch norm's small collectives take ⌈log₂ P⌉ latencies at
     best, and nothing hides them.
     """
-    ranks, traffic = plan.world_size, batchnorm_traffic(plan, facts)
-    compute = plan.accumulation * plan.micro_batch / images_per_second
-    reduction = 0.0
-    if ranks > 1:
-        message = reduced_bytes(plan, facts)
-        reduction = min(all_reduce_seconds(message, ranks, link, algorithm) for algorithm in ("ring", "tree"))
-    exposed = exposed_seconds(reduction, hiding_seconds(plan, images_per_second), overlaps_reduction(plan))
-    batchnorm = traffic.bytes / link.bytes_per_second + traffic.messages * link.latency_seconds
-    step = compute + exposed + batchnorm
+    compute, reduction, exposed, batchnorm = _step_seconds(plan, facts, images_per_second, link)
+    step, training = compute + exposed + batchnorm, 0.0
+    for phase, steps in plan.timeline.spans(plan.total_steps):
+        of_phase = replace(plan, accumulation=plan.accumulation_of(phase))
+        computing, _, *waiting = _step_seconds(of_phase, facts, images_per_second, link)
+        training += steps * (computing + sum(waiting))
     return Speed(
         compute_seconds=compute,
         all_reduce_seconds=reduction,
@@ -301,8 +298,26 @@ def speed(plan: Plan, facts: ModelFacts, images_per_second: float, link: Link) -
         batchnorm_seconds=batchnorm,
         images_per_second=plan.global_batch / step,
         efficiency=efficiency(compute, exposed + batchnorm),
-        training_seconds=plan.total_steps * step,
-        validation_seconds=plan.epochs * plan.validation_images / (VALIDATION_SPEEDUP * ranks * images_per_second),
+        training_seconds=training,
+        validation_seconds=plan.epochs
+        * plan.validation_images
+        / (VALIDATION_SPEEDUP * plan.world_size * images_per_second),
+    )
+
+
+def _step_seconds(
+    plan: Plan, facts: ModelFacts, images_per_second: float, link: Link
+) -> tuple[float, float, float, float]:
+    """Of a step of the plan's accumulation: computing, the all-reduce, what of it is exposed, and batch norm's part."""
+    ranks, traffic, reduction = plan.world_size, batchnorm_traffic(plan, facts), 0.0
+    if ranks > 1:
+        message = reduced_bytes(plan, facts)
+        reduction = min(all_reduce_seconds(message, ranks, link, algorithm) for algorithm in ("ring", "tree"))
+    return (
+        plan.accumulation * plan.micro_batch / images_per_second,
+        reduction,
+        exposed_seconds(reduction, hiding_seconds(plan, images_per_second), overlaps_reduction(plan)),
+        traffic.bytes / link.bytes_per_second + traffic.messages * link.latency_seconds,
     )
 
 

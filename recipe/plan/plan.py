@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import FOLDERS, Config, Contents, parse_config
-from recipe.plan.scaling import RateSchedule, epochs_to_steps, scaled_rate, scaled_weight_decay, warmup_applies
+from recipe.plan.scaling import Phase, RateSchedule, Timeline, scaled_rate, scaled_weight_decay, warmup_applies
 
 DIGITS_CLASSES, DIGITS_IMAGES = 10, {"train": 1442, "validation": 355}
 
@@ -37,9 +37,10 @@ class Plan:
     world_size: int
     micro_batch: int
     accumulation: int
+    """steps of the first global batch; see ``accumulation_of``"""
+
     train_images: int
     validation_images: int
-    steps_per_epoch: int
     schedule: RateSchedule
     weight_decay: float
     image_size: int
@@ -57,8 +58,17 @@ class Plan:
 
     @property
     def global_batch(self) -> int:
-        """Images in one optimizer step, over all ranks."""
+        """Images in one optimizer step, over all ranks; the first, where it changes."""
         return self.config.train_batch_size
+
+    @property
+    def timeline(self) -> Timeline:
+        """Which steps are in which epoch, and of which batch."""
+        return self.schedule.timeline
+
+    def accumulation_of(self, phase: Phase) -> int:
+        """Accumulation steps of the global batch of a phase."""
+        return phase.global_batch // (self.world_size * self.micro_batch)
 
     @property
     def epochs(self) -> int:
@@ -68,17 +78,17 @@ class Plan:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.epochs * self.steps_per_epoch
+        return self.timeline.total_steps
 
     @property
     def left_over_images(self) -> int:
-        """Images of an epoch's permutation that fill no global batch; others each epoch."""
-        return self.train_images - self.steps_per_epoch * self.global_batch
+        """Images of an epoch's permutation that fill no global batch; others each epoch. The most of all phases."""
+        return max(self.train_images % phase.global_batch for phase in self.timeline.phases)
 
     def saves_after(self, steps_done: int, due: bool = False) -> bool:
         """Whether the clock (``due``) or ``every_steps`` asks for a checkpoint here, where no epoch ends."""
         every = self.config.recipe.checkpoint.every_steps
-        return (due or (every is not None and steps_done % every == 0)) and steps_done % self.steps_per_epoch != 0
+        return (due or (every is not None and steps_done % every == 0)) and self.timeline.place(steps_done)[1] != 0
 
     @property
     def batchnorm_images(self) -> int:
@@ -115,7 +125,7 @@ def make_plan(
         assumes_micro_batch = config.train_micro_batch_size_per_gpu == config.gradient_accumulation_steps == "auto"
         largest = ASSUMED_MICRO_BATCH if assumes_micro_batch else config.train_batch_size
     micro_batch, accumulation = batch_triangle(config, world_size, largest)
-    if recipe.noise_scale.enabled and micro_batch == config.train_batch_size:
+    if recipe.noise_scale.enabled and micro_batch in config.batches:
         raise config.source.refusal(
             "recipe.noise_scale.enabled",
             f"one rank takes the whole batch of {micro_batch} as one micro-batch, and there are no two sizes of batch "
@@ -142,14 +152,14 @@ def make_plan(
         )
     contents = _contents(config, look)
     train_images, validation_images = _data_set_sizes(config, contents)
-    if config.train_batch_size > train_images:
+    if max(config.batches) > train_images:
         raise config.source.refusal(
-            "train_batch_size",
+            "train_batch_size" if config.train_batch_size > train_images else "recipe.schedule.batch_size",
             f"the training set has {train_images:,} images, so that no step would be full",
             f"write at most {train_images}",
         )
-    steps_per_epoch = train_images // config.train_batch_size
-    schedule = _rate_schedule(config, steps_per_epoch)
+    timeline = Timeline.of(config.batch_changes, train_images, recipe.schedule.epochs)
+    schedule = _rate_schedule(config, timeline)
     weight_decay = _weight_decay(config)
     image_size, mean, std = _preprocessing(config)
     workers = recipe.data.workers
@@ -188,7 +198,6 @@ def make_plan(
         accumulation=accumulation,
         train_images=train_images,
         validation_images=validation_images,
-        steps_per_epoch=steps_per_epoch,
         schedule=schedule,
         weight_decay=weight_decay,
         image_size=image_size,
@@ -224,7 +233,8 @@ def with_micro_batch(plan: Plan, micro_batch: int) -> Plan:
 def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, int]:
     """Micro-batch and accumulation steps with ranks × accumulation × micro-batch = global batch.
 
-    An "auto" micro-batch is the largest up to ``largest`` that divides what is left for it.
+    An "auto" micro-batch is the largest up to ``largest`` that divides what is left for it, of every batch of the
+    schedule; the accumulation steps are those of the first.
 
     Raises:
         ConfigError: no such numbers; it names the nearest global batches that have some.
@@ -252,8 +262,18 @@ def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, 
     share = batch // world_size
     ranks = f"{world_size} rank{'' if world_size == 1 else 's'}"
     n, mixes = config.statistics, config.recipe.data.mixes
-    fitting = fitting_micro_batches(batch, world_size, n, even=mixes)
     written = share // accumulation if isinstance(accumulation, int) else micro
+    # As with train_batch_size, a micro-batch is left for it exactly if ranks, pairs and groups share it out.
+    own = written if isinstance(written, int) else 2 if mixes else 1
+    unit = math.lcm(world_size * own, n if isinstance(n, int) else 1)
+    for later in config.batches[1:]:
+        if later % unit:
+            raise config.source.refusal(
+                "recipe.schedule.batch_size",
+                f"{later} cannot be shared out among {ranks} in the micro-batches of train_batch_size",
+                f"the nearest that can: {max(unit, later // unit * unit)} or {later // unit * unit + unit}",
+            )
+    fitting = fitting_micro_batches(config.common_batch, world_size, n, even=mixes)
     if mixes and (share if written == "auto" else written) % 2:
         raise config.source.refusal(
             f"recipe.data.{'mixup' if config.recipe.data.mixup.probability else 'cutmix'}.probability",
@@ -305,7 +325,7 @@ def holds_groups(n: int, micro_batch: int, world_size: int) -> bool:
 
 
 def _smaller_micro_batch_remedy(config: Config) -> str:
-    fitting = fitting_micro_batches(config.train_batch_size, 1, config.statistics)
+    fitting = fitting_micro_batches(config.common_batch, 1, config.statistics)
     if len(fitting) < 2:
         return "write false, or start more ranks"
     return (
@@ -408,7 +428,7 @@ def _preprocessing(config: Config) -> tuple[int, tuple[float, ...], tuple[float,
     return image_size, mean, std
 
 
-def _rate_schedule(config: Config, steps_per_epoch: int) -> RateSchedule:
+def _rate_schedule(config: Config, timeline: Timeline) -> RateSchedule:
     """The rate of every step, from the rules of ``recipe.schedule`` and what the file writes out itself."""
     rules, batch = config.recipe.schedule, config.train_batch_size
     written = config.scheduler.params
@@ -434,7 +454,7 @@ def _rate_schedule(config: Config, steps_per_epoch: int) -> RateSchedule:
     if rules.scaling_rule == "none" and written.warmup_min_lr != "auto":
         start = written.warmup_min_lr
     warms_up = warmup_applies(rules.warmup, batch, rules.reference_batch_size, start, peak)
-    warmup_steps = epochs_to_steps(rules.warmup_epochs, steps_per_epoch) if warms_up else 0
+    warmup_steps = timeline.steps(rules.warmup_epochs) if warms_up else 0
     if warmup_steps == 0:
         start = peak
     _check(
@@ -449,35 +469,44 @@ def _rate_schedule(config: Config, steps_per_epoch: int) -> RateSchedule:
         config,
         "scheduler.params.warmup_num_steps",
         max(1, warmup_steps),
-        f"{rules.warmup_epochs:g} epochs of {steps_per_epoch} steps are {warmup_steps}"
+        f"{rules.warmup_epochs:g} epochs of {timeline.phases[0].steps_per_epoch} steps are {warmup_steps}"
         if warms_up
         else "this run has no warmup",
         f'write "auto" or {max(1, warmup_steps)}, or change recipe.schedule.warmup_epochs',
     )
-    if warmup_steps > rules.epochs * steps_per_epoch:
+    if warmup_steps > timeline.total_steps:
         raise config.source.refusal(
             "recipe.schedule.warmup_epochs",
             f"the warmup is longer than the run of {rules.epochs} epochs",
             f"write at most {rules.epochs}, or more recipe.schedule.epochs",
         )
-    if rules.final_lr > peak:
+    if len(timeline.phases) > 1 and timeline.phases[1].first_step < warmup_steps:
         raise config.source.refusal(
-            "recipe.schedule.final_lr", f"the rate would rise from its peak of {peak:.7g}", "write less than that"
+            "recipe.schedule.batch_size",
+            f"the batch changes within the {rules.warmup_epochs:g} epochs of warmup",
+            'write later epochs, or for recipe.schedule.warmup "none": the rate follows the batch anyway',
         )
     decays_by_steps = rules.decay == "step"
-    return RateSchedule(
+    schedule = RateSchedule(
         start_rate=start,
         peak_rate=peak,
         warmup=rules.warmup if warmup_steps else "none",
         warmup_steps=warmup_steps,
         warmup_type=written.warmup_type,
-        milestones=tuple(epochs_to_steps(epoch, steps_per_epoch) for epoch in rules.decay_epochs if decays_by_steps),
+        milestones=tuple(timeline.steps(epoch) for epoch in rules.decay_epochs if decays_by_steps),
         decay_factor=rules.decay_factor,
         decay=rules.decay,
-        total_steps=rules.epochs * steps_per_epoch,
         final_rate=rules.final_lr,
         decay_power=rules.decay_power,
+        scaling_rule=rules.scaling_rule,
+        timeline=timeline,
     )
+    lowest = min(schedule.peak(batch) for batch in config.batches)
+    if rules.final_lr > lowest:
+        raise config.source.refusal(
+            "recipe.schedule.final_lr", f"the rate would rise from its peak of {lowest:.7g}", "write less than that"
+        )
+    return schedule
 
 
 def _weight_decay(config: Config) -> float:

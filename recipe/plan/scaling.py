@@ -4,6 +4,7 @@ The plan, the schedule and the tests' tables share them.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,15 +53,81 @@ def warmup_applies(
 
 
 @dataclass(frozen=True)
+class Phase:
+    """The epochs with one global batch: ``first_epoch``, which begins with the run's step ``first_step``, and on."""
+
+    first_epoch: int
+    first_step: int
+    global_batch: int
+    steps_per_epoch: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Epochs and images of each optimizer step, counted from 0, of a run whose batch may change between epochs."""
+
+    phases: tuple[Phase, ...]
+    epochs: int
+
+    @staticmethod
+    def of(batches: Iterable[tuple[int, int]], train_images: int, epochs: int) -> "Timeline":
+        """From pairs of an epoch, the first of them 0, and the batch from it on; partial batches are dropped."""
+        timeline = Timeline((), epochs)
+        for epoch, batch in batches:
+            first_step = timeline.steps(epoch) if timeline.phases else 0
+            phase = Phase(epoch, first_step, batch, train_images // batch)
+            timeline = Timeline((*timeline.phases, phase), epochs)
+        return timeline
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps(self.epochs)
+
+    def phase(self, step: int) -> Phase:
+        """That of a step; beyond the end it is the last one."""
+        return next(phase for phase in reversed(self.phases) if phase.first_step <= step)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """The epoch of a step and its number within that, both from 0."""
+        phase = self.phase(step)
+        epochs, within = divmod(step - phase.first_step, phase.steps_per_epoch)
+        return phase.first_epoch + epochs, within
+
+    def steps(self, epochs: float) -> int:
+        """The whole number of steps nearest to so many epochs."""
+        phase = next(phase for phase in reversed(self.phases) if phase.first_epoch <= epochs)
+        return phase.first_step + epochs_to_steps(epochs - phase.first_epoch, phase.steps_per_epoch)
+
+    def epochs_done(self, steps: int) -> float:
+        """How many epochs so many steps are."""
+        epoch, within = self.place(steps)
+        return epoch + within / self.phase(steps).steps_per_epoch
+
+    def images(self, steps: int) -> int:
+        """How many images so many steps train on."""
+        return sum(phase.global_batch * own for phase, own in self.spans(steps))
+
+    def spans(self, steps: int) -> list[tuple[Phase, int]]:
+        """Each phase with how many of the first ``steps`` are its own."""
+        ends = [*(phase.first_step for phase in self.phases[1:]), steps]
+        return [
+            (phase, max(0, min(end, steps) - phase.first_step)) for phase, end in zip(self.phases, ends, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
 class RateSchedule:
     """The learning rate as a pure function of the optimizer step, counted from 0.
 
     ``warmup_steps`` is T_w: update T_w is the first to use ``peak_rate``. ``milestones`` are the steps from
     which on the rate is multiplied by ``decay_factor`` once more, for the decay "step".
 
-    The other decays fall from ``peak_rate`` at T_w to ``final_rate`` at T = ``total_steps``, one step after the last,
-    with p = (t − T_w) / (T − T_w) by (1 + cos πp) / 2 for "cosine" (Loshchilov and Hutter 2017, eq. 5), by (1 − p)ᵏ
-    with k = ``decay_power`` for "polynomial", and by 1 − p for "linear".
+    The other decays fall from ``peak_rate`` at T_w to ``final_rate`` at the end T of ``timeline``, one step after the
+    last, with p = (t − T_w) / (T − T_w), counted in images, by (1 + cos πp) / 2 for "cosine" (Loshchilov and Hutter
+    2017, eq. 5), by (1 − p)ᵏ with k = ``decay_power`` for "polynomial", and by 1 − p for "linear".
+
+    ``peak_rate`` is that of the first batch of ``timeline``; later ones have it scaled by ``scaling_rule``.
     """
 
     start_rate: float
@@ -71,21 +138,27 @@ class RateSchedule:
     milestones: tuple[int, ...] = ()
     decay_factor: float = 1.0
     decay: Decay = "step"
-    total_steps: int = 0
     final_rate: float = 0.0
     decay_power: float = 1.0
+    scaling_rule: ScalingRule = "linear"
+    timeline: Timeline = Timeline((Phase(0, 0, 1, 1),), 0)
 
     @property
     def has_curve(self) -> bool:
         """Whether the rate falls at every step after the warmup."""
         return self.decay not in ("step", "none")
 
+    def peak(self, batch: int) -> float:
+        """The peak rate where the global batch is ``batch``."""
+        return scaled_rate(self.peak_rate, self.timeline.phases[0].global_batch, batch, self.scaling_rule)
+
     def rate(self, step: int) -> float:
         """The rate that update number ``step`` uses."""
         if step < self.warmup_steps or not self.has_curve:
             decays = sum(step >= milestone for milestone in self.milestones)
             return self._undecayed_rate(step) * self.decay_factor**decays
-        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        images, warmup = self.timeline.images, self.timeline.images(self.warmup_steps)
+        progress = min(1.0, (images(step) - warmup) / max(1, images(self.timeline.total_steps) - warmup))
         match self.decay:
             case "cosine":
                 share = (1 + math.cos(math.pi * progress)) / 2
@@ -93,11 +166,12 @@ class RateSchedule:
                 share = (1 - progress) ** self.decay_power
             case _:
                 share = 1 - progress
-        return self.final_rate + (self.peak_rate - self.final_rate) * share
+        peak = self.peak(self.timeline.phase(step).global_batch)
+        return self.final_rate + (peak - self.final_rate) * share
 
     def _undecayed_rate(self, step: int) -> float:
         if step >= self.warmup_steps:
-            return self.peak_rate
+            return self.peak(self.timeline.phase(step).global_batch)
         if self.warmup == "constant":
             return self.start_rate
         if self.warmup_type == "log":

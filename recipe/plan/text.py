@@ -37,6 +37,7 @@ def plan_fields(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
         *_images(plan),
         *_kernels(plan),
         ("steps", _steps(plan)),
+        *_batch_schedule(plan),
         ("peak rate", _peak_rate(plan)),
         ("warmup", _warmup(plan)),
         ("decay", _decay(plan)),
@@ -60,7 +61,7 @@ def format_fields(plan: Plan, rows: Sequence[tuple[str, str]], width: int | None
 def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
     """What a person should know before the run starts; ``facts`` of the model, if they are known."""
     found = _batchnorm_notes(plan, facts)
-    share = plan.global_batch // plan.world_size
+    share = plan.config.common_batch // plan.world_size
     limit = plan.config.recipe.max_micro_batch_size
     assert isinstance(limit, int), "a plan leaves no auto"
     largest = min(limit, share)
@@ -71,7 +72,7 @@ def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
         )
     if plan.config.recipe.model.gradient_checkpointing:
         found.append("with gradient checkpointing activations take less memory and steps more time than this plan says")
-    sizes = fitting_micro_batches(plan.global_batch, plan.world_size, "global")
+    sizes = fitting_micro_batches(plan.config.common_batch, plan.world_size, "global")
     if plan.micro_batch * 4 <= largest and not any(plan.micro_batch < size <= largest for size in sizes):
         found.append(
             f"a micro-batch of {plan.micro_batch} is small: {share:,} images per rank have no larger divisor up to "
@@ -94,7 +95,7 @@ def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
     few = too_few(planned_measurements(plan.total_steps, measured.every_steps), plan.total_steps, measured.every_steps)
     if measured.enabled and few is not None:
         found.append(f"noise scale: {few}")
-    if plan.global_batch > 8192 and plan.config.optimizer.type == "SGD":
+    if max(plan.config.batches) > 8192 and plan.config.optimizer.type == "SGD":
         found.append(
             "beyond 8k the paper's error rises: 24.79 % at 16k, 27.55 % at 32k, 33.96 % at 64k (Figure 1); there the "
             "literature took LARS, a polynomial decay and label smoothing, as resnet50_lars_b32k.json does, or LAMB"
@@ -246,12 +247,27 @@ def _kernels(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _steps(plan: Plan) -> str:
-    steps = (
-        f"{counted(plan.steps_per_epoch, 'step')} per epoch × {counted(plan.epochs, 'epoch')} = {plan.total_steps:,}"
-    )
+    first, *later = plan.timeline.phases
+    ends = [*(phase.first_epoch for phase in later), plan.epochs]
+    steps = f"{counted(first.steps_per_epoch, 'step')} per epoch × {counted(ends[0], 'epoch')}"
+    for phase, end in zip(later, ends[1:], strict=True):
+        steps += f" + {phase.steps_per_epoch:,} × {end - phase.first_epoch}"
+    steps += f" = {plan.total_steps:,}"
     if not plan.left_over_images:
         return steps
-    return f"{steps}; {counted(plan.left_over_images, 'image')} dropped per epoch, others each time"
+    most = "up to " if later else ""
+    return f"{steps}; {most}{counted(plan.left_over_images, 'image')} dropped per epoch, others each time"
+
+
+def _batch_schedule(plan: Plan) -> list[tuple[str, str]]:
+    """The later global batches, each with what follows from it."""
+    changes = [
+        f"{phase.global_batch:,} from epoch {phase.first_epoch} (step {phase.first_step:,}) on, by "
+        f"{counted(plan.accumulation_of(phase), 'accumulation step')}: peak rate "
+        f"{plan.schedule.peak(phase.global_batch):.6g}"
+        for phase in plan.timeline.phases[1:]
+    ]
+    return [("batch schedule", "; ".join(changes))] if changes else []
 
 
 def _peak_rate(plan: Plan) -> str:
@@ -303,7 +319,8 @@ def rates(plan: Plan) -> list[tuple[int, float]]:
     steps = {0, 1, plan.total_steps - 1}
     if plan.schedule.has_curve:
         steps.add((plan.schedule.warmup_steps + plan.total_steps) // 2)
-    for turn in (plan.schedule.warmup_steps, *plan.schedule.milestones):
+    changes = (phase.first_step for phase in plan.timeline.phases[1:])
+    for turn in (plan.schedule.warmup_steps, *plan.schedule.milestones, *changes):
         steps |= {turn - 1, turn}
     return [(step, plan.schedule.rate(step)) for step in sorted(steps) if 0 <= step < plan.total_steps]
 

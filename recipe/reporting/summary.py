@@ -48,6 +48,7 @@ def summarise(
         "world_size": plan.world_size,
         "hosts": hosts,
         "global_batch": plan.global_batch,
+        "final_global_batch": plan.config.batches[-1],
         "epochs": plan.epochs,
         "steps": plan.total_steps,
         "train_images": plan.train_images,
@@ -92,11 +93,12 @@ def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = No
     speed = "" if summary["images_per_second"] is None else f"{summary['images_per_second']:,.0f} images/s, "
     skipped = f", {summary['skipped_steps']} skipped by overflow" if summary["skipped_steps"] else ""
     last = min(LAST_EPOCHS, summary["epochs"])
+    batches = " to ".join(f"{batch:,}" for batch in dict.fromkeys((summary["global_batch"], _final_batch(summary))))
     rows = [
         (
             "trained",
             f"{summary['model']} on {summary['data']}: {counted(summary['epochs'], 'epoch')} at global batch "
-            f"{summary['global_batch']:,}, {summary['precision']}, {ranks} on {summary['device']}",
+            f"{batches}, {summary['precision']}, {ranks} on {summary['device']}",
         ),
         (
             "top-1",
@@ -142,6 +144,8 @@ def _following_plan(plan: Plan) -> Plan | None:
     What the file has written out against the rules was meant for its own batch, and is "auto" here.
     """
     rules = plan.config.recipe.schedule
+    if rules.batch_size is not None:
+        return None
     for batch in (2 * plan.global_batch, plan.global_batch // 2):
         if not 0 < batch <= plan.train_images // 2:
             continue
@@ -163,8 +167,14 @@ def _noise_scale(summary: dict[str, Any]) -> list[tuple[str, str]]:
     found = summary.get("noise_scale")
     if not found:
         return []
-    lines = in_words(found, summary["global_batch"], summary.get("train_images"), summary["steps"])
+    lines = in_words(found, _final_batch(summary), summary.get("train_images"), summary["steps"])
     return [("noise scale", "\n".join(lines))]
+
+
+def _final_batch(summary: dict[str, Any]) -> int:
+    """The global batch at the end; the summaries of earlier versions had one throughout."""
+    batch: int = summary.get("final_global_batch", summary["global_batch"])
+    return batch
 
 
 def _launcher() -> str:

@@ -46,7 +46,7 @@ class Telemetry:
         self.noise_scale = noise_scale
         self.monitor = monitor
         self.training_seconds = 0.0
-        self.steps_trained = 0
+        self.images_trained = 0
         self.writer: Writer | None = None
         self._pending: list[Step] = []
         self._figures: list[str] = []
@@ -65,11 +65,11 @@ class Telemetry:
             FloatingPointError: the loss is not finite and fp16's loss scale is not to blame.
         """
         self._pending.append(step)
-        last_of_epoch = (step.step + 1) % self.plan.steps_per_epoch == 0
+        last_of_epoch = self.plan.timeline.place(step.step + 1)[1] == 0
         if len(self._pending) == self.plan.config.steps_per_print or last_of_epoch:
             self.report()
         if self.writer is not None:
-            epoch = step.step // self.plan.steps_per_epoch + 1
+            epoch = self.plan.timeline.place(step.step)[0] + 1
             self.writer.progress.update(step.step + 1, f"epoch {epoch}/{self.plan.epochs}", *self._figures)
 
     def report(self) -> None:
@@ -82,8 +82,9 @@ class Telemetry:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         self.training_seconds += seconds
-        self.steps_trained += len(self._pending)
-        speed = len(self._pending) * self.plan.global_batch / seconds
+        batch = self._batch(self._pending[-1].step)  # of all of them: an epoch ends with a report
+        self.images_trained += len(self._pending) * batch
+        speed = len(self._pending) * batch / seconds
         data_wait = sum(step.data_wait_seconds for step in self._pending) / seconds
         rates = {"images_per_second": round(speed, 1), "data_wait": round(data_wait, 4)}
         reported = list(zip(self._pending, means, scales, skips, strict=True))
@@ -121,9 +122,10 @@ class Telemetry:
 
     def images_per_second(self) -> float | None:
         """Images trained in a second of training time, over this launch; None if it trained none."""
-        if not self.steps_trained:
-            return None
-        return self.steps_trained * self.plan.global_batch / self.training_seconds
+        return self.images_trained / self.training_seconds if self.images_trained else None
+
+    def _batch(self, step: int) -> int:
+        return self.plan.timeline.phase(step).global_batch
 
     def say(self, message: str) -> None:
         """Print a message above the bar and log it, on rank 0."""
@@ -154,13 +156,13 @@ class Telemetry:
         dist.all_gather(ranks, own)  # as the losses are
         values = {}
         for step, (small, big) in zip(measured, torch.stack(ranks).mean(0).tolist(), strict=True):
-            if self.noise_scale.add(estimate(small, big, self.plan.micro_batch, self.plan.global_batch), step):
+            if self.noise_scale.add(estimate(small, big, self.plan.micro_batch, self._batch(step)), step):
                 values[step] = self.noise_scale.values()
         return values
 
     def _event(self, name: str, step: int) -> dict[str, Any]:
         """The beginning of each line of ``metrics.jsonl``."""
-        return {"event": name, "step": step, "epoch": step // self.plan.steps_per_epoch}
+        return {"event": name, "step": step, "epoch": self.plan.timeline.place(step)[0]}
 
     def _write_noise_scale(self, writer: "Writer", step: int, values: dict[str, float | None]) -> None:
         event, scale = self._event("noise_scale", step), values["noise_scale"]
@@ -170,14 +172,14 @@ class Telemetry:
         self._monitor("Train", step, {name: value for name, value in values.items() if value is not None})
 
     def _monitor(self, part: str, step: int, values: dict[str, float]) -> None:
-        samples = (step + 1) * self.plan.global_batch
+        samples = self.plan.timeline.images(step + 1)
         self.monitor([(f"{part}/Samples/{name}", value, samples) for name, value in values.items()])
 
     def _write_step(
         self, writer: "Writer", step: Step, loss: float, loss_scale: float, skipped: bool, rates: dict[str, float]
     ) -> None:
         event = self._event("step", step.step)
-        event |= {"samples": (step.step + 1) * self.plan.global_batch, "lr": step.lr, "loss": _finite(loss)}
+        event |= {"samples": self.plan.timeline.images(step.step + 1), "lr": step.lr, "loss": _finite(loss)}
         writer.event(event | rates | {"loss_scale": loss_scale, "skipped": skipped})
         overflow = f", update skipped: overflow at loss scale {loss_scale:g}" if skipped else ""
         writer.log(

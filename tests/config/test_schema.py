@@ -328,6 +328,8 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
         ({"recipe.schedule.epochs": 1.5}, "= 1.5: not a whole number; expected passes over"),
         ({"recipe.schedule.warmup": True}, '= true: not "gradual", "constant" or "none"; expected "gradual"'),
         ({"recipe.schedule.decay_epochs": 30}, "= 30: not a list; expected the epochs after which the rate"),
+        ({"recipe.schedule.batch_size": [[0, 512]]}, "batch_size[0][0] = 0: too small; expected later global batches"),
+        ({"recipe.schedule.batch_size": [[9, 512, 1]]}, "batch_size[0] = [9, 512, 1]: too long; expected later global"),
         ({"recipe.schedule.decay_epochs": [30, True]}, "decay_epochs[1] = true: not a number; expected the epochs"),
         ({"recipe.schedule.decay_epochs": [0, 30]}, "decay_epochs[0] = 0: too small; expected the epochs"),
         ({"recipe.schedule.decay_factor": 1.1}, "= 1.1: too large; expected by what the rate is multiplied"),
@@ -391,6 +393,11 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
         ),
         ({"recipe.schedule.decay_epochs": [30, 30]}, "= [30, 30]: the numbers do not rise; write each once"),
         ({"recipe.schedule.decay_epochs": [60, 30]}, "= [60, 30]: the numbers do not rise;"),
+        ({"recipe.schedule.batch_size": [[9, 512], [9, 1024]]}, "[[9, 512], [9, 1024]]: the epochs do not rise;"),
+        (
+            {"recipe.schedule.batch_size": [[9, 512]], "recipe.schedule.weight_decay_rule": "inverse"},
+            'weight_decay_rule = "inverse": the weight decay would change with the batch within the run; write "const',
+        ),
         ({"recipe.loss.label_smoothing": 1}, "= 1: too large; expected the share of each label that is spread evenly"),
         (
             {"recipe.model.gradient_checkpointing": True, "recipe.compile": True},

@@ -38,8 +38,8 @@ def test_cutmix_puts_the_neighbours_box_in() -> None:
     torch.testing.assert_close(found.labels, torch.tensor([[58 / 64, 6 / 64, 0], [6 / 64, 58 / 64, 0]]))
 
 
-def mixing(accumulation: int = 1, seed: int = 0) -> Mixing:
-    return Mixing((0.3, 0.2), (0.5, 1.0), CLASSES, accumulation, seed)
+def mixing(seed: int = 0) -> Mixing:
+    return Mixing((0.3, 0.2), (0.5, 1.0), CLASSES, seed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -47,17 +47,17 @@ def test_every_split_mixes_the_same(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(6, 8, 3, SIZE, SIZE, generator=generator).to(dtype)  # six steps of eight samples
     labels = torch.randint(CLASSES, (6, 8), generator=generator).tolist()
-    whole = list(mixing().mix(map(batch, images, labels), 5))
+    whole = list(mixing().mix(map(batch, images, labels), 5, 1))
     for micro in (4, 2):
         parts = [
             batch(images[s, i : i + micro], labels[s][i : i + micro]) for s in range(6) for i in range(0, 8, micro)
         ]
-        found = list(mixing(8 // micro).mix(parts, 5))
+        found = list(mixing().mix(parts, 5, 8 // micro))
         for name in ("images", "labels"):
             joined = torch.cat([getattr(one, name) for one in found])
             assert torch.equal(joined, torch.cat([getattr(one, name) for one in whole])), (micro, name)
     # A run that resumes three steps later, and images in the other memory format.
-    later = list(mixing().mix(map(batch, images[3:].to("cpu"), labels[3:]), 8))
+    later = list(mixing().mix(map(batch, images[3:].to("cpu"), labels[3:]), 8, 1))
     turned = mix_neighbours(
         batch(images[0].to(memory_format=torch.channels_last), labels[0]), mixing().draw(5, SIZE), CLASSES
     )
@@ -68,7 +68,7 @@ def test_every_split_mixes_the_same(dtype: torch.dtype) -> None:
 
 def test_nothing_changes_where_nothing_mixes() -> None:
     before = batch(plain([1.0, 2.0]), [0, 1])
-    assert list(Mixing((0.0, 0.2), (0.0, 1.0), CLASSES, 1, 0).mix([before], 0)) == [before]
+    assert list(Mixing((0.0, 0.2), (0.0, 1.0), CLASSES, 0).mix([before], 0, 1)) == [before]
 
 
 def test_as_often_and_as_much_as_is_asked() -> None:

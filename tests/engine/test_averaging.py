@@ -1,6 +1,7 @@
 """The moving average of the weights: its closed form, whatever the batch, the ranks and the precision."""
 
 import math
+from collections.abc import Set
 from typing import Any
 
 import pytest
@@ -42,16 +43,23 @@ def test_it_is_the_plain_mean_at_first_and_then_decays_by_image(world_size: int)
 class Engine:
     """What an average looks at: a module with one weight, in fp64, without DeepSpeed."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
         self.module, self.optimizer, self.device = torch.nn.Linear(1, 1, bias=False).double(), None, torch.device("cpu")
 
+    def train_batch_size(self) -> int:
+        return self.batch
 
-def averaged(batch: int, weights: list[float], skipped: set[int] = frozenset()) -> float:  # type: ignore[assignment]
+
+def averaged(batch: int, weights: list[float], skipped: Set[int] = frozenset(), then: int = 0) -> float:
+    """The average after steps that leave these weights, the last of them on ``then`` images, if that is not 0."""
     from recipe.engine.averaging import WeightAverage
 
-    engine: Any = Engine()
-    average = WeightAverage(engine, DECAY, batch)
+    engine: Any = Engine(batch)
+    average = WeightAverage(engine, DECAY)
     for step, weight in enumerate(weights):
+        if then and step == len(weights) - 1:
+            engine.batch = then
         with torch.no_grad():
             engine.module.weight.fill_(weight)
         average.update(torch.tensor(step in skipped))
@@ -64,6 +72,12 @@ def test_a_batch_does_not_change_how_far_it_looks_back() -> None:
         warm = math.ceil(1 / (1 - DECAY**batch))
         left = averaged(batch, [1.0] * warm + [0.0] * (1600 // batch))
         assert left == pytest.approx(DECAY**1600, rel=1e-9)
+
+
+def test_a_batch_that_changes_counts_by_its_images() -> None:
+    assert averaged(16, [5.0, 1.0], then=32) == pytest.approx((16 * 5 + 32 * 1) / 48)
+    left = 1 - (warm := math.ceil(1 / (1 - DECAY**16))) / warm  # the plain mean of ones is one
+    assert averaged(16, [1.0] * warm + [0.0], then=800) == pytest.approx(DECAY**800 + left)
 
 
 def test_a_skipped_step_does_not_count() -> None:

@@ -63,6 +63,34 @@ def test_mixed_images_are_the_same_on_any_hardware(tmp_path: Path) -> None:
     assert two == pytest.approx(one, rel=1e-9)
 
 
+GROWING = (
+    *("--set=recipe.schedule.epochs=2", "--set=recipe.schedule.batch_size=[[1,512]]"),
+    *("--set=recipe.checkpoint.every_steps=1", "--set=recipe.checkpoint.keep_last=9"),
+    *("--set=recipe.ema.decay=0.999", '--set=recipe.data.mixup={"probability": 0.5}'),
+)  # five steps and two
+
+
+def test_a_batch_that_grows_is_the_same_on_any_hardware_and_after_a_kill(tmp_path: Path) -> None:
+    one = run(tmp_path / "one", 1, 128, 0, FP64, *GROWING)
+    two = run(tmp_path / "two", 2, 16, 0, FP64, *GROWING)
+    steps = events(one, "step")
+    assert [event["epoch"] for event in steps] == [0] * 5 + [1] * 2
+    assert [event["samples"] for event in steps] == [256, 512, 768, 1024, 1280, 1792, 2304]
+    assert [event["lr"] for event in steps[4:]] == pytest.approx([0.1, 0.2, 0.2])
+    assert losses(two) == pytest.approx(losses(one), rel=1e-9)
+    measured = [[event[name] for event in events(one, "validation")] for name in ("loss", "ema_loss")]
+    other = [[event[name] for event in events(two, "validation")] for name in ("loss", "ema_loss")]
+    assert other == [pytest.approx(values, rel=1e-9) for values in measured]
+    for step in (4, 6):  # before the last step of the first batch, and amid the epoch of the second
+        killed = shutil.copytree(one, tmp_path / f"killed-{step}")
+        (killed / "summary.json").unlink()
+        for later in range(step + 1, 8):
+            shutil.rmtree(killed / f"checkpoints/step-0000000{later}", ignore_errors=True)
+        run(killed, 1, 128, 0, FP64, *GROWING)
+        assert losses(killed) == losses(one)
+        assert [[event[name] for event in events(killed, "validation")] for name in ("loss", "ema_loss")] == measured
+
+
 def test_one_fp32_step_from_the_same_checkpoint_gives_the_same_weights(tmp_path: Path) -> None:
     """Within 1e-5 of the update's norm, early in training and late; the checkpoints are of a real run."""
     runs = Runs(tmp_path, epochs=5, run=train)

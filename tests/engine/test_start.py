@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipe.plan.scaling import RateSchedule
+from recipe.plan.scaling import RateSchedule, Timeline
 from tests.ranks import run_ranks
 
 CONSTANT_RATE = RateSchedule(0.1, 0.1, "none", 0, "linear", (), 0.1)
@@ -40,13 +40,15 @@ def groups(model: nn.Sequential) -> list[dict[str, Any]]:
     ]
 
 
-def plain_training(steps: int, batch: int, schedule: RateSchedule = CONSTANT_RATE) -> list[dict[str, Tensor]]:
-    """Weights before the first step and after each, by plain PyTorch on whole batches."""
+def plain_training(
+    steps: int, batch: int | Sequence[int], schedule: RateSchedule = CONSTANT_RATE
+) -> list[dict[str, Tensor]]:
+    """Weights before the first step and after each, by plain PyTorch on whole batches, which may have a size each."""
     model = small_model()
     optimizer = torch.optim.SGD(groups(model), lr=0.1, momentum=0.9, nesterov=True)
     weights = [weights_of(model)]
     for step in range(steps):
-        images, labels = samples(step, batch)
+        images, labels = samples(step, batch if isinstance(batch, int) else batch[step])
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
         optimizer.zero_grad()
@@ -153,6 +155,39 @@ def test_updates_equal_plain_pytorch_on_the_whole_batch(world_size: int, stage: 
             assert relative_error(update, expected) < 2e-6
 
 
+PRECISIONS = {
+    "fp32": {},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2}},  # grows at the third update
+    "bf16": {"bf16": {"enabled": True, "check_grad_overflow": False}},
+}
+
+# Two accumulation steps, then four and one: after three steps six micro-batches are counted, and 6 is no multiple of 4.
+CHANGING = (16, 16, 16, 32, 32, 8)
+
+
+def _trained_on_batches_that_change(rank: int, world_size: int, sections: dict) -> list[dict]:
+    from recipe.engine.start import set_global_batch
+
+    engine = new_engine(world_size, CHANGING[0], 2, **sections)
+    history = [master_weights(engine)]
+    for step, batch in enumerate(CHANGING):
+        if batch != engine.train_batch_size():
+            assert set_global_batch(engine, batch) == batch // 8
+        train_step(engine, rank, world_size, step, batch)
+        history.append(master_weights(engine))
+    return history
+
+
+@pytest.mark.parametrize(("world_size", "name"), [(1, "fp32"), (2, "fp32"), (2, "fp16"), (2, "bf16"), (2, "ZeRO")])
+def test_updates_of_batches_that_change_equal_plain_pytorch(world_size: int, name: str) -> None:
+    sections = {"zero_optimization": {"stage": 2}} if name == "ZeRO" else PRECISIONS[name]
+    tolerance = {"fp16": 16 * 2**-11, "bf16": 16 * 2**-8}.get(name, 2e-6)
+    reference = updates(plain_training(len(CHANGING), CHANGING))
+    for history in run_ranks(world_size, _trained_on_batches_that_change, sections):
+        for update, expected in zip(updates(history), reference, strict=True):
+            assert relative_error(update, expected) < tolerance
+
+
 class Waits(TorchDispatchMode):
     """Counts how often a value is asked from the device, for which the host waits."""
 
@@ -163,13 +198,6 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
-
-
-PRECISIONS = {
-    "fp32": {},
-    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2}},  # grows at the third update
-    "bf16": {"bf16": {"enabled": True, "check_grad_overflow": False}},
-}
 
 
 def _trained_in_three_precisions(rank: int, world_size: int) -> dict[str, tuple[list[dict], int]]:
@@ -294,7 +322,7 @@ SCHEDULES = {
     "none": RateSchedule(0.5, 0.5, "none", 0, "linear", (1, 7), 0.1),
     "one step": RateSchedule(0.1, 0.5, "gradual", 1, "linear", (), 0.1),
     "log": RateSchedule(0.1, 0.5, "gradual", 4, "log", (6,), 0.1),
-    "linear": RateSchedule(0.1, 0.5, "gradual", 4, "linear", decay="linear", total_steps=9),
+    "linear": RateSchedule(0.1, 0.5, "gradual", 4, "linear", decay="linear", timeline=Timeline.of([(0, 8)], 72, 1)),
 }
 
 

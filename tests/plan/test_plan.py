@@ -176,7 +176,7 @@ def test_a_triangle_without_solution_names_the_nearest_batches(
 
 def test_the_papers_run() -> None:
     plan = make_plan(config(), 32)
-    assert plan.steps_per_epoch == 156  # ⌊1 281 167 / 8192⌋
+    assert plan.timeline.phases[0].steps_per_epoch == 156  # ⌊1 281 167 / 8192⌋
     assert plan.left_over_images == 3215  # 1 281 167 − 156 · 8192
     assert plan.total_steps == 14_040
     assert plan.schedule.warmup_steps == 780
@@ -682,3 +682,59 @@ def test_a_plan_imports_neither_torch_nor_deepspeed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def growing(*changes: tuple[int, int], **others: Any) -> Config:
+    return config(recipe__schedule__batch_size=[list(change) for change in changes], **others)
+
+
+def test_a_batch_schedule_in_numbers_and_in_words() -> None:
+    """⌊1,281,167 / 16,384⌋ = 78 and ⌊… / 81,920⌋ = 15 steps per epoch: 30 · (156 + 78 + 15) = 7,470 steps."""
+    plan = make_plan(growing((30, 16384), (60, 81920), recipe__batchnorm__statistics=32), 32)
+    assert (plan.micro_batch, plan.total_steps) == (256, 7470)
+    assert [plan.accumulation_of(phase) for phase in plan.timeline.phases] == [1, 2, 10]
+    assert plan.schedule.milestones == (4680, 7020, 7020 + 20 * 15)
+    rates = {4679: 3.2, 4680: 0.64, 7019: 0.64, 7020: 0.32, 7320: 0.032}
+    assert {step: plan.schedule.rate(step) for step in rates} == pytest.approx(rates, rel=1e-12)
+    fields = dict(plan_fields(plan, None))
+    assert fields["steps"].startswith(
+        "156 steps per epoch × 30 epochs + 78 × 30 + 15 × 30 = 7,470; up to 52,367 images"
+    )
+    assert fields["batch schedule"] == (
+        "16,384 from epoch 30 (step 4,680) on, by 2 accumulation steps: peak rate 6.4; "
+        "81,920 from epoch 60 (step 7,020) on, by 10 accumulation steps: peak rate 32"
+    )
+    again = make_plan(parse_config(json.loads(plan_json(plan)), "plan.json"), 32)
+    assert (again.schedule, plan_json(again)) == (plan.schedule, plan_json(plan))
+    # A trial of two epochs has none of it.
+    assert (
+        make_plan(growing((30, 10**8), recipe__schedule__epochs=2, recipe__schedule__warmup_epochs=1), 1).total_steps
+        == 312
+    )
+
+
+@pytest.mark.parametrize(
+    ("world_size", "later", "others", "key", "words"),
+    [
+        (1, (4, 16384), {}, "recipe.schedule.batch_size", "changes within the 5 epochs of warmup"),
+        (1, (30, 1_300_000), {}, "recipe.schedule.batch_size", "write at most 1281167"),
+        (32, (30, 10_000), {}, "recipe.schedule.batch_size", "10000 cannot be shared out among 32 ranks"),
+        (32, (30, 10_000), {"recipe__batchnorm__statistics": 64}, "recipe.schedule.batch_size", "9984 or 10048"),
+        (4, (30, 10_000), {"train_micro_batch_size_per_gpu": 128}, "recipe.schedule.batch_size", "9728 or 10240"),
+        (1, (30, 64), {"recipe__noise_scale__enabled": True}, "recipe.noise_scale.enabled", "batch of 64 as one"),
+        (
+            1,
+            (30, 512),
+            {"recipe__schedule__decay": "cosine", "recipe__schedule__final_lr": 0.3},
+            "recipe.schedule.final_lr",
+            "peak of 0.2",
+        ),
+    ],
+)
+def test_a_batch_schedule_that_cannot_be(
+    world_size: int, later: tuple[int, int], others: dict, key: str, words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_plan(growing(later, **others), world_size)
+    assert caught.value.key == key
+    assert words in str(caught.value)

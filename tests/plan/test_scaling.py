@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from recipe.plan.scaling import RateSchedule, epochs_to_steps, scaled_rate, scaled_weight_decay, warmup_applies
+from recipe.plan.scaling import (
+    RateSchedule,
+    Timeline,
+    epochs_to_steps,
+    scaled_rate,
+    scaled_weight_decay,
+    warmup_applies,
+)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +119,8 @@ def test_rate_at_each_step(changes: dict, rates: list[float]) -> None:
     ],
 )
 def test_curves_from_the_last_step_of_the_warmup_to_the_end_and_beyond(changes: dict, rates: list[float]) -> None:
-    curve = schedule(milestones=(), total_steps=changes.pop("total_steps", 8), **changes)
+    timeline = Timeline.of([(0, 32)], 32 * changes.pop("total_steps", 8), 1)
+    curve = schedule(milestones=(), timeline=timeline, **changes)
     assert [curve.rate(step) for step in range(3, 3 + len(rates))] == pytest.approx(rates, rel=1e-14, abs=1e-17)
     assert [curve.rate(step) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
 
@@ -123,3 +131,37 @@ def test_the_papers_run_at_8k() -> None:
     expected = {0: 0.1, 1: 0.1 + 3.1 / 780, 390: 1.65, 779: 0.1 + 3.1 * 779 / 780, 780: 3.2, 4679: 3.2}
     expected |= {4680: 0.32, 9359: 0.32, 9360: 0.032, 12479: 0.032, 12480: 0.0032, 14039: 0.0032}
     assert {step: paper.rate(step) for step in expected} == pytest.approx(expected, rel=1e-12)
+
+
+# 1,000 images in batches of 100, from epoch 2 on of 250: 10, 10, 4 and 4 steps.
+GROWING = Timeline.of([(0, 100), (2, 250)], 1000, 4)
+
+
+def test_a_timeline_whose_batch_grows() -> None:
+    assert GROWING.total_steps == 28
+    places = {0: (0, 0), 9: (0, 9), 10: (1, 0), 19: (1, 9), 20: (2, 0), 23: (2, 3), 24: (3, 0), 28: (4, 0)}
+    assert {step: GROWING.place(step) for step in places} == places
+    assert {step: GROWING.images(step) for step in (0, 1, 20, 22, 28)} == {0: 0, 1: 100, 20: 2000, 22: 2500, 28: 4000}
+    assert {epochs: GROWING.steps(epochs) for epochs in (0.5, 2, 2.5, 4)} == {0.5: 5, 2: 20, 2.5: 22, 4: 28}
+    assert [GROWING.epochs_done(step) for step in (5, 20, 22, 28)] == [0.5, 2, 2.5, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rates"),
+    [
+        # By 2.5 with the batch, and by its root.
+        ({"milestones": ()}, [0.5, 0.5, 1.25, 1.25, 1.25]),
+        ({"milestones": (), "scaling_rule": "sqrt"}, [0.5, 0.5, 0.5 * math.sqrt(2.5)] + 2 * [0.5 * math.sqrt(2.5)]),
+        ({"milestones": (), "scaling_rule": "none"}, [0.5] * 5),
+        # Smith et al. 2018: where the batch grows by what the rate would decay by, the rate stays.
+        ({"milestones": (20,), "decay_factor": 0.4}, [0.5] * 5),
+        # Of the images after the warmup's 400, (1000 − 400) / 3600 are trained before step 10, 2100 / 3600 before 22.
+        (
+            {"decay": "linear"},
+            [0.5 * 3000 / 3600, 0.5 * 2100 / 3600, 1.25 * 2000 / 3600, 1.25 * 1500 / 3600, 250 / 2880],
+        ),
+    ],
+)
+def test_the_rate_follows_a_batch_that_grows(changes: dict, rates: list[float]) -> None:
+    growing = schedule(timeline=GROWING, **changes)
+    assert [growing.rate(step) for step in (10, 19, 20, 22, 27)] == pytest.approx(rates, rel=1e-14)

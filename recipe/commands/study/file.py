@@ -104,7 +104,7 @@ class Training:
     @property
     def images(self) -> int:
         """Images that it trains on in all: what it costs, whatever the batch size."""
-        return self.plan.total_steps * self.plan.global_batch
+        return self.plan.timeline.images(self.plan.total_steps)
 
     def __str__(self) -> str:
         return f"{self.case}, seed {self.seed}"

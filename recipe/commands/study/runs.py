@@ -173,7 +173,7 @@ class Runner:
         """Images trained on so far: a measure of the time left, whatever the batch size."""
         running = [training for training, _ in self._running.values()]
         over = sum(training.images for training in self.study.trainings if training not in (*self._pending, *running))
-        return over + sum(steps_done(self.output / one.folder) * one.plan.global_batch for one in running)
+        return over + sum(one.plan.timeline.images(steps_done(self.output / one.folder)) for one in running)
 
     def _start_what_fits(self) -> None:
         for slot in sorted(set(range(self.where.jobs)) - set(self._running)):
