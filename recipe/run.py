@@ -34,6 +34,7 @@ from recipe.engine import (
     set_loudness,
     settle_micro_batch,
     start_engine,
+    step_locally,
     train_epoch,
     training_loss,
 )
@@ -127,6 +128,8 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     groups = parameter_groups(run.model, plan.weight_decay)
     passed_on = deepspeed_config(plan.config.model_dump(mode="json", exclude_none=True), output)
     engine = start_engine(run.model, groups, passed_on, plan.schedule, recipe.ema.decay)
+    if recipe.local_sgd.steps is not None:
+        step_locally(engine, plan.is_local, plan.equal_after)
     loss_function = training_loss(engine.module, **recipe.loss.model_dump(), compiled=recipe.compile)
 
     # Where it starts, and what it writes
@@ -210,7 +213,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
                     telemetry.step(step)
                     history.add(step)
                     signum, save_due = requests.agree()
-                    if signum:
+                    if signum and plan.equal_after(engine.global_steps):
                         raise Interrupted(signum)
                     if plan.saves_after(engine.global_steps, save_due):
                         save_now()

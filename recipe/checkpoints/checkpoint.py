@@ -20,6 +20,7 @@ from recipe.checkpoints.manifest import PLAN, Checkpoint
 from recipe.engine import read_overflows
 
 UNFINISHED = ".unfinished"
+OF_RANK = "rank-{:05d}.pt"
 
 # What DeepSpeed pickles into the shards of ZeRO stages 1 to 3; plain tensors and containers suffice at stage 0.
 ZERO_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
@@ -41,11 +42,12 @@ def save(
     plan: str,
     training_sha256: str,
     data: manifest.Data | None = None,
+    own_state: Any = None,
 ) -> Path:
     """Write the state of ``engine`` and ``client_state`` (plain values and tensors) below ``folder``. A collective.
 
-    ``top1`` is that of its validation, in per cent, ``plan`` the text of its ``plan.json``; for the others see
-    ``Checkpoint``.
+    ``top1`` is that of its validation, in per cent, ``plan`` the text of its ``plan.json``, ``own_state`` what this
+    rank has that others have not, or None; for the others see ``Checkpoint``.
 
     Raises:
         CheckpointError: it could not be written; the older ones are as they were.
@@ -58,7 +60,9 @@ def save(
     dist.barrier()
     try:
         engine.save_checkpoint(str(unfinished), tag=tag, client_state=client_state, save_latest=False)
-        dist.barrier()  # at ZeRO stages every rank writes a shard
+        if own_state is not None:
+            torch.save(own_state, unfinished / tag / OF_RANK.format(dist.get_rank()))
+        dist.barrier()  # every rank may write a part
         if dist.get_rank() == 0:
             (unfinished / tag / PLAN).write_text(plan, encoding="utf-8")
             head = {"step": engine.global_steps, "top1": top1, "training_sha256": training_sha256}
@@ -115,6 +119,14 @@ def load_newest(
     if tried:  # and the engine holds parts of it
         raise CheckpointError(f"no checkpoint can be loaded: {'; '.join(messages)}")
     return None, {}, messages
+
+
+def load_own(found: Checkpoint, device: torch.device) -> Any:
+    """This rank's ``own_state`` as ``save`` got it; None where there is none, or as many ranks have not written it."""
+    name = OF_RANK.format(dist.get_rank())
+    if name not in found.files or found.world_size != dist.get_world_size():
+        return None
+    return torch.load(found.path / name, map_location=device, weights_only=True)
 
 
 def set_aside(checkpoints: Sequence[Checkpoint]) -> None:

@@ -12,7 +12,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from recipe.checkpoints import checkpoint, manifest
 from recipe.checkpoints.checkpoint import CheckpointError
 from recipe.checkpoints.resume import Start, statistics_change, training_sha256
-from recipe.engine import Step, Validation, average_of
+from recipe.engine import Step, Validation, average_of, local_steps_of
 from recipe.model import average_running_statistics, gather_running_averages, restore_running_averages
 from recipe.plan import NoiseScale, Plan, plan_json
 
@@ -77,6 +77,9 @@ def load_run(engine: DeepSpeedEngine, plan: Plan, start: Start) -> tuple[History
     average = average_of(engine)
     if average is not None:
         average.load(state.get("average"))
+    local = local_steps_of(engine)
+    if local is not None and (own := checkpoint.load_own(loaded, engine.device)) is not None:
+        local.load(own)
     history = History(
         state["validations"],
         set(state["bad_images"]),
@@ -105,7 +108,7 @@ def save_run(
     recipe = plan.config.recipe
     history.gather(engine.device, names_too=recipe.data.on_bad_image == "skip")
     # DeepSpeed writes rank 0's running averages. Their mean is of use; training continues with each rank's own.
-    own, average = gather_running_averages(engine.module), average_of(engine)
+    own, average, local = gather_running_averages(engine.module), average_of(engine), local_steps_of(engine)
     averaged = {} if average is None else {"average": average.state()}
     average_running_statistics(engine.module)
     resolved = plan_json(plan)
@@ -117,6 +120,7 @@ def save_run(
         plan=resolved,
         training_sha256=training_sha256(json.loads(resolved)),
         data=data,
+        own_state=None if local is None else local.state(),
     )
     restore_running_averages(engine.module, own)
     if dist.get_rank() == 0:

@@ -27,6 +27,7 @@ from recipe.plan import (
     gradient_bytes,
     hidden_bandwidth,
     largest_micro_batch,
+    local_bytes,
     memory,
     notes,
     overlaps_reduction,
@@ -131,6 +132,9 @@ def _all_reduce(plan: Plan, facts: ModelFacts, images_per_second: float | None) 
     if images_per_second is not None and overlaps_reduction(plan):
         gbit = hidden_bandwidth(plan, facts, images_per_second) * 8 / 1e9
         text += f"; at {gbit:.3g}{NO_BREAK}Gbit/s per rank the backward pass hides it"
+    if local := local_bytes(plan, facts):
+        alone = _size(all_reduce_bytes(local, plan.world_size))
+        text += f"; in local SGD, which speed and time below do not know, {alone} of weights per rank and step"
     return text
 
 

@@ -290,6 +290,17 @@ class Ema(Section):
     the weights, and evaluate, predict and export take it. Not with ZeRO stages 1 to 3"""
 
 
+class LocalSgd(Section):
+    steps: Count | None = None
+    """optimizer steps that each rank makes alone before the weights are averaged over the ranks, a whole number >= 1,
+    or null: gradients are averaged at every step. Weights are averaged at the end of each epoch, too, and checkpoints
+    wait for it; momentum stays each rank's own. The training is then another on another number of GPUs. Not with fp16,
+    ZeRO stages 1 to 3, a moving average, the noise scale, nor batch norm statistics over several ranks"""
+
+    after_epoch: Annotated[int, Field(ge=0)] | None = None
+    """the epochs before that in which gradients are averaged at every step, a whole number >= 0, or null for none"""
+
+
 class Checkpoint(Section):
     every_steps: Count | None = None
     """optimizer steps between checkpoints within an epoch, a whole number >= 1, or null for none. Each epoch ends with
@@ -351,6 +362,9 @@ class Recipe(Section):
 
     ema: Ema = Ema()
     """an object with decay"""
+
+    local_sgd: LocalSgd = LocalSgd()
+    """an object with steps and after_epoch"""
 
     precision: Literal["fp32", "fp64"] | None = None
     """ "fp32" keeps GPUs from rounding factors to TF32, "fp64" trains in double precision, for checks in which rounding
@@ -476,6 +490,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
     if config.recipe.ema.decay is not None and zero.stage:
         problem = f"ZeRO stage {zero.stage} leaves no rank the whole master weights to average"
         yield "recipe.ema.decay", problem, "write null, or zero_optimization.stage 0"
+    if config.recipe.local_sgd.steps is not None:
+        yield from (("recipe.local_sgd.steps", *why_not) for why_not in _what_local_steps_bar(config))
     if config.recipe.noise_scale.enabled and zero.stage:
         yield (
             "recipe.noise_scale.enabled",
@@ -527,3 +543,19 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "recipe.schedule.weight_decay_rule", problem, 'write "constant", or for recipe.schedule.batch_size null'
     if list(schedule.decay_epochs) != sorted(set(schedule.decay_epochs)):
         yield "recipe.schedule.decay_epochs", "the numbers do not rise", "write each once, the smallest first"
+
+
+def _what_local_steps_bar(config: Config) -> Iterator[tuple[str, str]]:
+    """Problem and remedy of what ranks cannot do that step alone."""
+    recipe, stage = config.recipe, config.zero_optimization.stage
+    if stage:
+        yield f"ZeRO stage {stage} leaves no rank the whole weights", "write null, or zero_optimization.stage 0"
+    if config.fp16.enabled:
+        yield "each rank would come to a loss scale of its own", "write null, or train in bf16 or fp32"
+    if config.bf16.enabled and (config.bf16.check_grad_overflow or config.gradient_clipping):
+        remedy = "write null, or bf16.check_grad_overflow false and gradient_clipping 0"
+        yield "a rank would skip an update that overflows while the others go on", remedy
+    if recipe.ema.decay is not None:
+        yield "each rank would average its own weights", "write null, or for recipe.ema.decay"
+    if recipe.noise_scale.enabled:
+        yield "there is no mean gradient to take the norm of", "write null, or for recipe.noise_scale.enabled false"

@@ -6,6 +6,7 @@ from .device import (
 )
 from .gradient_norms import GradientNorms as GradientNorms, listen_to_gradients as listen_to_gradients
 from .kernels import choose_kernels as choose_kernels
+from .local_steps import local_steps_of as local_steps_of, step_locally as step_locally
 from .loop import (
     Batch as Batch,
     NoImageError as NoImageError,

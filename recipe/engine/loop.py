@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from recipe.engine.averaging import average_of
 from recipe.engine.gradient_norms import GradientNorms
 from recipe.engine.kernels import Loss, compile_training
+from recipe.engine.local_steps import local_steps_of
 from recipe.engine.precision import loss_scale, overflowed
 from recipe.engine.start import backward
 from recipe.model import update_running_averages
@@ -114,13 +115,15 @@ def train_epoch(
     ``engine.step()`` follows every micro-batch: DeepSpeed counts them, and updates after as many as it accumulates.
     """
     engine.train()
-    accumulation, average = engine.gradient_accumulation_steps(), average_of(engine)
+    accumulation, average, local = engine.gradient_accumulation_steps(), average_of(engine), local_steps_of(engine)
     losses: list[Tensor] = []
     bad_images: list[str] = []
     data_wait_seconds, decoded_by_pil = 0.0, 0
     asked = time.perf_counter()
     for batch in batches:
         data_wait_seconds += time.perf_counter() - asked
+        if local is not None and not losses:
+            local.begin_step()
         loss = loss_function(engine(batch.images), batch.labels)
         losses.append(loss.detach())
         bad_images += batch.bad_images
@@ -138,6 +141,8 @@ def train_epoch(
             update_running_averages(engine.module, discard=skipped)
             if average is not None:
                 average.update(skipped)
+            if local is not None:
+                local.end_step()
             yield Step(step, lr, mean_loss, scale, skipped, data_wait_seconds, tuple(bad_images), decoded_by_pil, norms)
             losses, bad_images, data_wait_seconds, decoded_by_pil = [], [], 0.0, 0
         asked = time.perf_counter()

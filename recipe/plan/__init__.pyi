@@ -14,6 +14,7 @@ from .cost import (
     gradient_bytes as gradient_bytes,
     hidden_bandwidth as hidden_bandwidth,
     largest_micro_batch as largest_micro_batch,
+    local_bytes as local_bytes,
     memory as memory,
     overlaps_reduction as overlaps_reduction,
     reduced_bytes as reduced_bytes,

@@ -206,6 +206,12 @@ def reduced_bytes(plan: Plan, facts: ModelFacts) -> float:
     return gradient_bytes(plan, facts) * times
 
 
+def local_bytes(plan: Plan, facts: ModelFacts) -> float | None:
+    """What local SGD reduces in an optimizer step, on average: the weights, every so many steps; None without it."""
+    every = plan.config.recipe.local_sgd.steps
+    return None if every is None else max(4, VALUE_BYTES[plan.precision]) * facts.parameters / every
+
+
 @dataclass(frozen=True)
 class BatchNormTraffic:
     """``ranks`` hold a group's images together; the rest is of one rank and optimizer step.

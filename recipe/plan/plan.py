@@ -86,9 +86,25 @@ class Plan:
         return max(self.train_images % phase.global_batch for phase in self.timeline.phases)
 
     def saves_after(self, steps_done: int, due: bool = False) -> bool:
-        """Whether the clock (``due``) or ``every_steps`` asks for a checkpoint here, where no epoch ends."""
-        every = self.config.recipe.checkpoint.every_steps
-        return (due or (every is not None and steps_done % every == 0)) and self.timeline.place(steps_done)[1] != 0
+        """Whether the clock (``due``) or ``every_steps`` asks for a checkpoint here, where no epoch ends.
+
+        What asks after a local step is heard where the weights are averaged next.
+        """
+        every, local = self.config.recipe.checkpoint.every_steps, self.config.recipe.local_sgd.steps
+        since = local if local is not None and self.is_local(steps_done - 1) else 1
+        asked = due or (every is not None and steps_done % every < since)
+        return asked and self.equal_after(steps_done) and self.timeline.place(steps_done)[1] != 0
+
+    def is_local(self, step: int) -> bool:
+        """Whether each rank makes this step alone; never on a single rank."""
+        local = self.config.recipe.local_sgd
+        alone = local.steps is not None and self.world_size > 1
+        return alone and self.timeline.place(step)[0] >= (local.after_epoch or 0)
+
+    def equal_after(self, steps_done: int) -> bool:
+        """Whether all ranks have the same weights after so many steps: local ones are averaged within each epoch."""
+        every = self.config.recipe.local_sgd.steps
+        return every is None or not self.is_local(steps_done - 1) or self.timeline.place(steps_done)[1] % every == 0
 
     @property
     def batchnorm_images(self) -> int:
@@ -142,6 +158,13 @@ def make_plan(
             "batch norm's statistics come from several ranks, and what a rank has of the gradient is no gradient of "
             "its own images",
             'write false, or for recipe.batchnorm.statistics "local" or a number of images up to a micro-batch\'s, '
+            f"{micro_batch}",
+        )
+    if recipe.local_sgd.steps is not None and spans_ranks:
+        raise config.source.refusal(
+            "recipe.local_sgd.steps",
+            "batch norm's statistics come from several ranks, which would not step alone",
+            'write null, or for recipe.batchnorm.statistics "local" or a number of images up to a micro-batch\'s, '
             f"{micro_batch}",
         )
     if recipe.ema.decay is not None and statistics == "local" and world_size > 1:

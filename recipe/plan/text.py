@@ -46,6 +46,7 @@ def plan_fields(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
         ("weight decay", _weight_decay(plan, facts)),
         *_loss(plan),
         *_weight_average(plan),
+        *_local_sgd(plan),
         ("checkpoints", _checkpoints(plan)),
         *_noise_scale(plan),
     ]
@@ -362,6 +363,24 @@ def _weight_average(plan: Plan) -> list[tuple[str, str]]:
     epochs = math.log(0.5) / math.log(decay) / plan.train_images
     step = f"{decay**plan.global_batch:.6g} per step of {plan.global_batch:,}"
     return [("weight average", f"decay {decay!r} per image, {step}: halved in {epochs:.3g} epochs")]
+
+
+def _local_sgd(plan: Plan) -> list[tuple[str, str]]:
+    local = plan.config.recipe.local_sgd
+    if local.steps is None:
+        return []
+    if plan.world_size == 1:
+        return [("local SGD", "no effect on a single rank")]
+    since = ""
+    if local.after_epoch:
+        since = f"from epoch {local.after_epoch} (step {plan.timeline.steps(local.after_epoch):,}) on "
+    return [
+        (
+            "local SGD",
+            f"{since}each rank steps alone; weights are averaged every {counted(local.steps, 'step')} and at the end "
+            "of each epoch. On another number of ranks it is another training",
+        )
+    ]
 
 
 def _checkpoints(plan: Plan) -> str:

@@ -393,6 +393,14 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
         ),
         ({"recipe.schedule.decay_epochs": [30, 30]}, "= [30, 30]: the numbers do not rise; write each once"),
         ({"recipe.schedule.decay_epochs": [60, 30]}, "= [60, 30]: the numbers do not rise;"),
+        (
+            {"recipe.local_sgd.steps": 8, "zero_optimization.stage": 1},
+            "local_sgd.steps = 8: ZeRO stage 1 leaves no rank the whole weights; write null, or zero_optimization",
+        ),
+        ({"recipe.local_sgd.steps": 8, "fp16.enabled": True}, "= 8: each rank would come to a loss scale of its own; "),
+        ({"recipe.local_sgd.steps": 8, "bf16.enabled": True}, "= 8: a rank would skip an update that overflows while"),
+        ({"recipe.local_sgd.steps": 8, "recipe.ema.decay": 0.999}, "= 8: each rank would average its own weights; "),
+        ({"recipe.local_sgd.steps": 8, "recipe.noise_scale.enabled": True}, "= 8: there is no mean gradient to take"),
         ({"recipe.schedule.batch_size": [[9, 512], [9, 1024]]}, "[[9, 512], [9, 1024]]: the epochs do not rise;"),
         (
             {"recipe.schedule.batch_size": [[9, 512]], "recipe.schedule.weight_decay_rule": "inverse"},

@@ -12,6 +12,7 @@ import pytest
 from recipe.checkpoints.resume import batchnorm_images
 from recipe.config.schema import Config, ConfigError, parse_config, read_config
 from recipe.distributed.hostfile import read_hostfile
+from recipe.plan.cost import SHIPPED, local_bytes
 from recipe.plan.plan import Plan, fitting_micro_batches, make_plan, with_micro_batch
 from recipe.plan.text import format_plan, notes, plan_fields, plan_json
 from recipe.reporting.summary import format_summary, read_summary
@@ -738,3 +739,29 @@ def test_a_batch_schedule_that_cannot_be(
         make_plan(growing(later, **others), world_size)
     assert caught.value.key == key
     assert words in str(caught.value)
+
+
+def test_local_sgd_says_where_ranks_are_equal_and_what_it_saves() -> None:
+    """156 steps per epoch: from epoch 30 on weights are averaged 8, 16, … 152 and 156 steps into each epoch."""
+    local = {"recipe__local_sgd": {"steps": 8, "after_epoch": 30}, "recipe__batchnorm__statistics": 32}
+    plan = make_plan(config(**local, recipe__checkpoint__every_steps=10), 32)
+    assert [step for step in range(4670, 4710) if not plan.is_local(step)] == list(range(4670, 4680))
+    assert [step for step in range(4676, 4705) if plan.equal_after(step)] == [*range(4676, 4681), 4688, 4696, 4704]
+    assert [step for step in range(4820, 4850) if plan.equal_after(step)] == [4824, 4832, 4836, 4844]
+    # Steps 4,680 and 9,360 end epochs; what asks for a checkpoint after 4,690 and 4,700 is heard at 4,696 and 4,704.
+    assert [step for step in range(4660, 4712) if plan.saves_after(step)] == [4660, 4670, 4696, 4704]
+    assert [plan.saves_after(step, due=True) for step in (4681, 4688)] == [False, True]
+    text = " ".join(format_plan(plan).split())
+    assert "from epoch 30 (step 4,680) on each rank steps alone; weights are averaged every 8 steps and at" in text
+    facts = SHIPPED["resnet50", 1000]
+    assert local_bytes(plan, facts) == 4 * facts.parameters / 8
+    alone = make_plan(config(**local), 1)
+    assert not any(map(alone.is_local, range(4670, 4700)))
+    assert "no effect on a single rank" in format_plan(alone)
+
+
+@pytest.mark.parametrize("statistics", ["global", 512])
+def test_local_sgd_needs_statistics_of_one_rank(statistics: str | int) -> None:
+    error = refusal(32, recipe__local_sgd__steps=8, recipe__batchnorm__statistics=statistics)
+    assert error.key == "recipe.local_sgd.steps"
+    assert '"local" or a number of images up to a micro-batch\'s, 256' in error.remedy
