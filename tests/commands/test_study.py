@@ -98,7 +98,8 @@ def diverge(training: Training, output: Path, losses: Sequence[float | None] = (
 
 def test_the_shipped_studies_are_the_papers_tables_and_can_be_planned() -> None:
     names = ("warmup", "learning_rate", "batch_size", "gamma_init")
-    assert {path.stem for path in STUDIES} == {f"{name}_{data}" for name in names for data in ("digits", "cifar10")}
+    papers = {f"{name}_{data}" for name in names for data in ("digits", "cifar10")}
+    assert {path.stem for path in STUDIES} == {*papers, "beyond_digits", "local_sgd_digits"}
     for found in (read_study(path, world_size=1) for path in STUDIES):
         assert len(found.file.seeds) >= 3
         assert len(found.trainings) == len(found.file.seeds) * len(found.file.cases)
