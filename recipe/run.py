@@ -89,8 +89,7 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
             device = choose_device(plan.precision)
             classes, section = recipe.model.num_classes, recipe.data.model_dump()
             samples = data.open_samples(section, **view, classes=classes, device=device, workers=plan.workers)
-            names, digest = data.describe_data(samples)
-            described = Data(classes=names, digest=digest)
+            described = Data(**data.describe_data(samples))
             model = build_model(seed=recipe.seed, statistics=recipe.batchnorm.statistics, **recipe.model.model_dump())
             check_image_size(model, plan.image_size, plan.batchnorm_images)
         except ConfigError:
@@ -128,8 +127,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     groups = parameter_groups(run.model, plan.weight_decay)
     passed_on = deepspeed_config(plan.config.model_dump(mode="json", exclude_none=True), output)
     engine = start_engine(run.model, groups, passed_on, plan.schedule, recipe.ema.decay)
-    if recipe.local_sgd.steps is not None:
-        step_locally(engine, plan.is_local, plan.equal_after)
+    step_locally(engine, recipe.local_sgd.steps, plan.is_local, plan.equal_after)
     loss_function = training_loss(engine.module, **recipe.loss.model_dump(), compiled=recipe.compile)
 
     # Where it starts, and what it writes
@@ -172,7 +170,6 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     with Requests(recipe.checkpoint.save_every, timeout, watch.launchers) as requests:
 
         def save_now(top1: float | None = None) -> None:
-            telemetry.report()
             telemetry.sync()
             seconds = time.monotonic() - started
             checkpoints.save_run(engine, output / CHECKPOINTS, plan, run.data, history, seconds, top1)
@@ -234,7 +231,6 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     # What it came to
     read_overflows(engine)
     history.seconds += time.monotonic() - started
-    best = manifest.best(manifest.find(output / CHECKPOINTS))
     summary = reporting.summarise(
         plan,
         history,
@@ -242,7 +238,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
         hosts=len(set(meeting.hosts)),
         skipped_steps=engine.skipped_steps,
         images_per_second=telemetry.images_per_second(),
-        best_checkpoint=None if best is None else best.path,
+        best_checkpoint=manifest.best_path(output / CHECKPOINTS),
         classes=run.data.classes,
         versions=versions(),
     )

@@ -147,6 +147,12 @@ def best(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
     return next(iter(best_first(checkpoints)), None)
 
 
+def best_path(folder: Path) -> Path | None:
+    """Where the ``best`` of a folder's checkpoints lies."""
+    found = best(find(folder))
+    return None if found is None else found.path
+
+
 def best_first(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Those that were validated, by top-1 accuracy; among equals the latest first, which was trained for longer."""
     validated = [checkpoint for checkpoint in checkpoints if checkpoint.top1 is not None]

@@ -1,6 +1,6 @@
 """From the folder of a config to its data sets."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -152,11 +152,11 @@ def open_samples(
     return training, validation
 
 
-def describe_data(samples: tuple[Samples, Samples] | SyntheticImages) -> tuple[list[str], str]:
-    """The names of the classes in the order of their numbers, and a digest of the images; none of synthetic ones."""
+def describe_data(samples: tuple[Samples, Samples] | SyntheticImages) -> dict[str, Any]:
+    """``classes``, their names in the order of their numbers, and a ``digest`` of the images; empty if synthetic."""
     if isinstance(samples, SyntheticImages):
-        return [], ""
-    return samples[0].class_names, " ".join(part.digest for part in samples)
+        return {"classes": [], "digest": ""}
+    return {"classes": samples[0].class_names, "digest": " ".join(part.digest for part in samples)}
 
 
 def decoded_beforehand(samples: tuple[Samples, Samples] | SyntheticImages) -> int:

@@ -72,9 +72,12 @@ class LocalSteps:
                     self._engine.basic_optimizer.state[master][name].copy_(value)
 
 
-def step_locally(engine: DeepSpeedEngine, is_local: Callable[[int], bool], equal_after: Callable[[int], bool]) -> None:
-    """Give an engine its ``LocalSteps``."""
-    engine.local_steps = LocalSteps(engine, is_local, equal_after)
+def step_locally(
+    engine: DeepSpeedEngine, steps: int | None, is_local: Callable[[int], bool], equal_after: Callable[[int], bool]
+) -> None:
+    """Give an engine its ``LocalSteps``; none where ``steps``, those between two averages, is None."""
+    if steps is not None:
+        engine.local_steps = LocalSteps(engine, is_local, equal_after)
 
 
 def local_steps_of(engine: Any) -> LocalSteps | None:

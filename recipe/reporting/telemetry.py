@@ -133,7 +133,8 @@ class Telemetry:
             self.writer.say(message)
 
     def sync(self) -> None:
-        """Sync the metrics to the disk, before a checkpoint is written."""
+        """Report what is outstanding and sync the metrics to the disk, before a checkpoint is written."""
+        self.report()
         if self.writer is not None:
             self.writer.sync()
 

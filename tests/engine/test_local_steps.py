@@ -39,7 +39,7 @@ def _trained(rank: int, world_size: int) -> dict[str, list[dict[str, Tensor]]]:
     found = {}
     for precision in ("fp32", "bf16"):
         engine = new_engine(world_size, BATCH, 2, **PRECISIONS[precision])
-        step_locally(engine, is_local, equal_after)
+        step_locally(engine, EVERY, is_local, equal_after)
         history = [master_weights(engine)]
         for step in range(STEPS):
             train_step(engine, rank, world_size, step, BATCH)
