@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "decoders_missing": missing,
             "decoders": {
                 name: differences(data_set(listing, arguments.image_size), decoder, arguments.device)
-                for name, decoder in (decoders | stand_ins(missing, arguments.image_size)).items()
+                for name, decoder in (decoders | stand_ins(missing)).items()
             },
             "loaders": [
                 loaders(
@@ -298,22 +298,20 @@ def open_decoders(arguments: argparse.Namespace) -> tuple[dict[str, Decoder], di
     decoders, missing = {}, {}
     for name in arguments.decoders:
         try:
-            decoders[name] = open_decoder(
-                name, arguments.image_size, torch.device(arguments.device), threads=max(arguments.workers)
-            )
+            decoders[name] = open_decoder(name, torch.device(arguments.device), threads=max(arguments.workers))
         except ValueError as error:
             missing[name] = str(error)
     return decoders, missing
 
 
-def stand_ins(missing: dict[str, str], image_size: int) -> dict[str, Decoder]:
+def stand_ins(missing: dict[str, str]) -> dict[str, Decoder]:
     """What nvJPEG's way with colours alone makes of the pixels, by libjpeg-turbo, where there is no GPU."""
 
     def repeat_colours(files: list[Tensor], mode: str, device: torch.device) -> list[Tensor]:
         decoded = (simplejpeg.decode_jpeg(file.numpy().tobytes(), fastupsample=True) for file in files)
         return [torch.from_numpy(pixels).movedim(-1, 0) for pixels in decoded]
 
-    return {"stand-in for gpu": NvJpeg(image_size, torch.device("cpu"), repeat_colours)} if "gpu" in missing else {}
+    return {"stand-in for gpu": NvJpeg(torch.device("cpu"), repeat_colours)} if "gpu" in missing else {}
 
 
 def differences(images: ImageFiles, decoder: Decoder, device: str) -> dict[str, dict[str, float]]:

@@ -109,7 +109,7 @@ def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
     config = plan.config.recipe
     device = torch.device(arguments.device)
     precise = device.type == "cpu"
-    size, crop, flip = plan.image_size, config.data.crop, config.data.flip
+    size, crop, flip = plan.image_sizes, config.data.crop, config.data.flip
     folder, _ = open_datasets("imagefolder", data, size, crop, flip, config.seed, "stop")
     say(f"decoding {len(folder):,} images")
     started = time.perf_counter()

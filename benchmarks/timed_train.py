@@ -24,7 +24,7 @@ LAUNCH, IMPORTS, BATCHES, STEP, REST = "launch", "imports", "batches of the firs
 PARTS = {
     "data set": ("data", "open_samples"),
     "model": ("run", "build_model"),
-    "look at the model": ("run", "check_image_size"),
+    "look at the model": ("run", "check_image_sizes"),
     "meeting of the ranks": ("meeting", "meet"),
     "process group": ("run", "join_process_group"),
     "deepspeed.initialize": ("run", "start_engine"),

@@ -38,7 +38,7 @@ from recipe.engine import (
     train_epoch,
     training_loss,
 )
-from recipe.model import average_running_statistics, build_model, check_image_size, join_neighbours, parameter_groups
+from recipe.model import average_running_statistics, build_model, check_image_sizes, join_neighbours, parameter_groups
 from recipe.plan import Plan, format_plan, plan_json
 from recipe.reporting import SUMMARY, OutputError, Telemetry
 
@@ -78,7 +78,7 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
         ValueError: a device without the precision, data that cannot be read, a model that does not fit the data, an
             output folder that holds another training, or cannot be made.
     """
-    recipe, view = plan.config.recipe, {"image_size": plan.image_size, "seed": plan.config.recipe.seed}
+    recipe, section = plan.config.recipe, plan.config.recipe.data.model_dump()
     with ExitStack() as undo:
         if (os.environ.get("RANK") or "0") == "0":
             # First of all: another run that is about to end changes which checkpoints are there.
@@ -87,11 +87,11 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
         start = checkpoints.choose_start(plan, output, resume, accept_changes, has_summary=(output / SUMMARY).exists())
         try:
             device = choose_device(plan.precision)
-            classes, section = recipe.model.num_classes, recipe.data.model_dump()
-            samples = data.open_samples(section, **view, classes=classes, device=device, workers=plan.workers)
+            view: dict[str, Any] = {"classes": recipe.model.num_classes, "seed": recipe.seed}
+            samples = data.open_samples(section, **view, device=device, workers=plan.workers)
             described = Data(**data.describe_data(samples))
             model = build_model(seed=recipe.seed, statistics=recipe.batchnorm.statistics, **recipe.model.model_dump())
-            check_image_size(model, plan.image_size, plan.batchnorm_images)
+            check_image_sizes(model, plan.image_sizes, plan.validation_image_size, plan.batchnorm_images)
         except ConfigError:
             raise
         except ValueError as error:

@@ -67,7 +67,7 @@ def write(trained: "Trained", output: Path, *, with_onnx: bool = False) -> None:
     plan = trained.plan
     model = timm.create_model(plan.config.recipe.model.architecture, num_classes=trained.num_classes).eval()
     trained.load_into(model)  # half parameters become fp32 exactly: timm's fp32 model is the one that was validated
-    crop_mode, crop_pct = timm_crop(plan.image_size, plan.config.recipe.data.crop)
+    crop_mode, crop_pct = timm_crop(plan.validation_image_size, plan.config.recipe.data.crop)
     described: dict[str, Any] = {
         "pretrained_cfg": {"tag": None, "license": None},  # else those of timm's own weights
         "recipe": plan.config.model_dump(mode="json", exclude_none=True),
@@ -75,7 +75,7 @@ def write(trained: "Trained", output: Path, *, with_onnx: bool = False) -> None:
     if trained.classes is not None:
         described["label_names"] = trained.classes
     prepared = {
-        "input_size": (3, plan.image_size, plan.image_size),
+        "input_size": (3, plan.validation_image_size, plan.validation_image_size),
         "mean": plan.mean,
         "std": plan.std,
         "interpolation": "bilinear",
@@ -90,7 +90,7 @@ def write(trained: "Trained", output: Path, *, with_onnx: bool = False) -> None:
     shutil.copymode(output / TIMM_CONFIG, output / WEIGHTS)  # safetensors lets nobody else read its file
     (output / CARD).write_text(card(trained), encoding="utf-8")
     if with_onnx:
-        save_onnx(model, plan.image_size, output / ONNX)
+        save_onnx(model, plan.validation_image_size, output / ONNX)
 
 
 def timm_crop(image_size: int, crop: Any) -> tuple[str, float]:
@@ -178,6 +178,7 @@ def card(trained: "Trained") -> str:
         model_name=recipe.model.name,
         eval_results=None if trained.top1 is None else [measured],
     )
+    sizes = ", ".join(str(size) for _, size in plan.image_sizes)
     weights = "as trained" if recipe.ema.decay is None else "the moving average of the training's"
     return f"""\
 ---
@@ -188,6 +189,7 @@ def card(trained: "Trained") -> str:
 
 - **Measured:** {accuracy(trained)}.
 - **Trained:** {how_far(trained)} on {plan.train_images:,} images, in {plan.precision}.
+- **Images:** {plan.validation_image_size} px in validation and below, {sizes} px in training.
 - **Weights:** {weights}, in fp32.
 - **How:** the run's whole config is "recipe" in [{TIMM_CONFIG}]({TIMM_CONFIG}).
 

@@ -89,7 +89,7 @@ def measure(
     """
     set_loudness(verbose=False)
     device = rank_device()
-    size = image_size or trained.plan.image_size
+    size = image_size or trained.plan.validation_image_size
     dataset, shown = open_data(trained, data, size)
     model = trained.build(device)
     store = None

@@ -93,7 +93,7 @@ def answer(plan: Plan, arguments: argparse.Namespace) -> Answer:
     """
     model = plan.config.recipe.model.architecture
     speed, kind = arguments.images_per_second, "given"
-    if speed is None and plan.image_size == 224:
+    if speed is None and plan.image_sizes == ((0, 224),):
         speed, kind = ASSUMED_SPEED.get(model), f"assumed: {model} on an H100"
     bandwidth, bandwidth_kind = arguments.bandwidth, "given"
     if bandwidth is None:
@@ -117,6 +117,6 @@ def _facts(plan: Plan, inspects: bool) -> ModelFacts | None:
     from recipe.commands.inspect_model import inspect_model  # imports torch
 
     try:
-        return inspect_model(model.architecture, model.num_classes, plan.image_size)
+        return inspect_model(model.architecture, model.num_classes, plan.largest_image_size)
     except ValueError as error:
         raise ValueError(f"{plan.config.source.file}: {error}") from error

@@ -124,5 +124,5 @@ def _as_data(trained: "Trained", files: Sequence[Path]) -> "ImageDataset":
     names = b"".join(os.fsencode(file) + b"\0" for file in files)
     index = FolderIndex("", [""], np.array([len(files)]), np.frombuffer(names, np.uint8), left_out={})
     crop = trained.plan.config.recipe.data.crop
-    view: dict[str, Any] = {"image_size": trained.plan.image_size, "crop": crop, "flip": False, "seed": 0}
+    view: dict[str, Any] = {"image_size": trained.plan.validation_image_size, "crop": crop, "flip": False, "seed": 0}
     return ImageFiles(index, **view, on_bad_image="skip")

@@ -126,6 +126,10 @@ class CutMix(Section):
     paper"""
 
 
+ImageSize = Annotated[int, Field(ge=8, le=4096)]
+SizeChange = Annotated[tuple[Annotated[int, Field(ge=0)], ImageSize], Field(strict=False)]
+
+
 class Data(Section):
     source: Literal["digits", "imagefolder", "pack", "huggingface", "synthetic"]
     """ "digits" (scikit-learn's), "imagefolder" (a folder for each class), "pack" (what python -m recipe pack makes of
@@ -143,9 +147,16 @@ class Data(Section):
     pack_raw: bool = False
     """true or false: whether the pack is one of raw pixels, as its pack.json says. A run checks that, too"""
 
-    image_size: Annotated[int, Field(ge=8, le=4096)] | Auto
-    """height and width of the images that the model sees, in pixels, a whole number from 8 to 4096, or "auto": as the
-    weights of recipe.model.weights were trained, where a config.json beside them tells"""
+    image_size: Annotated[tuple[SizeChange, ...], Field(strict=False, min_length=1)] | ImageSize | Auto
+    """height and width of the images that the model sees, in pixels, a whole number from 8 to 4096, a list of
+    [epoch, size], epochs that rise from 0, or "auto": as the weights of recipe.model.weights were trained, where a
+    config.json beside them tells. A list is progressive resizing: from that epoch on, counted from 0, training images
+    have that size"""
+
+    validation_image_size: ImageSize | None = None
+    """height and width of the images in validation, in pixels, a whole number from 8 to 4096, or null: those of the
+    last training images. Crops that are resized show objects larger than validation does, so that a network gains from
+    larger images there (FixRes). evaluate, predict and export take this size, too"""
 
     train_images: Count | Auto = "auto"
     """images to train on, a whole number >= 1, so that a plan needs no data, or "auto": as many as there are"""
@@ -160,7 +171,7 @@ class Data(Section):
 
     crop: Literal["random_resized", "padded", "none"] = "random_resized"
     """ "random_resized" (the paper's), "padded" (shifted by a few pixels) or "none". Validation takes the centre
-    crop of an image resized to 8/7 of image_size (256 for 224) for "random_resized"; "padded" shifts by up to 1/8 of
+    crop of an image resized to 8/7 of its size (256 for 224) for "random_resized"; "padded" shifts by up to 1/8 of
     image_size"""
 
     flip: bool = True
@@ -518,6 +529,10 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "recipe.data.decoder", f"{data.source} data holds no JPEGs", 'write "cpu"'
     if data.decoder != "cpu" and data.on_device:
         yield "recipe.data.decoder", "with on_device true all is decoded once, by the CPU", 'write "cpu"'
+    if isinstance(data.image_size, tuple):
+        epochs = [epoch for epoch, _ in data.image_size]
+        if epochs != sorted({0, *epochs}):
+            yield "recipe.data.image_size", "the epochs do not rise from 0", "write each once, 0 first"
     if data.mixup.probability + data.cutmix.probability > 1:
         problem = "with that of mixup it is more than 1, and a step has one of the two"
         yield "recipe.data.cutmix.probability", problem, f"write at most {1 - data.mixup.probability:g}"

@@ -66,7 +66,7 @@ def _refusal(
     if first["type"] == "extra_forbidden":
         return ConfigError(file, dotted_key(key), value, *_unknown(root, _section(root, key[:-1]), str(key[-1])))
     if first["type"] == "missing":
-        key, value = first["loc"], ABSENT
+        key, value = (*_locate(first["loc"][:-1], raw)[0], first["loc"][-1]), ABSENT
     branches = [error for error in errors if _locate(error["loc"], raw)[0] == key] or [first]
     kinds = " or ".join(_kind(error) for error in branches)
     limits = [_LIMITS[error["type"]] for error in branches if error["type"] in _LIMITS]

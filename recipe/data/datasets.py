@@ -4,7 +4,7 @@ import errno
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, NotRequired, Self, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -29,11 +29,37 @@ _HOPELESS = 100
 """So many unreadable images in a row are a disk that has gone, not a data set with a few bad files."""
 
 
+class Sizes(NamedTuple):
+    """Pixels per side of samples, S."""
+
+    training: Sequence[tuple[int, int]]
+    """(epoch, S from that on), the epochs rising from 0"""
+    validation: int
+
+    @classmethod
+    def of(cls, training: int | Sequence[tuple[int, int]], validation: int | None) -> Self:
+        """From one size or several, and that of validation, which by default is the last of them."""
+        changes = ((0, training),) if isinstance(training, int) else training
+        return cls(changes, validation or changes[-1][1])
+
+    def at(self, epoch: int | None) -> int:
+        """Return S in an epoch; in validation for None."""
+        if epoch is None:
+            return self.validation
+        return next(size for first_epoch, size in reversed(self.training) if first_epoch <= epoch)
+
+    @property
+    def all(self) -> set[int]:
+        """Every S."""
+        return {self.validation, *(size for _, size in self.training)}
+
+
 class Options(TypedDict):
     """The arguments that all data sets take."""
 
-    image_size: int
-    """S, pixels per side of a sample"""
+    image_size: int | Sequence[tuple[int, int]]
+    validation_image_size: NotRequired[int | None]
+    """with the former: see ``Sizes.of``"""
     crop: Crop
     """what training cuts out of an image; validation follows it"""
     flip: bool
@@ -112,7 +138,7 @@ class ImageDataset(Samples):
         digest = hashlib.sha256(np.asarray(labels, np.int64).data)
         digest.update(names[names != 0])
         self.digest = digest.hexdigest()
-        self.image_size = options["image_size"]
+        self.sizes = Sizes.of(options["image_size"], options.get("validation_image_size"))
         self.crop = options["crop"]
         self._flip = options["flip"]
         self._seed = options["seed"]
@@ -148,12 +174,11 @@ class ImageDataset(Samples):
 
     def views(self, epoch: int | None, indices: Tensor, sizes: Tensor) -> Tensor:
         """Return what training sees of images of ``sizes``, validation where ``epoch`` is None; see ``draw_views``."""
+        image_size = self.sizes.at(epoch)
         if epoch is None:
-            views = [evaluation_view(*size, image_size=self.image_size, crop=self.crop) for size in sizes.tolist()]
+            views = [evaluation_view(*size, image_size=image_size, crop=self.crop) for size in sizes.tolist()]
             return torch.tensor(views, dtype=torch.int64).view(-1, len(View._fields))
-        return draw_views(
-            self._seed, epoch, indices, sizes, image_size=self.image_size, crop=self.crop, flip=self._flip
-        )
+        return draw_views(self._seed, epoch, indices, sizes, image_size=image_size, crop=self.crop, flip=self._flip)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -166,25 +191,25 @@ class ImageDataset(Samples):
         """Yield the samples of training, or of validation where ``epoch`` is None, at ``indices``."""
         first, whole, waiting_bytes = 0, [], 0
         for after, index in enumerate(indices, 1):
-            whole.append(self._whole(index, training=epoch is not None))
+            whole.append(self._whole(index, epoch))
             waiting_bytes += whole[-1].image.numel()
             if after == len(indices) or waiting_bytes > _WHOLE_BYTES:
                 sizes = torch.tensor([sample.image.shape[:2] for sample in whole])
                 # The random numbers are those of the image that was asked for, even where another one stands in for it.
                 views = self.views(epoch, torch.tensor(indices[first:after]), sizes)
                 for sample, view in zip(whole, (View(*row) for row in views.tolist()), strict=True):
-                    image = cut(sample.image, view, self.image_size)
+                    image = cut(sample.image, view, self.sizes.at(epoch))
                     yield sample._replace(image=image, mirrored=bool(view.mirrored))
                 first, whole, waiting_bytes = after, [], 0
 
-    def _whole(self, index: int, training: bool) -> Sample:
+    def _whole(self, index: int, epoch: int | None) -> Sample:
         """The sample with all of its image."""
         if index == PADDING:
             return self._blank()
         try:
-            (pixels, by_pil), source = self.readable_from(index) if training else (self.image(index), index)
+            (pixels, by_pil), source = (self.image(index), index) if epoch is None else self.readable_from(index)
         except BadImageError:
-            if training or self._on_bad_image == "stop":
+            if epoch is not None or self._on_bad_image == "stop":
                 raise
             return self._blank(self.name(index))
         bad_image = "" if source == index else self.name(index)
@@ -207,7 +232,8 @@ class ImageDataset(Samples):
         ) from first
 
     def _blank(self, bad_image: str = "") -> Sample:
-        image = torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8)
+        """Only validation has some."""
+        image = torch.zeros(self.sizes.validation, self.sizes.validation, 3, dtype=torch.uint8)
         return Sample(image, 0, 0.0, bad_image=bad_image)
 
 

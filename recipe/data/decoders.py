@@ -12,7 +12,7 @@ from recipe.data.augment import View, cut
 from recipe.data.encoded import Decoder
 
 
-def open_decoder(name: Literal["gpu", "dali"], image_size: int, device: torch.device, *, threads: int) -> Decoder:
+def open_decoder(name: Literal["gpu", "dali"], device: torch.device, *, threads: int) -> Decoder:
     """Return a decoder that has decoded a first image; ``threads`` of this process are for DALI."""
     if name == "gpu" and device.type != "cuda":
         raise ValueError('recipe.data.decoder = "gpu": there is no CUDA GPU; write "cpu", or "dali"')
@@ -23,10 +23,10 @@ def open_decoder(name: Literal["gpu", "dali"], image_size: int, device: torch.de
             # Deprecated since torchvision 0.29, in favour of torchcodec, which is no dependency here.
             from torchvision.io import decode_jpeg
 
-            decoder = NvJpeg(image_size, device, decode_jpeg)
+            decoder = NvJpeg(device, decode_jpeg)
         else:
-            decoder = Dali(image_size, device, threads)
-        decoder([torch.frombuffer(bytearray(file), dtype=torch.uint8)], [View(0, 0, 16, 16, image_size, image_size)])
+            decoder = Dali(device, threads)
+        decoder([torch.frombuffer(bytearray(file), dtype=torch.uint8)], [View(0, 0, 16, 16, 16, 16)], 16)
     except ImportError as error:
         remedy = "another torchvision" if name == "gpu" else "nvidia-dali-cuda130"
         raise ValueError(f'recipe.data.decoder = "{name}": {error}; pip install {remedy}, or write "cpu"') from error
@@ -42,10 +42,10 @@ class NvJpeg:
     Where a JPEG has fewer pixels of colour than of brightness, each is repeated; libjpeg-turbo interpolates.
     """
 
-    def __init__(self, image_size: int, device: torch.device, decode: Callable[..., list[Tensor]]) -> None:
-        self._image_size, self._device, self._decode = image_size, device, decode
+    def __init__(self, device: torch.device, decode: Callable[..., list[Tensor]]) -> None:
+        self._device, self._decode = device, decode
 
-    def __call__(self, files: Sequence[Tensor], views: Sequence[View]) -> list[Tensor]:
+    def __call__(self, files: Sequence[Tensor], views: Sequence[View], image_size: int) -> list[Tensor]:
         # torchvision decodes on a stream of its own, into memory of the current one: it waits neither for what that
         # still does with it, nor after an error for what is still written into it.
         if self._device.type == "cuda":
@@ -56,7 +56,7 @@ class NvJpeg:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             raise
-        return [cut(planes.movedim(0, -1), view, self._image_size) for planes, view in zip(decoded, views, strict=True)]
+        return [cut(planes.movedim(0, -1), view, image_size) for planes, view in zip(decoded, views, strict=True)]
 
 
 class Dali:
@@ -66,16 +66,16 @@ class Dali:
     beyond it.
     """
 
-    def __init__(self, image_size: int, device: torch.device, threads: int) -> None:
-        self._image_size, self._device, self._threads = image_size, device, threads
+    def __init__(self, device: torch.device, threads: int) -> None:
+        self._device, self._threads = device, threads
         self._pipeline: Any = None
-        self._largest_batch = 0
+        self._largest_batch, self._image_size = 0, 0
 
-    def __call__(self, files: Sequence[Tensor], views: Sequence[View]) -> Sequence[Tensor]:
+    def __call__(self, files: Sequence[Tensor], views: Sequence[View], image_size: int) -> Sequence[Tensor]:
         from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 
-        if self._pipeline is None or len(files) > self._largest_batch:
-            self._largest_batch = max(len(files), self._largest_batch)
+        if self._pipeline is None or len(files) > self._largest_batch or image_size != self._image_size:
+            self._largest_batch, self._image_size = max(len(files), self._largest_batch), image_size
             self._pipeline = self._new_pipeline()
         inputs = {
             "files": [file.numpy() for file in files],

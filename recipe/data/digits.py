@@ -15,11 +15,11 @@ _CLASSES = 10
 
 
 class Digits(ImageDataset):
-    """Grey images, uint8 (n, 8, 8), enlarged once and held in memory."""
+    """Grey images, uint8 (n, 8, 8), enlarged once, to the largest size, and held in memory."""
 
     def __init__(self, greys: np.ndarray, labels: np.ndarray, **options: Unpack[Options]) -> None:
         super().__init__(labels, [str(digit) for digit in range(_CLASSES)], **options)
-        size = (self.image_size, self.image_size)
+        size = (max(self.sizes.all),) * 2
         enlarged = [np.array(Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR)) for grey in greys]
         self._images = torch.from_numpy(np.stack(enlarged)).unsqueeze(-1).expand(-1, -1, -1, 3).contiguous()
 

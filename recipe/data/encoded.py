@@ -12,8 +12,8 @@ from recipe.data.datasets import ImageDataset, Sample, Samples, collate
 from recipe.data.decoding import plain_jpeg_size
 from recipe.data.sampler import PADDING, Keys
 
-Decoder = Callable[[Sequence[Tensor], Sequence[View]], Sequence[Tensor]]
-"""From JPEGs, uint8 (bytes,) each, and what is seen of each to uint8 (S, S, 3) each, on the device.
+Decoder = Callable[[Sequence[Tensor], Sequence[View], int], Sequence[Tensor]]
+"""From JPEGs, uint8 (bytes,) each, what is seen of each, and S to uint8 (S, S, 3) each, on the device.
 
 It raises a RuntimeError where it does not take one of them."""
 
@@ -80,7 +80,9 @@ class EncodedImages(Samples):
         contents = encoded.content.split(encoded.sizes.tolist())
         views = [View(*view) for view in encoded.views.tolist()]
         left = [place for place, view in enumerate(views) if any(view)]
-        decoded = dict(zip(left, self._decoded([contents[i] for i in left], [views[i] for i in left]), strict=True))
+        size = self._dataset.sizes.at(encoded.epoch)
+        made = self._decoded([contents[i] for i in left], [views[i] for i in left], size)
+        decoded = dict(zip(left, made, strict=True))
         images = []
         for place, content in enumerate(contents):
             image = decoded.get(place, content)
@@ -92,19 +94,18 @@ class EncodedImages(Samples):
                 batch.mirrored[place] = sample.mirrored
                 bad_images = [*batch.bad_images, sample.bad_image] if sample.bad_image else batch.bad_images
                 batch = batch._replace(bad_images=bad_images, decoded_by_pil=batch.decoded_by_pil + 1)
-            square = image.view(self._dataset.image_size, self._dataset.image_size, 3)
-            images.append(square.to(self._device, non_blocking=True))
+            images.append(image.view(size, size, 3).to(self._device, non_blocking=True))
         return batch._replace(images=torch.stack(images))
 
-    def _decoded(self, files: list[Tensor], views: list[View]) -> list[Tensor | None]:
+    def _decoded(self, files: list[Tensor], views: list[View], size: int) -> list[Tensor | None]:
         """The views, None for each that the decoder refuses."""
         if not files:
             return []
         try:
-            return list(self._decoder(files, views))
+            return list(self._decoder(files, views, size))
         except RuntimeError:
             # It names none and gives none.
             if len(files) == 1:
                 return [None]
             half = len(files) // 2
-            return self._decoded(files[:half], views[:half]) + self._decoded(files[half:], views[half:])
+            return self._decoded(files[:half], views[:half], size) + self._decoded(files[half:], views[half:], size)

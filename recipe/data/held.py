@@ -31,20 +31,21 @@ class HeldImages(Samples):
     """The images of a data set as one tensor on a device; every sample is that of the data set, to the bit.
 
     All of it is read when this is made, on all cores. ``training`` tells whether training samples will be asked for, or
-    validation samples.
+    validation samples. The latter are held as they are seen, and the former where they are resized whole, to one size.
     """
 
     def __init__(self, dataset: ImageDataset, device: torch.device, *, training: bool) -> None:
         self._dataset = dataset
         self.class_names, self.digest = dataset.class_names, dataset.digest
+        self._is_resized = dataset.crop != "random_resized" and len(dataset.sizes.training) == 1
 
         def read(index: int) -> tuple[Sample, int]:
             """The sample, and the image that stands there, which is another where this one is bad."""
             if not training:
                 return next(dataset.samples(None, [index])), index
             (pixels, by_pil), source = dataset.readable_from(index)
-            if dataset.crop != "random_resized":
-                pixels = resize(pixels, dataset.image_size, dataset.image_size)
+            if self._is_resized:
+                pixels = resize(pixels, dataset.sizes.at(0), dataset.sizes.at(0))
             bad_image = "" if source == index else dataset.name(index)
             return Sample(pixels, int(dataset.labels[source]), bad_image=bad_image, by_pil=by_pil), source
 
@@ -63,7 +64,7 @@ class HeldImages(Samples):
                     raise ValueError(
                         f"recipe.data.on_device = true: {dataset.name(source)} has {height} × {width} pixels, "
                         f"{dataset.name(first_source)} has {first.shape[0]} × {first.shape[1]}; random_resized crops "
-                        'on the device need images of one size: write false, or another "crop"'
+                        "on the device, and image sizes by epoch, need images of one size: write false"
                     )
                 images[index], self._labels[index], self._weights[index] = sample[:3]
                 if sample.bad_image:
@@ -89,13 +90,11 @@ class HeldImages(Samples):
         if epoch is None:
             return batch._replace(images=self._images[indices])
         views = self._dataset.views(epoch, indices, self._size.expand(len(indices), 2))
-        if self._dataset.crop == "random_resized":
-            images = resized_boxes(self._images[indices], views[:, :4], self._dataset.image_size)
-        elif self._dataset.crop == "padded":
-            margin = padded_margin(self._dataset.image_size)
-            images = _windows(self._images[indices], views[:, 6:8], margin)
-        else:
-            images = self._images[indices]
+        size, images = self._dataset.sizes.at(epoch), self._images[indices]
+        if not self._is_resized:
+            images = resized_boxes(images, views[:, :4], size)
+        if self._dataset.crop == "padded":
+            images = _windows(images, views[:, 6:8], padded_margin(size))
         return batch._replace(images=images, mirrored=views[:, 8].bool())
 
 

@@ -92,13 +92,7 @@ def open_pack(
             'or write "source": "imagefolder"'
         )
     header = read_header(path)
-    image_size, packed_at = options["image_size"], header.making.short_side
-    needed = evaluation_short_side(image_size, options["crop"])
-    if 0 < packed_at < needed:
-        raise ValueError(
-            f"recipe.data.path: {path} is a pack of short side {packed_at}, but at recipe.data.image_size "
-            f"{image_size} images are validated at {needed}; pack anew with --short-side {needed} or more"
-        )
+    packed_at = header.making.short_side
     if short_side is not None and short_side != packed_at:
         raise ValueError(
             f"recipe.data.pack_short_side = {short_side}: {path} is a pack of short side {packed_at}, whose pixels are "
@@ -111,6 +105,13 @@ def open_pack(
             f"{json.dumps(header.making.raw)}, or name another pack"
         )
     train, validation = (PackedImages(path, header, part, **options) for part in header.parts)
+    image_size = validation.sizes.validation
+    needed = evaluation_short_side(image_size, options["crop"])
+    if 0 < packed_at < needed:
+        raise ValueError(
+            f"recipe.data.path: {path} is a pack of short side {packed_at}, but images of {image_size} px are "
+            f"validated at {needed}; pack anew with --short-side {needed} or more"
+        )
     return train, validation
 
 

@@ -26,7 +26,7 @@ from recipe.data.synthetic import SyntheticImages, SyntheticLoader
 def open_datasets(
     source: Literal["digits", "imagefolder", "pack", "huggingface"],
     path: str | Path | None,
-    image_size: int,
+    image_size: int | Sequence[tuple[int, int]],
     crop: Crop,
     flip: bool,
     seed: int,
@@ -34,6 +34,7 @@ def open_datasets(
     pack_short_side: int | None = None,
     pack_raw: bool | None = None,
     validation_share: float | None = None,
+    validation_image_size: int | None = None,
 ) -> tuple[ImageDataset, ImageDataset]:
     """Return (training, validation); needs no process group, so that what is wrong shows before one starts.
 
@@ -41,7 +42,7 @@ def open_datasets(
         source: "digits" comes with scikit-learn, "imagefolder" is a folder of images, "pack" is
             what ``python -m recipe pack`` makes of one, "huggingface" is what the package ``datasets`` loads.
         path: The folder of "imagefolder", "pack" or "huggingface", or the name of the last on the hub.
-        image_size, crop, flip, seed, on_bad_image: See ``ImageDataset``.
+        image_size, crop, flip, seed, on_bad_image, validation_image_size: See ``Options``.
         pack_short_side, pack_raw: See ``open_pack``.
         validation_share: See ``list_imagefolder`` and ``list_huggingface``.
 
@@ -49,11 +50,12 @@ def open_datasets(
         ValueError: The folder is not what it should be; see these and ``open_pack``.
         BadImageError: The first image of one cannot be read, and is not to be skipped, or none that follows, either.
     """
+    sizes = {"image_size": image_size, "validation_image_size": validation_image_size}
+    views: dict[str, Any] = {**sizes, "crop": crop, "flip": flip, "seed": seed}
     if source == "digits":
-        return open_digits(image_size=image_size, crop=crop, flip=flip, seed=seed)
+        return open_digits(**views)
     if path is None:
         raise ValueError(f'recipe.data.path: missing; source "{source}" needs the folder that holds train/ and val/')
-    views: dict[str, Any] = {"image_size": image_size, "crop": crop, "flip": flip, "seed": seed}
     datasets: tuple[ImageDataset, ImageDataset]
     if source == "pack":
         datasets = open_pack(path, **views, on_bad_image=on_bad_image, short_side=pack_short_side, raw=pack_raw)
@@ -113,14 +115,13 @@ def open_validation(
 
 
 def open_samples(
-    section: Mapping[str, Any], *, classes: int, image_size: int, seed: int, device: torch.device, workers: int
+    section: Mapping[str, Any], *, classes: int, seed: int, device: torch.device, workers: int
 ) -> tuple[Samples, Samples] | SyntheticImages:
     """Return (training, validation) as the loaders take them: read by workers, decoded by the device, or held on it.
 
     Args:
         section: ``recipe.data`` of a resolved config, as a dict.
         classes: Number of classes.
-        image_size: S, pixels per side of what comes out.
         seed: The run's.
         device: That of the batches.
         workers: Loader processes; the decoder "dali" has as many threads.
@@ -128,15 +129,16 @@ def open_samples(
     Raises:
         ValueError: See ``open_datasets``, ``open_decoder`` and ``HeldImages``.
     """
+    sizes = {key: section[key] for key in ("image_size", "validation_image_size")}
     if section["source"] == "synthetic":
-        return SyntheticImages(section["train_images"], section["validation_images"], classes, image_size)
+        return SyntheticImages(section["train_images"], section["validation_images"], classes, **sizes)
     decoder = None
     if section["decoder"] != "cpu":
-        decoder = open_decoder(section["decoder"], image_size, device, threads=max(1, workers))
+        decoder = open_decoder(section["decoder"], device, threads=max(1, workers))
     training, validation = open_datasets(
         section["source"],
         section.get("path"),
-        image_size=image_size,
+        **sizes,
         crop=section["crop"],
         flip=section["flip"],
         seed=seed,

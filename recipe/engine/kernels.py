@@ -28,7 +28,8 @@ def compile_training(model: nn.Module, loss_function: Loss) -> Loss:
     """Compile the forward pass of ``model`` in place, and with it the backward pass; return the loss compiled.
 
     Neither the model's class nor the names of its parameters change, and what DeepSpeed does before and after the
-    forward pass stays outside, where it cuts no graph in two. All batches have one shape.
+    forward pass stays outside, where it cuts no graph in two. Batches of each image size
+    have one shape and kernels of their own, the same in a resumed run.
     """
     model.forward = torch.compile(model.forward, dynamic=False)
     return torch.compile(loss_function, dynamic=False)

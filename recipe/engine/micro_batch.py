@@ -52,7 +52,7 @@ def settle_micro_batch(plan: Plan, model: nn.Module, device: torch.device, earli
     if device.type == "cpu":
         size = largest_on_cpu(candidates)
         return with_micro_batch(plan, size), f"on a CPU the largest up to {CPU_MICRO_BATCH}"
-    size = largest_on_gpu(candidates, model, plan.image_size, DTYPES[plan.precision], device)
+    size = largest_on_gpu(candidates, model, plan.largest_image_size, DTYPES[plan.precision], device)
     return with_micro_batch(plan, size), f"the largest that fits {device_name(device)}"
 
 

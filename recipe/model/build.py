@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import timm
@@ -144,12 +145,21 @@ def _unknown_name(name: str) -> str:
     return f'recipe.model.name = "{name}": {reason}; {remedy}'
 
 
-@torch.no_grad()
-def check_image_size(model: nn.Module, image_size: int, samples: int) -> None:
+def check_image_sizes(model: nn.Module, training: Iterable[tuple[int, int]], validation: int, samples: int) -> None:
     """Refuse images that the model does not take, as a vision transformer takes those of one size only.
 
-    And those of which so few samples leave batch norm a single value to average over.
+    And those of which so few samples leave batch norm a single value to average over, which in validation it does not.
+    ``training`` holds an epoch and the size from that on.
     """
+    sizes = {size for _, size in training}
+    for size in sorted(sizes):
+        _check_image_size(model, f"recipe.data.image_size = {size}", size, samples)
+    if validation not in sizes:
+        _check_image_size(model, f"recipe.data.validation_image_size = {validation}", validation, None)
+
+
+@torch.no_grad()
+def _check_image_size(model: nn.Module, key: str, image_size: int, samples: int | None) -> None:
     values: list[int] = []
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs: values.append(inputs[0].numel() // inputs[0].shape[1]))
@@ -160,12 +170,12 @@ def check_image_size(model: nn.Module, image_size: int, samples: int) -> None:
     try:
         model(torch.zeros(1, 3, image_size, image_size))
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"recipe.data.image_size = {image_size}: the model takes no such images: {error}") from None
+        raise ValueError(f"{key}: the model takes no such images: {error}") from None
     for hook in hooks:
         hook.remove()
-    if values and min(values) * samples < 2:
+    if samples is not None and values and min(values) * samples < 2:
         raise ValueError(
-            f"recipe.data.image_size = {image_size}: batch norm over {samples} image averages over a single value; "
-            "take a larger micro-batch, or a larger image"
+            f"{key}: batch norm over {samples} image averages over a single value; take a larger micro-batch, or a "
+            "larger image"
         )
     model.train()

@@ -173,9 +173,13 @@ def memory(plan: Plan, facts: ModelFacts) -> Memory:
 
 
 def activation_bytes(plan: Plan, facts: ModelFacts) -> float:
-    """Bytes per image: what autograd saves, which grows with the area, and the image twice, as one is fetched ahead."""
-    pixels = 3 * plan.image_size**2 * VALUE_BYTES[plan.precision]
-    return facts.saved_bytes[plan.precision] * (plan.image_size / facts.image_size) ** 2 + 2 * pixels
+    """Bytes per image: what autograd saves, which grows with the area, and the image twice, as one is fetched ahead.
+
+    Of the largest images.
+    """
+    size = plan.largest_image_size
+    pixels = 3 * size**2 * VALUE_BYTES[plan.precision]
+    return facts.saved_bytes[plan.precision] * (size / facts.image_size) ** 2 + 2 * pixels
 
 
 def largest_micro_batch(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> int | None:
@@ -259,7 +263,7 @@ def cores_to_load(plan: Plan, images_per_second: float) -> tuple[float, float] |
     """
     data = plan.config.recipe.data
     loaded = LOADED_PER_CORE.get((data.pack_short_side, data.pack_raw))
-    is_measured = data.crop == "random_resized" and plan.image_size == 224 and data.source in FOLDERS
+    is_measured = data.crop == "random_resized" and plan.image_sizes == ((0, 224),) and data.source in FOLDERS
     if loaded is None or not is_measured or data.on_device or data.decoder != "cpu":
         return None
     return images_per_second / loaded, images_per_second / LOADED_PER_CORE[RAW_SHORT_SIDE, True]

@@ -43,7 +43,10 @@ class Plan:
     validation_images: int
     schedule: RateSchedule
     weight_decay: float
-    image_size: int
+    image_sizes: tuple[tuple[int, int], ...]
+    """(epoch, size of training images from that on), the first epoch 0; in pixels, within the run"""
+
+    validation_image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     workers: int
@@ -84,6 +87,11 @@ class Plan:
     def left_over_images(self) -> int:
         """Images of an epoch's permutation that fill no global batch; others each epoch. The most of all phases."""
         return max(self.train_images % phase.global_batch for phase in self.timeline.phases)
+
+    @property
+    def largest_image_size(self) -> int:
+        """Of the images that the run trains on, which decide what fits a GPU; validation keeps no activations."""
+        return max(size for _, size in self.image_sizes)
 
     def saves_after(self, steps_done: int, due: bool = False) -> bool:
         """Whether the clock (``due``) or ``every_steps`` asks for a checkpoint here, where no epoch ends.
@@ -184,7 +192,8 @@ def make_plan(
     timeline = Timeline.of(config.batch_changes, train_images, recipe.schedule.epochs)
     schedule = _rate_schedule(config, timeline)
     weight_decay = _weight_decay(config)
-    image_size, mean, std = _preprocessing(config)
+    image_sizes, mean, std = _preprocessing(config)
+    validation_image_size = recipe.data.validation_image_size or image_sizes[-1][1]
     workers = recipe.data.workers
     if workers == "auto":
         workers = _workers(recipe.data.source, cores_per_rank or os.cpu_count() or 1)
@@ -209,11 +218,14 @@ def make_plan(
     resolved["recipe"]["data"] |= {
         "train_images": train_images,
         "validation_images": validation_images,
-        "image_size": image_size,
         "mean": list(mean),
         "std": list(std),
         "workers": workers,
     }
+    if recipe.data.image_size == "auto":
+        resolved["recipe"]["data"]["image_size"] = image_sizes[0][1]
+    elif not isinstance(recipe.data.image_size, int):
+        resolved["recipe"]["data"]["validation_image_size"] = validation_image_size
     return Plan(
         config=parse_config(resolved, config.source.file),
         world_size=world_size,
@@ -223,7 +235,8 @@ def make_plan(
         validation_images=validation_images,
         schedule=schedule,
         weight_decay=weight_decay,
-        image_size=image_size,
+        image_sizes=image_sizes,
+        validation_image_size=validation_image_size,
         mean=mean,
         std=std,
         workers=workers,
@@ -429,8 +442,8 @@ def _data_set_sizes(config: Config, contents: Contents | None) -> tuple[int, int
     return sizes[0], sizes[1]
 
 
-def _preprocessing(config: Config) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """Image size, mean and std: as the file has them, or as the weights were trained, or as is usual for the source."""
+def _preprocessing(config: Config) -> tuple[tuple[tuple[int, int], ...], tuple[float, ...], tuple[float, ...]]:
+    """Image sizes, mean and std: as the file has them, as the weights were trained, or as is usual for the source."""
     data, weights = config.recipe.data, config.recipe.model.weights
     own: dict[str, Any] = {}
     if weights is not None:
@@ -439,8 +452,8 @@ def _preprocessing(config: Config) -> tuple[int, tuple[float, ...], tuple[float,
         with suppress(OSError, ValueError, LookupError, TypeError):
             own = json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
     usual_mean, usual_std = PIXEL_MEAN_STD[data.source]
-    image_size = own.get("input_size", [None])[-1] if data.image_size == "auto" else data.image_size
-    if not isinstance(image_size, int):
+    size = own.get("input_size", [None])[-1] if data.image_size == "auto" else data.image_size
+    if not isinstance(size, (int, tuple)):
         raise config.source.refusal(
             "recipe.data.image_size",
             "no config.json beside recipe.model.weights tells with which size they were trained",
@@ -448,7 +461,8 @@ def _preprocessing(config: Config) -> tuple[int, tuple[float, ...], tuple[float,
         )
     mean = tuple(own.get("mean", usual_mean)) if data.mean == "auto" else data.mean
     std = tuple(own.get("std", usual_std)) if data.std == "auto" else data.std
-    return image_size, mean, std
+    sizes = ((0, size),) if isinstance(size, int) else size
+    return tuple(change for change in sizes if change[0] < config.recipe.schedule.epochs), mean, std
 
 
 def _rate_schedule(config: Config, timeline: Timeline) -> RateSchedule:

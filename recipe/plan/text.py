@@ -182,7 +182,7 @@ def _model(plan: Plan, facts: ModelFacts | None) -> str:
         batchnorm = "no batch norm"
     start = "" if recipe.model.zero_init_last else ", γ = 1 at the blocks' ends, too"
     return (
-        f"{printable(recipe.model.name)}, {recipe.model.num_classes} classes, {plan.image_size} px, "
+        f"{printable(recipe.model.name)}, {recipe.model.num_classes} classes, {_size_range(plan)} px, "
         f"{plan.precision}, {batchnorm}{start}{_start(plan)}"
         f"{', gradients checkpointed' if recipe.model.gradient_checkpointing else ''}"
     )
@@ -216,12 +216,12 @@ def _data(plan: Plan) -> str:
 
 
 def _images(plan: Plan) -> list[tuple[str, str]]:
-    data, size = plan.config.recipe.data, f"{plan.image_size} px"
+    data, size = plan.config.recipe.data, f"{_size_range(plan)} px"
     if data.source == "synthetic":
         return []
     crop = {
         "random_resized": f"random resized crops of {size}",
-        "padded": f"{size}, shifted by up to {plan.image_size // 8}",
+        "padded": f"{size}, shifted by up to {plan.largest_image_size // 8}",
         "none": f"{size}, uncropped",
     }[data.crop]
     workers = f"{counted(plan.workers, 'loader process', 'es')} per rank" if plan.workers else "no loader processes"
@@ -235,7 +235,24 @@ def _images(plan: Plan) -> list[tuple[str, str]]:
         if mix.probability
     )
     flipped = f"{', half of them mirrored' if data.flip else ''}{f', {mixed}' if mixed else ''}"
-    return [("images", f"{crop}{flipped}{decoded}{held}; {workers}")]
+    return [("images", f"{crop}{flipped}{decoded}{held}; {workers}"), *_sizes(plan)]
+
+
+def _size_range(plan: Plan) -> str:
+    sizes = [size for _, size in plan.image_sizes]
+    return f"{sizes[0]}" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
+
+
+def _sizes(plan: Plan) -> list[tuple[str, str]]:
+    """The sizes by epoch, and that of validation, where there are several."""
+    (_, first), *later = plan.image_sizes
+    if not later and plan.validation_image_size == first:
+        return []
+    training = [
+        f"{first} px",
+        *(f"{size} px from epoch {epoch} on" for epoch, size in later),
+    ]
+    return [("image size", f"{', '.join(training)}; {plan.validation_image_size} px in validation")]
 
 
 def _kernels(plan: Plan) -> list[tuple[str, str]]:

@@ -83,6 +83,8 @@ def test_plain_timm_gets_the_runs_own_accuracy(run: Path, tmp_path: Path, case: 
             "recipe.data.source=imagefolder",
             "recipe.data.crop=random_resized",
             "recipe.data.train_images=355",
+            "recipe.data.image_size=[[0, 16], [1, 24]]",
+            "recipe.data.validation_image_size=32",
             "train_batch_size=64",
             "train_micro_batch_size_per_gpu=64",
         ],
@@ -93,6 +95,10 @@ def test_plain_timm_gets_the_runs_own_accuracy(run: Path, tmp_path: Path, case: 
         data = ["--data", str(tmp_path / "images")] if case == "folder" else []
         train_ok("--deepspeed_config", DIGITS, "--output", str(run), *SHORT, *settings, *data)
     if case == "folder":
+        assert "- **Images:** 32 px in validation and below, 16, 24 px in training.\n" in card(read_trained(run))
+        assert recipe("evaluate", str(run)).returncode == 0
+        evaluation = json.loads((run / "evaluation/evaluation.json").read_text())
+        assert (evaluation["image_size"], evaluation["top1"]) == (32, read_trained(run).top1)
         (run / "summary.json").unlink()  # as of a run that was stopped: the data names the classes
     done = recipe("export", str(run), "--output", str(tmp_path / "export"), "--format", "onnx")
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ import resource
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def pixels(image: Image.Image) -> Tensor:
 class Pictures(ImageDataset):
     """Pictures of three classes and several sizes, in memory."""
 
-    def __init__(self, length: int = 23, *, crop: str = "random_resized", image_size: int = 16) -> None:
+    def __init__(self, length: int = 23, *, crop: str = "random_resized", image_size: Any = 16) -> None:
         labels = [index % 3 for index in range(length)]
         super().__init__(labels, ["a", "b", "c"], image_size=image_size, crop=crop, flip=True, seed=5)
 

@@ -28,7 +28,7 @@ def as_nvjpeg_does(files, mode, device):
     return [image.pixels.movedim(-1, 0) for image in decoded]
 
 
-NVJPEG = NvJpeg(SIZE, CPU, as_nvjpeg_does)
+NVJPEG = NvJpeg(CPU, as_nvjpeg_does)
 
 
 @pytest.fixture
@@ -68,8 +68,8 @@ def batches(datasets, workers=0):
 
 @pytest.mark.parametrize(("crop", "workers"), [("random_resized", 2), ("padded", 0), ("none", 0)])
 def test_the_same_samples_come_from_the_device(folder, crop, workers):
-    """To the bit, where the device has the same decoder: order, labels, weights, boxes, mirrors."""
-    plain = open_datasets("imagefolder", folder, SIZE, crop, True, 3, "stop")
+    """To the bit, where the device has the same decoder: order, labels, weights, boxes, mirrors, sizes by epoch."""
+    plain = open_datasets("imagefolder", folder, ((0, SIZE), (1, 16)), crop, True, 3, "stop", validation_image_size=20)
     on_device = [EncodedImages(part, NVJPEG, CPU) for part in plain]
     seen = batches(on_device, workers)
     assert_same(seen, batches(plain))
@@ -131,7 +131,7 @@ def test_what_the_device_alone_refuses_is_decoded_and_counted(folder):
         return as_nvjpeg_does(files, **settings)
 
     plain = open_datasets("imagefolder", folder, SIZE, "random_resized", True, 3, "stop")
-    refused = [EncodedImages(part, NvJpeg(SIZE, CPU, refuse_progressive), CPU) for part in plain]
+    refused = [EncodedImages(part, NvJpeg(CPU, refuse_progressive), CPU) for part in plain]
     taken = [EncodedImages(part, NVJPEG, CPU) for part in plain]
     seen, expected = batches(refused), batches(taken)
     assert_same(seen, expected)
@@ -152,7 +152,7 @@ def test_a_gpu_resizes_to_the_same_but_for_rounding(height, width):
 @pytest.fixture
 def dali():
     pytest.importorskip("nvidia.dali", reason="needs DALI: pip install nvidia-dali-cuda130")
-    return open_decoder("dali", SIZE, CPU, threads=2)
+    return open_decoder("dali", CPU, threads=2)
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "padded", "none"])
@@ -183,4 +183,4 @@ def test_what_a_decoder_lacks_is_refused(monkeypatch):
         "dali": ".* pip install nvidia-dali-cuda130, or write",
     }.items():
         with pytest.raises(ValueError, match=rf'^recipe\.data\.decoder = "{name}": {problem}'):
-            open_decoder(name, SIZE, CPU, threads=1)
+            open_decoder(name, CPU, threads=1)

@@ -34,9 +34,9 @@ def test_boxes_are_resized_as_torch_resizes_them_on_a_cpu(size, height, width):
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "padded", "none"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_those_of_the_data_set(crop, workers):
-    plain = open_datasets("digits", None, 24, crop, True, 3, "stop")
+@pytest.mark.parametrize(("workers", "size"), [(0, 24), (2, 24), (0, ((0, 24), (2, 20)))])
+def test_batches_are_those_of_the_data_set(crop, workers, size):
+    plain = open_datasets("digits", None, size, crop, True, 3, "stop", validation_image_size=28)
     train, validation = (HeldImages(part, CPU, training=part is plain[0]) for part in plain)
     seen = []
     for training, held_out in (plain, (train, validation)):
@@ -47,6 +47,7 @@ def test_batches_are_those_of_the_data_set(crop, workers):
         seen.append(batches)
         loader.close()
     assert len(seen[0]) == len(seen[1]) > 40
+    assert {batch.images.shape[-1] for batch in seen[0]} == {24 if size == 24 else 20, 28}
     assert_same(seen[1], seen[0])
 
 

@@ -121,8 +121,8 @@ def held(dataset: Any, training: bool) -> Any:
 
 
 def encoded(dataset: Any, training: bool) -> Any:
-    def decoder(files: list[torch.Tensor], views: list[Any]) -> list[torch.Tensor]:
-        return [cut(decode(bytes(file)).pixels, view, 16) for file, view in zip(files, views, strict=True)]
+    def decoder(files: list[torch.Tensor], views: list[Any], size: int) -> list[torch.Tensor]:
+        return [cut(decode(bytes(file)).pixels, view, size) for file, view in zip(files, views, strict=True)]
 
     return EncodedImages(dataset, decoder, CPU)
 

@@ -108,6 +108,16 @@ def test_more_batches_are_started_than_are_asked_for():
     assert list(ahead(iter(""), str.upper, depth=2)) == []
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_has_the_images_of_a_data_set_of_its_size(workers):
+    sizes = {0: 12, 1: 12, 2: 16, 5: 8, 6: 8}
+    loader = train_loader(Pictures(image_size=((0, 12), (2, 16), (5, 8))), workers=workers)
+    for epoch, size in sizes.items():
+        alone = train_loader(Pictures(image_size=size)).epoch(epoch, first_step=1)
+        assert torch.equal(images(loader.epoch(epoch, first_step=1)), images(alone))
+    loader.close()
+
+
 def test_a_batch_holds_what_the_keys_ask_for():
     dataset = Pictures()
     order = epoch_permutation(1, 3, 23).tolist()

@@ -5,12 +5,15 @@ from recipe.data import SyntheticLoader
 from tests.data.images import MEAN, STD, rng_states
 
 
-def synthetic(*, rank: int = 0, world_size: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32):
+def synthetic(
+    *, rank: int = 0, world_size: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32, image_size=16, **size
+):
     return SyntheticLoader(
         train_images=100,
         validation_images=23,
         classes=7,
-        image_size=16,
+        image_size=image_size,
+        **size,
         global_batch=24,
         micro_batch=4,
         rank=rank,
@@ -40,6 +43,12 @@ def test_training_batches_are_one_random_batch_over_and_over():
     assert abs(float(pixels.mean()) - 0.5) < 0.02
     assert float(pixels.min()) >= -1e-6
     assert float(pixels.max()) <= 1 + 1e-6
+
+
+def test_sizes_follow_the_epoch():
+    loader = synthetic(image_size=((0, 8), (2, 16)), validation_image_size=24)
+    shapes = [next(loader.epoch(epoch)).images.shape[-2:] for epoch in range(4)]
+    assert [*shapes, next(loader.batches()).images.shape[-2:]] == [(8, 8), (8, 8), (16, 16), (16, 16), (24, 24)]
 
 
 def test_seed_and_rank_decide():

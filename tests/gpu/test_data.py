@@ -131,7 +131,7 @@ def test_pixels_decoded_on_the_gpu_are_nearly_those_of_the_cpu(tmp_path, name, s
             image.save(tmp_path / part / "c0" / f"{number}.jpg", quality=90, **settings)
     plain = open_datasets("imagefolder", tmp_path, 32, crop, True, 0, "stop")
     device = torch.device("cuda")
-    decoder = open_decoder(name, 32, device, threads=2)
+    decoder = open_decoder(name, device, threads=2)
     for part, epoch in zip(plain, (0, None), strict=True):
         on_gpu, keys = EncodedImages(part, decoder, device), Keys(epoch, np.arange(9))
         ours, theirs = on_gpu.on_device(on_gpu[keys]), part[keys]
@@ -157,7 +157,7 @@ def test_loaders_give_what_the_gpu_decodes(tmp_path, name):
         picture(12, mode="CMYK").save(tmp_path / part / "c0" / "12.jpg")
     plain = open_datasets("imagefolder", tmp_path, 32, "random_resized", True, 0, "stop")
     device = torch.device("cuda")
-    decoder = open_decoder(name, 32, device, threads=2)
+    decoder = open_decoder(name, device, threads=2)
     common = {"micro_batch": 4, "rank": 0, "world_size": 1, "dtype": torch.float32, "mean": MEAN, "std": STD}
     seen = []
     for datasets, workers in ((plain, 0), ([EncodedImages(part, decoder, device) for part in plain], 2)):

@@ -12,7 +12,7 @@ import pytest
 from recipe.checkpoints.resume import batchnorm_images
 from recipe.config.schema import Config, ConfigError, parse_config, read_config
 from recipe.distributed.hostfile import read_hostfile
-from recipe.plan.cost import SHIPPED, local_bytes
+from recipe.plan.cost import SHIPPED, activation_bytes, cores_to_load, local_bytes
 from recipe.plan.plan import Plan, fitting_micro_batches, make_plan, with_micro_batch
 from recipe.plan.text import format_plan, notes, plan_fields, plan_json
 from recipe.reporting.summary import format_summary, read_summary
@@ -297,6 +297,25 @@ def test_the_rates_of_the_largest_batches(name: str, rates: dict[int, float]) ->
     plan = make_plan(read_config(ROOT / f"ds_configs/{name}.json"), 32)
     assert plan.total_steps == max(rates)
     assert {step: plan.schedule.rate(step) for step in rates} == pytest.approx(rates, rel=1e-12)
+
+
+def test_sizes_by_epoch() -> None:
+    """The largest decides the memory, which has (192 / 224)² of the activations; validation has its own size."""
+    sizes = {"recipe__data__image_size": [[0, 160], [30, 192], [90, 224]], "recipe__data__source": "pack"}
+    for own, size in ((None, 192), (256, 256)):
+        plan = make_plan(config(**sizes, recipe__data__validation_image_size=own), 32)
+        assert (plan.image_sizes, plan.validation_image_size) == (((0, 160), (30, 192)), size)
+        fields = dict(plan_fields(plan, None))
+        assert fields["image size"] == f"160 px, 192 px from epoch 30 on; {size} px in validation"
+        assert fields["images"].startswith("random resized crops of 160 to 192 px, half of them mirrored;")
+        again = make_plan(parse_config(json.loads(plan_json(plan)), "plan.json"), 32)
+        assert plan_json(again) == plan_json(plan)
+    facts, small = SHIPPED["resnet50", 1000], make_plan(config(), 32)
+    images = 2 * 3 * 4  # twice, 3 channels of 4 bytes
+    saved = activation_bytes(small, facts) - images * 224**2
+    assert activation_bytes(plan, facts) == pytest.approx(saved * (192 / 224) ** 2 + images * 192**2)
+    assert cores_to_load(plan, 2500) is None  # measured at 224 px alone
+    assert "image size" not in dict(plan_fields(small, None))
 
 
 def test_fractional_epochs() -> None:
