@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from recipe.commands.trained import Trained
 
 CARD, ONNX = "README.md", "model.onnx"
+LISTED_CLASSES = 20  # in the card
 
 
 @refusing
@@ -179,6 +180,9 @@ def card(trained: "Trained") -> str:
         eval_results=None if trained.top1 is None else [measured],
     )
     sizes = ", ".join(str(size) for _, size in plan.image_sizes)
+    names = [f'"{name}"' for name in trained.classes or []]
+    more = f" … (all in {TIMM_CONFIG})" if len(names) > LISTED_CLASSES else ""
+    classes = f": {', '.join(names[:LISTED_CLASSES])}{more}, in the order of the logits" if names else ""
     weights = "as trained" if recipe.ema.decay is None else "the moving average of the training's"
     return f"""\
 ---
@@ -190,6 +194,7 @@ def card(trained: "Trained") -> str:
 - **Measured:** {accuracy(trained)}.
 - **Trained:** {how_far(trained)} on {plan.train_images:,} images, in {plan.precision}.
 - **Images:** {plan.validation_image_size} px in validation and below, {sizes} px in training.
+- **Classes:** {trained.num_classes:,}{classes}.
 - **Weights:** {weights}, in fp32.
 - **How:** the run's whole config is "recipe" in [{TIMM_CONFIG}]({TIMM_CONFIG}).
 

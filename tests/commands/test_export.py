@@ -160,6 +160,8 @@ def test_the_card(run: Path) -> None:
     assert f"- **Trained:** after {best['step'] + 1} of 6 steps (" in text
     (result,) = yaml.safe_load(text.split("---")[1])["model-index"][0]["results"]
     assert result["metrics"][0]["value"] == round(best["top1"], 2)
+    digits = ", ".join(f'"{digit}"' for digit in range(10))
+    assert f"- **Classes:** 10: {digits}, in the order of the logits.\n" in text
     described = json.loads((run / "export/config.json").read_text())
     assert described["recipe"] == json.loads((run / "plan.json").read_text())
 
