@@ -177,6 +177,19 @@ class Data(Section):
     flip: bool = True
     """true or false: whether half of the training images are mirrored; the paper's are"""
 
+    augment: Literal["none", "trivial", "rand"] = "none"
+    """ "none", "trivial" (TrivialAugment, Müller and Hutter 2021) or "rand" (RandAugment, Cubuk et al. 2020): what else
+    is done to each training image. The operations are torchvision's, such as rotating, brightening and sharpening, one
+    of them of any strength for "trivial", two of the strength augment_magnitude for "rand". Loader processes do it, so
+    that images may not be decoded or held on the device"""
+
+    augment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """the strength of the operations of augment "rand", a whole number from 0 to 30; 9 is torchvision's default"""
+
+    random_erasing: Share = 0
+    """the share of the training images of which a box is erased, a number from 0 to 1. The box has 2 to 33 % of the
+    area and becomes the mean colour, as with timm's and torchvision's RandomErasing"""
+
     mixup: Mixup = Mixup()
     """an object with probability and alpha"""
 
@@ -202,11 +215,17 @@ class Data(Section):
 
     on_device: bool = False
     """true or false: whether all images are decoded once, at the start, and kept on the device, which crops and mirrors
-    whole batches; for data of CIFAR's size. Digits always are; the training is the same to the bit"""
+    whole batches; for data of CIFAR's size. Digits are, where augment is "none"; the training is the same to the
+    bit"""
 
     on_bad_image: Literal["stop", "skip"] = "stop"
     """ "stop" or "skip": what an image that cannot be read does to the run. "skip" trains on the next image
     instead, leaves it out of validation and lists it in the summary"""
+
+    @model_serializer(mode="wrap")
+    def _of_this_augmentation(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        others = set() if self.augment == "rand" else {"augment_magnitude"}
+        return {name: value for name, value in dump(self).items() if name not in others}
 
     @property
     def mixes(self) -> bool:
@@ -529,6 +548,16 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "recipe.data.decoder", f"{data.source} data holds no JPEGs", 'write "cpu"'
     if data.decoder != "cpu" and data.on_device:
         yield "recipe.data.decoder", "with on_device true all is decoded once, by the CPU", 'write "cpu"'
+    if data.augment != "rand" and "augment_magnitude" in data.model_fields_set:
+        yield "recipe.data.augment_magnitude", f'the augmentation "{data.augment}" has none', "remove it"
+    if data.augment != "none" and data.on_device:
+        yield "recipe.data.augment", "with on_device true no loader process sees the images", 'write "none", or false'
+    if data.augment != "none" and data.decoder != "cpu":
+        problem = f'no loader process sees what the decoder "{data.decoder}" makes'
+        yield "recipe.data.augment", problem, 'write "none", or the decoder "cpu"'
+    for name, value in ("augment", data.augment != "none"), ("random_erasing", data.random_erasing):
+        if data.source == "synthetic" and value:
+            yield f"recipe.data.{name}", "synthetic data is random as it is", "remove it"
     if isinstance(data.image_size, tuple):
         epochs = [epoch for epoch, _ in data.image_size]
         if epochs != sorted({0, *epochs}):

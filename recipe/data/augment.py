@@ -19,13 +19,14 @@ Crop = Literal["random_resized", "padded", "none"]
 
 MOST_RESIZED_PIXELS = 2**24
 
-_AREA = (0.08, 1.0)
-_WIDEST = 4 / 3
+_AREA, _ERASED_AREA = (0.08, 1.0), (0.02, 1 / 3)
+"""Of a box, as a share of the image."""
+_WIDEST, _ERASED_WIDEST = 4 / 3, 1 / 0.3
 """Width ÷ height of a box, at most; at least it is the inverse."""
 _TRIES = 10
 
 # Which of a sample's numbers decides what, whatever the crop.
-_AREAS, _RATIOS, _CORNER, _MIRROR = slice(_TRIES), slice(_TRIES, 2 * _TRIES), slice(2 * _TRIES, 2 * _TRIES + 2), 22
+_AREAS, _RATIOS, _CORNER, _CHANCE = slice(_TRIES), slice(_TRIES, 2 * _TRIES), slice(2 * _TRIES, 2 * _TRIES + 2), 22
 _NUMBERS = 23
 
 
@@ -52,8 +53,12 @@ def sample_numbers(seed: int, epoch: int, indices: Tensor) -> Tensor:
 
     They belong to seed, epoch and index: the same on any rank, in any worker and in any batch.
     """
+    return _numbers("augmentation", seed, epoch, indices)
+
+
+def _numbers(purpose: str, seed: int, epoch: int, indices: Tensor) -> Tensor:
     places = torch.arange(_NUMBERS, device=indices.device)
-    return uniform(derive_seed("augmentation", seed, epoch), indices[:, None] * _NUMBERS + places)
+    return uniform(derive_seed(purpose, seed, epoch), indices[:, None] * _NUMBERS + places)
 
 
 def random_resized_boxes(numbers: Tensor, sizes: Tensor) -> Tensor:
@@ -63,26 +68,51 @@ def random_resized_boxes(numbers: Tensor, sizes: Tensor) -> Tensor:
 
     Boxes are the same to the pixel on every device and in every batch, because no last bit is left to a library. Of
     sums, products and quotients IEEE 754 prescribes it; each is an operation of its own, so that none is fused, and
-    none divides by a constant, which torch's CUDA kernel would replace by its inverse. A Padé approximant, less than
-    2e-9 off, stands for the exponential. Square roots, which MKL leaves an ulp off now and then, are needed in whole
-    pixels only, and these are found by comparing squares.
+    none divides by a constant, which torch's CUDA kernel would replace by its inverse. A Padé approximant, for these
+    ratios less than 2e-9 off, stands for the exponential. Square roots, which MKL leaves an ulp off now and then, are
+    needed in whole pixels only, and these are found by comparing squares.
     """
     sizes = sizes.double()
     height, width = sizes.split(1, dim=1)
-    area = height * width * (_AREA[0] + (_AREA[1] - _AREA[0]) * numbers[:, _AREAS])
-    # The logarithm of the ratio is uniform from -log 4/3 to log 4/3.
-    x = 2 * math.log(_WIDEST) * (numbers[:, _RATIOS] - 0.5)
-    even, odd = 120 + 12 * (x * x), x * (60 + x * x)
-    ratio = (even + odd) / (even - odd)  # e^x
-    heights, widths = _rounded_root(area / ratio), _rounded_root(area * ratio)
+    heights, widths = _tried_sides(numbers, height * width, _AREA, _WIDEST)
     fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
-    # The first try that fits; if none does, the largest part of the image within the bounds of the ratio, its centre.
-    fitting, first = fits.any(1, keepdim=True), fits.byte().argmax(1, keepdim=True)
-    tried = torch.cat([heights.gather(1, first), widths.gather(1, first)], dim=1)
+    fitting, tried = _first_that_fits(heights, widths, fits)
+    # If none does, the largest part of the image within the bounds of the ratio, its centre.
     boxes = torch.where(fitting, tried, torch.minimum(sizes, (sizes.flip(1) * _WIDEST).round()))
     margins = sizes - boxes
     corners = torch.where(fitting, numbers[:, _CORNER] * (margins + 1), margins * 0.5).floor()
     return torch.cat([corners, boxes], dim=1).long()
+
+
+def erased_boxes(seed: int, epoch: int, indices: Tensor, image_size: int, probability: float) -> Tensor:
+    """Return a box to erase in each image, as timm's ``RandomErasing`` draws them, or an empty one.
+
+    Boxes are int64 (m, 4): top, left, height, width. They belong to seed, epoch and index, int64 (m,).
+    """
+    numbers = _numbers("erasing", seed, epoch, indices)
+    heights, widths = _tried_sides(numbers, image_size**2, _ERASED_AREA, _ERASED_WIDEST)
+    fitting, sides = _first_that_fits(heights, widths, (heights < image_size) & (widths < image_size))
+    corners = (numbers[:, _CORNER] * (image_size - sides + 1)).floor()
+    is_erased = fitting & (numbers[:, _CHANCE, None] < probability)
+    return (torch.cat([corners, sides], dim=1) * is_erased).long()
+
+
+def _tried_sides(
+    numbers: Tensor, image_area: Tensor | int, share: tuple[float, float], widest: float
+) -> tuple[Tensor, Tensor]:
+    """Heights and widths of the boxes to try, (m, 10) each."""
+    area = image_area * (share[0] + (share[1] - share[0]) * numbers[:, _AREAS])
+    # The logarithm of the ratio is uniform from -log(widest) to log(widest).
+    x = 2 * math.log(widest) * (numbers[:, _RATIOS] - 0.5)
+    even, odd = 120 + 12 * (x * x), x * (60 + x * x)
+    ratio = (even + odd) / (even - odd)  # e^x
+    return _rounded_root(area / ratio), _rounded_root(area * ratio)
+
+
+def _first_that_fits(heights: Tensor, widths: Tensor, fits: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether there is a box that fits, (m, 1), and the first one's height and width, (m, 2)."""
+    first = fits.byte().argmax(1, keepdim=True)
+    return fits.any(1, keepdim=True), torch.cat([heights.gather(1, first), widths.gather(1, first)], dim=1)
 
 
 def _rounded_root(squares: Tensor) -> Tensor:
@@ -108,7 +138,7 @@ def draw_views(
         margin = padded_margin(image_size)
         views[:, 6:8] = (numbers[:, _CORNER] * (2 * margin + 1)).long() - margin
     if flip:
-        views[:, 8] = numbers[:, _MIRROR] < 0.5
+        views[:, 8] = numbers[:, _CHANCE] < 0.5
     return views
 
 

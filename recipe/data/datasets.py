@@ -14,8 +14,10 @@ from torch.utils.data import Dataset, default_collate
 
 from recipe.config import printable
 from recipe.data.augment import Crop, View, cut, draw_views, evaluation_view
+from recipe.data.auto_augment import AutoAugment
 from recipe.data.batch import HostBatch
 from recipe.data.decoding import UNREADABLE, Decoded, decode
+from recipe.data.erasing import Erasing
 from recipe.data.sampler import PADDING, Keys
 
 OnBadImage = Literal["stop", "skip"]
@@ -64,6 +66,8 @@ class Options(TypedDict):
     """what training cuts out of an image; validation follows it"""
     flip: bool
     """whether training mirrors every other image"""
+    augment: NotRequired[AutoAugment | None]
+    """what else is done to the images of training"""
     seed: int
     """with (epoch, index) the only source of randomness"""
     on_bad_image: NotRequired[OnBadImage]
@@ -106,6 +110,9 @@ class Samples(Dataset[HostBatch], ABC):
     digest: str
     """Of every image's class and, where it is a file, its name, in data-set order; the same for a pack of a folder."""
 
+    erasing: Erasing | None = None
+    """What the loader erases of them in training."""
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -141,6 +148,7 @@ class ImageDataset(Samples):
         self.sizes = Sizes.of(options["image_size"], options.get("validation_image_size"))
         self.crop = options["crop"]
         self._flip = options["flip"]
+        self._augment = options.get("augment")
         self._seed = options["seed"]
         self._on_bad_image = options.get("on_bad_image", "stop")
 
@@ -194,11 +202,17 @@ class ImageDataset(Samples):
             whole.append(self._whole(index, epoch))
             waiting_bytes += whole[-1].image.numel()
             if after == len(indices) or waiting_bytes > _WHOLE_BYTES:
-                sizes = torch.tensor([sample.image.shape[:2] for sample in whole])
+                whole_sizes = torch.tensor([sample.image.shape[:2] for sample in whole])
                 # The random numbers are those of the image that was asked for, even where another one stands in for it.
-                views = self.views(epoch, torch.tensor(indices[first:after]), sizes)
-                for sample, view in zip(whole, (View(*row) for row in views.tolist()), strict=True):
-                    image = cut(sample.image, view, self.sizes.at(epoch))
+                asked_for = torch.tensor(indices[first:after])
+                views = [View(*row) for row in self.views(epoch, asked_for, whole_sizes).tolist()]
+                size = self.sizes.at(epoch)
+                images: Iterator[Tensor] = (
+                    cut(sample.image, view, size) for sample, view in zip(whole, views, strict=True)
+                )
+                if epoch is not None and self._augment is not None:
+                    images = self._augment(images, epoch, asked_for)
+                for sample, view, image in zip(whole, views, images, strict=True):
                     yield sample._replace(image=image, mirrored=bool(view.mirrored))
                 first, whole, waiting_bytes = after, [], 0
 

@@ -227,7 +227,10 @@ class TrainLoader(_Loader):
         """Yield the micro-batches of the epoch's steps from ``first_step`` on, in order."""
         if self._begun is None or self._begun_at != (epoch, first_step):
             self.begin_epoch(epoch, first_step)
-        yield from self._batches()
+        if (erasing := self._dataset.erasing) is None:
+            yield from self._batches()
+        else:
+            yield from map(erasing.erase, self._batches(), self._order)
 
 
 class ValidationLoader(_Loader):

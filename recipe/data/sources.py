@@ -8,10 +8,12 @@ from typing import Any, Literal
 import torch
 
 from recipe.data.augment import Crop
+from recipe.data.auto_augment import AutoAugment
 from recipe.data.datasets import ImageDataset, OnBadImage, Samples
 from recipe.data.decoders import open_decoder
 from recipe.data.digits import open_digits
 from recipe.data.encoded import EncodedImages
+from recipe.data.erasing import Erasing
 from recipe.data.folder_index import held_out_folder, list_classes
 from recipe.data.held import HeldImages
 from recipe.data.huggingface import HubImages, open_huggingface
@@ -35,6 +37,7 @@ def open_datasets(
     pack_raw: bool | None = None,
     validation_share: float | None = None,
     validation_image_size: int | None = None,
+    augment: AutoAugment | None = None,
 ) -> tuple[ImageDataset, ImageDataset]:
     """Return (training, validation); needs no process group, so that what is wrong shows before one starts.
 
@@ -42,7 +45,7 @@ def open_datasets(
         source: "digits" comes with scikit-learn, "imagefolder" is a folder of images, "pack" is
             what ``python -m recipe pack`` makes of one, "huggingface" is what the package ``datasets`` loads.
         path: The folder of "imagefolder", "pack" or "huggingface", or the name of the last on the hub.
-        image_size, crop, flip, seed, on_bad_image, validation_image_size: See ``Options``.
+        image_size, crop, flip, seed, on_bad_image, validation_image_size, augment: See ``Options``.
         pack_short_side, pack_raw: See ``open_pack``.
         validation_share: See ``list_imagefolder`` and ``list_huggingface``.
 
@@ -51,7 +54,7 @@ def open_datasets(
         BadImageError: The first image of one cannot be read, and is not to be skipped, or none that follows, either.
     """
     sizes = {"image_size": image_size, "validation_image_size": validation_image_size}
-    views: dict[str, Any] = {**sizes, "crop": crop, "flip": flip, "seed": seed}
+    views: dict[str, Any] = {**sizes, "crop": crop, "flip": flip, "seed": seed, "augment": augment}
     if source == "digits":
         return open_digits(**views)
     if path is None:
@@ -135,7 +138,10 @@ def open_samples(
     decoder = None
     if section["decoder"] != "cpu":
         decoder = open_decoder(section["decoder"], device, threads=max(1, workers))
-    training, validation = open_datasets(
+    augment = None
+    if section["augment"] != "none":
+        augment = AutoAugment(section["augment"], section.get("augment_magnitude"), seed)
+    datasets = open_datasets(
         section["source"],
         section.get("path"),
         **sizes,
@@ -146,11 +152,17 @@ def open_samples(
         pack_short_side=section["pack_short_side"],
         pack_raw=section["pack_raw"],
         validation_share=section["validation_share"],
+        augment=augment,
     )
+    training: Samples
+    validation: Samples
+    training, validation = datasets
     if decoder is not None:
-        return EncodedImages(training, decoder, device), EncodedImages(validation, decoder, device)
-    if section["on_device"] or section["source"] == "digits":
-        return HeldImages(training, device, training=True), HeldImages(validation, device, training=False)
+        training, validation = (EncodedImages(part, decoder, device) for part in datasets)
+    elif section["on_device"] or (section["source"] == "digits" and augment is None):
+        training, validation = (HeldImages(part, device, training=part is datasets[0]) for part in datasets)
+    if section["random_erasing"]:
+        training.erasing = Erasing(section["random_erasing"], seed)
     return training, validation
 
 

@@ -264,7 +264,7 @@ def cores_to_load(plan: Plan, images_per_second: float) -> tuple[float, float] |
     data = plan.config.recipe.data
     loaded = LOADED_PER_CORE.get((data.pack_short_side, data.pack_raw))
     is_measured = data.crop == "random_resized" and plan.image_sizes == ((0, 224),) and data.source in FOLDERS
-    if loaded is None or not is_measured or data.on_device or data.decoder != "cpu":
+    if loaded is None or not is_measured or data.on_device or data.decoder != "cpu" or data.augment != "none":
         return None
     return images_per_second / loaded, images_per_second / LOADED_PER_CORE[RAW_SHORT_SIDE, True]
 

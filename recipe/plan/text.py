@@ -234,7 +234,13 @@ def _images(plan: Plan) -> list[tuple[str, str]]:
         for name, mix in (("mixup", data.mixup), ("CutMix", data.cutmix))
         if mix.probability
     )
-    flipped = f"{', half of them mirrored' if data.flip else ''}{f', {mixed}' if mixed else ''}"
+    changed = {
+        "none": "",
+        "trivial": ", TrivialAugment",
+        "rand": f", RandAugment of magnitude {data.augment_magnitude}",
+    }[data.augment]
+    erased = f", a box erased in {data.random_erasing:.0%}" if data.random_erasing else ""
+    flipped = f"{', half of them mirrored' if data.flip else ''}{changed}{erased}{f', {mixed}' if mixed else ''}"
     return [("images", f"{crop}{flipped}{decoded}{held}; {workers}"), *_sizes(plan)]
 
 

@@ -326,6 +326,34 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
         ),
         ({"recipe.data.image_size": [[0, 8], [2, 9], [2, 8]]}, ": the epochs do not rise from 0; write each once"),
         ({"recipe.data.validation_image_size": 7}, "= 7: too small; expected height and width of the images in valid"),
+        ({"recipe.data.augment": "auto"}, '= "auto": not "none", "trivial" or "rand"; expected "none", "trivial" (Tri'),
+        (
+            {"recipe.data.augment": "rand", "recipe.data.augment_magnitude": 31},
+            "= 31: too large; expected the strength",
+        ),
+        ({"recipe.data.random_erasing": 1.5}, "= 1.5: too large; expected the share of the training images"),
+        (
+            {"recipe.data.augment": "trivial", "recipe.data.augment_magnitude": 9},
+            'recipe.data.augment_magnitude = 9: the augmentation "trivial" has none; remove it',
+        ),
+        (
+            {"recipe.data.augment": "rand", "recipe.data.on_device": True},
+            'recipe.data.augment = "rand": with on_device true no loader process sees the images; write "none", or',
+        ),
+        (
+            {
+                "recipe.data": {"source": "imagefolder", "path": "p", "image_size": 32, "decoder": "dali"},
+                "recipe.data.augment": "rand",
+            },
+            'recipe.data.augment = "rand": no loader process sees what the decoder "dali" makes; write "none", or the',
+        ),
+        (
+            {
+                "recipe.data": {"source": "synthetic", "image_size": 32, "train_images": 512, "validation_images": 9},
+                "recipe.data.random_erasing": 0.5,
+            },
+            "recipe.data.random_erasing = 0.5: synthetic data is random as it is; remove it",
+        ),
         ({"recipe.data.mean": [0.5, 0.5]}, "= [0.5, 0.5]: too short; expected the mean of red, green and blue"),
         ({"recipe.data.mean": [0, 0, 0, 0]}, "= [0, 0, 0, 0]: too long; expected the mean of red, green and blue"),
         ({"recipe.data.mean": [0, "x", 0]}, 'recipe.data.mean[1] = "x": not a number; expected the mean of red'),

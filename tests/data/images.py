@@ -34,9 +34,9 @@ def pixels(image: Image.Image) -> Tensor:
 class Pictures(ImageDataset):
     """Pictures of three classes and several sizes, in memory."""
 
-    def __init__(self, length: int = 23, *, crop: str = "random_resized", image_size: Any = 16) -> None:
+    def __init__(self, length: int = 23, *, crop: str = "random_resized", image_size: Any = 16, **options: Any) -> None:
         labels = [index % 3 for index in range(length)]
-        super().__init__(labels, ["a", "b", "c"], image_size=image_size, crop=crop, flip=True, seed=5)
+        super().__init__(labels, ["a", "b", "c"], image_size=image_size, crop=crop, flip=True, seed=5, **options)
 
     def image(self, index: int) -> Decoded:
         return Decoded(pixels(picture(index, width=20 + index)))

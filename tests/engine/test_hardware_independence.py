@@ -54,19 +54,20 @@ def test_the_same_training_on_any_hardware(tmp_path: Path) -> None:
             assert validation["loss"] == pytest.approx(expected["loss"], rel=1e-9)
 
 
-def test_mixed_images_of_sizes_that_grow_are_the_same_on_any_hardware_and_when_resumed(tmp_path: Path) -> None:
-    mixing = ("--set=recipe.schedule.epochs=2", "--set=recipe.schedule.warmup_epochs=1")
-    mixing += ("--set=recipe.data.image_size=[[0, 16], [1, 24]]", "--set=recipe.data.validation_image_size=32")
-    mixing += tuple(f'--set=recipe.data.{name}={{"probability": 0.4}}' for name in ("mixup", "cutmix"))
-    one = losses(run(tmp_path / "one", 1, 128, 0, FP64, *mixing))
-    two = losses(run(tmp_path / "two", 2, 16, 0, FP64, *mixing))
+def test_augmented_images_of_sizes_that_grow_are_the_same_on_any_hardware_and_when_resumed(tmp_path: Path) -> None:
+    settings = ("--set=recipe.schedule.epochs=2", "--set=recipe.schedule.warmup_epochs=1")
+    settings += ("--set=recipe.data.image_size=[[0, 16], [1, 24]]", "--set=recipe.data.validation_image_size=32")
+    settings += ("--set=recipe.data.augment=rand", "--set=recipe.data.random_erasing=0.5")
+    settings += tuple(f'--set=recipe.data.{name}={{"probability": 0.4}}' for name in ("mixup", "cutmix"))
+    one = losses(run(tmp_path / "one", 1, 128, 0, FP64, *settings))
+    two = losses(run(tmp_path / "two", 2, 16, 1, FP64, *settings))
     assert len(one) == 22
     assert two == pytest.approx(one, rel=1e-9)
     # As if it had been killed in the last epoch: both sizes on the way.
     (tmp_path / "one/summary.json").unlink()
     (tmp_path / "one/checkpoints/step-00000022/manifest.json").unlink()
     before = events(tmp_path / "one", "validation")
-    assert losses(run(tmp_path / "one", 1, 128, 0, FP64, *mixing)) == one
+    assert losses(run(tmp_path / "one", 1, 128, 0, FP64, *settings)) == one
     assert [line["loss"] for line in events(tmp_path / "one", "validation")] == [line["loss"] for line in before]
 
 

@@ -318,6 +318,19 @@ def test_sizes_by_epoch() -> None:
     assert "image size" not in dict(plan_fields(small, None))
 
 
+def test_what_else_is_done_to_the_images() -> None:
+    changes: dict[str, Any] = {"recipe__data__augment": "rand", "recipe__data__random_erasing": 0.25}
+    plan = make_plan(config(**changes), 32)
+    shown = "random resized crops of 224 px, half of them mirrored, RandAugment of magnitude 9, a box erased in 25%;"
+    assert dict(plan_fields(plan, None))["images"].startswith(shown)
+    assert cores_to_load(plan, 2500) is None  # measured without
+    trivial = make_plan(config(recipe__data__augment="trivial"), 32)
+    assert "mirrored, TrivialAugment;" in dict(plan_fields(trivial, None))["images"]
+    for one in (plan, trivial):
+        again = make_plan(parse_config(json.loads(plan_json(one)), "plan.json"), 32)
+        assert plan_json(again) == plan_json(one)
+
+
 def test_fractional_epochs() -> None:
     plan = make_plan(config(recipe__schedule__warmup_epochs=0.5, recipe__schedule__decay_epochs=[29.5, 60.25]), 1)
     assert plan.schedule.warmup_steps == 78
