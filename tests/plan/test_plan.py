@@ -287,13 +287,15 @@ def test_what_cannot_be_trained_is_refused(changes: dict, key: str, remedy: str)
 @pytest.mark.parametrize(
     ("name", "rates"),
     [
+        # 312 steps an epoch; half of 1.7 is half-way from step 624 to 4,992.
+        ("resnet50_fast", {0: 0.10625, 624: 1.7, 2808: 0.85, 4992: 0}),
         # 39 steps an epoch; the half of steps 624 to 2,262 is 1,443, with (1 / 2)² of 21.2 − 0.0001.
         ("resnet50_lars_b32k", {0: 0, 312: 10.6, 624: 21.2, 1443: 0.0001 + 21.1999 / 4, 2262: 0.0001}),
         # 19 steps an epoch; the last of the 1,121 from step 589 to 1,710 has (1 / 1,121)² of 24.699 − 0.0001.
         ("resnet50_b65536_accumulated", {0: 0, 589: 24.699, 589 + 1120: 0.0001 + 24.6989 / 1121**2, 1710: 0.0001}),
     ],
 )
-def test_the_rates_of_the_largest_batches(name: str, rates: dict[int, float]) -> None:
+def test_the_rates_of_configs_after_others(name: str, rates: dict[int, float]) -> None:
     plan = make_plan(read_config(ROOT / f"ds_configs/{name}.json"), 32)
     assert plan.total_steps == max(rates)
     assert {step: plan.schedule.rate(step) for step in rates} == pytest.approx(rates, rel=1e-12)
