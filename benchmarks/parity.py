@@ -11,7 +11,6 @@ is no part of its package and is taken from a clone of its repository. Without `
 import argparse
 import csv
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -26,7 +25,6 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_model
-from scipy import stats
 from timm import create_model
 from torch import nn
 from torch.nn import functional as F
@@ -36,13 +34,13 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks.launch import ROOT, deepspeed_command, environment
 from benchmarks.report import add_json, context, heading, made_folder, positive, say, write
+from recipe.commands.study.results import CONFIDENCE, interval
 from recipe.data import open_datasets
 from recipe.model import build_model
 from recipe.reporting import read_events
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -328,12 +326,6 @@ def _run(command: Sequence[str]) -> None:
     )
     if ended.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stdout}\n{ended.stderr}")
-
-
-def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its confidence interval by Student's t: the seeds' differences taken as normal."""
-    share = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1))
-    return mean(differences), share * stdev(differences) / math.sqrt(len(differences))
 
 
 def format_report(report: dict[str, Any]) -> str:

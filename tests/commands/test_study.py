@@ -20,7 +20,16 @@ from recipe.commands import study as study_command
 from recipe.commands.study import figures as study_figures
 from recipe.commands.study.figures import draw_figures
 from recipe.commands.study.file import Study, Training, read_study
-from recipe.commands.study.results import format_report, last_epochs, missing, read_results, settings, spread, write_csv
+from recipe.commands.study.results import (
+    format_report,
+    interval,
+    last_epochs,
+    missing,
+    read_results,
+    settings,
+    spread,
+    write_csv,
+)
 from recipe.commands.study.runs import LAUNCH_LOG, Runner, Where, _last_word, check_output, command, ending
 from recipe.config import ConfigError
 from recipe.distributed import versions
@@ -96,12 +105,27 @@ def diverge(training: Training, output: Path, losses: Sequence[float | None] = (
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
 
 
+def test_the_difference_from_the_baseline_is_paired_by_seed(tmp_path: Path) -> None:
+    """Differences 1, 2 and 3: mean 2, s = 1, and t with two degrees of freedom is 4.3027 at 97.5 %: ± 4.3027 / √3."""
+    small, large = raw_study()["cases"]
+    three = study(tmp_path, seeds=[0, 1, 2], cases=[small, large | {"baseline": "small"}], figures=[])
+    for training in three.trainings:
+        large = training.case.name == "large"
+        complete(training, tmp_path, [10.0 * training.seed + (training.seed + 1 if large else 0)] * 5)
+    report = format_report(three, read_results(three, tmp_path), "…", [])
+    assert "10.00 ± 10.00 |  |" in report
+    assert "12.00 ± 11.00 | +2.00 ± 2.48 |" in report
+    assert "95% confidence interval (Student's t)" in report
+    assert interval([1.0, 2.0, 3.0, 2.0]) == pytest.approx((2.0, 3.1824 * (2 / 3) ** 0.5 / 2), rel=1e-4)
+
+
 def test_the_shipped_studies_are_the_papers_tables_and_can_be_planned() -> None:
     names = ("warmup", "learning_rate", "batch_size", "gamma_init")
-    papers = {f"{name}_{data}" for name in names for data in ("digits", "cifar10")}
-    assert {path.stem for path in STUDIES} == {*papers, "beyond_digits", "local_sgd_digits"}
+    papers = {f"{name}_{data}" for name in names for data in ("digits", "cifar10", "cifar10_small")}
+    assert {path.stem for path in STUDIES} == {*papers, "beyond_digits", "local_sgd_digits", "rate_cifar10_small"}
     for found in (read_study(path, world_size=1) for path in STUDIES):
-        assert len(found.file.seeds) >= 3
+        # A setting is chosen with a seed by which nothing is judged.
+        assert len(found.file.seeds) >= 3 or found.file.seeds == (100,)
         assert len(found.trainings) == len(found.file.seeds) * len(found.file.cases)
         assert {training.plan.config.recipe.batchnorm.statistics for training in found.trainings} == {32}
 

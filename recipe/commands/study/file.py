@@ -42,6 +42,9 @@ class Case(Section):
     paper: Text | None = None
     """the paper's figure for it, a string such as "23.74 ± 0.09", or null"""
 
+    baseline: str | None = None
+    """the name of the case whose error the table subtracts from this one's, seed by seed, a string, or null"""
+
     set: Overrides = Field(default_factory=dict)
     """what differs from the config, an object with dotted keys as in --set"""
 
@@ -174,6 +177,10 @@ def _contradictions(file: StudyFile) -> Iterator[Contradiction]:
     for key, changes in (("", file.set), *((f"cases[{i}].", case.set) for i, case in enumerate(file.cases))):
         if SEED in changes:
             yield f"{key}set.{SEED}", changes[SEED], "the seeds are the study's", 'list it under "seeds"'
+    for number, case in enumerate(file.cases):
+        if case.baseline is not None and case.baseline not in names:
+            key, others = f"cases[{number}].baseline", f"the cases are {', '.join(names)}"
+            yield key, case.baseline, "there is no such case", others
     for number, figure in enumerate(file.figures):
         for name in figure.cases:
             if name not in names:

@@ -20,6 +20,12 @@ from recipe.reporting import LAST_EPOCHS, SUMMARY, read_summary, steps_done
 
 State = Literal["complete", "diverged", "failed", "interrupted", "not started"]
 ERRORS = ("median", "final", "best")
+CONFIDENCE = 0.95
+COMPARED = (
+    "Minus its baseline: the differences between the median errors of the same seed, their mean ± half of its "
+    f"{CONFIDENCE:.0%} confidence interval (Student's t). Bold where the interval does not contain 0: a difference "
+    "that the seeds' scatter does not explain."
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,26 @@ def spread(runs: Iterable[Result], error: str = "median") -> tuple[float, float]
     errors = [run.errors[error] for run in runs if run.errors]
     mean = statistics.mean(errors) if errors else math.nan
     return mean, statistics.stdev(errors) if len(errors) > 1 else math.nan
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """The mean of at least two differences, and half the width of its confidence interval by Student's t."""
+    from scipy.stats import t  # it takes a second to import
+
+    share = float(t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1))
+    return statistics.mean(differences), share * statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def apart(runs: Iterable[Result], baseline: Iterable[Result]) -> str:
+    """How much larger the median error is than the baseline's, paired by seed, as the table has it."""
+    of_baseline = {run.training.seed: run.errors["median"] for run in baseline if run.errors}
+    pairs = [(run.errors["median"], of_baseline.get(run.training.seed)) for run in runs if run.errors]
+    differences = [error - other for error, other in pairs if other is not None]
+    if len(differences) < 2:
+        return "".join(f"{difference:+.2f}" for difference in differences)
+    mean, half = interval(differences)
+    text = f"{mean:+.2f} ± {half:.2f}"
+    return f"**{text}**" if abs(mean) > half else text
 
 
 def missing(results: Sequence[Result]) -> str:
@@ -134,6 +160,7 @@ def format_report(study: Study, results: Sequence[Result], command: str, picture
         "",
         f"Top-1 validation error in per cent, mean ± sample standard deviation over the seeds ({seeds}): the median of "
         f"{last_epochs(study.trainings)} of each run, and the final one. Each run: [{CSV}]({CSV}).",
+        *(["", COMPARED] if any(case.baseline for case in file.cases) else []),
     ]
     incomplete = [f"- {result.training}: {result.state}: {result.reason}" for result in results if result.reason]
     not_started = sum(result.state == "not started" for result in results)
@@ -165,16 +192,18 @@ def _circumstances(results: Sequence[Result], command: str) -> list[str]:
 
 def _table(study: Study, results: Sequence[Result]) -> list[str]:
     """A row per case: what it sets and what follows, the errors of its runs, and the paper's."""
+    by_name = {case.name: [run for run in results if run.training.case == case] for case in study.file.cases}
     rows = []
     for case in study.file.cases:
-        runs = [result for result in results if result.training.case == case]
+        runs = by_name[case.name]
         (median, final) = (_mean_and_std(*spread(runs, error)) for error in ("median", "final"))
-        rows.append(
-            {"case": str(case)}
-            | settings(study, runs[0].training)
-            | {"median error, %": ", ".join(filter(None, [median, missing(runs)])), "final error, %": final}
-            | ({"the paper's, ImageNet": case.paper or ""} if any(case.paper for case in study.file.cases) else {})
-        )
+        row = {"case": str(case)} | settings(study, runs[0].training)
+        row |= {"median error, %": ", ".join(filter(None, [median, missing(runs)])), "final error, %": final}
+        if any(case.baseline for case in study.file.cases):
+            row["minus its baseline"] = "" if case.baseline is None else apart(runs, by_name[case.baseline])
+        if any(case.paper for case in study.file.cases):
+            row["the paper's, ImageNet"] = case.paper or ""
+        rows.append(row)
     cells = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     # A bar would end a cell unless it is escaped.
     return [f"| {' | '.join(row)} |" for row in ([cell.replace("|", r"\|") for cell in row] for row in cells)]
