@@ -1,13 +1,12 @@
 """Reads JSON strictly: what a person got wrong in a file is said in one line, never passed over.
 
-Python's json lets a repeated key, NaN and infinity pass; DeepSpeed reads Hjson, with comments and trailing commas.
+Python's json lets a repeated key pass; DeepSpeed reads Hjson, with comments and trailing commas.
 """
 
 import difflib
 import json
-import math
 import os
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ def _nearby(path: Path, siblings: str) -> str:
 
 def parse_json(text: str, file: str) -> dict[str, Any]:
     try:
-        raw = json.loads(text, object_pairs_hook=_object)
+        raw = json.loads(text, object_pairs_hook=partial(_object, file))
     except json.JSONDecodeError as error:
         before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
         remedy = "write plain JSON"
@@ -79,42 +78,24 @@ def parse_json(text: str, file: str) -> dict[str, Any]:
             remedy = "remove the comma before it (DeepSpeed would let it pass, as Hjson)"
         problem = f"line {error.lineno}, column {error.colno}: {error.msg}"
         raise ConfigError(file, "", ABSENT, problem, remedy) from None
+    except ConfigError:
+        raise
     except (RecursionError, ValueError) as error:
         problem = f"Python cannot read it: {str(error).partition(';')[0]}"
         raise ConfigError(file, "", ABSENT, problem, "write plain JSON") from None
-    _check_leaves(raw, file)
     if not isinstance(raw, dict):
         raise ConfigError(file, "", raw, "not an object", "write the keys and values between { and }")
     return raw
 
 
-@dataclass(frozen=True)
-class _Repeated:
-    """Stands in a parsed object for the values of a key that occurs more than once."""
-
-    values: list[Any]
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(file: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     parsed = dict(pairs)
     if len(parsed) < len(pairs):
         for key in parsed:
             values = [value for name, value in pairs if name == key]
-            parsed[key] = values[0] if len(values) == 1 else _Repeated(values)
+            if len(values) > 1:
+                raise ConfigError(file, key, values, "this key occurs more than once", "write it once")
     return parsed
-
-
-def _check_leaves(value: Any, file: str, key: Key = ()) -> None:
-    """Refuse what Python's json lets pass: a key that occurs twice, a number that is not finite."""
-    if len(key) > 100:
-        raise ConfigError(file, dotted_key(key), ABSENT, "nested too deeply", "write plain JSON")
-    if isinstance(value, dict | list):
-        for part, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            _check_leaves(inner, file, (*key, part))
-    elif isinstance(value, _Repeated):
-        raise ConfigError(file, dotted_key(key), value.values, "this key occurs more than once", "write it once")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(file, dotted_key(key), value, "not a finite number", "write a finite one")
 
 
 def apply_override(raw: dict[str, Any], override: str, file: str) -> None:
@@ -124,16 +105,17 @@ def apply_override(raw: dict[str, Any], override: str, file: str) -> None:
         problem = f"--set {override} is not KEY=VALUE"
         raise ConfigError(file, "", ABSENT, problem, "write it as in --set recipe.schedule.epochs=2")
     try:
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=partial(_object, file))
+    except ConfigError:
+        raise
     except (ValueError, RecursionError):
         value = text
-    _check_leaves(value, file, (*path, last))
     section: Any = raw
     for depth, part in enumerate(path, start=1):
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
             problem = f"not an object, so it has no {'.'.join([*path[depth:], last])}"
-            raise ConfigError(file, dotted_key(tuple(path[:depth])), section, problem, "set the key itself")
+            raise ConfigError(file, ".".join(path[:depth]), section, problem, "set the key itself")
     section[last] = value
 
 

@@ -12,26 +12,6 @@ from recipe.config.reader import ABSENT, ConfigError, Key, dotted_key
 
 S = TypeVar("S", bound=Section)
 
-_KINDS = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "string_type": "a string",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "model_type": "an object",
-}
-_LIMITS = {
-    "greater_than": "too small",
-    "greater_than_equal": "too small",
-    "less_than": "too large",
-    "less_than_equal": "too large",
-    "string_too_short": "empty",
-    "too_short": "too short",
-    "too_long": "too long",
-    "finite_number": "not a finite number",
-    "string_pattern_mismatch": "not of this form",
-}
-
 
 def validate(root: type[S], raw: dict[str, Any], file: str, whole: str) -> S:
     """The typed view of what a file holds.
@@ -68,14 +48,12 @@ def _refusal(
     if first["type"] == "missing":
         key, value = (*_locate(first["loc"][:-1], raw)[0], first["loc"][-1]), ABSENT
     branches = [error for error in errors if _locate(error["loc"], raw)[0] == key] or [first]
-    kinds = " or ".join(_kind(error) for error in branches)
-    limits = [_LIMITS[error["type"]] for error in branches if error["type"] in _LIMITS]
-    problem = "missing" if value is ABSENT else limits[0] if limits else f"not {kinds}"
+    problem = "missing" if value is ABSENT else _problem(branches)
     if not key:
-        return ConfigError(file, "", ABSENT, f"not {kinds}", whole)
+        return ConfigError(file, "", ABSENT, problem, whole)
     *path, name = key[: max(i for i, part in enumerate(key, start=1) if isinstance(part, str))]
     field = _section(root, path).model_fields[str(name)]
-    first_sentence = " ".join((field.description or kinds).split()).partition(". ")[0]
+    first_sentence = " ".join((field.description or problem.removeprefix("not ")).split()).partition(". ")[0]
     return ConfigError(file, dotted_key(key), value, problem, f"expected {first_sentence}")
 
 
@@ -91,10 +69,21 @@ def _locate(loc: Key, raw: Any) -> tuple[Key, Any]:
     return key, raw
 
 
-def _kind(error: ErrorDetails) -> str:
-    if error["type"] == "literal_error":
-        return str(error["ctx"]["expected"]).replace("'", '"').replace("False", "false")
-    return _KINDS.get(error["type"]) or error["msg"].removeprefix("Input should be ")
+def _problem(branches: list[ErrorDetails]) -> str:
+    """Pydantic's words for a value that no branch of a type takes, where a tuple is JSON's list and so on."""
+    prefix, messages = "Input should be ", [error["msg"].partition(" or instance of ")[0] for error in branches]
+    for python, json in (
+        ("Tuple", "List"),
+        ("tuple", "list"),
+        ("dictionary", "object"),
+        ("'", '"'),
+        ("False", "false"),
+    ):
+        messages = [message.replace(python, json) for message in messages]
+    for message in messages:
+        if not message.startswith(prefix):
+            return message[0].lower() + message[1:]
+    return f"not {' or '.join(message.removeprefix(prefix) for message in messages)}"
 
 
 def _section(root: type[Section], key: Sequence[str | int]) -> type[Section]:
