@@ -116,7 +116,10 @@ def apply_override(raw: dict[str, Any], override: str, file: str) -> None:
         if not isinstance(section, dict):
             problem = f"not an object, so it has no {'.'.join([*path[depth:], last])}"
             raise ConfigError(file, ".".join(path[:depth]), section, problem, "set the key itself")
-    section[last] = value
+    if value is None and last in section:
+        del section[last]  # null stands for the default: so another optimizer or decay gets rid of the file's own keys
+    else:
+        section[last] = value
 
 
 def dotted_key(key: Key) -> str:

@@ -495,7 +495,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
     data, schedule = config.recipe.data, config.recipe.schedule
     optimizer = config.optimizer.type
     for name in sorted(keys_of_others(OPTIMIZER_KEYS, optimizer) & params.model_fields_set):
-        yield f"optimizer.params.{name}", f"{optimizer} has none", "remove it"
+        key = f"optimizer.params.{name}"
+        yield key, f"{optimizer} has none", f"remove it (--set {key}=null)"
     if optimizer != "SGD" and zero.stage:
         yield (
             "optimizer.type",
@@ -574,11 +575,9 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
             yield f"recipe.data.{name}", '"auto" is not for synthetic', "write the number of images"
     for name in sorted(keys_of_others(DECAY_KEYS, schedule.decay) & schedule.model_fields_set):
         whose = " or ".join(f'"{decay}"' for decay, keys in DECAY_KEYS.items() if name in keys)
-        yield (
-            f"recipe.schedule.{name}",
-            f'the decay "{schedule.decay}" has none',
-            f"remove it, or write the decay {whose}",
-        )
+        key = f"recipe.schedule.{name}"
+        remedy = f"remove it (--set {key}=null), or write the decay {whose}"
+        yield key, f'the decay "{schedule.decay}" has none', remedy
     changed_in = [epoch for epoch, _ in schedule.batch_size or ()]
     if changed_in != sorted(set(changed_in)):
         yield "recipe.schedule.batch_size", "the epochs do not rise", "write each once, the smallest first"

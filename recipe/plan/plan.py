@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import FOLDERS, Config, Contents, parse_config
-from recipe.plan.scaling import Phase, RateSchedule, Timeline, scaled_rate, scaled_weight_decay, warmup_applies
+from recipe.plan.scaling import Phase, RateSchedule, Timeline, scaled_rate
 
 DIGITS_CLASSES, DIGITS_IMAGES = 10, {"train": 1442, "validation": 355}
 
 # Pixel statistics of the training images scaled to 0..1, per channel.
 PIXEL_MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "digits": ((0.3054, 0.3054, 0.3054), (0.3237, 0.3237, 0.3237)),
-    "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "pack": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "huggingface": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    **dict.fromkeys(FOLDERS, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),  # ImageNet's
     "synthetic": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
 
@@ -154,27 +152,29 @@ def make_plan(
             "recipe.noise_scale.enabled",
             f"one rank takes the whole batch of {micro_batch} as one micro-batch, and there are no two sizes of batch "
             "to compare",
-            _smaller_micro_batch_remedy(config),
+            'write a train_micro_batch_size_per_gpu below that and gradient_accumulation_steps "auto", start more '
+            "ranks, or write false",
         )
     statistics = config.statistics
     spans_ranks = statistics > micro_batch if isinstance(statistics, int) else statistics == "global" and world_size > 1
-    if recipe.noise_scale.enabled and spans_ranks:
-        # What a rank has of it holds large parts that cancel out in the sum of all: measured on the digits, two ranks
-        # gave a variance of 1,749 where there was one of 138.
-        raise config.source.refusal(
-            "recipe.noise_scale.enabled",
-            "batch norm's statistics come from several ranks, and what a rank has of the gradient is no gradient of "
-            "its own images",
-            'write false, or for recipe.batchnorm.statistics "local" or a number of images up to a micro-batch\'s, '
-            f"{micro_batch}",
-        )
-    if recipe.local_sgd.steps is not None and spans_ranks:
-        raise config.source.refusal(
-            "recipe.local_sgd.steps",
-            "batch norm's statistics come from several ranks, which would not step alone",
-            'write null, or for recipe.batchnorm.statistics "local" or a number of images up to a micro-batch\'s, '
-            f"{micro_batch}",
-        )
+    # What a rank has of the gradient holds large parts that cancel out in the sum of all: measured on the digits, two
+    # ranks gave a variance of 1,749 where there was one of 138.
+    for key, wanted, problem, off in (
+        (
+            "noise_scale.enabled",
+            recipe.noise_scale.enabled,
+            "what a rank has is no gradient of its own images",
+            "false",
+        ),
+        ("local_sgd.steps", recipe.local_sgd.steps is not None, "they would not step alone", "null"),
+    ):
+        if wanted and spans_ranks:
+            raise config.source.refusal(
+                f"recipe.{key}",
+                f"batch norm's statistics come from several ranks, and {problem}",
+                f'write {off}, or for recipe.batchnorm.statistics "local" or a number of images up to a '
+                f"micro-batch's, {micro_batch}",
+            )
     if recipe.ema.decay is not None and statistics == "local" and world_size > 1:
         raise config.source.refusal(
             "recipe.ema.decay",
@@ -360,16 +360,6 @@ def holds_groups(n: int, micro_batch: int, world_size: int) -> bool:
     return micro_batch % n == 0 or (n % micro_batch == 0 and world_size % (n // micro_batch) == 0)
 
 
-def _smaller_micro_batch_remedy(config: Config) -> str:
-    fitting = fitting_micro_batches(config.common_batch, 1, config.statistics)
-    if len(fitting) < 2:
-        return "write false, or start more ranks"
-    return (
-        f'write train_micro_batch_size_per_gpu {fitting[1]} and gradient_accumulation_steps "auto", start more ranks, '
-        "or write false"
-    )
-
-
 def _fitting_remedy(fitting: list[int], batch: int, n: str | int, world_size: int) -> str:
     if fitting:
         return f"micro-batches that do: {', '.join(map(str, sorted(fitting)))}"
@@ -490,7 +480,8 @@ def _rate_schedule(config: Config, timeline: Timeline) -> RateSchedule:
     start = rules.reference_lr
     if rules.scaling_rule == "none" and written.warmup_min_lr != "auto":
         start = written.warmup_min_lr
-    warms_up = warmup_applies(rules.warmup, batch, rules.reference_batch_size, start, peak)
+    # Only above the reference batch (§2.2), and only towards a higher rate.
+    warms_up = rules.warmup != "none" and batch > rules.reference_batch_size and peak > start
     warmup_steps = timeline.steps(rules.warmup_epochs) if warms_up else 0
     if warmup_steps == 0:
         start = peak
@@ -552,7 +543,9 @@ def _weight_decay(config: Config) -> float:
     if rules.weight_decay_rule == "constant" and rules.reference_weight_decay is None and written != "auto":
         return written
     reference = PAPER_WEIGHT_DECAY if rules.reference_weight_decay is None else rules.reference_weight_decay
-    decay = scaled_weight_decay(reference, rules.reference_batch_size, config.train_batch_size, rules.weight_decay_rule)
+    # The paper's constant (§5.1), or divided by kn / 256.
+    by_batch = rules.weight_decay_rule == "inverse"
+    decay = reference / (config.train_batch_size / rules.reference_batch_size) if by_batch else reference
     _check(
         config,
         "optimizer.params.weight_decay",

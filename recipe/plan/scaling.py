@@ -12,7 +12,6 @@ ScalingRule = Literal["linear", "sqrt", "none"]
 Warmup = Literal["gradual", "constant", "none"]
 WarmupType = Literal["linear", "log"]
 Decay = Literal["step", "cosine", "polynomial", "linear", "none"]
-WeightDecayRule = Literal["constant", "inverse"]
 
 
 def scaled_rate(reference_lr: float, reference_batch_size: int, batch_size: int, rule: ScalingRule) -> float:
@@ -29,27 +28,6 @@ def scaled_rate(reference_lr: float, reference_batch_size: int, batch_size: int,
             return reference_lr * math.sqrt(ratio)
         case "none":
             return reference_lr
-
-
-def scaled_weight_decay(
-    reference_weight_decay: float, reference_batch_size: int, batch_size: int, rule: WeightDecayRule
-) -> float:
-    """λ for a global batch: the paper's constant (§5.1), or divided by kn / 256."""
-    if rule == "inverse":
-        return reference_weight_decay / (batch_size / reference_batch_size)
-    return reference_weight_decay
-
-
-def epochs_to_steps(epochs: float, steps_per_epoch: int) -> int:
-    """The nearest whole number of optimizer steps; halves go up."""
-    return math.floor(epochs * steps_per_epoch + 0.5)
-
-
-def warmup_applies(
-    warmup: Warmup, batch_size: int, reference_batch_size: int, start_rate: float, peak_rate: float
-) -> bool:
-    """Whether a run warms up: only where kn > 256 (§2.2), and only towards a higher rate."""
-    return warmup != "none" and batch_size > reference_batch_size and peak_rate > start_rate
 
 
 @dataclass(frozen=True)
@@ -95,9 +73,9 @@ class Timeline:
         return phase.first_epoch + epochs, within
 
     def steps(self, epochs: float) -> int:
-        """The whole number of steps nearest to so many epochs."""
+        """The whole number of steps nearest to so many epochs; halves go up."""
         phase = next(phase for phase in reversed(self.phases) if phase.first_epoch <= epochs)
-        return phase.first_step + epochs_to_steps(epochs - phase.first_epoch, phase.steps_per_epoch)
+        return phase.first_step + math.floor((epochs - phase.first_epoch) * phase.steps_per_epoch + 0.5)
 
     def epochs_done(self, steps: int) -> float:
         """How many epochs so many steps are."""

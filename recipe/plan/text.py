@@ -8,7 +8,7 @@ from recipe.config import Config, lacks_batchnorm, printable
 from recipe.plan.cost import SHIPPED, ModelFacts
 from recipe.plan.layout import NO_BREAK, columns, counted, fields, wrap
 from recipe.plan.noise_scale import planned_measurements, too_few
-from recipe.plan.plan import ASSUMED_MICRO_BATCH, PIXEL_MEAN_STD, Plan, fitting_micro_batches
+from recipe.plan.plan import ASSUMED_MICRO_BATCH, PIXEL_MEAN_STD, Plan
 
 
 def plan_json(plan: Plan) -> str:
@@ -30,26 +30,25 @@ def format_plan(plan: Plan, width: int | None = None) -> str:
 
 def plan_fields(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
     """What a run will do, label and text; ``facts`` of the model, if they are known."""
-    return [
-        ("model", _model(plan, facts)),
-        ("global batch", _global_batch(plan)),
-        ("data", _data(plan)),
-        *_images(plan),
-        *_kernels(plan),
-        ("steps", _steps(plan)),
-        *_batch_schedule(plan),
-        ("peak rate", _peak_rate(plan)),
-        ("warmup", _warmup(plan)),
-        ("decay", _decay(plan)),
-        ("rate at step", ", ".join(f"{step:,}:{NO_BREAK}{rate:.5g}" for step, rate in rates(plan))),
-        ("optimizer", _optimizer(plan)),
-        ("weight decay", _weight_decay(plan, facts)),
-        *_loss(plan),
-        *_weight_average(plan),
-        *_local_sgd(plan),
-        ("checkpoints", _checkpoints(plan)),
-        *_noise_scale(plan),
-    ]
+    texts = {
+        "model": _model(plan, facts),
+        "global batch": _global_batch(plan),
+        "data": _data(plan),
+        "images": _images(plan),
+        "image size": _image_sizes(plan),
+        "steps": _steps(plan),
+        "batch schedule": _batch_schedule(plan),
+        "peak rate": _peak_rate(plan),
+        "warmup": _warmup(plan),
+        "decay": _decay(plan),
+        "rate at step": ", ".join(f"{step:,}:{NO_BREAK}{rate:.5g}" for step, rate in rates(plan)),
+        "optimizer": _optimizer(plan),
+        "weight decay": _weight_decay(plan, facts),
+        "weight average": _weight_average(plan),
+        "local SGD": _local_sgd(plan),
+        "checkpoints": _checkpoints(plan),
+    }
+    return [(label, text) for label, text in texts.items() if text]
 
 
 def format_fields(plan: Plan, rows: Sequence[tuple[str, str]], width: int | None = None) -> str:
@@ -62,10 +61,6 @@ def format_fields(plan: Plan, rows: Sequence[tuple[str, str]], width: int | None
 def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
     """What a person should know before the run starts; ``facts`` of the model, if they are known."""
     found = _batchnorm_notes(plan, facts)
-    share = plan.config.common_batch // plan.world_size
-    limit = plan.config.recipe.max_micro_batch_size
-    assert isinstance(limit, int), "a plan leaves no auto"
-    largest = min(limit, share)
     if plan.assumes_micro_batch:
         found.append(
             f'max_micro_batch_size is "auto": a run finds what fits the GPU (on a CPU it takes 32); this plan assumes '
@@ -73,24 +68,11 @@ def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
         )
     if plan.config.recipe.model.gradient_checkpointing:
         found.append("with gradient checkpointing activations take less memory and steps more time than this plan says")
-    sizes = fitting_micro_batches(plan.config.common_batch, plan.world_size, "global")
-    if plan.micro_batch * 4 <= largest and not any(plan.micro_batch < size <= largest for size in sizes):
-        found.append(
-            f"a micro-batch of {plan.micro_batch} is small: {share:,} images per rank have no larger divisor up to "
-            f"{largest}; a train_batch_size with more divisors trains faster"
-        )
     found += _weights_notes(plan) + _rate_notes(plan)
     if plan.precision == "bf16" and plan.accumulation >= 64:
         found.append(
             f"bf16 gradients of {plan.accumulation} accumulation steps are summed in bf16, with 8 bits of precision; "
             "more GPUs or a larger micro-batch sum fewer"
-        )
-    if plan.schedule.milestones and plan.schedule.milestones[0] < plan.schedule.warmup_steps:
-        found.append("the first decay comes before the warmup has ended")
-    if plan.left_over_images > plan.train_images / 20:
-        found.append(
-            f"{plan.left_over_images / plan.train_images:.0%} of the images are left over in each epoch, as they fill "
-            "no global batch; a train_batch_size that divides their number better uses more"
         )
     measured = plan.config.recipe.noise_scale
     few = too_few(planned_measurements(plan.total_steps, measured.every_steps), plan.total_steps, measured.every_steps)
@@ -121,8 +103,7 @@ def _batchnorm_notes(plan: Plan, facts: ModelFacts | None) -> list[str]:
             f'"statistics": "{statistics}" makes the training depend on the micro-batch, and "auto" that on the GPU; '
             "a number of images (the paper's 32) does not"
         )
-    over = plan.micro_batch * (plan.world_size if statistics == "global" else 1)
-    over = statistics if isinstance(statistics, int) else over
+    over = plan.batchnorm_images
     if over < 16:
         found.append(f"batch norm's statistics come from only {over} images; the paper used 32 (section 2.3)")
     elif over > 64:
@@ -180,10 +161,9 @@ def _model(plan: Plan, facts: ModelFacts | None) -> str:
         batchnorm += ", if the model has batch norm"
     elif not has_batchnorm:
         batchnorm = "no batch norm"
-    start = "" if recipe.model.zero_init_last else ", γ = 1 at the blocks' ends, too"
     return (
         f"{printable(recipe.model.name)}, {recipe.model.num_classes} classes, {_size_range(plan)} px, "
-        f"{plan.precision}, {batchnorm}{start}{_start(plan)}"
+        f"{plan.precision}, {batchnorm}{_start(plan)}"
         f"{', gradients checkpointed' if recipe.model.gradient_checkpointing else ''}"
     )
 
@@ -215,10 +195,10 @@ def _data(plan: Plan) -> str:
     return "; ".join(printable(part) for part in found if part)
 
 
-def _images(plan: Plan) -> list[tuple[str, str]]:
+def _images(plan: Plan) -> str:
     data, size = plan.config.recipe.data, f"{_size_range(plan)} px"
     if data.source == "synthetic":
-        return []
+        return ""
     crop = {
         "random_resized": f"random resized crops of {size}",
         "padded": f"{size}, shifted by up to {plan.largest_image_size // 8}",
@@ -241,7 +221,7 @@ def _images(plan: Plan) -> list[tuple[str, str]]:
     }[data.augment]
     erased = f", a box erased in {data.random_erasing:.0%}" if data.random_erasing else ""
     flipped = f"{', half of them mirrored' if data.flip else ''}{changed}{erased}{f', {mixed}' if mixed else ''}"
-    return [("images", f"{crop}{flipped}{decoded}{held}; {workers}"), *_sizes(plan)]
+    return f"{crop}{flipped}{decoded}{held}; {workers}"
 
 
 def _size_range(plan: Plan) -> str:
@@ -249,25 +229,13 @@ def _size_range(plan: Plan) -> str:
     return f"{sizes[0]}" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
 
 
-def _sizes(plan: Plan) -> list[tuple[str, str]]:
+def _image_sizes(plan: Plan) -> str:
     """The sizes by epoch, and that of validation, where there are several."""
     (_, first), *later = plan.image_sizes
     if not later and plan.validation_image_size == first:
-        return []
-    training = [
-        f"{first} px",
-        *(f"{size} px from epoch {epoch} on" for epoch, size in later),
-    ]
-    return [("image size", f"{', '.join(training)}; {plan.validation_image_size} px in validation")]
-
-
-def _kernels(plan: Plan) -> list[tuple[str, str]]:
-    recipe, found = plan.config.recipe, []
-    if recipe.compile:
-        found.append("torch.compile's, which the first steps make: they may take minutes")
-    if recipe.cudnn_benchmark:
-        found.append("cuDNN's fastest, which another start may choose otherwise")
-    return [("kernels", "; ".join(found))] if found else []
+        return ""
+    training = [f"{first} px", *(f"{size} px from epoch {epoch} on" for epoch, size in later)]
+    return f"{', '.join(training)}; {plan.validation_image_size} px in validation"
 
 
 def _steps(plan: Plan) -> str:
@@ -283,15 +251,14 @@ def _steps(plan: Plan) -> str:
     return f"{steps}; {most}{counted(plan.left_over_images, 'image')} dropped per epoch, others each time"
 
 
-def _batch_schedule(plan: Plan) -> list[tuple[str, str]]:
+def _batch_schedule(plan: Plan) -> str:
     """The later global batches, each with what follows from it."""
-    changes = [
+    return "; ".join(
         f"{phase.global_batch:,} from epoch {phase.first_epoch} (step {phase.first_step:,}) on, by "
         f"{counted(plan.accumulation_of(phase), 'accumulation step')}: peak rate "
         f"{plan.schedule.peak(phase.global_batch):.6g}"
         for phase in plan.timeline.phases[1:]
-    ]
-    return [("batch schedule", "; ".join(changes))] if changes else []
+    )
 
 
 def _peak_rate(plan: Plan) -> str:
@@ -326,16 +293,11 @@ def _decay(plan: Plan) -> str:
         return f"{rules.decay}{power} from {plan.schedule.peak_rate:.6g} to {rules.final_lr:g} at the end of the run"
     if not milestones:
         return "none"
-    reached = [
-        f"epoch {epoch:g} (step {step:,})"
-        for epoch, step in zip(rules.decay_epochs, milestones, strict=True)
-        if step < plan.total_steps
-    ]
-    late = [
-        f"{epoch:g}" for epoch, step in zip(rules.decay_epochs, milestones, strict=True) if step >= plan.total_steps
-    ]
-    text = f"× {rules.decay_factor:g} at {', '.join(reached)}" if reached else "none within the run"
-    return text + (f"; epoch {', '.join(late)} lies beyond it" if late else "")
+    turns = list(zip(rules.decay_epochs, milestones, strict=True))
+    reached = ", ".join(f"epoch {epoch:g} (step {step:,})" for epoch, step in turns if step < plan.total_steps)
+    late = ", ".join(f"{epoch:g}" for epoch, step in turns if step >= plan.total_steps)
+    text = f"× {rules.decay_factor:g} at {reached}" if reached else "none within the run"
+    return text + (f"; epoch {late} lies beyond it" if late else "")
 
 
 def rates(plan: Plan) -> list[tuple[int, float]]:
@@ -374,36 +336,26 @@ def _weight_decay(plan: Plan, facts: ModelFacts | None) -> str:
     return f"{plan.weight_decay:.6g} on {decayed}convolution and linear weights; none on {undecayed}{which}"
 
 
-def _loss(plan: Plan) -> list[tuple[str, str]]:
-    smoothing = plan.config.recipe.loss.label_smoothing
-    return [("loss", f"cross entropy, in training with labels smoothed by {smoothing:g}")] if smoothing else []
-
-
-def _weight_average(plan: Plan) -> list[tuple[str, str]]:
+def _weight_average(plan: Plan) -> str:
     decay = plan.config.recipe.ema.decay
     if decay is None:
-        return []
+        return ""
     epochs = math.log(0.5) / math.log(decay) / plan.train_images
     step = f"{decay**plan.global_batch:.6g} per step of {plan.global_batch:,}"
-    return [("weight average", f"decay {decay!r} per image, {step}: halved in {epochs:.3g} epochs")]
+    return f"decay {decay!r} per image, {step}: halved in {epochs:.3g} epochs"
 
 
-def _local_sgd(plan: Plan) -> list[tuple[str, str]]:
+def _local_sgd(plan: Plan) -> str:
     local = plan.config.recipe.local_sgd
-    if local.steps is None:
-        return []
-    if plan.world_size == 1:
-        return [("local SGD", "no effect on a single rank")]
+    if local.steps is None or plan.world_size == 1:
+        return "" if local.steps is None else "no effect on a single rank"
     since = ""
     if local.after_epoch:
         since = f"from epoch {local.after_epoch} (step {plan.timeline.steps(local.after_epoch):,}) on "
-    return [
-        (
-            "local SGD",
-            f"{since}each rank steps alone; weights are averaged every {counted(local.steps, 'step')} and at the end "
-            "of each epoch. On another number of ranks it is another training",
-        )
-    ]
+    return (
+        f"{since}each rank steps alone; weights are averaged every {counted(local.steps, 'step')} and at the end of "
+        "each epoch. On another number of ranks it is another training"
+    )
 
 
 def _checkpoints(plan: Plan) -> str:
@@ -413,12 +365,3 @@ def _checkpoints(plan: Plan) -> str:
     best = " and the best" if settings.keep_best else ""
     last = "the last" if settings.keep_last == 1 else f"the last {settings.keep_last}"
     return f"after each epoch{every}; {last}{best} are kept"
-
-
-def _noise_scale(plan: Plan) -> list[tuple[str, str]]:
-    settings = plan.config.recipe.noise_scale
-    if not settings.enabled:
-        return []
-    measurements = planned_measurements(plan.total_steps, settings.every_steps)
-    every = "at every step" if settings.every_steps == 1 else f"every {settings.every_steps:,} steps"
-    return [("noise scale", f"measured {every}, {counted(measurements, 'time')} in all")]

@@ -371,8 +371,11 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
             {"recipe.data.cutmix.probability": 0.6, "recipe.data.mixup.probability": 0.5},
             "= 0.6: with that of mixup it is more than 1, and a step has one of the two; write at most 0.5",
         ),
-        ({"optimizer.params.nesterov": True, "optimizer.type": "LARS"}, "= true: LARS has none; remove it"),
-        ({"optimizer.params.momentum": 0.9, "optimizer.type": "LAMB"}, "= 0.9: LAMB has none; remove it"),
+        (
+            {"optimizer.params.nesterov": True, "optimizer.type": "LARS"},
+            "= true: LARS has none; remove it (--set",
+        ),
+        ({"optimizer.params.momentum": 0.9, "optimizer.type": "LAMB"}, "= 0.9: LAMB has none; remove it (--set"),
         ({"optimizer.params.eps": "auto"}, '= "auto": SGD has none; remove it'),
         ({"optimizer.params.weight_decay": 0, "optimizer.type": "LARS"}, "= 0: LARS has no trust ratio without it;"),
         (
@@ -381,15 +384,15 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
         ),
         (
             {"recipe.schedule.decay_factor": 0.1, "recipe.schedule.decay": "cosine"},
-            '= 0.1: the decay "cosine" has none; remove it, or write the decay "step"',
+            '= 0.1: the decay "cosine" has none; remove it (--set recipe.schedule.decay_factor=null), or write',
         ),
         (
             {"recipe.schedule.decay_power": 2, "recipe.schedule.decay": "linear"},
-            '= 2: the decay "linear" has none; remove it, or write the decay "polynomial"',
+            '= 2: the decay "linear" has none; remove it (--set recipe.schedule.decay_power=null), or write the decay',
         ),
         (
             {"recipe.schedule.final_lr": 0},
-            '= 0: the decay "step" has none; remove it, or write the decay "cosine" or "polynomial" or "linear"',
+            '= 0: the decay "step" has none; remove it (--set recipe.schedule.final_lr=null), or write',
         ),
         (
             {"recipe.noise_scale.enabled": True, "zero_optimization.stage": 1},
@@ -471,6 +474,15 @@ def test_overrides_apply_in_order_and_are_part_of_what_was_written(small: Path) 
     assert config.source.raw["recipe"]["seed"] == 2
     assert "--set recipe.seed=1" in config.source.file
     assert read_config(small).recipe.seed == 0
+
+
+def test_null_stands_for_the_default(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, json.dumps(changed({"recipe.schedule.decay_epochs": [1], "optimizer.params.momentum": 0.8}))
+    )
+    others = read_config(path, ["recipe.schedule.decay=none", "recipe.schedule.decay_epochs=null"])
+    assert others.recipe.schedule.decay == "none"
+    assert read_config(path, ["optimizer.params.momentum=null"]).optimizer.params.momentum == 0.9
 
 
 @pytest.mark.parametrize(

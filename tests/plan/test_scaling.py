@@ -7,10 +7,7 @@ import pytest
 from recipe.plan.scaling import (
     RateSchedule,
     Timeline,
-    epochs_to_steps,
     scaled_rate,
-    scaled_weight_decay,
-    warmup_applies,
 )
 
 
@@ -38,33 +35,12 @@ def test_table_2a_of_the_paper() -> None:
     assert scaled_rate(0.1, 256, 8192, "sqrt") == pytest.approx(0.1 * math.sqrt(32), rel=1e-15)
 
 
-def test_weight_decay_rules() -> None:
-    assert scaled_weight_decay(1e-4, 256, 8192, "constant") == 1e-4
-    assert scaled_weight_decay(1e-4, 256, 8192, "inverse") == 1e-4 / 32
-    assert scaled_weight_decay(1e-4, 256, 128, "inverse") == 2e-4
-
-
 @pytest.mark.parametrize(
     ("epochs", "steps_per_epoch", "steps"),
     [(5, 156, 780), (0.5, 3, 2), (0.5, 156, 78), (0.1, 156, 16), (0.001, 156, 0), (30, 5004, 150120), (2.5, 1, 3)],
 )
-def test_epochs_to_steps_rounds_halves_up(epochs: float, steps_per_epoch: int, steps: int) -> None:
-    assert epochs_to_steps(epochs, steps_per_epoch) == steps
-
-
-@pytest.mark.parametrize(
-    ("warmup", "batch_size", "peak_rate", "applies"),
-    [
-        ("gradual", 8192, 3.2, True),
-        ("constant", 257, 0.1003, True),
-        ("gradual", 256, 0.1, False),
-        ("gradual", 128, 0.05, False),
-        ("none", 8192, 3.2, False),
-        ("gradual", 8192, 0.1, False),  # scaling_rule "none": there is nothing to climb to
-    ],
-)
-def test_where_a_warmup_applies(warmup: str, batch_size: int, peak_rate: float, applies: bool) -> None:
-    assert warmup_applies(warmup, batch_size, 256, 0.1, peak_rate) is applies
+def test_epochs_in_steps_round_halves_up(epochs: float, steps_per_epoch: int, steps: int) -> None:
+    assert Timeline.of([(0, 1)], steps_per_epoch, 1).steps(epochs) == steps
 
 
 def schedule(**changes: object) -> RateSchedule:
