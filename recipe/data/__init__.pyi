@@ -1,4 +1,3 @@
-from . import folder_index as folder_index
 from .augment import View as View, draw_views as draw_views, evaluation_short_side as evaluation_short_side
 from .batch import Batch as Batch
 from .contents import look as look

@@ -1,24 +1,13 @@
-"""Which images lie below a folder, a folder per class, in the order of torchvision's ImageFolder; kept between runs.
-
-Every rank lists the folder when it starts, all 1.28 million files of ImageNet. So what a scan has found is kept in the
-user's cache, with a digest of the state of every folder that it looked into: any name that comes, goes or changes below
-them changes the times of one, and the scan is made anew. Nothing here needs torch, whose import takes seconds.
-"""
+"""Which images lie below a folder, a folder per class, in the order of torchvision's ImageFolder; needs no torch."""
 
 import hashlib
 import os
-import secrets
-import socket
-import stat
-import sys
-import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +17,6 @@ from recipe.data.pack_format import HEADER
 
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Of what is taken for an image, as torchvision does."""
-FORMAT = 2
-SMALLEST_KEPT_IMAGES = 10_000
-"""Fewer are listed in about the time in which a file is read."""
-SETTLED_SECONDS = 2.0
-"""A second change within the granularity of a folder's time, which is 2 s at worst (FAT), would not be seen."""
 
 
 @dataclass(eq=False)
@@ -171,168 +155,45 @@ def _some(names: set[str]) -> str:
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
-class _Watched(NamedTuple):
-    """What a scan depends on, as it was before the scan looked at it."""
-
-    paths: list[str]
-    """relative to the root: all folders, and links that do not lead to one but may some day, as to an unmounted disk"""
-    sha256: bytes
-    newest_ns: int
-    """the latest time of any folder, in nanoseconds since 1970"""
-
-
 def index_folder(root: str) -> FolderIndex:
-    """Return the images below a folder, from the cache if nothing has changed, else by a scan."""
-    index = _read(root)
-    if index is None:
-        started_ns = time.time_ns()
-        index, watched = scan(root)
-        settled = watched.newest_ns + SETTLED_SECONDS * 1e9 < started_ns
-        # Of the ranks of a host, which all scan, one writes.
-        if settled and len(index) >= SMALLEST_KEPT_IMAGES and (os.environ.get("LOCAL_RANK") or "0") == "0":
-            _keep(index, watched)
-    return index
-
-
-def scan(root: str) -> tuple[FolderIndex, _Watched]:
-    """List a folder as torchvision's ImageFolder does, which does not tell what folders it has looked into.
+    """List a folder as torchvision's ImageFolder does, whose import takes seconds.
 
     But for hidden names, which a desktop or a notebook leaves (``._x.jpg``, ``.ipynb_checkpoints``), and for links to
-    a folder that they lie in: torchvision follows them, until after 40 times the system refuses. Refuses a folder that
-    cannot be listed, where torchvision would leave out what is in it, and an image that is a pipe or a device.
+    a folder that they lie in: torchvision follows them, until after 40 times the system refuses. A folder that cannot
+    be listed raises an OSError, where torchvision would leave out what is in it.
     """
-    before: dict[str, os.stat_result | None] = {}
 
-    def look(folder: str) -> tuple[list[os.DirEntry[str]], os.stat_result]:
-        path = os.path.join(root, folder)
-        before[folder] = status = os.stat(path)
-        with os.scandir(path) as entries:
-            found = [entry for entry in entries if not entry.name.startswith(".")]
-        for entry in found:
-            if entry.is_symlink() and not _is_folder(entry):
-                before[os.path.join(folder, entry.name)] = None
-        return found, status
+    def refuse(error: OSError) -> NoReturn:
+        raise error
 
-    def leads_back(entry: os.DirEntry[str], above: Iterable[os.stat_result]) -> bool:
-        return entry.is_symlink() and any(os.path.samestat(entry.stat(), one) for one in above)
+    above_root = Path(root).resolve().parents
 
-    entries, _ = look("")
-    real_root = Path(root).resolve()
-    roots = tuple(os.stat(folder) for folder in (real_root, *real_root.parents))
-    classes = sorted(entry.name for entry in entries if _is_folder(entry) and not leads_back(entry, roots))
+    def is_followed(path: str) -> bool:
+        return not os.path.islink(path) or not any(
+            os.path.samefile(path, folder) for folder in (*Path(path).parents, *above_root)
+        )
+
+    def walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:
+        for folder, folders, files in os.walk(top, onerror=refuse, followlinks=True):
+            folders[:] = [
+                name for name in folders if not name.startswith(".") and is_followed(os.path.join(folder, name))
+            ]
+            yield folder, folders, [name for name in files if not name.startswith(".")]
+
+    classes = sorted(next(walk(root))[1])
     counts, paths, others = [], [], Counter[str]()
     for name in classes:
         images: dict[str, list[str]] = {}
-        pending: list[tuple[str, tuple[os.stat_result, ...]]] = [(name, roots)]
-        while pending:
-            folder, above = pending.pop()
-            entries, status = look(folder)
-            above, files = (*above, status), []
-            for entry in entries:
-                if _is_folder(entry):
-                    if not leads_back(entry, above):
-                        pending.append((os.path.join(folder, entry.name), above))
-                elif not entry.name.lower().endswith(IMG_EXTENSIONS):
-                    others[os.path.splitext(entry.name)[1].lower()] += 1
-                elif _can_be_read(entry):
-                    files.append(entry.name)
-                else:
-                    raise ValueError(printable(f"{entry.path}: not a regular file; remove it"))
-            images[folder] = sorted(files)
+        for folder, _, files in walk(os.path.join(root, name)):
+            images[os.path.relpath(folder, root)] = sorted(
+                file for file in files if file.lower().endswith(IMG_EXTENSIONS)
+            )
+            others.update(
+                os.path.splitext(file)[1].lower() for file in files if not file.lower().endswith(IMG_EXTENSIONS)
+            )
         counts.append(sum(map(len, images.values())))
-        paths.append(_joined(os.path.join(folder, file) for folder in sorted(images) for file in images[folder]))
+        joined = "".join(f"{os.path.join(folder, file)}\0" for folder in sorted(images) for file in images[folder])
+        paths.append(np.frombuffer(os.fsencode(joined), np.uint8))
     left_out = dict(sorted(others.items(), key=lambda item: (-item[1], item[0])))
     all_paths = np.concatenate(paths) if paths else np.empty(0, np.uint8)
-    index = FolderIndex(root, classes, np.array(counts, np.int64), all_paths, left_out)
-    newest_ns = max(max(status.st_mtime_ns, status.st_ctime_ns) for status in before.values() if status is not None)
-    return index, _Watched(list(before), _digest(before.values()), newest_ns)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # links in a circle
-        return False
-
-
-def _can_be_read(entry: os.DirEntry[str]) -> bool:
-    """Whether what is no folder is no pipe, socket or device, either: to open a pipe would wait for a writer."""
-    try:
-        return entry.is_file() or not entry.stat()
-    except OSError:  # a link to nowhere, which says so when it is read
-        return True
-
-
-def _status(path: str) -> os.stat_result | None:
-    """That of a folder; None if there is no folder."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status if stat.S_ISDIR(status.st_mode) else None
-
-
-def _digest(folders: Iterable[os.stat_result | None]) -> bytes:
-    """The SHA-256 of what changes with the names in folders. A device's number may be another after each mount."""
-    digest = hashlib.sha256()
-    for status in folders:
-        state = status and (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        digest.update(repr(state).encode())
-    return digest.digest()
-
-
-def _joined(names: Iterable[str]) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(os.fsencode("".join(f"{name}\0" for name in names)), np.uint8)
-
-
-def _split(names: npt.NDArray[np.uint8]) -> list[str]:
-    return os.fsdecode(names.tobytes()).split("\0")[:-1]
-
-
-def _cache_file(root: str) -> Path:
-    """A name per host: the same path may be another disk there, or have other inodes."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = (FORMAT, IMG_EXTENSIONS, sys.getfilesystemencoding(), socket.gethostname(), os.path.realpath(root))
-    return caches / "large-batch-recipe" / f"images-{hashlib.sha256(ascii(key).encode()).hexdigest()}.npz"
-
-
-def _read(root: str) -> FolderIndex | None:
-    """What is kept of a folder, if that is still its state."""
-    try:
-        # Not mapped: whoever clears a cache on a network file system would kill the runs that have it mapped. Each
-        # array has a CRC-32, which is looked at here.
-        with _cache_file(root).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            if (
-                _digest(_status(os.path.join(root, path)) for path in _split(file["watched"]))
-                != file["sha256"].tobytes()
-            ):
-                return None
-            left_out = dict(zip(_split(file["left_out"]), file["left_out_counts"].tolist(), strict=True))
-            index = FolderIndex(root, _split(file["classes"]), file["counts"], file["names"], left_out)
-        return index if len(index.counts) == len(index.classes) and index.counts.sum() == len(index) else None
-    except Exception:  # numpy and zipfile have many for what is damaged, or something else
-        return None
-
-
-def _keep(index: FolderIndex, watched: _Watched) -> None:
-    """Keep an index, whole or not at all; where nothing can be written, the next run scans again."""
-    with suppress(OSError, RuntimeError):  # RuntimeError: the user has no home
-        cache = _cache_file(index.root)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        # Not tempfile's, which nobody else may read, whatever the umask says.
-        unfinished = cache.with_suffix(f".{secrets.token_hex(8)}.unfinished")
-        try:
-            with unfinished.open("wb") as file:
-                np.savez(
-                    file,
-                    watched=_joined(watched.paths),
-                    sha256=np.frombuffer(watched.sha256, np.uint8),
-                    classes=_joined(index.classes),
-                    counts=index.counts,
-                    names=index.names,
-                    left_out=_joined(index.left_out),
-                    left_out_counts=np.array(list(index.left_out.values()), np.int64),
-                )
-            os.replace(unfinished, cache)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    return FolderIndex(root, classes, np.array(counts, np.int64), all_paths, left_out)

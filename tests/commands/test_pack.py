@@ -319,10 +319,6 @@ def test_a_file_that_cannot_be_read_ends_it_and_is_not_packed_as_bad(
     gone.symlink_to("nowhere")
     assert main([str(tmp_path / "images"), str(tmp_path / "pack")]) == 2
     assert capsys.readouterr().err == f"recipe: {gone}: No such file or directory; mend or remove it\n"
-    gone.unlink()
-    os.mkfifo(gone)
-    assert main([str(tmp_path / "images"), str(tmp_path / "pack")]) == 2
-    assert capsys.readouterr().err == f"recipe: {gone}: not a regular file; remove it\n"
 
 
 def test_a_full_disk_is_told_in_one_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
