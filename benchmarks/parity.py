@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.launch import ROOT, deepspeed_command, environment
+from benchmarks.launch import ROOT, direct_command, environment
 from benchmarks.report import add_json, context, heading, made_folder, positive, say, write
 from recipe.commands.study.results import CONFIDENCE, interval
 from recipe.data import open_datasets
@@ -209,7 +209,7 @@ def recipe(setting: Setting, seed: int, start: Path, folder: Path) -> list[float
     }
     file = folder / "parity.json"
     file.write_text(json.dumps(config, indent=2) + "\n")
-    _run(deepspeed_command(1, "recipe/train.py", "--deepspeed_config", str(file.resolve()), "--output", str(folder)))
+    _run(direct_command(1, "recipe/train.py", "--deepspeed_config", str(file.resolve()), "--output", str(folder)))
     return [event["top1"] for event in read_events(folder) if event["event"] == "validation"]
 
 

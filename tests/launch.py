@@ -14,7 +14,7 @@ import sys
 import tempfile
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,18 +48,27 @@ def train(
         return subprocess.run(
             words, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=300, check=False
         )
-    return _forked(_run_script, [script, *arguments], ranks, variables)
+    return forked(_run_script, [script, *arguments], ranks, variables)
 
 
-def recipe(*arguments: str, ranks: int = 1, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
-    """``python -m recipe`` to the end; its processes have torch imported already."""
-    return _forked(functools.partial(_run_package, cwd), ["recipe", *arguments], ranks, variables)
-
-
-def _forked(
-    function: Callable[[list[str]], None], words: list[str], ranks: int, variables: dict[str, str]
+def module(
+    name: str, *arguments: str, ranks: int = 1, cwd: Path = ROOT, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    of_all = environment(**(meeting_place(ranks) if ranks > 1 else {}) | variables)
+    """``python -m name`` to the end; its processes have torch imported already."""
+    return forked(functools.partial(_run_module, cwd), [name, *arguments], ranks, variables)
+
+
+recipe = functools.partial(module, "recipe")
+
+
+def forked(
+    function: Callable[[list[str]], object],
+    words: list[str],
+    ranks: int = 1,
+    variables: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Call ``function(words)`` on every rank, to the end; give the exit code and the output, as of a program."""
+    of_all = environment(**(meeting_place(ranks) if ranks > 1 else {}) | dict(variables or {}))
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(ranks):
@@ -86,7 +95,7 @@ def _run_script(words: list[str]) -> None:
     runpy.run_path(words[0], run_name="__main__")
 
 
-def _run_package(cwd: Path, words: list[str]) -> None:
+def _run_module(cwd: Path, words: list[str]) -> None:
     os.chdir(cwd)
     sys.argv = words
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)

@@ -1,6 +1,7 @@
 """Runs functions in processes of their own, and on real ranks: processes joined by a gloo process group."""
 
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -44,10 +45,17 @@ def fork(words: Path, variables: Mapping[str, str], function: Callable[..., Any]
 def _forked_main(words: Path, variables: dict[str, str], function: Callable[..., Any], args: tuple) -> None:
     for suffix, stream in ((".stdout", sys.stdout), (".stderr", sys.stderr)):
         os.dup2(os.open(words.with_suffix(suffix), os.O_WRONLY | os.O_CREAT), stream.fileno())
-    torch.set_num_threads(1)
+    _forget_the_fork_server()
     os.environ.clear()
     os.environ |= variables
     function(*args)
+
+
+def _forget_the_fork_server() -> None:
+    """What a process has from the one that it is a fork of, and a program of its own would not."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored, where the tests run under nohup
+    gc.freeze()  # a full collection would take a second for what the libraries have made
+    torch.set_num_threads(1)
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -76,7 +84,7 @@ def _rank_main(rank: int, world_size: int, function: Callable[..., Any], args: t
     os.dup2(words, sys.stderr.fileno())
     faulthandler.enable()
     faulthandler.register(signal.SIGTERM, chain=True)  # how torch ends the other ranks
-    torch.set_num_threads(1)
+    _forget_the_fork_server()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ["LOCAL_SIZE"] = str(world_size)  # as the launcher; without it ZeRO-3 starts numactl at every reduction
     try:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,8 @@ from benchmarks import (
     timed_train,
     update_magnitude,
 )
-from tests.launch import ROOT
+from recipe.data import Batch
+from tests.launch import ROOT, forked, module
 
 
 @pytest.mark.parametrize(
@@ -127,40 +127,31 @@ def test_engine_overhead_compares_no_different_work() -> None:
         engine_overhead.compare_training({"recipe": loop(float("nan")), "plain": loop(1.0)}, start, "fp32")
 
 
-# Loops that fail beside those that are measured, and a Ctrl-C at the second micro-batch.
-THROUGHPUT = """
-import sys
-from benchmarks import gpu_throughput as program
-def raises(model, batches, precision):
-    raise ValueError("no compiler\\nfor a | b")
-def half(model, batches, precision):
-    if len(batches[0].labels) == 4:
-        raise KeyboardInterrupt
-    loop = program.bare_loop(model, batches, precision)
-    for group in loop.optimizer.param_groups:
-        group["lr"] /= 2
-    return loop
-program.CONTENDERS["bare+compile"] = program.Contender(raises, cudnn_benchmark=False)
-program.CONTENDERS["half"] = program.Contender(half, cudnn_benchmark=False)
-sys.exit(program.main(sys.argv[1:]))
-"""
+def _throughput(words: list[str]) -> None:
+    """Loops that fail beside those that are measured, and a Ctrl-C at the second micro-batch."""
+
+    def raises(model: nn.Module, batches: list[Batch], precision: str) -> engine_overhead.Loop:
+        raise ValueError("no compiler\nfor a | b")
+
+    def half(model: nn.Module, batches: list[Batch], precision: str) -> engine_overhead.Loop:
+        if len(batches[0].labels) == 4:
+            raise KeyboardInterrupt
+        loop = gpu_throughput.bare_loop(model, batches, precision)
+        for group in loop.optimizer.param_groups:
+            group["lr"] /= 2
+        return loop
+
+    for name, make in (("bare+compile", raises), ("half", half)):
+        gpu_throughput.CONTENDERS[name] = gpu_throughput.Contender(make, cudnn_benchmark=False)
+    sys.exit(gpu_throughput.main(words))
 
 
 def test_gpu_throughput_trains_the_same_in_every_loop_and_keeps_what_it_has(tmp_path: Path) -> None:
     file = tmp_path / "throughput.json"
     input_pipeline.make_images(tmp_path / "images", 12)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", THROUGHPUT, "--model", "test_resnet", "--image-size", "32"),
-            *("--micro-batch", "8", "4", "--steps", "1", "--rounds", "2", "--precision", "fp32", "--peak-tflops", "1"),
-            *("--loops", "bare", "bare+compile", "half", "timm", "torchvision", "recipe", "--json", str(file)),
-            *("--images", str(tmp_path / "images"), "--workers", "1"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = "--model test_resnet --image-size 32 --micro-batch 8 4 --steps 1 --rounds 2 --precision fp32 --workers 1"
+    words += " --peak-tflops 1 --loops bare bare+compile half timm torchvision recipe"
+    done = forked(_throughput, [*words.split(), "--images", str(tmp_path / "images"), "--json", str(file)])
     assert done.returncode == 130, done.stderr
     report, table = json.loads(file.read_text()), file.with_suffix(".md").read_text()
     assert done.stdout == table
@@ -200,17 +191,19 @@ def test_gpu_throughput_sets_the_recipes_best_beside_the_others_best() -> None:
 
 def test_checkpoint_cost_writes_shares_of_an_epoch(tmp_path: Path) -> None:
     file = tmp_path / "cost.json"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.checkpoint_cost", "--model", "test_resnet", "--image-size", "32"),
-            *("--batch", "2", "--saves", "2", "--images-per-second", "1000", "--folder", str(tmp_path)),
-            *("--json", str(file)),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = [
+        "--model",
+        "test_resnet",
+        "--image-size",
+        "32",
+        "--batch",
+        "2",
+        "--saves",
+        "2",
+        "--images-per-second",
+        "1000",
+    ]
+    done = module("benchmarks.checkpoint_cost", *words, "--folder", str(tmp_path), "--json", str(file))
     assert done.returncode == 0, done.stderr
     results = json.loads(file.read_text())["results"]
     # Weights and momentum of 469,688 parameters (1000 classes) in fp32, and little else.
@@ -274,16 +267,21 @@ def test_scaling_on_paper() -> None:
 
 def test_noise_scale_cost_compares_the_same_training(tmp_path: Path) -> None:
     file = tmp_path / "cost.json"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.noise_scale_cost", "--model", "test_resnet", "--image-size", "32"),
-            *("--micro-batch", "2", "--accumulation", "1", "2", "--steps", "2", "--json", str(file)),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = [
+        "--model",
+        "test_resnet",
+        "--image-size",
+        "32",
+        "--micro-batch",
+        "2",
+        "--accumulation",
+        "1",
+        "2",
+        "--steps",
+        "2",
+        "--json",
+    ]
+    done = module("benchmarks.noise_scale_cost", *words, str(file))
     assert done.returncode == 0, done.stderr
     results = json.loads(file.read_text())["results"]
     assert [result["accumulation"] for result in results] == [1, 2]

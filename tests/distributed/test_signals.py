@@ -16,6 +16,7 @@ from tests.launch import ROOT, open_terminal, shown_on
 PROGRAM = """
 import os, signal, sys, time
 from recipe.distributed.signals import listen
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
 listen()
 try:
     os.kill(os.getpid(), signal.Signals[sys.argv[1]])
