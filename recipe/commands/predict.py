@@ -55,7 +55,9 @@ def image_files(paths: Iterable[Path]) -> Iterator[Path]:
         if path.is_dir():
             for file in sorted(path.rglob("*")):
                 is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-                if file.suffix.lower() in IMG_EXTENSIONS and not is_hidden and file.is_file():
+                # A link that leads nowhere is an image that cannot be read, and is reported as such.
+                is_image = file.is_file() or not file.exists()
+                if file.suffix.lower() in IMG_EXTENSIONS and not is_hidden and is_image:
                     yield file
         elif path.is_file():
             yield path

@@ -565,7 +565,7 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
             yield "recipe.data.image_size", "the epochs do not rise from 0", "write each once, 0 first"
     if data.mixup.probability + data.cutmix.probability > 1:
         problem = "with that of mixup it is more than 1, and a step has one of the two"
-        yield "recipe.data.cutmix.probability", problem, f"write at most {1 - data.mixup.probability:g}"
+        yield "recipe.data.cutmix.probability", problem, "lower one of the two"
     if config.recipe.model.weights is not None and "." in config.recipe.model.name:
         yield "recipe.model.weights", f"{config.recipe.model.name} names weights, too", "remove it, or the name's tag"
     if config.recipe.model.freeze != "none" and config.recipe.model.starts_from is None:

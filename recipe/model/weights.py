@@ -42,7 +42,8 @@ def read_weights(weights: str) -> dict[str, Tensor]:
             raise ValueError(f"{key}: the folder holds neither {' nor '.join(FILES)}")
         path = found[0]
     if not path.is_file():
-        raise ValueError(f"{key}: there is no such file or folder")
+        fault = "is no regular file" if path.exists() else "is not there"
+        raise ValueError(f"{key}: {path} {fault}; write a .safetensors or .pth file, or a folder that holds one")
     try:
         state = load_state_dict(str(path), weights_only=True)
     except Exception as error:  # pickle's own, and those of what it calls, have no class in common

@@ -340,9 +340,9 @@ def _weight_average(plan: Plan) -> str:
     decay = plan.config.recipe.ema.decay
     if decay is None:
         return ""
-    epochs = math.log(0.5) / math.log(decay) / plan.train_images
+    images = math.log(0.5) / math.log(decay)
     step = f"{decay**plan.global_batch:.6g} per step of {plan.global_batch:,}"
-    return f"decay {decay!r} per image, {step}: halved in {epochs:.3g} epochs"
+    return f"decay {decay!r} per image, {step}: halved after {images:,.0f} images"
 
 
 def _local_sgd(plan: Plan) -> str:

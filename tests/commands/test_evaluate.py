@@ -179,11 +179,13 @@ def test_predictions_come_in_order_and_name_what_cannot_be_read(
         (source,) = folder.glob(f"*/{number:03}.png")
         (images / f"{place}.png").write_bytes(source.read_bytes())
     (images / "2b.png").write_bytes(b"\x89PNG\r\n\x1a\n cut off")
+    (images / "2c.png").symlink_to("nowhere")
     (images / "._0.png").write_bytes(b"macOS")
     (images / "notes.txt").write_text("no image")
     done = recipe("predict", str(run), str(images), "--micro-batch", "2", "--output", str(tmp_path / "out"))
     assert done.returncode == 1
-    assert done.stderr == f"recipe: {images / '2b.png'} could not be read\n"
+    unreadable = [f"recipe: {images / name} could not be read\n" for name in ("2b.png", "2c.png")]
+    assert done.stderr == "".join(unreadable)
     records = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
     assert [Path(record["file"]).name for record in records] == ["0.png", "1.png", "2.png", "3.png"]
     for record, number in zip(records, order, strict=True):

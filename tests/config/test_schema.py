@@ -369,7 +369,7 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
         ),
         (
             {"recipe.data.cutmix.probability": 0.6, "recipe.data.mixup.probability": 0.5},
-            "= 0.6: with that of mixup it is more than 1, and a step has one of the two; write at most 0.5",
+            "= 0.6: with that of mixup it is more than 1, and a step has one of the two; lower one of the two",
         ),
         (
             {"optimizer.params.nesterov": True, "optimizer.type": "LARS"},

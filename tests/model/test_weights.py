@@ -81,7 +81,8 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path, source: nn
     for name, weights, message in (
         ("resnet18", "a.safetensors", "these are weights of another model: it lacks "),
         ("resnet18", "a.safetensors", "check recipe.model.name"),
-        ("test_resnet", "nowhere.pth", "there is no such file or folder"),
+        ("test_resnet", "nowhere.pth", "nowhere.pth is not there; write a .safetensors or .pth file"),
+        ("test_resnet", "/dev/null", "/dev/null is no regular file"),
         ("test_resnet", "empty", "holds neither model.safetensors nor pytorch_model.bin"),
         ("test_resnet", "cut.safetensors", "it holds no weights, or more than weights; expected a .safe"),
         ("test_resnet", "code.pth", "it holds no weights, or more than weights; expected a .safe"),

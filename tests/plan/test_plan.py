@@ -479,7 +479,7 @@ def test_an_optimizer_has_its_own_keys_and_no_others(kind: str, params: dict, re
 def test_a_weight_average_in_the_plan() -> None:
     """(1 − 2e-7)^8192 = e^−0.0016384; ln 2 / 2e-7 images are 3,465,736 of 1,281,167 an epoch."""
     ema = {"recipe__ema__decay": 1 - 2e-7}
-    text = "decay 0.9999998 per image, 0.998363 per step of 8,192: halved in 2.71 epochs"
+    text = "decay 0.9999998 per image, 0.998363 per step of 8,192: halved after 3,465,736 images"
     assert dict(plan_fields(make_plan(config(**ema), 32), None))["weight average"] == text
     assert refusal(2, **ema, recipe__batchnorm__statistics="local").key == "recipe.ema.decay"
 
