@@ -4,7 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from tests.launch import DIGITS, SHORT, losses, train_ok
+from tests.launch import DIGITS, SIX_STEPS, losses, train_ok
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 # Two kinds of CPU round differently, and training multiplies a difference by up to a hundred a step: in fp32 they part
@@ -13,6 +13,6 @@ FP64 = "--set=recipe.precision=fp64"
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        train_ok("--deepspeed_config", DIGITS, "--output", folder, *SHORT, FP64)
-        content = {"config": DIGITS, "overrides": [*SHORT, FP64], "losses": losses(Path(folder))}
+        train_ok("--deepspeed_config", DIGITS, "--output", folder, *SIX_STEPS, FP64)
+        content = {"config": DIGITS, "overrides": [*SIX_STEPS, FP64], "losses": losses(Path(folder))}
         GOLDEN.write_text(json.dumps(content, indent=2) + "\n")

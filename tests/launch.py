@@ -25,13 +25,14 @@ from tests.ranks import fork
 __all__ = ["ROOT", "environment"]
 
 DIGITS = "ds_configs/digits_b512.json"
-SHORT = (
+SIX_STEPS = (
     "--set=recipe.schedule.epochs=3",
     "--set=recipe.schedule.warmup_epochs=1",
     "--set=recipe.schedule.decay_epochs=[2]",
     # With seed 0 two maxima of the first max-pooling are other pixels in fp32 than in fp64.
     "--set=recipe.seed=1",
-)  # six steps of the digits config
+)  # of the digits config
+SHORT = (*SIX_STEPS, "--set=recipe.data.image_size=16")
 
 
 def command(*arguments: str, ranks: int = 1, launcher: bool = False, script: str = "recipe/train.py") -> list[str]:

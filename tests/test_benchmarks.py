@@ -88,8 +88,8 @@ def test_engine_overhead_writes_a_table_and_the_numbers(tmp_path: Path, ranks: i
     if torch.cuda.device_count() == 1 < ranks:
         pytest.skip("NCCL takes no two ranks on one GPU")
     file = tmp_path / "results" / "overhead.json"
-    words = "--model test_resnet --image-size 32 --micro-batch 2 --accumulation 1 2 --steps 2 --json".split()
-    done = module("benchmarks.engine_overhead", *words, str(file), ranks=ranks)
+    words = "--model test_resnet --image-size 32 --micro-batch 2 --accumulation 1 2 --steps 2 --json"
+    done = module("benchmarks.engine_overhead", *words.split(), str(file), ranks=ranks)
     assert done.returncode == 0, done.stderr
 
     report = json.loads(file.read_text())
@@ -192,19 +192,8 @@ def test_gpu_throughput_sets_the_recipes_best_beside_the_others_best() -> None:
 
 def test_checkpoint_cost_writes_shares_of_an_epoch(tmp_path: Path) -> None:
     file = tmp_path / "cost.json"
-    words = [
-        "--model",
-        "test_resnet",
-        "--image-size",
-        "32",
-        "--batch",
-        "2",
-        "--saves",
-        "2",
-        "--images-per-second",
-        "1000",
-    ]
-    done = module("benchmarks.checkpoint_cost", *words, "--folder", str(tmp_path), "--json", str(file))
+    words = "--model test_resnet --image-size 32 --batch 2 --saves 2 --images-per-second 1000"
+    done = module("benchmarks.checkpoint_cost", *words.split(), "--folder", str(tmp_path), "--json", str(file))
     assert done.returncode == 0, done.stderr
     results = json.loads(file.read_text())["results"]
     # Weights and momentum of 469,688 parameters (1000 classes) in fp32, and little else.
@@ -268,21 +257,8 @@ def test_scaling_on_paper() -> None:
 
 def test_noise_scale_cost_compares_the_same_training(tmp_path: Path) -> None:
     file = tmp_path / "cost.json"
-    words = [
-        "--model",
-        "test_resnet",
-        "--image-size",
-        "32",
-        "--micro-batch",
-        "2",
-        "--accumulation",
-        "1",
-        "2",
-        "--steps",
-        "2",
-        "--json",
-    ]
-    done = module("benchmarks.noise_scale_cost", *words, str(file))
+    words = "--model test_resnet --image-size 32 --micro-batch 2 --accumulation 1 2 --steps 2 --json"
+    done = module("benchmarks.noise_scale_cost", *words.split(), str(file))
     assert done.returncode == 0, done.stderr
     results = json.loads(file.read_text())["results"]
     assert [result["accumulation"] for result in results] == [1, 2]

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from recipe.data.resizing import resize, resized_window
+from recipe.data.resizing import resize
 from recipe.data.seeds import derive_seed, uniform
 
 Crop = Literal["random_resized", "padded", "none"]
@@ -16,8 +16,6 @@ Crop = Literal["random_resized", "padded", "none"]
 ``padded``: a shift by up to ``image_size // 8`` pixels over a black border (4 at 32 pixels, as for CIFAR).
 ``none``: the whole image.
 """
-
-MOST_RESIZED_PIXELS = 2**24
 
 _AREA, _ERASED_AREA = (0.08, 1.0), (0.02, 1 / 3)
 """Of a box, as a share of the image."""
@@ -175,13 +173,8 @@ def cut(pixels: Tensor, view: View, image_size: int) -> Tensor:
     box = pixels[view.top : view.top + view.height, view.left : view.left + view.width]
     rows = range(max(0, view.window_top), min(view.window_top + image_size, view.resized_height))
     columns = range(max(0, view.window_left), min(view.window_left + image_size, view.resized_width))
-    if view.resized_height * view.resized_width > MOST_RESIZED_PIXELS:
-        # Of an image that is far longer than it is wide: the rest would be seen by nobody, and fill the memory.
-        size = view.resized_height, view.resized_width
-        window = resized_window(box.cpu(), *size, rows, columns).to(box.device)
-    else:
-        resized = resize(box, view.resized_height, view.resized_width)
-        window = resized[rows.start : rows.stop, columns.start : columns.stop]
+    resized = resize(box, view.resized_height, view.resized_width)
+    window = resized[rows.start : rows.stop, columns.start : columns.stop]
     if window.shape[:2] == (image_size, image_size):
         return window
     top, left = max(0, -view.window_top), max(0, -view.window_left)

@@ -37,23 +37,6 @@ def resized_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     return _weighted(images, boxes[:, 0, None] + first, weights, precision)
 
 
-def resized_window(pixels: Tensor, height: int, width: int, rows: range, columns: range) -> Tensor:
-    """Return ``rows`` and ``columns`` of what ``resize`` makes of an image on a CPU, and make no other."""
-    across = _axis(pixels.shape[1], width, columns)
-    first, weights, precision = _axis(pixels.shape[0], height, rows)
-    top, bottom = int(first.min()), int((first + weights.shape[-1]).max())
-    lines = _weighted(pixels[None, top:bottom].transpose(1, 2), *across).transpose(1, 2)
-    return _weighted(lines, first - top, weights, precision)[0]
-
-
-def _axis(length: int, size: int, wanted: range) -> tuple[Tensor, Tensor, Tensor]:
-    """``_taps`` of one line, for the ``wanted`` pixels alone, with the precision that all of them have in common."""
-    lengths, every = torch.tensor([length]), range(0, size, 2**18)
-    largest = torch.stack([_weights(lengths, size, length, range(at, min(at + 2**18, size)))[1].amax() for at in every])
-    first, weights = _weights(lengths, size, length, wanted)
-    return first, *_as_integers(weights, largest.amax()[None])
-
-
 def _weighted(lines: Tensor, first: Tensor, weights: Tensor, precision: Tensor) -> Tensor:
     """Sum up lines, uint8 (m, n, k, 3), as ``_taps`` says, into uint8 (m, S, k, 3)."""
     every = torch.arange(len(lines), device=lines.device)[:, None]
@@ -70,15 +53,9 @@ def _taps(lengths: Tensor, size: int, longest: int) -> tuple[Tensor, Tensor, Ten
     Lines of ``lengths`` pixels, int64 (m,) and at most ``longest``, become ``size``, S, long. Returns the first pixel,
     int64 (m, S); the weights from there on, int32 (m, S, taps), times 2 to the power of the precision, int32 (m,).
     """
-    first, weights = _weights(lengths, size, longest, range(size))
-    return first, *_as_integers(weights, weights.amax((1, 2)))
-
-
-def _weights(lengths: Tensor, size: int, longest: int, wanted: range) -> tuple[Tensor, Tensor]:
-    """The first pixel and the float64 weights of each of the ``wanted`` pixels; see ``_taps``."""
     scale = (lengths.double() / size)[:, None]
     support = scale.clamp(min=1.0)
-    centre = scale * (torch.arange(wanted.start, wanted.stop, device=lengths.device) + 0.5)
+    centre = scale * (torch.arange(size, device=lengths.device) + 0.5)
     first = (centre - support + 0.5).long().clamp_(min=0)
     count = torch.minimum((centre + support + 0.5).long(), lengths[:, None]) - first
     inverse = torch.where(scale >= 1, 1 / scale, 1.0)
@@ -90,12 +67,7 @@ def _weights(lengths: Tensor, size: int, longest: int, wanted: range) -> tuple[T
         weights[:, :, tap] = torch.where(count > tap, weight, 0.0)
         total += weights[:, :, tap]  # one after the other, to round as the kernel does
     weights /= total[:, :, None]
-    return first, weights
-
-
-def _as_integers(weights: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights times 2 to the power of the precision, as integers, and that; ``largest`` (m,) is each line's."""
     # The largest precision at which the largest weight is below 2^15 when rounded.
-    mantissa, exponent = torch.frexp(largest)
+    mantissa, exponent = torch.frexp(weights.amax((1, 2)))
     precision = (15 - exponent - (mantissa * 2**15 >= 2**15 - 0.5).int()).clamp_(max=22)
-    return (weights * (1 << precision)[:, None, None] + 0.5).int(), precision
+    return first, (weights * (1 << precision)[:, None, None] + 0.5).int(), precision

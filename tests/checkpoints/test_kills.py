@@ -16,13 +16,27 @@ from tests.launch import events, train
 
 pytestmark = pytest.mark.slow
 
-SEED = 20261123
+# As the benchmark has drawn them.
 KILLS = {
-    Setting(1, "fp32", image_size=8): ("window", "checkpoint", "prune", "clock", "metrics", "published", "summary"),
+    Setting(1, "fp32", image_size=8): [
+        Kill("window", 16, "0"),
+        Kill("checkpoint", 1, "0"),
+        Kill("prune", 2, "group"),
+        Kill("clock", 762, "0"),
+        Kill("metrics", 6, "0"),
+        Kill("published", 1, "0"),
+        Kill("summary", 1, "0"),
+    ],
     # Running averages that differ from rank to rank, and that DeepSpeed saves of rank 0 alone.
-    Setting(2, "fp32", statistics="local", image_size=8): ("step", "files", "validation", "last", "window"),
+    Setting(2, "fp32", statistics="local", image_size=8): [
+        Kill("step", 8, "0"),
+        Kill("files", 1, "0"),
+        Kill("validation", 5, "1"),
+        Kill("last", 20, "1"),
+        Kill("window", 3, "0"),
+    ],
     # In which CPUs take minutes for what they do in seconds in fp32; for this model a third of them.
-    Setting(1, "fp16", model="test_efficientnet", image_size=8): ("publish",),
+    Setting(1, "fp16", model="test_efficientnet", image_size=8): [Kill("publish", 3, "0")],
 }
 
 
@@ -37,23 +51,22 @@ def start(setting: Setting, output: Path, kill: Kill | None) -> int:
 
 
 def test_every_moment_is_killed_at() -> None:
-    assert {moment for moments in KILLS.values() for moment in moments} == set(MOMENTS)
+    assert {kill.moment for kills in KILLS.values() for kill in kills} == set(MOMENTS)
+    dice = random.Random(0)
+    assert all(draw(dice, setting, moment).moment == moment for setting in KILLS for moment in MOMENTS)
 
 
 @pytest.mark.parametrize("setting", KILLS, ids=lambda setting: f"{setting.ranks}-{setting.precision}")
 def test_killed_runs_come_out_bit_for_bit(tmp_path: Path, setting: Setting) -> None:
-    dice = random.Random(SEED)
-    kills = [draw(dice, setting, moment) for moment in KILLS[setting]]
-    print(f"seed {SEED}:", *kills, sep="\n  ")
     reference = tmp_path / "undisturbed"
     start(setting, reference, None)
     if setting.precision == "fp16":
         steps = events(reference, "step")
         assert len({step["loss_scale"] for step in steps}) > 2, "the loss scale has no state that could be lost"
         assert any(step["skipped"] for step in steps)
-    outcomes = run_killed(setting, kills, tmp_path, reference, start)
+    outcomes = run_killed(setting, KILLS[setting], tmp_path, reference, start)
     assert [(outcome.kill, outcome.difference) for outcome in outcomes if outcome.difference] == []
-    assert sorted(outcome.kill for outcome in outcomes) == sorted(kills)
+    assert sorted(outcome.kill for outcome in outcomes) == sorted(KILLS[setting])
 
 
 def test_a_run_that_is_another_is_found_out(tmp_path: Path) -> None:

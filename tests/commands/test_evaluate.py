@@ -21,7 +21,7 @@ from recipe.commands.trained import read_trained
 from recipe.data import Batch, open_datasets
 from tests.launch import ROOT, complete_run, environment, events, recipe
 
-SIZE, MEAN, STD = 32, 0.3054, 0.3237  # of the digits' config
+SIZE, MEAN, STD = 16, 0.3054, 0.3237  # of the run: the digits' mean and deviation
 
 
 @pytest.fixture(scope="module")

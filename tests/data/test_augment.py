@@ -16,7 +16,7 @@ from recipe.data.augment import (
     random_resized_boxes,
     sample_numbers,
 )
-from recipe.data.resizing import resize, resized_window
+from recipe.data.resizing import resize
 from recipe.data.seeds import splitmix64
 from tests.data.images import picture, pixels, rng_states
 
@@ -225,26 +225,3 @@ def test_global_random_states_are_left_alone():
         views_of(pixels(picture()), 3, image_size=16, crop=crop, flip=True)
         whole_view(pixels(picture()), image_size=16, crop=crop)
     assert rng_states() == before
-
-
-@pytest.mark.parametrize("size", [(1, 700), (2, 300), (700, 1), (300, 40), (3, 3)])
-def test_a_window_is_cut_from_what_resize_makes(size):
-    height, width = size
-    image = pixels(picture(3, width=width, height=height))
-    view = evaluation_view(height, width, image_size=32, crop="random_resized")
-    whole = resize(image, view.resized_height, view.resized_width)
-    rows, columns = (range(start, start + 32) for start in (view.window_top, view.window_left))
-    ours = resized_window(image, view.resized_height, view.resized_width, rows, columns)
-    assert torch.equal(ours, whole[rows.start : rows.stop, columns.start : columns.stop])
-
-
-def test_of_a_very_long_image_only_what_is_seen_is_made(monkeypatch):
-    image = pixels(picture(3, width=60_000, height=1))
-    view = evaluation_view(1, 60_000, image_size=224, crop="random_resized")
-    assert view.resized_height * view.resized_width == 256 * 15_360_000
-    # Sharper than a pixel in 256: the seen 224 columns lie within one pixel of the image, or two.
-    seen = cut(image, view, 224)
-    assert seen.shape == (224, 224, 3)
-    middle = image[0, 29_998:30_002].float()
-    assert (seen.float().amin((0, 1)) >= middle.amin(0) - 1).all()
-    assert (seen.float().amax((0, 1)) <= middle.amax(0) + 1).all()

@@ -19,13 +19,13 @@ from tests.launch import DIGITS, ROOT, SHORT, command, environment, events, trai
 pytestmark = pytest.mark.slow
 
 
-# Each with the exit code, and whether the launcher starts the ranks; they alone, forked, need no imports.
-# Where the group is signalled, the launcher's outermost process goes by it; the ranks end politely all the same.
+# Each with the exit code. Where the group is signalled, a launcher starts the ranks, and its outermost process goes by
+# the signal; the ranks end politely all the same.
 SIGNALS = {
-    Kill("window", 5, "1", "TERM"): (143, True),
-    Kill("validation", 2, "0", "INT"): (130, False),
-    Kill("checkpoint", 1, "0", "TERM"): (143, False),
-    Kill("step", 4, "group", "INT"): (-signal.SIGINT, True),
+    Kill("window", 5, "1", "TERM"): 143,
+    Kill("validation", 2, "0", "INT"): 130,
+    Kill("checkpoint", 1, "0", "TERM"): 143,
+    Kill("step", 4, "group", "INT"): -signal.SIGINT,
 }
 
 
@@ -39,8 +39,8 @@ def test_a_signal_ends_the_run_after_the_step_and_loses_nothing(tmp_path: Path) 
 
     assert start(reference, None) == 0
     steps_done = 0
-    for kill, (exit_code, launched) in SIGNALS.items():
-        assert (launch(setting, output, kill) if launched else start(output, kill)) == exit_code, kill
+    for kill, exit_code in SIGNALS.items():
+        assert (launch(setting, output, kill) if kill.who == "group" else start(output, kill)) == exit_code, kill
         assert not (output / "summary.json").exists()
         written = [event["step"] for event in events(output, "step")]
         newest = find(output / "checkpoints")[0]
@@ -71,9 +71,9 @@ def test_one_ctrl_c_in_a_long_step_saves_it_whoever_goes_before_it_is_done(tmp_p
 
 
 def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
-    """A twentieth of a second: every step is followed by one, those at the end of an epoch by the validation's."""
+    """Six thousandths of a second: every step is followed by one, those at the end of an epoch by the validation's."""
     arguments = ("--deepspeed_config", DIGITS, *SHORT, "--set=recipe.checkpoint.keep_last=100")
-    train_ok(*arguments, "--output", str(tmp_path / "clock"), "--set=recipe.checkpoint.every_minutes=0.0008", ranks=2)
+    train_ok(*arguments, "--output", str(tmp_path / "clock"), "--set=recipe.checkpoint.every_minutes=0.0001", ranks=2)
     train_ok(*arguments, "--output", str(tmp_path / "epochs"), ranks=2)
     assert [checkpoint.step for checkpoint in find(tmp_path / "clock/checkpoints")] == [6, 5, 4, 3, 2, 1]
     assert [checkpoint.step for checkpoint in find(tmp_path / "epochs/checkpoints")] == [6, 4, 2]

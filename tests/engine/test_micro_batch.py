@@ -42,7 +42,7 @@ def test_where_none_fits_the_smallest_ones_error_is_told() -> None:
 def test_a_run_says_which_it_took_and_keeps_it(tmp_path: Path) -> None:
     auto = ("--set=recipe.max_micro_batch_size=auto", "--set=recipe.batchnorm.statistics=32")
     first = tmp_path / "first"
-    arguments = ("--deepspeed_config", DIGITS, *SHORT, *auto, "--set=recipe.data.image_size=16")
+    arguments = ("--deepspeed_config", DIGITS, *SHORT, *auto)
     done = train_ok(*arguments, "--output", str(first))
     assert 'max_micro_batch_size "auto": 32 images, on a CPU the largest up to 32' in done.stdout
     assert "512 = 1 rank × 16 accumulation steps × micro-batch of 32" in done.stdout

@@ -1,8 +1,6 @@
 """Training starts from weights of files, with a head of its own where the classes differ, and refuses foreign ones."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from torch import nn
 from recipe.data import open_datasets
 from recipe.model.batchnorm import BatchNorm
 from recipe.model.build import build_model
-from tests.launch import DIGITS, ROOT, train_ok
+from tests.launch import DIGITS, recipe, train_ok
 
 
 @pytest.fixture
@@ -98,7 +96,7 @@ def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of images: five digits of each class to train on, ten to validate on."""
     root = tmp_path_factory.mktemp("few")
     for part, dataset in zip(
-        ("train", "val"), open_datasets("digits", None, 32, "none", False, 0, "stop"), strict=True
+        ("train", "val"), open_datasets("digits", None, 16, "none", False, 0, "stop"), strict=True
     ):
         for label in range(10):
             folder = root / part / str(label)
@@ -108,20 +106,17 @@ def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+SMALL = "--set=recipe.data.image_size=16"
+
+
 @pytest.mark.slow
 def test_what_a_run_exported_helps_where_images_are_few(few_digits: Path, tmp_path: Path) -> None:
     longer = ("--set=train_batch_size=64", "--set=recipe.schedule.epochs=5", "--set=recipe.schedule.decay_epochs=[4]")
-    train_ok("--deepspeed_config", DIGITS, "--output", str(tmp_path / "source"), *longer)
-    done = subprocess.run(
-        [sys.executable, "-m", "recipe", "export", str(tmp_path / "source")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    train_ok("--deepspeed_config", DIGITS, SMALL, "--output", str(tmp_path / "source"), *longer)
+    done = recipe("export", str(tmp_path / "source"))
     assert done.returncode == 0, done.stderr
     few = (
-        *("--deepspeed_config", DIGITS, "--data", str(few_digits), "--set=recipe.data.source=imagefolder"),
+        *("--deepspeed_config", DIGITS, SMALL, "--data", str(few_digits), "--set=recipe.data.source=imagefolder"),
         *("--set=recipe.data.train_images=50", "--set=recipe.data.validation_images=100"),
         *("--set=train_batch_size=25", "--set=recipe.schedule.epochs=4", "--set=recipe.schedule.warmup_epochs=0"),
         *("--set=recipe.schedule.decay_epochs=[]", "--set=recipe.data.mean=[0.3054,0.3054,0.3054]"),

@@ -14,7 +14,7 @@ from tests.multinode.cluster import DEEPSPEED, Cluster
 
 pytestmark = [pytest.mark.multinode, pytest.mark.slow]
 
-TRAINING = (f"--deepspeed_config={DIGITS}", *SHORT, "--set=recipe.data.image_size=8")
+TRAINING = (f"--deepspeed_config={DIGITS}", *SHORT)
 OPENMPI = ("--launcher", "openmpi", "--launcher_args=--allow-run-as-root --bind-to none")
 needs_openmpi = pytest.mark.skipif(shutil.which("ompi_info") is None, reason="needs openmpi-bin (apt-get install)")
 
