@@ -5,6 +5,7 @@ choose it. A GPU is asked by training steps of the model itself, the largest mic
 """
 
 import copy
+import gc
 from collections.abc import Callable, Sequence
 
 import torch
@@ -86,8 +87,11 @@ def largest_that_fits(candidates: Sequence[int], train: Callable[[int], None]) -
         try:
             train(size)
         except RuntimeError:  # out of memory, or a kernel that cannot count so many values
-            continue
-        return size
+            pass
+        else:
+            return size
+        # What the trial made is part of cycles with the exception's frames, and would take the next one's memory.
+        gc.collect()
     train(smallest)
     return smallest
 
