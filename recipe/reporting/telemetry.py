@@ -28,8 +28,9 @@ Monitor = Callable[[list[tuple[str, float, int]]], None]
 class Telemetry:
     """Collects steps on all ranks and, every ``steps_per_print`` of them, has rank 0 write them down.
 
-    A step's loss stays on the device until then, so that the loop need not wait for the device at every step. Every
-    rank makes the same calls: the mean over ranks is one collective for all steps of a report.
+    A step's loss stays on the device until then, and a GPU need not run dry for a report either: what is reported
+    travels to the host while the next step is computed, and is written down after that. Every rank makes the same
+    calls: the mean over ranks is one collective for all steps of a report.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Telemetry:
         self.images_trained = 0
         self.writer: Writer | None = None
         self._pending: list[Step] = []
+        self._sent: Sent | None = None
         self._figures: list[str] = []
         self._clock = 0.0
         if dist.get_rank() == 0:
@@ -64,44 +66,57 @@ class Telemetry:
         Raises:
             FloatingPointError: the loss is not finite and fp16's loss scale is not to blame.
         """
+        self._write_what_was_sent()
         self._pending.append(step)
         last_of_epoch = self.plan.timeline.place(step.step + 1)[1] == 0
-        if len(self._pending) == self.plan.config.steps_per_print or last_of_epoch:
+        is_full = len(self._pending) == self.plan.config.steps_per_print
+        if last_of_epoch or (is_full and not _is_behind_the_host(step.loss.device)):
             self.report()
+        elif is_full:
+            self._send()
         if self.writer is not None:
             epoch = self.plan.timeline.place(step.step)[0] + 1
             self.writer.progress.update(step.step + 1, f"epoch {epoch}/{self.plan.epochs}", *self._figures)
 
     def report(self) -> None:
-        """Write down the steps that have come since the last report."""
-        if not self._pending:
+        """Write down the steps that have come since the last report, and wait for the device."""
+        self._write_what_was_sent()
+        self._send()
+        self._write_what_was_sent()
+
+    def _send(self) -> None:
+        """Have what the pending steps measured travel to the host."""
+        if self._pending:
+            self._sent, self._pending = Sent(self._pending), []
+
+    def _write_what_was_sent(self) -> None:
+        if self._sent is None:
             return
-        means = _mean_over_ranks(torch.stack([step.loss for step in self._pending]))
-        scales, skips = _overflows(self._pending)
-        noise_scales = self._take_gradient_norms(skips)
+        sent, self._sent = self._sent, None
+        means, scales, skips, norms = sent.values()
+        steps = sent.steps
+        noise_scales = self._take_gradient_norms(norms)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         self.training_seconds += seconds
-        batch = self._batch(self._pending[-1].step)  # of all of them: an epoch ends with a report
-        self.images_trained += len(self._pending) * batch
-        speed = len(self._pending) * batch / seconds
-        data_wait = sum(step.data_wait_seconds for step in self._pending) / seconds
+        batch = self._batch(steps[-1].step)  # of all of them: an epoch ends with a report
+        self.images_trained += len(steps) * batch
+        speed = len(steps) * batch / seconds
+        data_wait = sum(step.data_wait_seconds for step in steps) / seconds
         rates = {"images_per_second": round(speed, 1), "data_wait": round(data_wait, 4)}
-        reported = list(zip(self._pending, means, scales, skips, strict=True))
+        reported = list(zip(steps, means, scales, skips, strict=True))
         if self.writer is not None:
             for step, loss, scale, skipped in reported:
                 self._write_step(self.writer, step, loss, scale, skipped, rates)
                 if step.step in noise_scales:
                     self._write_noise_scale(self.writer, step.step, noise_scales[step.step])
-            last = self._pending[-1]
-            self._monitor("Train", last.step, rates)
-            self._figures = [f"loss {means[-1]:.3f}", f"{speed:,.0f} images/s", f"rate {last.lr:.4g}"]
+            self._monitor("Train", steps[-1].step, rates)
+            self._figures = [f"loss {means[-1]:.3f}", f"{speed:,.0f} images/s", f"rate {steps[-1].lr:.4g}"]
         for step, loss, scale, skipped in reported:
             if has_diverged(_finite(loss), skipped, scale):
                 raise FloatingPointError(
                     f"the loss of step {step.step} is {loss}: training has diverged at rate {step.lr:g}"
                 )
-        self._pending = []
 
     def validation(self, result: Validation, step: int) -> dict[str, Any]:
         """Write down a validation that followed update ``step``; return its line of ``metrics.jsonl``."""
@@ -143,20 +158,10 @@ class Telemetry:
         if self.writer is not None:
             self.writer.close()
 
-    def _take_gradient_norms(self, skips: list[bool]) -> dict[int, dict[str, float | None]]:
-        """Take what the pending steps measured into the noise scale; return its values after each, by step."""
-        measured = {
-            step.step: step.gradient_norms
-            for step, skipped in zip(self._pending, skips, strict=True)
-            if step.gradient_norms is not None and not skipped
-        }
-        if not measured:
-            return {}
-        own = torch.stack(list(measured.values()))
-        ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(ranks, own)  # as the losses are
+    def _take_gradient_norms(self, norms: dict[int, list[float]]) -> dict[int, dict[str, float | None]]:
+        """Take what steps measured into the noise scale; return its values after each, by step."""
         values = {}
-        for step, (small, big) in zip(measured, torch.stack(ranks).mean(0).tolist(), strict=True):
+        for step, (small, big) in norms.items():
             if self.noise_scale.add(estimate(small, big, self.plan.micro_batch, self._batch(step)), step):
                 values[step] = self.noise_scale.values()
         return values
@@ -268,7 +273,43 @@ def drop_later_events(metrics: Path, first_step: int, validated_steps: int) -> i
     return first_step - len(steps)
 
 
-def _mean_over_ranks(values: Tensor) -> list[float]:
+class Sent:
+    """What some steps measured, on its way from the device to the host; the host goes on meanwhile."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        self.steps = steps
+        skips = [torch.zeros_like(step.loss) if step.skipped is None else step.skipped for step in steps]
+        norms = [step.gradient_norms for step in steps if step.gradient_norms is not None]
+        self._measured = [at for at, step in enumerate(steps) if step.gradient_norms is not None]
+        on_device = [
+            _mean_over_ranks(torch.stack([step.loss for step in steps])),
+            torch.stack([step.loss_scale for step in steps]),
+            torch.stack([skip.double() for skip in skips]),
+            *([_mean_over_ranks(torch.stack(norms))] if norms else []),
+        ]
+        # Into pinned memory, where it comes from a GPU.
+        self._on_host = [values.to("cpu", non_blocking=True) for values in on_device]
+        self._arrived = None
+        if on_device[0].device.type == "cuda":
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def values(self) -> tuple[list[float], list[float], list[bool], dict[int, list[float]]]:
+        """Each step's loss, its loss scale and whether it was skipped; by step, what ``GradientNorms`` took of some."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        losses, scales, skipped, *norms = (values.tolist() for values in self._on_host)
+        skips = [bool(skip) for skip in skipped]
+        measured = zip(self._measured, norms[0] if norms else [], strict=True)
+        return losses, scales, skips, {self.steps[at].step: pair for at, pair in measured if not skips[at]}
+
+
+def _is_behind_the_host(device: torch.device) -> bool:
+    """Whether what was asked of ``device`` may still be under way."""
+    return device.type != "cpu"
+
+
+def _mean_over_ranks(values: Tensor) -> Tensor:
     # Gathered: the order of an all-reduce's additions, and with it rounding, depends on how many values are reported
     # together, which is another number after a signal and in a resumed run.
     ranks = [torch.empty_like(values) for _ in range(dist.get_world_size())]
@@ -276,17 +317,7 @@ def _mean_over_ranks(values: Tensor) -> list[float]:
     total = ranks[0]
     for other in ranks[1:]:
         total = total + other
-    means: list[float] = (total / len(ranks)).tolist()
-    return means
-
-
-def _overflows(steps: list[Step]) -> tuple[list[float], list[bool]]:
-    """The loss scale of each step, and whether it was skipped, from the device."""
-    skips = [torch.zeros_like(step.loss) if step.skipped is None else step.skipped for step in steps]
-    scales, skipped = torch.stack(
-        [torch.stack([step.loss_scale for step in steps]), torch.stack([skip.double() for skip in skips])]
-    ).tolist()
-    return scales, [bool(skip) for skip in skipped]
+    return total / len(ranks)
 
 
 def _finite(value: float) -> float | None:

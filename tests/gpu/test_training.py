@@ -14,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from recipe.plan.scaling import RateSchedule
+from recipe.reporting.telemetry import Telemetry
 from tests.engine import test_noise_scale as noise_scale, test_start as on_cpu
 from tests.launch import events, losses, train_ok
 from tests.ranks import run_ranks
+from tests.reporting.test_telemetry import telemetry
 
 pytestmark = pytest.mark.gpu
 
@@ -40,8 +42,8 @@ def test_half_precisions_change_rounding_not_the_method(tmp_path: Path) -> None:
     on_cpu.assert_as_in_fp32(found)
 
 
-def _waits(rank: int, world_size: int) -> dict[str, int]:
-    """How often CUDA waits for the device in four optimizer steps, in each precision."""
+def _waits(rank: int, world_size: int, folder: str) -> dict[str, tuple[int, int]]:
+    """How often CUDA waits for the device in four optimizer steps, and how many of them are reported, per precision."""
     from recipe.data import Batch
     from recipe.engine.loop import train_epoch
 
@@ -51,19 +53,29 @@ def _waits(rank: int, world_size: int) -> dict[str, int]:
         weight = next(engine.module.parameters())
         images, labels = on_cpu.samples(0, 8)
         batch = Batch(images.to(weight), labels.to(weight.device), torch.ones(8, device=weight.device), ())
-        list(train_epoch(engine, [batch] * 2))  # some libraries wait when they are first called
+        output = Path(folder, name)
+        output.mkdir()
+        reporter = telemetry(output, train_images=64 * 10)
+
+        def train(batches: list[Batch], engine: Any = engine, reporter: Telemetry = reporter) -> None:
+            for step in train_epoch(engine, batches):
+                reporter.step(step)
+
+        train([batch] * 6)  # some libraries wait when they are first called
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            list(train_epoch(engine, [batch] * 8))
+            train([batch] * 8)
             torch.cuda.set_sync_debug_mode("default")
-        found[name] = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+        waits = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+        found[name] = waits, len(events(output, "step"))
     return found
 
 
 def test_the_loop_never_waits_for_the_device(tmp_path: Path) -> None:
-    (waits,) = run_ranks(1, on_gpu, str(tmp_path / "store"), _waits)
-    assert waits == dict.fromkeys(on_cpu.PRECISIONS, 0)
+    """Neither for a report: the last of these seven steps writes down those before it."""
+    (found,) = run_ranks(1, on_gpu, str(tmp_path / "store"), _waits, str(tmp_path))
+    assert found == dict.fromkeys(on_cpu.PRECISIONS, (0, 6))
 
 
 def test_an_overflow_skips_its_update_and_loses_nothing_else(tmp_path: Path) -> None:

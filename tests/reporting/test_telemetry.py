@@ -7,9 +7,11 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from recipe.config.schema import parse_config
 from recipe.engine.loop import Step, Validation
@@ -26,7 +28,12 @@ def step(number: int, loss: float, *, skipped: bool = False, loss_scale: float =
 
 
 def telemetry(
-    output: Path, steps_per_print: int = 2, events: list | None = None, is_fp16: bool = False, world_size: int = 1
+    output: Path,
+    steps_per_print: int = 2,
+    events: list | None = None,
+    is_fp16: bool = False,
+    world_size: int = 1,
+    train_images: int = 192,
 ) -> Telemetry:
     raw = {
         "train_batch_size": 64,
@@ -35,7 +42,7 @@ def telemetry(
         "recipe": {
             "model": {"name": "test_resnet", "num_classes": 10},
             "max_micro_batch_size": 16,
-            "data": {"source": "synthetic", "image_size": 32, "train_images": 192, "validation_images": 10},
+            "data": {"source": "synthetic", "image_size": 32, "train_images": train_images, "validation_images": 10},
             "schedule": {"epochs": 2, "warmup_epochs": 0, "decay_epochs": [1]},
         },
     }
@@ -120,6 +127,36 @@ def test_reports_come_every_steps_per_print_and_at_the_end_of_an_epoch(tmp_path:
         *[(f"Train/Samples/{name}", 192) for name in ("train_loss", *of_report)],
         *[(f"Validation/Samples/{name}", 192) for name in ("top1", "top5", "loss")],
         *[(f"Validation/Samples/{name}", 256) for name in ("top1", "top5", "loss", "ema_top1", "ema_top5", "ema_loss")],
+    ]
+
+
+def _reports_behind_the_host(rank: int, world_size: int, folder: str) -> list[int]:
+    """How many steps are written down after each."""
+    reporter = telemetry(Path(folder), world_size=world_size, train_images=64 * 7)
+    written = []
+    with mock.patch("recipe.reporting.telemetry._is_behind_the_host", return_value=True):
+        for number in range(8):
+            new = step(number, 1.0 + number + rank, skipped=number == 3)
+            norms = torch.tensor([2.0 + rank, 1.0]) if number % 3 == 0 else None
+            reporter.step(replace(new, gradient_norms=norms))
+            written.append(sum(line["event"] == "step" for line in lines(Path(folder))))
+            dist.barrier()
+        reporter.sync()  # as before a checkpoint
+    reporter.close()
+    return written
+
+
+def test_a_gpus_reports_are_written_a_step_later_and_lose_nothing(tmp_path: Path) -> None:
+    written, _ = run_ranks(2, _reports_behind_the_host, str(tmp_path))
+    assert written == [0, 0, 2, 2, 4, 4, 7, 7]  # at the end of the epoch, at once
+    steps = [line for line in lines(tmp_path) if line["event"] == "step"]
+    assert [(line["step"], line["loss"], line["skipped"]) for line in steps] == [
+        (number, 1.5 + number, number == 3) for number in range(8)
+    ]
+    scales = [line for line in lines(tmp_path) if line["event"] == "noise_scale"]
+    # Of (2.5, 1) at 16 and 64 images: tr(Σ) = 1.5 · 16 · 64 / 48, |G|² = (64 - 16 · 2.5) / 48.
+    assert [(line["step"], line["gradient_variance"], line["noise_scale"]) for line in scales] == [
+        (number, pytest.approx(32), pytest.approx(64)) for number in (0, 6)
     ]
 
 
