@@ -113,6 +113,9 @@ class Samples(Dataset[HostBatch], ABC):
     erasing: Erasing | None = None
     """What the loader erases of them in training."""
 
+    waits_for_device = False
+    """Whether ``on_device`` waits for the device, which the training then need not do: it gets a thread of its own."""
+
     @abstractmethod
     def __len__(self) -> int: ...
 

@@ -40,6 +40,8 @@ class EncodedImages(Samples):
     refuses. Both are counted as ``by_pil``, and it is the data set that judges what is a bad image.
     """
 
+    waits_for_device = True
+
     def __init__(self, dataset: ImageDataset, decoder: Decoder, device: torch.device) -> None:
         self._dataset = dataset
         self.class_names, self.digest = dataset.class_names, dataset.digest

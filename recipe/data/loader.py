@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import connection, queues
 from types import TracebackType
@@ -152,7 +153,8 @@ class _Loader:
             with torch.cuda.stream(stream):
                 return self.on_device(host), stream.record_event()
 
-        for batch, made in ahead(host_batches, upload, PREFETCHED):
+        begun = ahead_in_a_thread if self._dataset.waits_for_device else ahead
+        for batch, made in begun(host_batches, upload, PREFETCHED):
             current = torch.cuda.current_stream(self._device)
             current.wait_event(made)
             for tensor in (batch.images, batch.labels, batch.weights):
@@ -191,6 +193,19 @@ def ahead(source: Iterator[S], start: Callable[[S], T], depth: int) -> Iterator[
     except Exception:
         yield from started
         raise
+
+
+def ahead_in_a_thread(source: Iterator[S], start: Callable[[S], T], depth: int) -> Iterator[T]:
+    """As ``ahead``, where ``start`` is what takes long: one thread calls it, item after item, while the caller goes on.
+
+    Its exception comes in the place of its item.
+    """
+    thread = ThreadPoolExecutor(1)
+    try:
+        for started in ahead(source, lambda item: thread.submit(start, item), depth):
+            yield started.result()
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 class TrainLoader(_Loader):

@@ -4,15 +4,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 from torchvision.transforms import v2
 
-from recipe.data import TrainLoader, ValidationLoader, WorkerError, open_datasets
+from recipe.data import BadImageError, TrainLoader, ValidationLoader, WorkerError, open_datasets
 from recipe.data.batch import Normalise
-from recipe.data.loader import ahead
+from recipe.data.loader import ahead, ahead_in_a_thread
 from recipe.data.sampler import PADDING, epoch_permutation
 from tests.data.images import MEAN, STD, Pictures, no_more_files, rng_states, sample, write_folder
 
@@ -63,7 +64,7 @@ def test_normalisation_is_torchvisions(dtype):
 FUSED = """
 import torch
 from recipe.data.batch import Normalise
-from recipe.data.loader import ahead
+from recipe.data.loader import ahead, ahead_in_a_thread
 from recipe.data.fused_normalise import mirror_and_look_up
 from tests.data.images import MEAN, STD
 
@@ -106,6 +107,32 @@ def test_more_batches_are_started_than_are_asked_for():
     assert list(ahead(iter("abc"), str.upper, depth=2)) == ["A", "B", "C"]
     assert list(ahead(iter("abc"), str.upper, depth=9)) == ["A", "B", "C"]
     assert list(ahead(iter(""), str.upper, depth=2)) == []
+
+
+def test_what_takes_long_is_begun_in_one_thread_of_its_own():
+    caller_goes_on, threads = threading.Event(), []
+
+    def decode(item):
+        threads.append(threading.get_ident())
+        if item == 1:
+            assert caller_goes_on.wait(timeout=60), "the caller waits for what is begun ahead"
+        if item == 3:
+            raise BadImageError("3 is no image")
+        return item * 10
+
+    taken = []
+
+    def take_all():
+        for item in ahead_in_a_thread(iter(range(9)), decode, depth=2):
+            taken.append(item)
+            if item == 0:
+                caller_goes_on.set()
+
+    with pytest.raises(BadImageError, match="3 is no image"):
+        take_all()
+    assert taken == [0, 10, 20]
+    assert len(set(threads)) == 1
+    assert threads[0] not in [thread.ident for thread in threading.enumerate()]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
