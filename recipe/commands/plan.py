@@ -14,8 +14,10 @@ from recipe.plan import SHIPPED, Link, ModelFacts, Plan, make_plan
 from recipe.reporting import Parser, within
 from recipe.train import overrides
 
-# Assumptions, not measured here: the speed of ResNet-50 under PyTorch on one H100, and a common network.
-ASSUMED_SPEED = {"resnet50": 2500.0}
+MEASURED_SPEED = {("resnet50", False): 5653.0, ("resnet50", True): 6490.0}
+"""Images/s by model and ``recipe.compile``, in fp16 at 224 pixels: benchmarks/results/gpu_throughput_h200.md."""
+
+# Assumptions, not measured here: a common network, and an H100's memory.
 ASSUMED_GBIT_PER_SECOND = 100.0
 LATENCY_SECONDS = 20e-6
 GPU_MEMORY_GIB = 80.0
@@ -61,7 +63,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--images-per-second",
         type=positive,
         metavar="N",
-        help=f"of one GPU alone (default: {ASSUMED_SPEED['resnet50']:,.0f} for resnet50, assumed of an H100)",
+        help=f"of one GPU alone (default: {MEASURED_SPEED['resnet50', False]:,.0f} for resnet50, measured on one H200)",
     )
     parser.add_argument(
         "--bandwidth",
@@ -91,10 +93,10 @@ def answer(plan: Plan, arguments: argparse.Namespace) -> Answer:
     Raises:
         ValueError: the model cannot be inspected.
     """
-    model = plan.config.recipe.model.architecture
+    recipe = plan.config.recipe
     speed, kind = arguments.images_per_second, "given"
-    if speed is None and plan.image_sizes == ((0, 224),):
-        speed, kind = ASSUMED_SPEED.get(model), f"assumed: {model} on an H100"
+    if speed is None and plan.image_sizes == ((0, 224),) and plan.config.precision in ("fp16", "bf16"):
+        speed, kind = MEASURED_SPEED.get((recipe.model.architecture, recipe.compile)), "measured on one H200 in fp16"
     bandwidth, bandwidth_kind = arguments.bandwidth, "given"
     if bandwidth is None:
         bandwidth, bandwidth_kind = ASSUMED_GBIT_PER_SECOND, "assumed"

@@ -140,7 +140,7 @@ def _all_reduce(plan: Plan, facts: ModelFacts, images_per_second: float | None) 
 
 def _speed(plan: Plan, facts: ModelFacts, assumed: Answer) -> list[tuple[str, str]]:
     if assumed.images_per_second is None:
-        return [("speed", "not known for this model: give --images-per-second of one GPU")]
+        return [("speed", "not known for this model, size and precision: give --images-per-second of one GPU")]
     found = speed(plan, facts, assumed.images_per_second, assumed.link)
     network = f" and {assumed.link_source}" if plan.world_size > 1 else ""
     step = f"{_seconds(found.step_seconds)} per step = {_seconds(found.compute_seconds)} to compute"

@@ -184,7 +184,7 @@ def test_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
         "activations are 32 × 42.3 MiB",
         "up to 32 would fit 80 GiB",
         "48.7 MiB of fp16 gradients, 97.1 MiB sent per rank and step",
-        "for 2,500 images/s per GPU (assumed: resnet50 on an H100) and 50 Gbit/s per GPU (given)",
+        "for 5,653 images/s per GPU (measured on one H200 in fp16) and 50 Gbit/s per GPU (given)",
         "batch norm's statistics come from 8,192 images; the paper used 32",
     ):
         assert line in words, line
@@ -209,7 +209,13 @@ def test_what_is_not_known_is_not_said(capsys: pytest.CaptureFixture[str]) -> No
     assert "none on the others, as norms and biases" in unknown
     out = screen(capsys, str(ROOT / HEADLINE), *other, "--inspect", "--world-size", "8")
     assert "36 layers over 2,048 images" in out  # 33 convolutions and 3 downsamples
-    assert "speed not known for this model: give --images-per-second of one GPU" in out
+    assert "speed not known for this model, size and precision: give --images-per-second of one GPU" in out
+    compiled = ("--set", "recipe.compile=true")
+    assert "for 6,490 images/s per GPU (measured on one H200 in fp16)" in screen(
+        capsys, str(ROOT / HEADLINE), *compiled
+    )
+    for unmeasured in ("fp16.enabled=false", "recipe.data.image_size=160"):
+        assert "speed not known for this" in screen(capsys, str(ROOT / HEADLINE), "--set", unmeasured)
     vit = ("--set", 'recipe.model.name="vit_tiny_patch16_224"', "--inspect", "--world-size", "8")
     out = screen(capsys, str(ROOT / HEADLINE), *vit)
     assert "fp16, no batch norm" in out
