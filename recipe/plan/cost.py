@@ -332,7 +332,12 @@ def _step_seconds(
 
 
 def overlaps_reduction(plan: Plan) -> bool:
-    """Whether gradients travel during the backward pass: the recipe's own way at stage 0, DeepSpeed's default at 3."""
+    """Whether gradients travel during the backward pass: the recipe's own way at stage 0, DeepSpeed's default at 3.
+
+    A compiled backward pass delivers them at its end.
+    """
+    if plan.config.recipe.compile:
+        return False
     zero = plan.config.zero_optimization
     return zero.stage in (0, 3) if zero.overlap_comm is None else zero.overlap_comm
 
