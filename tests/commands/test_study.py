@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -478,6 +479,8 @@ def test_a_failure_stops_no_other_run_and_a_refusal_only_those_of_its_case(
     # What is wrong with a folder, as another training in it, is that run's alone.
     runner = run_with(monkeypatch, six, tmp_path / "folder", 'echo "recipe: $0 holds another training"; exit 2')
     assert len(runner.failures) == 6
+    assert study_command.main([str(tmp_path / "study.json"), "--output", str(tmp_path / "command")]) == 1
+    assert "recipe: c, seed 1 failed: " in capsys.readouterr().err
 
 
 def test_a_signal_is_passed_on_and_nothing_more_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -517,15 +520,17 @@ def test_the_docs_have_a_study_that_can_be_planned(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_study_resumes_after_sigterm_and_after_a_kill_and_keeps_a_run_that_diverged(tmp_path: Path) -> None:
+def test_a_study_resumes_after_sigterm_and_after_a_kill(tmp_path: Path) -> None:
+    """One of its runs fails, as its folder cannot be locked, and is tried again at the next start; another diverges."""
     cases = [
         {"name": "short", "label": "short", "set": {"recipe.schedule.epochs": 1}},
         {"name": "wild", "label": "wild", "set": {"recipe.schedule.scaling_rule": "none", "optimizer.params.lr": 1e15}},
-        {"name": "long", "label": "long", "set": {"recipe.schedule.epochs": 40}},
+        {"name": "long", "label": "long", "set": {"recipe.schedule.epochs": 25}},
     ]
     path, output = write(tmp_path, raw_study(seeds=[0], cases=cases, figures=[])), tmp_path / "out"
     words = [sys.executable, "-m", "recipe", "study", str(path), "--output", str(output)]
-    long = output / "long/seed-0"
+    long, lock = output / "long/seed-0", output / "short/seed-0/.lock"
+    lock.mkdir(parents=True)
 
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -544,8 +549,9 @@ def test_a_study_resumes_after_sigterm_and_after_a_kill_and_keeps_a_run_that_div
     first.send_signal(signal.SIGTERM)
     said, _ = first.communicate(timeout=300)
     assert first.returncode == 143, said
-    for line in ("1 of 3: short, seed 0 …\n", "[1/3] short, seed 0: median error", "[2/3] wild, seed 0: diverged"):
+    for line in ("1 of 3: short, seed 0 …\n", "[1/3] short, seed 0: failed: ", "[2/3] wild, seed 0: diverged"):
         assert f"\n{line}" in said
+    assert re.search(r"^recipe: short, seed 0 failed: .*\.lock: Is a directory.*launch\.log", said, re.MULTILINE)
     assert "\n- wild, seed 0: diverged: the loss of step " in said
     assert f"In {output}: results.md, results.csv\n" in said
     (row,) = read_rows(output, "long")
@@ -558,6 +564,7 @@ def test_a_study_resumes_after_sigterm_and_after_a_kill_and_keeps_a_run_that_div
     assert list((long / "checkpoints").glob("step-*"))
     assert not (long / "summary.json").exists()
 
+    lock.rmdir()
     second = start()
     wait_for_steps(second, len(read_lines(long / "metrics.jsonl")))
     refused = subprocess.run(
@@ -586,19 +593,3 @@ def read_rows(output: Path, case: str) -> list[dict[str, str]]:
 
 def read_lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_is_named_and_stops_no_other(tmp_path: Path) -> None:
-    """A folder that cannot be locked fails the run at once; the next start tries it again."""
-    path, output = write(tmp_path, raw_study(seeds=[0], figures=[])), tmp_path / "out"
-    (output / "small/seed-0/.lock").mkdir(parents=True)
-    words = [sys.executable, "-m", "recipe", "study", str(path), "--output", str(output), "--jobs", "2"]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "recipe: batch 256, seed 0 failed:" in done.stderr
-    assert ".lock: Is a directory" in done.stderr
-    assert "launch.log" in done.stderr
-    assert (output / "large/seed-0/summary.json").exists()
-    (row,) = read_rows(output, "small")
-    assert (row["state"], ".lock: Is a directory" in row["reason"]) == ("failed", True)
