@@ -190,9 +190,9 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def batchnorm_images(plan: dict[str, Any]) -> int | None:
-    """The images per batch norm statistic; None if the plan does not say, or the model has no batch norm."""
+    """The images per batch norm statistic; None if the plan does not say, or no batch norm is trained."""
     keys = leaves(plan)
-    if lacks_batchnorm(str(keys.get("recipe.model.name"))):
+    if lacks_batchnorm(str(keys.get("recipe.model.name"))) or keys.get("recipe.model.freeze") == "backbone":
         return None
     statistics, accumulation = keys.get("recipe.batchnorm.statistics"), keys.get("gradient_accumulation_steps")
     if statistics == "global":  # those of a micro-batch of every rank

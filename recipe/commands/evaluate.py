@@ -41,7 +41,9 @@ def main(argv: Sequence[str]) -> int:
         "--data",
         help="folder with val/, or with a folder per class, a pack, or a data set of Hugging Face (default: the run's)",
     )
-    parser.add_argument("--image-size", type=COUNT, metavar="S", help="pixels per side (default: as in validation)")
+    parser.add_argument(
+        "--image-size", type=within(8, 4096), metavar="S", help="pixels per side (default: as in validation)"
+    )
     parser.add_argument("--micro-batch", type=COUNT, metavar="N", help="images per forward pass (default: the run's)")
     arguments = parser.parse_args(argv)
     os.environ |= find_placement(os.environ).variables()

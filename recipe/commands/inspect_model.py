@@ -1,5 +1,7 @@
 """Counts the parameters and activations of any timm model for the plan, without allocating memory for them."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,16 +10,18 @@ from recipe.model import DTYPES, BatchNorm, build_model, cast_parameters, parame
 from recipe.plan import ModelFacts
 
 
-def inspect_model(name: str, num_classes: int, image_size: int) -> ModelFacts:
+def inspect_model(
+    name: str, num_classes: int, image_size: int, freeze: Literal["none", "backbone"] = "none"
+) -> ModelFacts:
     """Build a timm model on the meta device and pass images of ``image_size`` pixels through it.
 
     Raises:
         ValueError: timm has no such model, or it takes no such images.
     """
     with torch.device("meta"):
-        model = build_model(name, num_classes, seed=0, statistics="local")
+        model = build_model(name, num_classes, seed=0, statistics="local", freeze=freeze)
     decayed, undecayed = parameter_counts(model)
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm) and not module.frozen]
     saved = {}
     for precision, dtype in DTYPES.items():
         cast_parameters(model, dtype)
@@ -37,6 +41,7 @@ def inspect_model(name: str, num_classes: int, image_size: int) -> ModelFacts:
         batchnorm_channels=sum(norm.num_features for norm in norms),
         image_size=image_size,
         saved_bytes=saved,
+        frozen_parameters=sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad),
     )
 
 

@@ -115,10 +115,10 @@ def answer(plan: Plan, arguments: argparse.Namespace) -> Answer:
 def _facts(plan: Plan, inspects: bool) -> ModelFacts | None:
     model = plan.config.recipe.model
     if not inspects:
-        return SHIPPED.get((model.architecture, model.num_classes))
+        return SHIPPED.get((model.architecture, model.num_classes)) if model.freeze == "none" else None
     from recipe.commands.inspect_model import inspect_model  # imports torch
 
     try:
-        return inspect_model(model.architecture, model.num_classes, plan.largest_image_size)
+        return inspect_model(model.architecture, model.num_classes, plan.largest_image_size, model.freeze)
     except ValueError as error:
         raise ValueError(f"{plan.config.source.file}: {error}") from error

@@ -92,7 +92,7 @@ def _cost(answer: Answer) -> list[tuple[str, str]]:
 def _batchnorm(plan: Plan, facts: ModelFacts) -> str:
     traffic = batchnorm_traffic(plan, facts)
     if not facts.batchnorm_layers:
-        return "none in this model"
+        return "none in this model" if plan.config.recipe.model.freeze == "none" else "none is trained"
     over = f"{counted(facts.batchnorm_layers, 'layer')} over {traffic.images:,} images "
     if traffic.ranks == 1:
         whose = "of a rank's own micro-batch"

@@ -456,8 +456,10 @@ class Config(DeepSpeedConfig):
 
     @property
     def statistics(self) -> Literal["global", "local"] | int:
-        """``recipe.batchnorm.statistics``; those of a model without batch norm ask nothing of ranks and micro-batch."""
-        return "local" if lacks_batchnorm(self.recipe.model.name) else self.recipe.batchnorm.statistics
+        """``recipe.batchnorm.statistics``; where no batch norm trains, nothing is asked of ranks and micro-batch."""
+        model = self.recipe.model
+        trains_none = lacks_batchnorm(model.name) or model.freeze == "backbone"
+        return "local" if trains_none else self.recipe.batchnorm.statistics
 
     @property
     def precision(self) -> str:

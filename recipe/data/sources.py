@@ -114,7 +114,10 @@ def open_validation(
         return open_imagefolder(path, validation_share, **common)[1]
     if source == "pack":
         return open_pack(path, **common)[1]
-    return ImageFiles(list_classes(held_out_folder(path) or path), **common)
+    held_out = held_out_folder(path)
+    if held_out is None and [entry.name for entry in path.iterdir() if entry.is_dir()] == ["train"]:
+        raise ValueError(f"{path} has neither val/ nor test/ beside train/; name {path / 'train'}, or another folder")
+    return ImageFiles(list_classes(held_out or path), **common)
 
 
 def open_samples(

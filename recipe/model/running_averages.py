@@ -92,6 +92,7 @@ def _differing(model: nn.Module, process_group: Group) -> list[Tensor]:
         buffer
         for module in model.modules()
         if isinstance(module, BatchNorm)
+        and not module.frozen
         and not isinstance(module.statistics, int)
         and not (module.statistics == "global" and module.process_group is process_group)
         for buffer in (module.running_mean, module.running_var)

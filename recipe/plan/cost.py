@@ -28,8 +28,8 @@ LOADED_PER_CORE: Mapping[tuple[int, bool], float] = {
 class ModelFacts:
     """Sizes of a model: numbers of values, and bytes per image of ``image_size`` pixels a side.
 
-    ``saved_bytes`` is what a forward pass keeps for the backward pass, by precision: the distinct storages among the
-    tensors that autograd saves, without the parameters.
+    All but ``frozen_parameters`` is of what is trained. ``saved_bytes`` is what a forward pass keeps for the backward
+    pass, by precision: the distinct storages among the tensors that autograd saves, without the parameters.
     """
 
     decayed_parameters: int
@@ -39,6 +39,7 @@ class ModelFacts:
     batchnorm_channels: int
     image_size: int
     saved_bytes: Mapping[str, int]
+    frozen_parameters: int = 0
 
     @property
     def parameters(self) -> int:
@@ -161,7 +162,7 @@ def memory(plan: Plan, facts: ModelFacts) -> Memory:
     half = plan.precision in ("fp16", "bf16")
     optimizer_share = 1 / ranks if stage >= 1 else 1.0
     return Memory(
-        weights=value * parameters / (ranks if stage == 3 else 1),
+        weights=value * (parameters + facts.frozen_parameters) / (ranks if stage == 3 else 1),
         master_weights=4 * parameters * optimizer_share if half else 0.0,
         gradients=value * parameters / (ranks if stage >= 2 else 1),
         momentum=max(4, value) * parameters * optimizer_share * (2 if plan.config.optimizer.type == "LAMB" else 1),

@@ -87,7 +87,9 @@ def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
 
 
 def _has_batchnorm(plan: Plan, facts: ModelFacts | None) -> bool | None:
-    """Whether the plan's model has batch norm; None where that is not known."""
+    """Whether the plan's model has batch norm that is trained; None where that is not known."""
+    if plan.config.recipe.model.freeze == "backbone":
+        return False
     if facts is not None:
         return facts.batchnorm_layers > 0
     return False if lacks_batchnorm(plan.config.recipe.model.name) else None
@@ -160,7 +162,7 @@ def _model(plan: Plan, facts: ModelFacts | None) -> str:
     if has_batchnorm is None:
         batchnorm += ", if the model has batch norm"
     elif not has_batchnorm:
-        batchnorm = "no batch norm"
+        batchnorm = "no batch norm" if recipe.model.freeze == "none" else "batch norm, if any, in evaluation mode"
     return (
         f"{printable(recipe.model.name)}, {recipe.model.num_classes} classes, {_size_range(plan)} px, "
         f"{plan.precision}, {batchnorm}{_start(plan)}"

@@ -128,7 +128,8 @@ def test_an_export_gives_the_same_numbers_as_its_run(run: Path, folder: Path, tm
 
 
 def test_what_does_not_fit_the_model_is_refused_on_one_line(run: Path, folder: Path, tmp_path: Path) -> None:
-    cats = tmp_path / "cats"
+    cats, unsplit = tmp_path / "cats", tmp_path / "unsplit"
+    (unsplit / "train/3").mkdir(parents=True)
     (cats / "val/cat").mkdir(parents=True)
     (cats / "val/cat/a.png").write_bytes(next((folder / "3").iterdir()).read_bytes())
     export = tmp_path / "other"
@@ -139,6 +140,7 @@ def test_what_does_not_fit_the_model_is_refused_on_one_line(run: Path, folder: P
         ([str(export)], "config.json is not what python -m recipe export writes"),
         ([str(run), "--checkpoint", "step-7"], "holds no whole checkpoint step-7; it holds step-0000000"),
         ([str(run), "--data", str(cats)], "does not know: 'cat'"),
+        ([str(run), "--data", str(unsplit)], f"has neither val/ nor test/ beside train/; name {unsplit}/train, or"),
         ([str(run), "--data", str(tmp_path / "none")], "there is no folder"),
     ):
         done = recipe("evaluate", *arguments)

@@ -217,6 +217,13 @@ def test_what_is_not_known_is_not_said(capsys: pytest.CaptureFixture[str]) -> No
     )
     for unmeasured in ("fp16.enabled=false", "recipe.data.image_size=160"):
         assert "speed not known for this" in screen(capsys, str(ROOT / HEADLINE), "--set", unmeasured)
+    head = ("--set", "recipe.model.weights=hf-hub:some/one", "--set", "recipe.model.freeze=backbone")
+    assert "not known for this model; --inspect" in screen(capsys, str(ROOT / HEADLINE), *head)
+    out = screen(capsys, str(ROOT / HEADLINE), *head, "--inspect", "--world-size", "8")
+    assert "on 2,048,000 convolution and linear weights; none on 1,000 others" in out
+    assert "batch norm, if any, in evaluation mode" in out
+    assert "batch norm none is trained" in out
+    assert "48.7 MiB weights + 7.82 MiB master weights + 3.91 MiB gradients" in out
     vit = ("--set", 'recipe.model.name="vit_tiny_patch16_224"', "--inspect", "--world-size", "8")
     out = screen(capsys, str(ROOT / HEADLINE), *vit)
     assert "fp16, no batch norm" in out

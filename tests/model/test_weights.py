@@ -13,6 +13,7 @@ from torch import nn
 from recipe.data import open_datasets
 from recipe.model.batchnorm import BatchNorm
 from recipe.model.build import build_model
+from recipe.model.running_averages import _differing
 from tests.launch import DIGITS, recipe, train_ok
 
 
@@ -66,6 +67,8 @@ def test_a_frozen_backbone_keeps_weights_and_statistics(tmp_path: Path, source: 
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, plain.state_dict()[name])}
     assert changed == {"fc.weight", "fc.bias"}
     assert not any(module.training for module in model.modules() if isinstance(module, BatchNorm))
+    local = build_model("test_resnet", 3, seed=7, statistics="local", weights=weights, freeze="backbone")
+    assert _differing(local, None) == []  # an average over three ranks would round
 
 
 def test_weights_of_another_model_are_refused_by_name(tmp_path: Path, source: nn.Module) -> None:
