@@ -101,7 +101,8 @@ class Optimizer(Section):
     type: Literal["SGD", "LARS", "LAMB"] = "SGD"
     """ "SGD" (the paper's), "LARS" or "LAMB" for the largest batches. The last two are timm's, not DeepSpeed's, and
     leave biases and batch norm without trust ratio and weight decay. The rules for the rate are SGD's:
-    recipe.schedule.scaling_rule "none" takes a written one. Not with ZeRO stages 1 to 3"""
+    recipe.schedule.scaling_rule "none" takes a written one, and warmup to it starts at recipe.schedule.reference_lr.
+    Keys of another optimizer are refused: --set KEY=null removes one. Not with ZeRO stages 1 to 3"""
 
     params: OptimizerParams = OptimizerParams()
     """an object with lr, weight_decay and, for SGD, momentum and nesterov"""

@@ -269,8 +269,9 @@ class Schedule(Section):
     that optimizer.params.lr writes, or else the reference rate"""
 
     warmup: Literal["gradual", "constant", "none"] = "gradual"
-    """ "gradual" (the paper's), "constant" or "none": how the rate comes to its peak. Warmup starts at the reference
-    rate, and only batches above the reference batch have one"""
+    """ "gradual" (the paper's), "constant" or "none": how the rate comes to its peak. Warmup starts at
+    reference_lr, also where the peak is written itself; only batches above the reference batch with a peak above that
+    rate have one"""
 
     warmup_epochs: NonNegativeFloat = 5
     """epochs of warmup, a number >= 0; the paper's is 5 (section 2.2)"""
@@ -278,7 +279,7 @@ class Schedule(Section):
     decay: Literal["step", "cosine", "polynomial", "linear", "none"] = "step"
     """ "step" (the paper's), "cosine", "polynomial", "linear" or "none": how the rate falls after the warmup. "step"
     has decay_epochs and decay_factor; "cosine", "polynomial" and "linear" lead from the peak rate to final_lr, which
-    would be the rate of the step after the last"""
+    would be the rate of the step after the last. Keys of another decay are refused: --set KEY=null removes one"""
 
     decay_epochs: Annotated[tuple[PositiveFloat, ...], Field(strict=False)] = (30, 60, 80)
     """the epochs after which the rate decays, a list of rising numbers > 0; the paper's are 30, 60 and 80"""
@@ -486,8 +487,9 @@ def parse_config(raw: dict[str, Any], file: str) -> Config:
     """The typed view of a config that is already in memory; ``file`` is its name in messages."""
     config = validate(Config, raw, file, "write a DeepSpeed config with a section recipe")
     config._source = Source(file, json.dumps(raw))
-    for contradiction in _contradictions(config):
-        raise config.source.refusal(*contradiction)
+    for key, problem, remedy in (contradictions := _contradictions(config)):
+        others = "".join(f"; also {': '.join(other[:2])}; {other[2]}" for other in contradictions)
+        raise config.source.refusal(key, problem, remedy + others)
     return config
 
 

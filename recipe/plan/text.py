@@ -280,7 +280,9 @@ def _warmup(plan: Plan) -> str:
     if schedule.warmup == "none":
         if rules.warmup == "none":
             return "none"
-        return f"none: it needs a batch above {rules.reference_batch_size:,} and a rate above {rules.reference_lr:g}"
+        if plan.global_batch > rules.reference_batch_size:
+            return f"none: it starts at reference_lr, {rules.reference_lr:g}, and the peak rate is not above that"
+        return f"none: it is for batches above {rules.reference_batch_size:,}"
     duration = f"{counted(schedule.warmup_steps, 'step')} ({counted(rules.warmup_epochs, 'epoch')})"
     if schedule.warmup == "constant":
         return f"constant: {schedule.start_rate:.6g} for {duration}, then {schedule.peak_rate:.6g}"

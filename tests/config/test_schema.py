@@ -383,8 +383,13 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
             '= "LARS": ZeRO stage 2 cuts the weights into parts, which do not have the norms of whole layers; ',
         ),
         (
-            {"recipe.schedule.decay_factor": 0.1, "recipe.schedule.decay": "cosine"},
-            '= 0.1: the decay "cosine" has none; remove it (--set recipe.schedule.decay_factor=null), or write',
+            {
+                "recipe.schedule.decay_epochs": [30],
+                "recipe.schedule.decay_factor": 0.1,
+                "recipe.schedule.decay": "cosine",
+                "recipe.schedule.epochs": 90,
+            },
+            '"step"; also recipe.schedule.decay_factor: the decay "cosine" has none; remove it (--set recipe.sch',
         ),
         (
             {"recipe.schedule.decay_power": 2, "recipe.schedule.decay": "linear"},
