@@ -1,6 +1,7 @@
 """``python -m recipe COMMAND``: finds the command and hands over."""
 
 import difflib
+import errno
 import importlib
 import io
 import os
@@ -44,7 +45,10 @@ def main() -> int:
             return 128 + signal.SIGINT
         except OSError as error:
             if not _cannot_be_written(sys.stdout):
-                raise
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                say(f"{error.strerror}: what was being written is not whole; make room, and run it again")
+                return CUT_SHORT
             say(f"standard output cannot be written: {error.strerror}; the answer is not whole")
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more at its exit
             return CUT_SHORT

@@ -15,7 +15,7 @@ from recipe.commands.figure import new_figure, save_figure
 from recipe.config import printable
 from recipe.distributed import find_placement
 from recipe.plan import columns
-from recipe.reporting import Parser, table, within
+from recipe.reporting import Parser, accuracy_words, table, within
 
 if TYPE_CHECKING:
     from recipe.commands.measure import Measured
@@ -69,7 +69,9 @@ def main(argv: Sequence[str]) -> int:
 
 def add_model_options(parser: argparse.ArgumentParser, results: str) -> None:
     """Options of the commands that use a trained model; ``results`` is the name of the folder for what they find."""
-    parser.add_argument("model", type=Path, metavar="RUN_DIR|FILE", help="a run, or model.safetensors of an export")
+    parser.add_argument(
+        "model", type=Path, metavar="RUN_DIR|EXPORT", help="a run, or an export: folder or model.safetensors"
+    )
     parser.add_argument("--checkpoint", default="best", help='"best", "last" or a name such as step-00000150')
     parser.add_argument(
         "--workers", type=within(0, 1000), default=0, metavar="N", help="processes that read images (default: 0)"
@@ -135,7 +137,7 @@ def format_evaluation(result: dict[str, Any]) -> str:
         shown.append((printable(row["name"]), f"{row['images']:,}", f"{row['accuracy']:.2f} %", printable(taken_for)))
     lines = [
         printable(f"{result['model']} on {result['data']}"),
-        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} "
+        f"{accuracy_words(result['top1'], result['top5'], len(rows))}, loss {result['loss']:.4f} "
         f"on {result['count']:,} images",
         f"expected calibration error {result['expected_calibration_error']:.2f} % "
         f"(mean confidence {result['mean_confidence']:.2f} %)",

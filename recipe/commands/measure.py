@@ -14,6 +14,7 @@ from recipe.commands.trained import Trained, validation_loader
 from recipe.data import ImageDataset, open_datasets, open_validation
 from recipe.distributed import MeetingError, meet, own_facts
 from recipe.engine import Batch, evaluate, join_process_group, rank_device, set_loudness
+from recipe.model import check_image_size
 from recipe.reporting import Progress
 
 CALIBRATION_BINS = 15  # as Guo et al. 2017 take
@@ -92,6 +93,7 @@ def measure(
     size = image_size or trained.plan.validation_image_size
     dataset, shown = open_data(trained, data, size)
     model = trained.build(device)
+    check_image_size(model, f"--image-size {size}", size)
     store = None
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         try:

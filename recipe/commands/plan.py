@@ -10,7 +10,7 @@ from recipe.commands.plan_screen import Answer, as_json, draw_rates, format_answ
 from recipe.config import read_config
 from recipe.data import look
 from recipe.distributed import count_slots, read_hostfile, say
-from recipe.plan import SHIPPED, Link, ModelFacts, Plan, make_plan
+from recipe.plan import Link, ModelFacts, Plan, make_plan, shipped_facts
 from recipe.reporting import Parser, within
 from recipe.train import overrides
 
@@ -113,9 +113,9 @@ def answer(plan: Plan, arguments: argparse.Namespace) -> Answer:
 
 
 def _facts(plan: Plan, inspects: bool) -> ModelFacts | None:
-    model = plan.config.recipe.model
     if not inspects:
-        return SHIPPED.get((model.architecture, model.num_classes)) if model.freeze == "none" else None
+        return shipped_facts(plan)
+    model = plan.config.recipe.model
     from recipe.commands.inspect_model import inspect_model  # imports torch
 
     try:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +118,7 @@ def _memory(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> str:
     elif parts.total > gpu_bytes:
         where = f"which is more than {_size(gpu_bytes)}: up to {largest:,} images would fit"
     else:
-        where = f"of the micro-batches that share out the batch, up to {largest:,} would fit {_size(gpu_bytes)}"
+        where = f"micro-batches of up to {largest:,} would fit {_size(gpu_bytes)}"
     return f"{text}; {where}"
 
 
@@ -134,7 +133,8 @@ def _all_reduce(plan: Plan, facts: ModelFacts, images_per_second: float | None) 
         text += f"; at {gbit:.3g}{NO_BREAK}Gbit/s per rank the backward pass hides it"
     if local := local_bytes(plan, facts):
         alone = _size(all_reduce_bytes(local, plan.world_size))
-        text += f"; in local SGD, which speed and time below do not know, {alone} of weights per rank and step"
+        instead = "; with local SGD" if plan.config.recipe.local_sgd.after_epoch else "; but with local SGD instead"
+        text += f"{instead} {alone} of weights per rank and step, which speed and time, if shown, leave out"
     return text
 
 
@@ -246,5 +246,6 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.3g}{NO_BREAK}s" if seconds >= 1 else f"{seconds * 1000:.3g}{NO_BREAK}ms"
 
 
-def _hours(seconds: float) -> timedelta:
-    return timedelta(seconds=round(seconds))
+def _hours(seconds: float) -> str:
+    minutes, left = divmod(round(seconds), 60)
+    return f"{minutes // 60:,}:{minutes % 60:02}:{left:02}"

@@ -154,7 +154,8 @@ def _names(runs: Sequence[RunFiles]) -> list[str]:
 def _label(run: RunFiles, name: str) -> str:
     """A run's name in the legend, its model and batch, and how far it is, in lines that the picture has room for."""
     plan = run.plan
-    label = printable(f"{name}: {plan.config.recipe.model.name}, batch {plan.global_batch:,}")
+    batches = " to ".join(f"{batch:,}" for batch in dict.fromkeys(plan.config.batches))
+    label = printable(f"{name}: {plan.config.recipe.model.name}, batch {batches}")
     if run.summary is None:
         label += f" ({plan.timeline.epochs_done(run.steps_done):.4g} of {plan.epochs} epochs)"
     return textwrap.fill(label, LEGEND_CHARACTERS)

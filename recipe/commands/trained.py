@@ -189,6 +189,10 @@ def _read_export(file: Path, weights: Path) -> Trained:
     if not isinstance(described.get("recipe"), dict):
         raise ValueError(f"{file} is not what python -m recipe export writes: it has no recipe")
     plan, names = plan_of(parse_config(described["recipe"], str(file))), described.get("label_names")
+    classes = plan.config.recipe.model.num_classes
+    are_names = isinstance(names, list) and len(names) == classes and all(isinstance(name, str) for name in names)
+    if names is not None and not are_names:
+        raise ValueError(f"{file}: label_names are not the names of {classes:,} classes; export the run again")
     try:
         return Trained(str(weights), 0, None, plan, None if names is None else tuple(names), load_file(weights))
     except (OSError, SafetensorError) as error:

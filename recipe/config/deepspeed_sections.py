@@ -101,7 +101,7 @@ class Optimizer(Section):
     type: Literal["SGD", "LARS", "LAMB"] = "SGD"
     """ "SGD" (the paper's), "LARS" or "LAMB" for the largest batches. The last two are timm's, not DeepSpeed's, and
     leave biases and batch norm without trust ratio and weight decay. The rules for the rate are SGD's:
-    recipe.schedule.scaling_rule "none" takes a written one, and warmup to it starts at recipe.schedule.reference_lr.
+    recipe.schedule.scaling_rule "none" takes a written one, and warmup to it starts at scheduler.params.warmup_min_lr.
     Keys of another optimizer are refused: --set KEY=null removes one. Not with ZeRO stages 1 to 3"""
 
     params: OptimizerParams = OptimizerParams()
@@ -297,7 +297,7 @@ class DeepSpeedConfig(Section):
 
     steps_per_print: Count = 10
     """optimizer steps between reports, a whole number >= 1 (DeepSpeed divides by it). Progress bar, log and
-    metrics.jsonl are written this often, and only then does the host wait for the device"""
+    metrics.jsonl are written this often, on a GPU one step later: the host does not wait for it"""
 
     gradient_allreduce_op: Literal["mean"] = "mean"
     """ "mean": the rate rules hold for the mean gradient over the global batch"""

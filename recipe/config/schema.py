@@ -250,8 +250,9 @@ DECAY_KEYS = {
 
 
 class Schedule(Section):
-    epochs: Count
-    """passes over the training images, a whole number >= 1. The last, partial batch of each is dropped"""
+    epochs: Annotated[int, Field(ge=1, le=10**6)]
+    """passes over the training images, a whole number from 1 to 1,000,000. The last, partial batch of each is
+    dropped"""
 
     batch_size: Annotated[tuple[BatchChange, ...], Field(strict=False, min_length=1)] | None = None
     """later global batches, a list of [epoch, batch], epochs >= 1 that rise, or null: train_batch_size throughout.
@@ -270,8 +271,8 @@ class Schedule(Section):
 
     warmup: Literal["gradual", "constant", "none"] = "gradual"
     """ "gradual" (the paper's), "constant" or "none": how the rate comes to its peak. Warmup starts at
-    reference_lr, also where the peak is written itself; only batches above the reference batch with a peak above that
-    rate have one"""
+    scheduler.params.warmup_min_lr, with "auto" reference_lr; only batches above the reference batch with a peak above
+    that rate have one"""
 
     warmup_epochs: NonNegativeFloat = 5
     """epochs of warmup, a number >= 0; the paper's is 5 (section 2.2)"""
@@ -337,9 +338,9 @@ class Checkpoint(Section):
     """optimizer steps between checkpoints within an epoch, a whole number >= 1, or null for none. Each epoch ends with
     a checkpoint anyway"""
 
-    every_minutes: PositiveFloat | None = None
-    """minutes between checkpoints within an epoch, a number > 0, or null for none. Each epoch ends with a checkpoint
-    anyway"""
+    every_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """minutes between checkpoints within an epoch, a number > 0 and <= 1e6, or null for none. Each epoch ends with a
+    checkpoint anyway"""
 
     @property
     def save_every(self) -> timedelta | None:

@@ -115,7 +115,10 @@ def _load(path: str) -> Mapping[str, Any]:
         problem = " ".join(str(error).split()) or type(error).__name__
         where = path if is_folder else f"there is no folder {path}, nor can such a data set be had from the hub"
         raise ValueError(printable(f"{where}: {problem}")) from error
-    return found if isinstance(found, dict) else {"train": found}
+    splits = found if isinstance(found, dict) else {"train": found}
+    if empty := [name for name, split in splits.items() if name in ("train", *HELD_OUT) and not len(split)]:
+        raise ValueError(printable(f"{path}: the split {empty[0]} is empty; fill it, or remove it"))
+    return splits
 
 
 def _read_split(path: str, name: str, split: Any) -> Split:

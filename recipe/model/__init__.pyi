@@ -6,6 +6,7 @@ from .build import (
     DTYPES as DTYPES,
     build_model as build_model,
     cast_parameters as cast_parameters,
+    check_image_size as check_image_size,
     check_image_sizes as check_image_sizes,
     parameter_counts as parameter_counts,
     parameter_groups as parameter_groups,

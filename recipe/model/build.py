@@ -153,13 +153,14 @@ def check_image_sizes(model: nn.Module, training: Iterable[tuple[int, int]], val
     """
     sizes = {size for _, size in training}
     for size in sorted(sizes):
-        _check_image_size(model, f"recipe.data.image_size = {size}", size, samples)
+        check_image_size(model, f"recipe.data.image_size = {size}", size, samples)
     if validation not in sizes:
-        _check_image_size(model, f"recipe.data.validation_image_size = {validation}", validation, None)
+        check_image_size(model, f"recipe.data.validation_image_size = {validation}", validation)
 
 
 @torch.no_grad()
-def _check_image_size(model: nn.Module, key: str, image_size: int, samples: int | None) -> None:
+def check_image_size(model: nn.Module, key: str, image_size: int, samples: int | None = None) -> None:
+    """Refuse images of the size that ``key`` asks for, see ``check_image_sizes``; leave the model in training mode."""
     values: list[int] = []
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs: values.append(inputs[0].numel() // inputs[0].shape[1]))
@@ -168,7 +169,8 @@ def _check_image_size(model: nn.Module, key: str, image_size: int, samples: int 
     ]
     model.eval()
     try:
-        model(torch.zeros(1, 3, image_size, image_size))
+        weight = next(model.parameters())
+        model(torch.zeros(1, 3, image_size, image_size, dtype=weight.dtype, device=weight.device))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(f"{key}: the model takes no such images: {error}") from None
     for hook in hooks:

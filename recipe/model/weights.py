@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import timm
+import torch
 from timm.models import load_state_dict, load_state_dict_from_hf
 from torch import Tensor, nn
 
@@ -51,6 +52,8 @@ def read_weights(weights: str) -> dict[str, Tensor]:
         raise ValueError(f"{key}: {path} cannot be read: {problem}; expected a .safetensors or .pth file") from None
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{key}: {path} holds more than weights by name")
+    if any(value.layout is not torch.strided or value.is_meta or value.is_complex() for value in state.values()):
+        raise ValueError(f"{key}: {path} holds tensors that are sparse, complex or without values")
     return state
 
 

@@ -18,6 +18,7 @@ from .cost import (
     memory as memory,
     overlaps_reduction as overlaps_reduction,
     reduced_bytes as reduced_bytes,
+    shipped_facts as shipped_facts,
     speed as speed,
     travelling_precision as travelling_precision,
 )

@@ -79,6 +79,12 @@ SHIPPED: Mapping[tuple[str, int], ModelFacts] = {
 }
 
 
+def shipped_facts(plan: Plan) -> ModelFacts | None:
+    """Those of the plan's model, where it is among the shipped configs' and trains as a whole."""
+    model = plan.config.recipe.model
+    return SHIPPED.get((model.architecture, model.num_classes)) if model.freeze == "none" else None
+
+
 @dataclass(frozen=True)
 class Link:
     """What lies between two ranks."""

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from recipe.config import Config, lacks_batchnorm, printable
-from recipe.plan.cost import SHIPPED, ModelFacts
+from recipe.plan.cost import ModelFacts, shipped_facts
 from recipe.plan.layout import NO_BREAK, columns, counted, fields, wrap
 from recipe.plan.noise_scale import planned_measurements, too_few
 from recipe.plan.plan import ASSUMED_MICRO_BATCH, PIXEL_MEAN_STD, Plan
@@ -23,8 +23,7 @@ def json_text(config: Config) -> str:
 
 def format_plan(plan: Plan, width: int | None = None) -> str:
     """The plan as a block of lines of at most ``width`` characters, by default the terminal's."""
-    model = plan.config.recipe.model
-    facts = SHIPPED.get((model.architecture, model.num_classes))
+    facts = shipped_facts(plan)
     return format_fields(plan, [*plan_fields(plan, facts), *(("note", note) for note in notes(plan, facts))], width)
 
 
@@ -44,6 +43,7 @@ def plan_fields(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
         "rate at step": ", ".join(f"{step:,}:{NO_BREAK}{rate:.5g}" for step, rate in rates(plan)),
         "optimizer": _optimizer(plan),
         "weight decay": _weight_decay(plan, facts),
+        "loss": _loss(plan),
         "weight average": _weight_average(plan),
         "local SGD": _local_sgd(plan),
         "checkpoints": _checkpoints(plan),
@@ -130,9 +130,14 @@ def _weights_notes(plan: Plan) -> list[str]:
 
 def _rate_notes(plan: Plan) -> list[str]:
     """What the paper found of rates and warmups that are not its own, all at 8k on ImageNet with ResNet-50."""
-    rules, found = plan.config.recipe.schedule, []
-    if plan.global_batch <= rules.reference_batch_size or plan.config.optimizer.type != "SGD":
-        return []
+    rules, optimizer, found = plan.config.recipe.schedule, plan.config.optimizer.type, list[str]()
+    if optimizer != "SGD" and rules.scaling_rule != "none":
+        found.append(
+            f'the rate rules are SGD\'s, and {optimizer} takes other rates: recipe.schedule.scaling_rule "none" and '
+            "optimizer.params.lr write one"
+        )
+    if plan.global_batch <= rules.reference_batch_size or optimizer != "SGD":
+        return found
     if rules.scaling_rule != "linear":
         error = {"sqrt": "26.22", "none": "41.67"}[rules.scaling_rule]
         how = {"sqrt": "scaled by the square root", "none": "not scaled"}[rules.scaling_rule]
@@ -145,6 +150,8 @@ def _rate_notes(plan: Plan) -> list[str]:
         found.append(f"{how}: in the paper, {error} % error at 8k instead of 23.74 % (Table 1)")
     elif rules.warmup_epochs < 5:
         found.append(f"a warmup of {counted(rules.warmup_epochs, 'epoch')} is shorter than the paper's 5 (section 2.2)")
+    if plan.schedule.milestones and plan.schedule.milestones[0] < plan.schedule.warmup_steps:
+        found.append(f"the rate decays at step {plan.schedule.milestones[0]:,}, before the warmup ends: it has no peak")
     return found
 
 
@@ -212,7 +219,7 @@ def _images(plan: Plan) -> str:
     decoded = {"cpu": "", "gpu": ", decoded by nvJPEG", "dali": ", decoded by DALI"}[data.decoder]
     held = ", all held on the device" if data.on_device else ""
     mixed = ", ".join(
-        f"{name} in {mix.probability:.0%} of the steps (α = {mix.alpha:g})"
+        f"{name} in {100 * mix.probability:g} % of the steps (α = {mix.alpha:g})"
         for name, mix in (("mixup", data.mixup), ("CutMix", data.cutmix))
         if mix.probability
     )
@@ -221,7 +228,7 @@ def _images(plan: Plan) -> str:
         "trivial": ", TrivialAugment",
         "rand": f", RandAugment of magnitude {data.augment_magnitude}",
     }[data.augment]
-    erased = f", a box erased in {data.random_erasing:.0%}" if data.random_erasing else ""
+    erased = f", a box erased in {100 * data.random_erasing:g} % of them" if data.random_erasing else ""
     flipped = f"{', half of them mirrored' if data.flip else ''}{changed}{erased}{f', {mixed}' if mixed else ''}"
     return f"{crop}{flipped}{decoded}{held}; {workers}"
 
@@ -245,7 +252,7 @@ def _steps(plan: Plan) -> str:
     ends = [*(phase.first_epoch for phase in later), plan.epochs]
     steps = f"{counted(first.steps_per_epoch, 'step')} per epoch × {counted(ends[0], 'epoch')}"
     for phase, end in zip(later, ends[1:], strict=True):
-        steps += f" + {phase.steps_per_epoch:,} × {end - phase.first_epoch}"
+        steps += f" + {counted(phase.steps_per_epoch, 'step')} × {counted(end - phase.first_epoch, 'epoch')}"
     steps += f" = {plan.total_steps:,}"
     if not plan.left_over_images:
         return steps
@@ -281,7 +288,7 @@ def _warmup(plan: Plan) -> str:
         if rules.warmup == "none":
             return "none"
         if plan.global_batch > rules.reference_batch_size:
-            return f"none: it starts at reference_lr, {rules.reference_lr:g}, and the peak rate is not above that"
+            return f"none: it starts at {schedule.start_rate:g}, and the peak rate is not above that"
         return f"none: it is for batches above {rules.reference_batch_size:,}"
     duration = f"{counted(schedule.warmup_steps, 'step')} ({counted(rules.warmup_epochs, 'epoch')})"
     if schedule.warmup == "constant":
@@ -340,13 +347,18 @@ def _weight_decay(plan: Plan, facts: ModelFacts | None) -> str:
     return f"{plan.weight_decay:.6g} on {decayed}convolution and linear weights; none on {undecayed}{which}"
 
 
+def _loss(plan: Plan) -> str:
+    smoothing = plan.config.recipe.loss.label_smoothing
+    return f"cross entropy, labels smoothed by {smoothing:g}" if smoothing else ""
+
+
 def _weight_average(plan: Plan) -> str:
     decay = plan.config.recipe.ema.decay
     if decay is None:
         return ""
     images = math.log(0.5) / math.log(decay)
     step = f"{decay**plan.global_batch:.6g} per step of {plan.global_batch:,}"
-    return f"decay {decay!r} per image, {step}: halved after {images:,.0f} images"
+    return f"decay {decay!r} per image, {step}: an image's weights count half after {images:,.0f} more"
 
 
 def _local_sgd(plan: Plan) -> str:

@@ -7,6 +7,7 @@ from .files import (
 )
 from .metrics import (
     METRICS as METRICS,
+    accuracy_words as accuracy_words,
     has_diverged as has_diverged,
     parse_event as parse_event,
     parse_object as parse_object,

@@ -41,6 +41,11 @@ def has_diverged(loss: float | None, skipped: bool, loss_scale: float) -> bool:
     return loss is None and (not skipped or loss_scale <= 1)
 
 
+def accuracy_words(top1: float, top5: float, classes: int) -> str:
+    """Accuracies in per cent for people, who learn nothing from the top five of five ``classes``."""
+    return f"top-1 {top1:.2f} %" + (f", top-5 {top5:.2f} %" if classes > 5 else "")
+
+
 def steps_done(output: Path) -> int:
     """Optimizer steps that a run has written down, read from the end of the file alone, which may be long."""
     try:

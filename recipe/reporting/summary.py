@@ -105,7 +105,7 @@ def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = No
             f"{summary['final_top1']:.2f} % at the end, {summary['best_top1']:.2f} % at best "
             f"(epoch {summary['best_epoch'] + 1}); median error of the last {counted(last, 'epoch')} "
             f"{summary['median_error_last_epochs']:.2f} %"
-            + (", all of the averaged weights" if summary.get("weights") == "averaged" else ""),
+            + (", all by the averaged weights" if summary.get("weights") == "averaged" else ""),
         ),
         ("speed", f"{speed}{summary['steps']:,} steps{skipped}, {_duration(summary['wall_seconds'])} in all"),
         *_noise_scale(summary),

@@ -17,7 +17,7 @@ from recipe.config import printable
 from recipe.engine import Step, Validation
 from recipe.plan import NoiseScale, Plan, estimate
 from recipe.reporting.files import LOG, OutputError, writing
-from recipe.reporting.metrics import METRICS, has_diverged, parse_event
+from recipe.reporting.metrics import METRICS, accuracy_words, has_diverged, parse_event
 from recipe.reporting.terminal import Progress
 
 LINE_EVERY_SECONDS = 30.0
@@ -121,15 +121,17 @@ class Telemetry:
     def validation(self, result: Validation, step: int) -> dict[str, Any]:
         """Write down a validation that followed update ``step``; return its line of ``metrics.jsonl``."""
         measured, words = {"top1": result.top1, "top5": result.top5, "loss": result.loss}, ""
+        classes = self.plan.config.recipe.model.num_classes
         if result.averaged is not None:
             measured |= dict(zip(("ema_top1", "ema_top5", "ema_loss"), result.averaged, strict=True))
-            words = "; of the averaged weights top-1 {:.2f} %, top-5 {:.2f} %, loss {:.4f}".format(*result.averaged)
+            top1, top5, loss = result.averaged
+            words = f"; of the averaged weights {accuracy_words(top1, top5, classes)}, loss {loss:.4f}"
         event = self._event("validation", step) | {name: _finite(value) for name, value in measured.items()}
         event |= {"count": result.count}
         if self.writer is not None:
             self.writer.event(event)
             self.writer.say(
-                f"epoch {event['epoch'] + 1}/{self.plan.epochs}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
+                f"epoch {event['epoch'] + 1}/{self.plan.epochs}: {accuracy_words(result.top1, result.top5, classes)}, "
                 f"loss {result.loss:.4f} on {result.count:,} validation images{words}"
             )
             self._monitor("Validation", step, measured)

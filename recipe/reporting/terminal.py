@@ -71,6 +71,10 @@ def table(rows: Sequence[Sequence[str]], width: int) -> str:
     return "".join(line.rstrip() + "\n" for line in captured.get().splitlines())
 
 
+LONGEST_SECONDS = timedelta.max.total_seconds() / 2
+"""what a bar can say, not a run's end"""
+
+
 class Progress:
     """Progress: a bar where standard error is a terminal, elsewhere a line now and then.
 
@@ -127,7 +131,7 @@ class Progress:
         self.done = done
         self._bar.update(self._task, completed=done, description=description)
         seconds = self._bar.tasks[0].time_remaining
-        left = "-:--:--" if seconds is None else timedelta(seconds=seconds)
+        left = "-:--:--" if seconds is None else timedelta(seconds=min(seconds, LONGEST_SECONDS))
         count = f"{done:,}/{self.total:,} {self.unit}" if self.unit else f"{done / max(1, self.total):.0%}"
         details, *others = f"{left} left", count, *figures
         room = self._console.width - len(description) - SHORTEST_BAR - 2 if self._has_bar else math.inf

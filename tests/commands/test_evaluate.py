@@ -19,7 +19,7 @@ from recipe.commands.evaluate import draw_confusion
 from recipe.commands.measure import Counts, Measured
 from recipe.commands.trained import read_trained
 from recipe.data import Batch, open_datasets
-from tests.launch import ROOT, complete_run, environment, events, recipe
+from tests.launch import DIGITS, ROOT, complete_run, environment, events, recipe
 
 SIZE, MEAN, STD = 16, 0.3054, 0.3237  # of the run: the digits' mean and deviation
 
@@ -132,8 +132,13 @@ def test_what_does_not_fit_the_model_is_refused_on_one_line(run: Path, folder: P
     (unsplit / "train/3").mkdir(parents=True)
     (cats / "val/cat").mkdir(parents=True)
     (cats / "val/cat/a.png").write_bytes(next((folder / "3").iterdir()).read_bytes())
-    export = tmp_path / "other"
+    export, full = tmp_path / "other", tmp_path / "full"
     export.mkdir()
+    full.mkdir()
+    (full / "evaluation.json").symlink_to("/dev/full")
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / "config.json").write_text(f'{{"recipe": {(ROOT / DIGITS).read_text()}, "label_names": ["a"]}}')
     (export / "config.json").write_text('{"architecture": "resnet50"}')
     for arguments, message in (
         ([str(tmp_path / "nowhere")], "there is no folder"),
@@ -142,6 +147,8 @@ def test_what_does_not_fit_the_model_is_refused_on_one_line(run: Path, folder: P
         ([str(run), "--data", str(cats)], "does not know: 'cat'"),
         ([str(run), "--data", str(unsplit)], f"has neither val/ nor test/ beside train/; name {unsplit}/train, or"),
         ([str(run), "--data", str(tmp_path / "none")], "there is no folder"),
+        ([str(odd)], "label_names are not the names of 10 classes; export the run again"),
+        ([str(run), "--output", str(full)], "No space left on device: what was being written is not whole; make room"),
     ):
         done = recipe("evaluate", *arguments)
         assert done.returncode == 2, done.stdout

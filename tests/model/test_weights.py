@@ -79,6 +79,7 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path, source: nn
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:1000])
     torch.save({"state_dict": {"fc.weight": Code()}}, tmp_path / "code.pth")
+    torch.save({name: value.to("meta") for name, value in source.state_dict().items()}, tmp_path / "meta.pth")
     for name, weights, message in (
         ("resnet18", "a.safetensors", "these are weights of another model: it lacks "),
         ("resnet18", "a.safetensors", "check recipe.model.name"),
@@ -86,6 +87,7 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path, source: nn
         ("test_resnet", "/dev/null", "/dev/null is no regular file"),
         ("test_resnet", "empty", "holds neither model.safetensors nor pytorch_model.bin"),
         ("test_resnet", "cut.safetensors", "it holds no weights, or more than weights; expected a .safe"),
+        ("test_resnet", "meta.pth", "holds tensors that are sparse, complex or without values"),
         ("test_resnet", "code.pth", "it holds no weights, or more than weights; expected a .safe"),
     ):
         with pytest.raises(ValueError, match=r"recipe\.model\.weights") as refusal:

@@ -410,8 +410,8 @@ def test_text_of_the_papers_run() -> None:
         ({"crop": "none", "workers": 0, "flip": False}, "224 px, uncropped; no loader processes"),
         (
             {"augment": "rand", "random_erasing": 0.25, "workers": 0},
-            "random resized crops of 224 px, half of them mirrored, RandAugment of magnitude 9, a box erased in 25%; "
-            "no loader processes",
+            "random resized crops of 224 px, half of them mirrored, RandAugment of magnitude 9, a box erased in 25 % "
+            "of them; no loader processes",
         ),
         (
             {"augment": "trivial", "workers": 0},
@@ -479,7 +479,7 @@ def test_an_optimizer_has_its_own_keys_and_no_others(kind: str, params: dict, re
 def test_a_weight_average_in_the_plan() -> None:
     """(1 − 2e-7)^8192 = e^−0.0016384; ln 2 / 2e-7 images are 3,465,736 of 1,281,167 an epoch."""
     ema = {"recipe__ema__decay": 1 - 2e-7}
-    text = "decay 0.9999998 per image, 0.998363 per step of 8,192: halved after 3,465,736 images"
+    text = "decay 0.9999998 per image, 0.998363 per step of 8,192: an image's weights count half after 3,465,736 more"
     assert dict(plan_fields(make_plan(config(**ema), 32), None))["weight average"] == text
     assert refusal(2, **ema, recipe__batchnorm__statistics="local").key == "recipe.ema.decay"
 
@@ -487,7 +487,7 @@ def test_a_weight_average_in_the_plan() -> None:
 def test_mixing_in_the_plan() -> None:
     mixing = {"recipe__data__mixup": {"probability": 0.3}, "recipe__data__cutmix": {"probability": 0.25, "alpha": 0.5}}
     text = format_plan(make_plan(config(**mixing), 32))
-    assert "mirrored, mixup in 30% of the steps (α = 0.2), CutMix in 25% of the steps (α = 0.5); " in " ".join(
+    assert "mirrored, mixup in 30 % of the steps (α = 0.2), CutMix in 25 % of the steps (α = 0.5); " in " ".join(
         text.split()
     )
     # 450 images are two micro-batches of 225, but three of 150.
@@ -499,7 +499,9 @@ def test_mixing_in_the_plan() -> None:
 
 def test_what_was_found_of_sgd_is_not_said_of_lars() -> None:
     lars = {"optimizer": {"type": "LARS"}, "recipe__batchnorm__statistics": 32, "train_batch_size": 16384}
-    assert plan_notes(**lars, recipe__schedule__warmup="none") == ""
+    rules = {"recipe__schedule__warmup": "none", "recipe__schedule__scaling_rule": "none"}
+    assert plan_notes(**lars, recipe__schedule__warmup="none").startswith("the rate rules are SGD's, and LARS takes")
+    assert plan_notes(**lars, **rules, optimizer__params__lr=16) == ""
 
 
 def test_a_weight_decay_by_rule_that_leaves_lars_without_trust_ratio_is_refused() -> None:
@@ -550,6 +552,7 @@ def test_a_model_without_batch_norm_hears_nothing_of_it() -> None:
     [
         ({"warmup": "none"}, "no warmup: in the paper, 24.84 % error at 8k instead of 23.74 % (Table 1)"),
         ({"warmup": "constant"}, "a constant warmup: in the paper, 25.88 % error"),
+        ({"decay_epochs": [3, 60]}, "the rate decays at step 468, before the warmup ends: it has no peak"),
         ({"warmup_epochs": 1}, "a warmup of 1 epoch is shorter than the paper's 5 (section 2.2)"),
         ({"scaling_rule": "sqrt"}, "the rate is scaled by the square root: in the paper, 26.22 % error"),
         ({"scaling_rule": "none"}, "the rate is not scaled: in the paper, 41.67 % error at 8k instead of 23.74 %"),
@@ -682,7 +685,7 @@ def test_a_batch_schedule_in_numbers_and_in_words() -> None:
     assert {step: plan.schedule.rate(step) for step in rates} == pytest.approx(rates, rel=1e-12)
     fields = dict(plan_fields(plan, None))
     assert fields["steps"].startswith(
-        "156 steps per epoch × 30 epochs + 78 × 30 + 15 × 30 = 7,470; up to 52,367 images"
+        "156 steps per epoch × 30 epochs + 78 steps × 30 epochs + 15 steps × 30 epochs = 7,470; up to 52,367 images"
     )
     assert fields["batch schedule"] == (
         "16,384 from epoch 30 (step 4,680) on, by 2 accumulation steps: peak rate 6.4; "
