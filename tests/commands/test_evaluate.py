@@ -19,7 +19,7 @@ from recipe.commands.evaluate import draw_confusion
 from recipe.commands.measure import Counts, Measured
 from recipe.commands.trained import read_trained
 from recipe.data import Batch, open_datasets
-from tests.launch import DIGITS, ROOT, complete_run, environment, events, recipe
+from tests.launch import ROOT, complete_run, environment, events, recipe
 
 SIZE, MEAN, STD = 16, 0.3054, 0.3237  # of the run: the digits' mean and deviation
 
@@ -138,7 +138,7 @@ def test_what_does_not_fit_the_model_is_refused_on_one_line(run: Path, folder: P
     (full / "evaluation.json").symlink_to("/dev/full")
     odd = tmp_path / "odd"
     odd.mkdir()
-    (odd / "config.json").write_text(f'{{"recipe": {(ROOT / DIGITS).read_text()}, "label_names": ["a"]}}')
+    (odd / "config.json").write_text(f'{{"recipe": {(run / "plan.json").read_text()}, "label_names": ["a"]}}')
     (export / "config.json").write_text('{"architecture": "resnet50"}')
     for arguments, message in (
         ([str(tmp_path / "nowhere")], "there is no folder"),
