@@ -143,6 +143,8 @@ def launch(setting: Setting, output: Path, kill: Kill | None) -> int:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # A shell has what it starts in the background ignore SIGINT, and the launch would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         printed, _ = process.communicate(timeout=TIMEOUT_SECONDS)
