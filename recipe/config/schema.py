@@ -280,7 +280,7 @@ class Schedule(Section):
     decay: Literal["step", "cosine", "polynomial", "linear", "none"] = "step"
     """ "step" (the paper's), "cosine", "polynomial", "linear" or "none": how the rate falls after the warmup. "step"
     has decay_epochs and decay_factor; "cosine", "polynomial" and "linear" lead from the peak rate to final_lr, which
-    would be the rate of the step after the last. Keys of another decay are refused: --set KEY=null removes one"""
+    the step after the last would have. Keys of another decay are refused: --set KEY=null removes one"""
 
     decay_epochs: Annotated[tuple[PositiveFloat, ...], Field(strict=False)] = (30, 60, 80)
     """the epochs after which the rate decays, a list of rising numbers > 0; the paper's are 30, 60 and 80"""
@@ -316,10 +316,11 @@ class Loss(Section):
 
 class Ema(Section):
     decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """what an image leaves in place of the moving average of the weights, a number > 0 and < 1, such as 0.9999998, or
-    null for none. Over a step it is decay ** the global batch, which therefore does not change how far the average
-    looks back; until it has seen that many images, it is the plain mean of all weights so far. It is validated beside
-    the weights, and evaluate, predict and export take it. Not with ZeRO stages 1 to 3"""
+    """by what each image multiplies the moving average of the weights before theirs are added to it, a number > 0 and
+    < 1, such as 0.9999998, or null for none. A step decays it by decay ** the global batch, so that another batch looks
+    back equally far; a usual decay d per step is d ** (1 / the global batch) here. Until the average has seen that many
+    images, it is the plain mean of all weights so far. It is validated beside the weights, and evaluate, predict and
+    export take it. Not with ZeRO stages 1 to 3"""
 
 
 class LocalSgd(Section):

@@ -260,7 +260,7 @@ def test_refuses_an_unknown_key(key: str, remedy: str) -> None:
         ({"recipe.data.mean": [0, "x", 0]}, 'recipe.data.mean[1] = "x": not a valid number; expected the mean of red'),
         ({"recipe.data.mean": 0.5}, '= 0.5: not a valid list or "auto"; expected the mean of red, green and blue'),
         ({"recipe.schedule.reference_lr": 10**400}, ": not a valid number; expected the rate at the reference batch"),
-        ({"recipe.ema.decay": 1}, "= 1: not less than 1; expected what an image leaves in place of the moving average"),
+        ({"recipe.ema.decay": 1}, "= 1: not less than 1; expected by what each image multiplies the moving average"),
         # DeepSpeed's own names of optimizers, one of which means its FusedLamb.
         ({"optimizer.type": "lamb"}, '= "lamb": not "SGD", "LARS" or "LAMB"; expected "SGD" (the paper\'s), "LARS" or'),
         # values that contradict each other: the first is refused
