@@ -351,6 +351,9 @@ def test_a_curve_is_the_mean_over_the_seeds_and_the_legend_says_what_is_missing(
     ]
     assert [list(line.get_ydata()) for line in losses.lines] == [[1, 1 / 2, 1 / 3], [2.0]]
     assert [list(line.get_ydata()) for line in errors.lines] == [[50.0, 20.0, 3.0], []]
+    four = both.file.figures[2].model_copy(update={"cases": ("large",) * 4})
+    panels = study_figures._curves(four, {"small": runs[:1], "large": runs[2:]}, tmp_path).axes
+    assert [axes.get_subplotspec().rowspan.start for axes in panels] == [0, 0, 0, 1]
 
 
 def test_a_folder_with_another_training_is_refused(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ TRAINING_LOSS, VALIDATION_ERROR = "training loss, mean of an epoch", "top-1 vali
 OVER_SEEDS = "mean and range over the seeds"
 SCALING = {"linear": "linear", "sqrt": "square-root", "none": "no"}
 LEGEND_WIDTH = 32  # characters
+PANELS_IN_A_ROW = 3
 
 Cases = dict[str, list[Result]]
 
@@ -82,7 +83,11 @@ def _curves(asked: Figure, cases: Cases, output: Path) -> Any:
     panels = [(TRAINING_LOSS, _losses, drawn), (VALIDATION_ERROR, _errors, drawn)]
     if asked.baseline is not None:
         panels = [(TRAINING_LOSS, _losses, [cases[asked.baseline], runs]) for runs in drawn]
-    figure, _ = new_figure(columns=len(panels), size=(5 * len(panels), 4.6))
+    columns = min(PANELS_IN_A_ROW, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, _ = new_figure(rows, columns, size=(5 * columns, 4.6 * rows))
+    for spare in figure.axes[len(panels) :]:
+        spare.remove()
     for axes, (label, values, of_cases) in zip(figure.axes, panels, strict=True):
         if asked.baseline is not None and axes is not figure.axes[0]:
             axes.sharey(figure.axes[0])
