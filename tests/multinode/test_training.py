@@ -38,12 +38,9 @@ def is_the_same_training(output: Path, reference: Path) -> None:
     assert counts == [(line["top1"], line["top5"], line["count"]) for line in events(reference, "validation")]
 
 
-@pytest.mark.parametrize(("hosts", "slots"), [(2, 2), (4, 1)])
-def test_hosts_train_what_one_process_trains(
-    four_hosts: Cluster, tmp_path: Path, one_process: Path, hosts: int, slots: int
-) -> None:
+def test_hosts_train_what_one_process_trains(four_hosts: Cluster, tmp_path: Path, one_process: Path) -> None:
     """In float64 to 1e-9 at every step, which weights that differ from rank to rank would not be."""
-    four_hosts.train(*RUN, "--output", str(tmp_path), hosts=four_hosts.names[:hosts], slots=slots)
+    four_hosts.train(*RUN, "--output", str(tmp_path), hosts=four_hosts.names[:2], slots=2)
     is_the_same_training(tmp_path, one_process)
 
 
