@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipe.checkpoints.manifest import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, Data, find, unreadable
-from recipe.config import lacks_batchnorm
+from recipe.config import trains_no_batchnorm
 from recipe.plan import Plan, plan_json
 
 # A resumed run may differ in these keys: they say where and how it runs, not what is trained.
@@ -192,7 +192,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def batchnorm_images(plan: dict[str, Any]) -> int | None:
     """The images per batch norm statistic; None if the plan does not say, or no batch norm is trained."""
     keys = leaves(plan)
-    if lacks_batchnorm(str(keys.get("recipe.model.name"))) or keys.get("recipe.model.freeze") == "backbone":
+    if trains_no_batchnorm(str(keys.get("recipe.model.name")), str(keys.get("recipe.model.freeze"))):
         return None
     statistics, accumulation = keys.get("recipe.batchnorm.statistics"), keys.get("gradient_accumulation_steps")
     if statistics == "global":  # those of a micro-batch of every rank

@@ -6,7 +6,7 @@ from .deepspeed_sections import (
     Section as Section,
     Size as Size,
 )
-from .model_names import lacks_batchnorm as lacks_batchnorm
+from .model_names import trains_no_batchnorm as trains_no_batchnorm
 from .reader import (
     ABSENT as ABSENT,
     ConfigError as ConfigError,

@@ -15,3 +15,8 @@ _WITHOUT_BATCHNORM = re.compile(
 def lacks_batchnorm(name: str) -> bool:
     """Whether timm's model of this name, with a tag or without, is known to have no batch norm, without building it."""
     return _WITHOUT_BATCHNORM.fullmatch(name.partition(".")[0]) is not None
+
+
+def trains_no_batchnorm(name: str, freeze: str) -> bool:
+    """Whether a model of timm's ``name`` has no batch norm, or none that is trained with what ``freeze`` leaves."""
+    return freeze == "backbone" or lacks_batchnorm(name)

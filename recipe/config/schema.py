@@ -24,7 +24,7 @@ from recipe.config.deepspeed_sections import (
     Section,
     keys_of_others,
 )
-from recipe.config.model_names import lacks_batchnorm
+from recipe.config.model_names import trains_no_batchnorm
 from recipe.config.reader import ABSENT, ConfigError, apply_override, parse_json, read_text
 from recipe.config.validation import validate
 
@@ -461,8 +461,7 @@ class Config(DeepSpeedConfig):
     def statistics(self) -> Literal["global", "local"] | int:
         """``recipe.batchnorm.statistics``; where no batch norm trains, nothing is asked of ranks and micro-batch."""
         model = self.recipe.model
-        trains_none = lacks_batchnorm(model.name) or model.freeze == "backbone"
-        return "local" if trains_none else self.recipe.batchnorm.statistics
+        return "local" if trains_no_batchnorm(model.name, model.freeze) else self.recipe.batchnorm.statistics
 
     @property
     def precision(self) -> str:

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 
-from recipe.config import Config, lacks_batchnorm, printable
+from recipe.config import Config, printable, trains_no_batchnorm
 from recipe.plan.cost import ModelFacts, shipped_facts
 from recipe.plan.layout import NO_BREAK, columns, counted, fields, wrap
 from recipe.plan.noise_scale import planned_measurements, too_few
@@ -88,11 +88,10 @@ def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
 
 def _has_batchnorm(plan: Plan, facts: ModelFacts | None) -> bool | None:
     """Whether the plan's model has batch norm that is trained; None where that is not known."""
-    if plan.config.recipe.model.freeze == "backbone":
-        return False
     if facts is not None:
         return facts.batchnorm_layers > 0
-    return False if lacks_batchnorm(plan.config.recipe.model.name) else None
+    model = plan.config.recipe.model
+    return False if trains_no_batchnorm(model.name, model.freeze) else None
 
 
 def _batchnorm_notes(plan: Plan, facts: ModelFacts | None) -> list[str]:
