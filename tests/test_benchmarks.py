@@ -18,6 +18,7 @@ from benchmarks import (
     gpu_throughput,
     hardware_independence,
     input_pipeline,
+    noise_scale_cost,
     noise_scale_digits,
     on_device,
     parity,
@@ -266,6 +267,16 @@ def test_noise_scale_cost_compares_the_same_training(tmp_path: Path) -> None:
         listens, measures = (result["ratio"][name]["median"] for name in ("listens", "measures"))
         assert result["ratio_of_a_run"] == pytest.approx(0.9 * listens + 0.1 * measures)
     assert done.stdout == file.with_suffix(".md").read_text()
+
+
+def test_noise_scale_cost_compares_no_different_training() -> None:
+    def loop(weight: float) -> engine_overhead.Loop:
+        parameters = [nn.Parameter(torch.full((3,), weight))]
+        return engine_overhead.Loop(lambda: None, torch.optim.SGD(parameters, lr=0.1))
+
+    noise_scale_cost.check_same({"does not measure": loop(1.0), "listens": loop(1.0)})
+    with pytest.raises(RuntimeError, match="the loop that measures does not train as"):
+        noise_scale_cost.check_same({"does not measure": loop(1.0), "measures": loop(1.0 + 1e-6)})
 
 
 def test_noise_scale_digits_takes_what_was_measured_last_within_an_epoch() -> None:
