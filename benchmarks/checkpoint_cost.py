@@ -1,9 +1,9 @@
-"""What a checkpoint costs: the time that training stands still for it, and its share of an epoch.
+"""The cost of a checkpoint: how long training pauses for it, and its share of an epoch.
 
-An engine of the recipe trains a step of synthetic images and writes checkpoints by ``recipe.checkpoint.save`` into
-``--folder``: DeepSpeed's file, the manifest with its SHA-256, and all of it on the disk (fsync) under its name. The
-share is of an epoch of 1,281,167 images: at the speed that this machine trains, measured beside, and at the speeds that
-``--images-per-second`` assumes, as that of a GPU node.
+A recipe engine trains steps on synthetic images and writes checkpoints to ``--folder`` with
+``recipe.checkpoints.checkpoint.save``: DeepSpeed's file and the manifest with its SHA-256, synced to disk (fsync) and
+renamed. The share is of an epoch of 1,281,167 images, at the training speed measured on this machine and at the speeds
+assumed with ``--images-per-second``, such as that of a GPU node.
 
     python -m benchmarks.checkpoint_cost --folder runs --json benchmarks/results/checkpoint_cost_cpu.json
 """
@@ -32,7 +32,7 @@ CLASSES = 1000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure; print a table, and write it and a JSON if asked to."""
+    """Measure; print a table and, with ``--json``, write it and the JSON."""
     words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.checkpoint_cost", words)
     arguments = parse_arguments(words)
@@ -51,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.checkpoint_cost", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="resnet50", help="timm's name (default: %(default)s)")
-    parser.add_argument("--image-size", type=positive, default=224, help="pixels a side (default: %(default)s)")
-    parser.add_argument("--batch", type=positive, default=16, help="images a step (default: %(default)s)")
+    parser.add_argument("--model", default="resnet50", help="timm model name (default: %(default)s)")
+    parser.add_argument("--image-size", type=positive, default=224, help="pixels per side (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=16, help="images per step (default: %(default)s)")
     parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="(default: %(default)s)")
     parser.add_argument("--saves", type=positive, default=7, help="checkpoints to write (default: %(default)s)")
     parser.add_argument(
@@ -65,15 +65,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=[2_500, 20_000, 32_000],
         help="speeds to assume (default: 2500 20000 32000)",
     )
-    parser.add_argument(
-        "--folder", type=made_folder, help="where checkpoints are written (default: the system's for such)"
-    )
+    parser.add_argument("--folder", type=made_folder, help="folder for temporary checkpoints (default: the system's)")
     add_json(parser)
     return parser.parse_args(argv)
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Seconds of a training step, and of saving, checking and loading a checkpoint: each the median of all."""
+    """Seconds for a training step and for saving, checking and loading a checkpoint: median and maximum."""
     from recipe.checkpoints import checkpoint, manifest
     from recipe.engine import join_process_group, set_loudness, start_engine, train_epoch
 
@@ -118,7 +116,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return result
 
     steps = train_epoch(engine, loader.epoch(0))
-    next(steps)  # allocates
+    next(steps)  # allocates memory
     for _ in range(arguments.saves):
         timed("step", next, steps)
         timed("save", checkpoint.save, engine, folder, top1=None, client_state={}, plan="{}", training_sha256="")
@@ -137,7 +135,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def shares(arguments: argparse.Namespace, measured: dict[str, Any]) -> dict[str, float]:
-    """The part of an epoch that one checkpoint takes, for each speed in images a second."""
+    """The share of an epoch that one checkpoint takes, for each speed in images per second."""
     speeds = [measured["images_per_second"], *arguments.images_per_second]
     save = measured["seconds"]["save"]["median"]
     return {f"{speed:.0f}": save / (IMAGES_PER_EPOCH / speed + save) for speed in speeds}
@@ -157,16 +155,16 @@ def format_report(report: dict[str, Any]) -> str:
         "|---|---|---|",
     ]
     meanings = {
-        "save": "save, until it is on the disk under its name",
-        "check": "check all SHA-256 sums, as a resumed run does",
-        "load": "check and load",
+        "save": "save, until synced to disk and renamed",
+        "check": "verify all SHA-256 sums, as a resumed run does",
+        "load": "verify and load",
     }
     for name, meaning in meanings.items():
         times = results["seconds"][name]
         lines.append(f"| {meaning} | {times['median']:.2f} | {times['longest']:.2f} |")
     lines += [
         "",
-        "| images a second | an epoch of ImageNet | a checkpoint's share of it |",
+        "| images per second | ImageNet epoch | share of one checkpoint |",
         "|---|---|---|",
         *(
             f"| {float(speed):,.0f}, {origin} | {_duration(IMAGES_PER_EPOCH / float(speed))} | {share:.3%} |"
@@ -175,8 +173,8 @@ def format_report(report: dict[str, Any]) -> str:
             )
         ),
         "",
-        "The share is of one checkpoint an epoch. The assumed speeds are no measurement: one H100, eight of them, "
-        "and the 256 P100 of the paper's hour. At ZeRO stage 0 rank 0 writes, and the other ranks wait as long.",
+        "Shares are for one checkpoint per epoch. The assumed speeds are not measured: one H100, eight H100s, and the "
+        "256 P100s of the paper's one-hour run. At ZeRO stage 0, rank 0 writes while the other ranks wait.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,16 +1,16 @@
-"""What a training step of the recipe costs beside plain PyTorch.
+"""The overhead of the recipe's training step over plain PyTorch.
 
-Each rank is one process that runs several loops over the same batches, in turn and one optimizer step at a time, so
+Each rank is one process that runs several loops over the same batches, interleaved one optimizer step at a time, so
 that whatever slows the machine slows all of them:
 
-- recipe: ``recipe.loop.train_epoch`` on DeepSpeed's engine, as in a run, without telemetry and loading of data;
-- plain: forward, backward and fused SGD of PyTorch; on several ranks one all-reduce of all gradients;
-- ddp, on several ranks: ``DistributedDataParallel``, silent (``no_sync``) on all but the last micro-batch;
-- timm, on one rank: plain, with the model as timm makes it, that is with ``torch.nn.BatchNorm2d``.
+- recipe: ``recipe.engine.train_epoch`` on DeepSpeed's engine, as in a run, without telemetry and data loading;
+- plain: PyTorch's forward, backward and fused SGD; on several ranks, one all-reduce of all gradients;
+- ddp, on several ranks: ``DistributedDataParallel``, with ``no_sync`` on all but the last micro-batch;
+- timm, on one rank: plain with the model as timm builds it, that is, with ``torch.nn.BatchNorm2d``.
 
-All but the last have the same model with the recipe's batch norm over all ranks (torch's own SyncBatchNorm refuses CPU
-tensors), so that what they differ by is the engine. Half precisions are autocast in PyTorch, with a GradScaler for
-fp16. Before the clock starts the loops' weights are compared: they must have had the same training, up to rounding.
+All but the last use the same model with the recipe's batch norm over all ranks (torch's own SyncBatchNorm refuses CPU
+tensors), so that only the engine differs. Half precision uses autocast in PyTorch, with a GradScaler for fp16. Before
+timing starts, the loops' weights are compared: they must agree up to rounding.
 
     python -m benchmarks.engine_overhead --world-size 1 2 --json benchmarks/results/engine_overhead_cpu.json
     torchrun --nproc-per-node 8 -m benchmarks.engine_overhead --model resnet50 --image-size 224 --precision fp16
@@ -48,31 +48,31 @@ from recipe.train import set_up_torch
 
 CLASSES = 1000
 RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-4
-LOSS_SCALE_POWER = 10  # so small that no step of a GradScaler or of DeepSpeed overflows and is left out
+LOSS_SCALE_POWER = 10  # small enough that neither GradScaler nor DeepSpeed skips a step for overflow
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WARM_UP_STEPS = 3
-# The part of the warm-up's update by which two loops may differ; measured: fp32 none, bf16 0.02 to 0.04.
+# Allowed relative difference between two loops' warm-up updates; measured: fp32 0, bf16 0.02 to 0.04.
 ROUNDING = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.15}
 TIMEOUT = timedelta(minutes=10)
 
 
 class Loop(NamedTuple):
-    """A way to train: ``step`` makes one optimizer step; ``optimizer`` holds the fp32 weights."""
+    """A training loop: ``step`` runs one optimizer step; ``optimizer`` holds the fp32 weights."""
 
     step: Callable[[], object]
     optimizer: Optimizer
 
     def weights(self) -> Tensor:
-        """All weights in one vector."""
+        """All weights as one vector."""
         return torch.cat([p.detach().reshape(-1) for group in self.optimizer.param_groups for p in group["params"]])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure; print a table, and write it and a JSON if asked to."""
+    """Measure; print a table and, with ``--json``, write it and the JSON."""
     words = list(sys.argv[1:] if argv is None else argv)
     arguments, where = parse_arguments(words), context("benchmarks.engine_overhead", words)
-    set_up_torch()  # spawned ranks inherit what is in the environment before they import torch
-    if "RANK" in os.environ:  # a launcher has started this process as one of its ranks
+    set_up_torch()  # spawned ranks inherit the environment before they import torch
+    if "RANK" in os.environ:  # a launcher started this process as one of its ranks
         results = run_rank(arguments)
         if os.environ["RANK"] != "0":
             return 0
@@ -90,11 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line; a combination that cannot run ends the program."""
+    """Parse the command line; exit on a combination that cannot run."""
     parser = argparse.ArgumentParser(prog="benchmarks.engine_overhead", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="resnet18", help="timm's name (default: %(default)s)")
-    parser.add_argument("--image-size", type=positive, default=64, help="pixels a side (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=positive, default=32, help="images a rank (default: %(default)s)")
+    parser.add_argument("--model", default="resnet18", help="timm model name (default: %(default)s)")
+    parser.add_argument("--image-size", type=positive, default=64, help="pixels per side (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=positive, default=32, help="images per rank (default: %(default)s)")
     parser.add_argument(
         "--accumulation", type=positive, nargs="+", default=[1, 8, 32], help="one measurement each (default: 1 8 32)"
     )
@@ -104,10 +104,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         type=positive,
         nargs="+",
         default=[1],
-        help="one after the other (default: 1); not with torchrun",
+        help="numbers of ranks, measured one after the other (default: 1); not with torchrun",
     )
     parser.add_argument(
-        "--precision", choices=list(DTYPES), default="fp32", help="of the training (default: %(default)s)"
+        "--precision", choices=list(DTYPES), default="fp32", help="training precision (default: %(default)s)"
     )
     add_json(parser)
     arguments = parser.parse_args(argv)
@@ -119,7 +119,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def spawn_ranks(world_size: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run the ranks on this machine; return what rank 0 measured."""
+    """Run the ranks on this machine; return rank 0's measurements."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_spawned_rank, (world_size, arguments, folder), nprocs=world_size)
         results: list[dict[str, Any]] = json.loads(Path(folder, "results.json").read_text())
@@ -129,7 +129,7 @@ def spawn_ranks(world_size: int, arguments: argparse.Namespace) -> list[dict[str
 def _spawned_rank(rank: int, world_size: int, arguments: argparse.Namespace, folder: str) -> None:
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ |= {key: str(value) for key, value in environment.items()}
-    # A file, and not a port that another program may take in the meantime.
+    # A file store, because another program could take a port in the meantime.
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
         init_method=f"file://{folder}/store",
@@ -143,7 +143,7 @@ def _spawned_rank(rank: int, world_size: int, arguments: argparse.Namespace, fol
 
 
 def run_rank(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure every accumulation as one of the ranks that the environment describes."""
+    """Measure every accumulation, as the rank given by the environment."""
     set_up_torch()
     from recipe.engine import join_process_group, set_loudness
 
@@ -154,13 +154,13 @@ def run_rank(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     set_loudness(verbose=False)
     join_process_group(device, TIMEOUT)
     results = [measure(arguments, accumulation, device) for accumulation in arguments.accumulation]
-    dist.barrier()  # a rank that leaves early makes gloo abort the others
+    dist.barrier()  # a rank that exits early makes gloo abort the others
     dist.destroy_process_group()
     return results
 
 
 def measure(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> dict[str, Any]:
-    """Time the loops in turn. A round's time of a loop is that of its slowest rank."""
+    """Time the loops in turn; a loop's time in a round is that of its slowest rank."""
     loops = make_loops(arguments, accumulation, device)
     start = loops["plain"].weights()
     for _ in range(WARM_UP_STEPS):
@@ -190,7 +190,7 @@ def measure(arguments: argparse.Namespace, accumulation: int, device: torch.devi
 
 
 def make_loops(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> dict[str, Loop]:
-    """The loops by name, from the same weights and on the same batches."""
+    """The loops by name, with the same initial weights and the same batches."""
     world_size = dist.get_world_size()
     batches = synthetic_batches(arguments, accumulation, device)
 
@@ -203,7 +203,7 @@ def make_loops(arguments: argparse.Namespace, accumulation: int, device: torch.d
     }
     if world_size > 1:
         wrapped = DistributedDataParallel(model(), device_ids=[device.index] if device.type == "cuda" else None)
-        wrapped.broadcast_buffers = False  # SyncBN keeps them equal; the argument warns in torch 2.15, this does not
+        wrapped.broadcast_buffers = False  # SyncBN keeps them equal; the argument warns in torch 2.15
         loops["ddp"] = plain_loop(wrapped, batches, arguments.precision)
     else:
         as_timm_makes_it = timm.create_model(arguments.model, num_classes=CLASSES)
@@ -213,7 +213,7 @@ def make_loops(arguments: argparse.Namespace, accumulation: int, device: torch.d
 
 
 def synthetic_batches(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> list[Batch]:
-    """The micro-batches of a step, different for every rank and micro-step."""
+    """The micro-batches of one step, different for each rank and micro-step."""
     world_size = dist.get_world_size()
     return [
         next(
@@ -245,9 +245,9 @@ def recipe_loop(
     compiled: bool = False,
     stream: Iterable[Batch] | None = None,
 ) -> Loop:
-    """The recipe's own loop on its engine; ``measured`` says of which steps the gradients' norms are taken.
+    """The recipe's own loop on its engine; ``measured`` says for which steps gradient norms are measured.
 
-    It trains on ``batches`` again and again, or on those of ``stream``, which are as large and as many a step.
+    It trains on ``batches`` repeatedly, or on those of ``stream``, which must match them in size and number per step.
     """
     from recipe.engine import GradientNorms, start_engine, train_epoch, training_loss
 
@@ -276,7 +276,7 @@ def recipe_loop(
 
 
 def plain_loop(model: nn.Module, batches: list[Batch], precision: str) -> Loop:
-    """The same in PyTorch; ``DistributedDataParallel`` averages the gradients itself."""
+    """The same training in plain PyTorch; ``DistributedDataParallel`` averages the gradients itself."""
     model.train()
     ddp = isinstance(model, DistributedDataParallel)
     optimizer = SGD(parameter_groups(model, WEIGHT_DECAY), lr=RATE, momentum=MOMENTUM, nesterov=True, fused=True)
@@ -299,18 +299,18 @@ def plain_loop(model: nn.Module, batches: list[Batch], precision: str) -> Loop:
             vector_to_parameters(mean, gradients)
         scaler.step(optimizer)
         scaler.update()
-        # Here and not before the next step, as DeepSpeed does: a loop that kept them while the others run would have
-        # memory at hand at its turn, where one that gave it back pays for page faults, on a CPU a tenth of a step.
+        # Freed here and not before the next step, like DeepSpeed: a loop that kept its gradients while the others run
+        # would have the memory ready, while one that freed it pays for page faults, on a CPU a tenth of a step.
         optimizer.zero_grad()
 
     return Loop(step, optimizer)
 
 
 def compare_training(loops: dict[str, Loop], start: Tensor, precision: str) -> dict[str, float]:
-    """By what part of plain PyTorch's update the others' differ.
+    """Each loop's difference from plain PyTorch's update, relative to that update.
 
     Raises:
-        RuntimeError: by more than rounding, so that their times would tell nothing.
+        RuntimeError: A difference exceeds rounding, so that comparing times would be meaningless.
     """
     update = loops["plain"].weights() - start
     differences = {}
@@ -322,10 +322,10 @@ def compare_training(loops: dict[str, Loop], start: Tensor, precision: str) -> d
 
 
 def check_update(name: str, update: Tensor, reference: Tensor, precision: str, than: str = "plain") -> float:
-    """By what part of ``reference``, the update of the loop ``than``, another's differs.
+    """The relative difference of an update from ``reference``, the update of the loop ``than``.
 
     Raises:
-        RuntimeError: by more than rounding.
+        RuntimeError: The difference exceeds rounding.
     """
     difference = float((update - reference).norm() / reference.norm())
     if not difference <= ROUNDING[precision]:
@@ -337,7 +337,7 @@ def check_update(name: str, update: Tensor, reference: Tensor, precision: str, t
 
 
 def timed(step: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one step, from the moment when all ranks are ready until the device is done."""
+    """Seconds for one step, from when all ranks are ready until the device is done."""
     dist.barrier()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -358,8 +358,8 @@ def format_report(report: dict[str, Any]) -> str:
     settings = report["settings"]
     lines = [
         *heading(
-            f"A step of the recipe beside plain PyTorch: {settings['model']}, {settings['image_size']} px, micro-batch "
-            f"{settings['micro_batch']}, {settings['precision']}",
+            f"The recipe's training step versus plain PyTorch: {settings['model']}, {settings['image_size']} px, "
+            f"micro-batch {settings['micro_batch']}, {settings['precision']}",
             report,
         ),
         "| ranks | accumulation | rounds | loop | step, ms: median (quartiles) | recipe ÷ loop: median (quartiles) |",
@@ -374,9 +374,9 @@ def format_report(report: dict[str, Any]) -> str:
             )
     lines += [
         "",
-        "The loops take turns, step by step; a ratio is the median of the rounds' ratios. recipe: the recipe's loop on "
-        "DeepSpeed's engine; plain: PyTorch, with one all-reduce of the gradients on several ranks; ddp: "
-        "DistributedDataParallel; timm: plain, with torch.nn.BatchNorm2d. All but timm have the recipe's batch norm.",
+        "The loops are interleaved step by step; a ratio is the median of the rounds' ratios. recipe: its own "
+        "loop on DeepSpeed's engine; plain: PyTorch, with one all-reduce of the gradients on several ranks; ddp: "
+        "DistributedDataParallel; timm: plain, with torch.nn.BatchNorm2d. All but timm use the recipe's batch norm.",
     ]
     return "\n".join(lines) + "\n"
 

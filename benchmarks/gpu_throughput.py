@@ -1,24 +1,24 @@
-"""How fast one GPU trains: the recipe beside a bare PyTorch loop, timm's training step and torchvision's.
+"""Training throughput on one GPU: the recipe versus a bare PyTorch loop and the training steps of timm and torchvision.
 
-All train timm's model from the same weights on the same synthetic batch, with the same optimizer in the same precision:
+All train the same timm model from the same weights on the same synthetic batch, with the same optimizer and precision:
 
-- bare: PyTorch's loop with channels_last, autocast, fused SGD and cuDNN's autotuning, as it is and compiled;
-- timm: what its ``train.py --channels-last --amp`` does in a step, with its optimizer and its ``NativeScaler``;
-- torchvision: what its ``references/classification/train.py --amp`` does, which asks for loss and accuracy each time;
-- recipe: ``recipe.loop.train_epoch`` on DeepSpeed's engine as the configs have it, with ``recipe.cudnn_benchmark``, and
-  with ``recipe.compile`` too;
+- bare: a PyTorch loop with channels_last, autocast, fused SGD and cuDNN autotuning, eager and compiled;
+- timm: the step of its ``train.py --channels-last --amp``, with its optimizer and its ``NativeScaler``;
+- torchvision: the step of its ``references/classification/train.py --amp``, which reads loss and accuracy every time;
+- recipe: ``recipe.engine.train_epoch`` on DeepSpeed's engine as configured by default, with
+  ``recipe.cudnn_benchmark``, and with ``recipe.compile`` too;
 - jpegs, with ``--images``: the last of the recipe's loops, on training crops of JPEGs that worker processes read and
-  decode meanwhile.
+  decode at the same time.
 
-Of each micro-batch they are made, and compiled, once, and then take turns. A loop that waits keeps its weights, its
-momentum and its images, for ResNet-50 some hundred MiB, and gives back what its steps take; the memory of a loop is
-counted without that of the others. The updates of their first steps are compared, but for the JPEGs': they must train
-the same, up to rounding. What raises, or trains otherwise, stands in the table with its reason, and the exit code is 1.
-Table and JSON are written after each micro-batch.
+For each micro-batch size the loops are built, and compiled, once, and then take turns. A waiting loop keeps its
+weights, momentum and images, a few hundred MiB for ResNet-50, and releases the memory of its steps; a loop's memory is
+measured without that of the others. The updates of the first steps are compared, except for JPEGs: they must agree up
+to rounding. A loop that raises or trains differently appears in the table with the reason, and the exit code is 1.
+Table and JSON are written after each micro-batch size.
 
     python -m benchmarks.gpu_throughput --images /data/imagenet/train --json benchmarks/results/gpu_throughput.json
 
-Without a GPU the defaults are small, and show that the program runs.
+Without a GPU the defaults are small and only check that the program runs.
 """
 
 import argparse
@@ -65,13 +65,13 @@ from recipe.plan import PIXEL_MEAN_STD
 from recipe.train import set_up_torch
 
 WARM_UP_STEPS = 5
-TURN_STEPS = 2  # not timed, at the beginning of a turn: they take the memory that the loop before has given back
-READ_AHEAD = 2  # batches a worker, torch's default
+TURN_STEPS = 2  # untimed steps at the start of a turn, which allocate the memory that the previous loop released
+READ_AHEAD = 2  # batches per worker, torch's default
 JPEGS, RECIPE = "jpegs", "recipe"
 NOT_ON_GPU = "not run on GPU"
 DOES_NOT_FIT = "does not fit"
-LONGEST_IN_TABLE = 200  # characters of a reason; the JSON has all of it
-# NVIDIA's data sheets, without sparsity, in 10^12 operations a second; fp32 is TF32's.
+LONGEST_IN_TABLE = 200  # characters of a reason; the JSON has all of them
+# NVIDIA's data sheets, without sparsity, in 10^12 operations per second; fp32 means TF32.
 PEAK_TFLOPS = {
     "A100": {"fp16": 312.0, "bf16": 312.0, "fp32": 156.0},
     "H100 80GB HBM3": {"fp16": 989.4, "bf16": 989.4, "fp32": 494.7},
@@ -80,16 +80,16 @@ PEAK_TFLOPS = {
 
 
 class Contender(NamedTuple):
-    """A loop by name: ``make`` gives it on a model and batches; what it is allowed besides."""
+    """A loop to measure: ``make`` builds it from a model, batches and a precision."""
 
     make: Callable[[nn.Module, list[Batch], str], Loop]
     cudnn_benchmark: bool
     recipes_model: bool = False
-    waiting_batches: int = 0  # which the loader has got ready while others had their turns: they are not timed
+    waiting_batches: int = 0  # prepared by the loader during other loops' turns, and therefore not timed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure; print a table, and write it and a JSON if asked to; return 1 if a loop has failed, 130 for Ctrl-C."""
+    """Measure; print a table and, with ``--json``, write both; return 1 if a loop failed, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     arguments, where = parse_arguments(words), context("benchmarks.gpu_throughput", words)
     set_up_torch()
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
-        say("There is no GPU: the numbers of this run say nothing about one, only that the program runs.")
+        say("There is no GPU: this only checks that the program runs; the numbers mean nothing for one.")
     set_loudness(verbose=False)
     join_process_group(device, TIMEOUT)
     flops = flops_an_image(arguments.model, arguments.image_size)
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.json is not None:
                 write(arguments.json, report, format_report(report))
     except KeyboardInterrupt:
-        say(f"interrupted at micro-batch {micro_batch}, of which nothing is kept")
+        say(f"interrupted at micro-batch {micro_batch}, whose results are discarded")
         code = 130
     dist.destroy_process_group()
     if report["results"]:
@@ -127,15 +127,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line; the defaults are a GPU's where there is one."""
+    """Parse the command line; the defaults depend on whether there is a GPU."""
     gpu = torch.cuda.is_available()
     sizes = [64, 128, 256, 512] if gpu else [8]
     parser = argparse.ArgumentParser(prog="benchmarks.gpu_throughput", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--model", default="resnet50" if gpu else "test_resnet", help="timm's name (default: %(default)s)"
+        "--model", default="resnet50" if gpu else "test_resnet", help="timm model name (default: %(default)s)"
     )
     parser.add_argument(
-        "--image-size", type=positive, default=224 if gpu else 32, help="pixels a side (default: %(default)s)"
+        "--image-size", type=positive, default=224 if gpu else 32, help="pixels per side (default: %(default)s)"
     )
     parser.add_argument(
         "--micro-batch",
@@ -145,35 +145,35 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help=f"one measurement each (default: {' '.join(map(str, sizes))})",
     )
     parser.add_argument(
-        "--steps", type=positive, default=30 if gpu else 3, help="timed steps a round (default: %(default)s)"
+        "--steps", type=positive, default=30 if gpu else 3, help="timed steps per round (default: %(default)s)"
     )
     parser.add_argument(
-        "--rounds", type=at_least(2), default=3 if gpu else 2, help="of each loop, in turn (default: %(default)s)"
+        "--rounds", type=at_least(2), default=3 if gpu else 2, help="rounds of interleaved loops (default: %(default)s)"
     )
     parser.add_argument(
         "--precision",
         choices=list(DTYPES),
         default="fp16" if gpu else "fp32",
-        help="of the training (default: %(default)s)",
+        help="training precision (default: %(default)s)",
     )
     parser.add_argument(
         "--loops",
         nargs="+",
         choices=list(CONTENDERS),
         default=list(CONTENDERS),
-        help="the first one's update is what the others' are compared with (default: all)",
+        help="loops to run; their updates are compared with the first one's (default: all)",
     )
     parser.add_argument(
-        "--images", type=Path, help="folder with a folder of JPEGs a class, on which the recipe is measured, too"
+        "--images", type=Path, help="folder with one folder of JPEGs per class, to measure the recipe on as well"
     )
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
         "--workers",
         type=positive,
         default=max(1, cores - 1),
-        help="processes that read JPEGs (default: the cores less one, %(default)s)",
+        help="processes that read JPEGs (default: cores minus one, %(default)s)",
     )
-    parser.add_argument("--peak-tflops", type=float, help="of the GPU in this precision, where it is not known here")
+    parser.add_argument("--peak-tflops", type=float, help="the GPU's peak in this precision, if not built in")
     add_json(parser)
     arguments = parser.parse_args(argv)
     if not timm.is_model(arguments.model):
@@ -186,7 +186,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         try:
             images = len(index_folder(str(arguments.images)))
         except (OSError, ValueError) as error:
-            parser.error(f"--images {arguments.images}: {error}; a folder of images a class is expected")
+            parser.error(f"--images {arguments.images}: {error}; expected a folder with one folder of images per class")
         if images < max(arguments.micro_batch):
             parser.error(f"--micro-batch {max(arguments.micro_batch)}: --images has only {images}")
     return arguments
@@ -195,7 +195,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def measure(
     arguments: argparse.Namespace, micro_batch: int, device: torch.device, flops: float, peak: float | None
 ) -> list[dict[str, Any]]:
-    """Time the loops with batches of ``micro_batch``; one that does not fit, or fails, has a reason and no numbers."""
+    """Time the loops with ``micro_batch`` images; a loop that does not fit, or fails, has a reason and no numbers."""
     contenders = {name: CONTENDERS[name] for name in arguments.loops}
     if arguments.images is not None:
         last = [name for name in arguments.loops if name.startswith(RECIPE)][-1]
@@ -226,7 +226,7 @@ def measure(
             turn(name)
         except torch.OutOfMemoryError:
             problems[name] = DOES_NOT_FIT
-        except Exception as error:  # of a compiler, cuDNN or DeepSpeed: the other loops go on
+        except Exception as error:  # from a compiler, cuDNN or DeepSpeed: the other loops continue
             problems[name] = f"{type(error).__name__}: {error}"
         if name in problems:
             loops.pop(name, None)
@@ -254,7 +254,7 @@ def measure(
 def make_loop(
     contender: Contender, arguments: argparse.Namespace, micro_batch: int, device: torch.device
 ) -> tuple[Loop, Tensor, int]:
-    """A loop that has warmed up, the update of its first step, and the most memory in bytes that it took by itself."""
+    """A warmed-up loop, the update of its first step, and its own peak memory in bytes."""
     others = 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -277,7 +277,7 @@ def make_loop(
 
 
 def on_jpegs(contender: Contender, arguments: argparse.Namespace, micro_batch: int, device: torch.device) -> Contender:
-    """The same loop of the recipe on images of the folder; their labels are its classes."""
+    """The same recipe loop on images from the folder; the labels are its classes."""
 
     mean, std = PIXEL_MEAN_STD["imagefolder"]
 
@@ -303,14 +303,14 @@ def on_jpegs(contender: Contender, arguments: argparse.Namespace, micro_batch: i
             mean=mean,
             std=std,
         )
-        # mypy does not know that the recipe's contenders take a stream.
+        # mypy does not know that the recipe's loops accept a stream.
         return contender.make(model, batches, precision, stream=chain.from_iterable(map(loader.epoch, count())))  # type: ignore[call-arg]
 
     return contender._replace(make=make, waiting_batches=READ_AHEAD * arguments.workers + PREFETCHED)
 
 
 def time_steps(loop: Loop, untimed: int, steps: int, device: torch.device) -> float:
-    """Seconds of so many steps, after some that do not count."""
+    """Seconds for ``steps`` steps, after ``untimed`` steps that do not count."""
     for _ in range(untimed):
         loop.step()
     synchronize(device)
@@ -322,7 +322,7 @@ def time_steps(loop: Loop, untimed: int, steps: int, device: torch.device) -> fl
 
 
 def bare_loop(model: nn.Module, batches: list[Batch], precision: str, compiled: bool = False) -> Loop:
-    """What a person would write by hand for one GPU."""
+    """A hand-written PyTorch loop for one GPU."""
     model = model.to(memory_format=torch.channels_last)
     (batch,), device = batches, batches[0].images.device.type
     images = batch.images.contiguous(memory_format=torch.channels_last)
@@ -409,7 +409,7 @@ CONTENDERS = {
 
 
 def flops_an_image(model_name: str, image_size: int) -> float:
-    """Floating-point operations of a forward and backward pass, as torch counts them: a product and its sum are two."""
+    """FLOPs of a forward and backward pass per image, as torch counts them: a multiply-add is two."""
     model = timm.create_model(model_name, num_classes=CLASSES).eval()
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, image_size, image_size)).sum().backward()
@@ -417,12 +417,12 @@ def flops_an_image(model_name: str, image_size: int) -> float:
 
 
 def peak_tflops(gpu: str, precision: str) -> float | None:
-    """What the GPU's data sheet says; None for one that is not known here."""
+    """The peak in the GPU's data sheet; None if the GPU is not in the table."""
     return next((peaks[precision] for name, peaks in PEAK_TFLOPS.items() if name in gpu), None)
 
 
 def goals(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By micro-batch, the best of the recipe's loops over the best of each other's; a loop that did not fit is none."""
+    """For each micro-batch, the recipe's best speed over that of each other kind of loop, without failed loops."""
     ratios: dict[str, dict[str, float]] = {}
     for micro_batch in dict.fromkeys(result["micro_batch"] for result in results):
         best: dict[str, float] = {}
@@ -440,7 +440,7 @@ def goals(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def failed(results: list[dict[str, Any]]) -> bool:
-    """Whether a loop has raised, or trained otherwise than the first; one that does not fit has done neither."""
+    """Whether a loop raised or trained differently from the first; running out of memory does not count."""
     return any(result.get("problem", DOES_NOT_FIT) != DOES_NOT_FIT for result in results)
 
 
@@ -450,7 +450,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Give back what the steps of a loop took: the next one has it for itself."""
+    """Release the memory of a loop's steps, so that the next loop can use all of it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -465,7 +465,7 @@ def format_report(report: dict[str, Any]) -> str:
             + ("" if on_gpu else f" – {NOT_ON_GPU}"),
             report,
         ),
-        "| micro-batch | loop | images/s: median (quartiles) | memory, GiB | share of the peak |",
+        "| micro-batch | loop | images/s: median (quartiles) | memory, GiB | share of peak |",
         "|---|---|---|---|---|",
     ]
     for result in report["results"]:
@@ -481,14 +481,14 @@ def format_report(report: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"{settings['rounds']} rounds of {settings['steps']} steps. Goals: the recipe's best loop over "
-        "the best bare one at least 0.98, over timm's and torchvision's above 1; from JPEGs at least 0.95 of it.",
+        f"{settings['rounds']} rounds of {settings['steps']} steps. Goals: the recipe's best loop ÷ the best bare loop "
+        "at least 0.98, ÷ timm's and torchvision's above 1; from JPEGs ÷ synthetic images at least 0.95.",
     ]
     if on_gpu:
         for micro_batch, ratios in report["goals"].items():
             lines.append(f"- {micro_batch}: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()))
     else:
-        lines.append(f"The goals are for a GPU: {NOT_ON_GPU}. What stands here shows that the program runs.")
+        lines.append(f"The goals are for a GPU: {NOT_ON_GPU}. These numbers only show that the program runs.")
     return "\n".join(lines) + "\n"
 
 

@@ -1,17 +1,17 @@
-"""One file, one training: what numbers of ranks, micro-batches and loader workers change, and what they do not.
+"""Hardware independence: how the number of ranks, the micro-batch and loader workers affect training.
 
 Real runs train the digits at a global batch of 512 for 50 steps, split in every way into 1, 2 and 4 ranks,
-micro-batches of 16 to 128 and 0 or 2 loader processes per rank. Shown are
+micro-batches of 16 to 128 and 0 or 2 loader processes per rank. The report has
 
-1. ``"statistics": 32`` in double precision: every loss of every split beside those of the reference, one rank with
-   micro-batches of 64. Training is chaotic and multiplies rounding, so that only double precision can tell the same
-   training from another one. One rank with micro-batches of 16 cannot hold 32 images: it has ``"statistics": 16``, and
-   some more with it;
+1. ``"statistics": 32`` in double precision: every loss of every split, compared with the reference, one rank with
+   micro-batches of 64. Training is chaotic and amplifies rounding, so only double precision can tell identical training
+   from different training. One rank with micro-batches of 16 cannot hold 32 images, so it and a few other splits have
+   ``"statistics": 16``;
 2. the same in fp32, and "global" and "local" statistics in double precision, where the split decides what is trained;
-3. fp32: one optimizer step from the same checkpoint, early and late in training, split in several ways: how far the
-   weights part, beside how far the step moves them;
-4. fp32: final accuracies of ten seeds, each on the reference and on another split. Another split changes them by no
-   more than another seed if an F test does not find that the variance within these pairs is larger than over seeds.
+3. fp32: one optimizer step from the same checkpoint, early and late in training, on several splits: how far the weights
+   diverge, relative to how far the step moves them;
+4. fp32: final accuracies of ten seeds, each on the reference and on a different split. The split matters no more than
+   the seed if an F test does not find a larger variance within these pairs than between seeds.
 
     python -m benchmarks.hardware_independence --json benchmarks/results/hardware_independence_cpu.json
 """
@@ -45,7 +45,7 @@ SIGNIFICANCE = 0.05
 
 
 class Split(NamedTuple):
-    """How a global batch is shared out."""
+    """How a global batch is split into ranks and micro-batches."""
 
     ranks: int
     micro_batch: int
@@ -58,7 +58,7 @@ class Split(NamedTuple):
 
 REFERENCE = Split(1, 64)
 SPLITS = [Split(*split) for split in itertools.product((1, 2, 4), (16, 32, 64, 128), (0, 2))]
-# With each number of images the splits whose ranks can hold them.
+# For each n, the splits whose ranks can hold n images.
 GRID = [(N, split) for split in SPLITS if split.ranks * split.micro_batch >= N]
 GRID += [(16, split) for split in (Split(1, 16), Split(1, 16, 2), Split(2, 128, 2), Split(4, 32))]
 OTHERS = [Split(1, 32), Split(1, 128), Split(2, 16), Split(2, 128), Split(4, 16), Split(4, 128)]
@@ -68,28 +68,28 @@ DEPENDENT = [Split(2, 32), Split(1, 128), Split(4, 64)]
 
 
 class Runs:
-    """Launches runs below a folder."""
+    """Launches runs in subfolders of a folder."""
 
     def __init__(self, folder: Path, epochs: int, jobs: int = 1, run: Callable[..., Any] = run_direct) -> None:
-        """``jobs`` is the number of runs at a time; ``run`` brings one to its end."""
+        """``jobs`` is the number of parallel runs; ``run`` runs one to completion."""
         self.folder = folder
         self.epochs = epochs
         self.jobs = jobs
         self.run = run
 
     def train_all(self, cases: Sequence[tuple[Split, dict[str, Any]]]) -> list[Path]:
-        """Train each split with its changes to the end; return the output folders."""
+        """Train each split with its config changes to completion; return the output folders."""
         with ThreadPoolExecutor(self.jobs) as pool:
             return list(pool.map(lambda case: self.train(*case), cases))
 
     def train(self, split: Split, changes: dict[str, Any]) -> Path:
-        """Train to the end; return the output folder."""
+        """Train to completion; return the output folder."""
         output = Path(tempfile.mkdtemp(dir=self.folder), "run")
         self._launch("recipe/train.py", split, output, changes, exit_code=0)
         return output
 
     def train_one_step(self, split: Split, output: Path) -> None:
-        """Go on for a single step from the newest checkpoint in ``output``."""
+        """Continue for a single step from the newest checkpoint in ``output``."""
         self._launch("benchmarks/killed_train.py", split, output, {}, exit_code=143, KILL_AT="window 1 0 TERM")
 
     def _launch(
@@ -114,13 +114,13 @@ class Runs:
 
 
 def events(output: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl`` of one kind."""
+    """The ``metrics.jsonl`` events of one kind."""
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["event"] == kind]
 
 
 def compare(ours: Path, theirs: Path) -> dict[str, Any]:
-    """The relative difference of every step's loss, and whether all validations counted the same."""
+    """The relative difference of every step's loss, and whether all validation results are equal."""
     pairs = zip(events(ours, "step"), events(theirs, "step"), strict=True)
     hits = [
         [(line["top1"], line["top5"], line["count"]) for line in events(output, "validation")]
@@ -133,20 +133,20 @@ def compare(ours: Path, theirs: Path) -> dict[str, Any]:
 
 
 def weights(output: Path, step: int) -> torch.Tensor:
-    """All weights of a checkpoint in one vector, in double precision."""
+    """All weights of a checkpoint as one vector, in double precision."""
     file = output / f"checkpoints/step-{step:08}/mp_rank_00_model_states.pt"
     state = torch.load(file, weights_only=True)["module"]
     return torch.cat([state[name].double().flatten() for name in sorted(state) if "running" not in name])
 
 
 def run_with_all_checkpoints(runs: Runs) -> Path:
-    """An fp32 run on the reference's split that keeps the checkpoint of every step."""
+    """Train in fp32 on the reference split, keeping a checkpoint of every step."""
     every_step = {"recipe.checkpoint.every_steps": 1, "recipe.checkpoint.keep_last": runs.epochs * STEPS_PER_EPOCH}
     return runs.train(REFERENCE, every_step)
 
 
 def one_step(runs: Runs, base: Path, start: int, splits: Sequence[Split]) -> dict[str, Any]:
-    """How far one step from a checkpoint of ``base`` leads to other weights on other splits, beside its length."""
+    """How far the weights diverge between splits in one step from a checkpoint of ``base``, relative to its length."""
     before = weights(base, start)
 
     def stepped(split: Split) -> torch.Tensor:
@@ -174,19 +174,19 @@ def one_step(runs: Runs, base: Path, start: int, splits: Sequence[Split]) -> dic
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all; return 1 if a split changed what must not change."""
+    """Run everything; return 1 if a split changed a result that must not change."""
     words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.hardware_independence", words)
     parser = argparse.ArgumentParser(
         prog="benchmarks.hardware_independence", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--epochs", type=positive, default=25, help="of two steps each (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=25, help="epochs of two steps each (default: %(default)s)")
     parser.add_argument(
-        "--splits", type=positive, default=len(GRID), help="how many of the grid (default: all %(default)s)"
+        "--splits", type=positive, default=len(GRID), help="number of splits from the grid (default: all %(default)s)"
     )
-    parser.add_argument("--only-fp64", action="store_true", help="no more than the first of the four parts")
+    parser.add_argument("--only-fp64", action="store_true", help="run only the first of the four parts")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time (default: %(default)s)")
-    add_json(parser, "table and plots come beside it")
+    add_json(parser, "table and plots are written next to it")
     arguments = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(Path(folder), arguments.epochs, arguments.jobs)
@@ -241,7 +241,7 @@ def fp32(runs: Runs) -> dict[str, Any]:
 
 
 def accuracies(runs: Runs) -> list[dict[str, Any]]:
-    """Part 4: of each seed another split, and the final top-1, in per cent, on the reference and on that."""
+    """Part 4: for each seed, the final top-1 in per cent on the reference and on a different split."""
     pairs = [(REFERENCE, OTHERS[seed % len(OTHERS)]) for seed in range(SEEDS)]
     cases = [(split, {"recipe.seed": seed}) for seed, pair in enumerate(pairs) for split in pair]
     final = [float(events(output, "validation")[-1]["top1"]) for output in runs.train_all(cases)]
@@ -252,7 +252,7 @@ def accuracies(runs: Runs) -> list[dict[str, Any]]:
 
 
 def holds(results: dict[str, Any]) -> bool:
-    """Whether what must not depend on the split does not."""
+    """Whether all results that must not depend on the split agree."""
     same = all(
         max(found["differences"]) <= LOSS_TOLERANCE and found["same_validations"] for found in results["fp64"].values()
     )
@@ -262,13 +262,13 @@ def holds(results: dict[str, Any]) -> bool:
 
 
 def scatter(pairs: list[dict[str, Any]]) -> tuple[float, float]:
-    """Standard deviations of the final top-1: between two splits of a seed, and over seeds on the reference."""
+    """Standard deviations of the final top-1: between two splits of a seed, and between seeds on the reference."""
     within = statistics.mean((pair["other"] - pair["reference"]) ** 2 / 2 for pair in pairs)
     return within**0.5, statistics.stdev(pair["reference"] for pair in pairs)
 
 
 def p_value(pairs: list[dict[str, Any]]) -> float:
-    """Of a one-sided F test: how likely such a ratio of variances is if splits scatter as seeds do."""
+    """The p-value of a one-sided F test that splits vary more than seeds."""
     within, over_seeds = scatter(pairs)
     return float(scipy.stats.f.sf((within / over_seeds) ** 2, len(pairs), len(pairs) - 1))
 
@@ -277,18 +277,18 @@ def format_report(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     settings, results = report["settings"], report["results"]
     lines = [
-        *heading(f"One training on {len(results['fp64'])} splits of a batch of {settings['batch']}", report),
-        f"Ranks × accumulation × micro-batch, {settings['steps']} steps of the digits (test_resnet); each beside the "
+        *heading(f"Identical training on {len(results['fp64'])} splits of a batch of {settings['batch']}", report),
+        f"Ranks × accumulation × micro-batch, {settings['steps']} steps on the digits (test_resnet), compared with the "
         f"reference, {settings['reference']}.",
         "",
-        "| batch norm over n images, fp64 | largest relative difference of a loss | validations |",
+        "| batch norm over n images, fp64 | largest relative loss difference | validations |",
         "|---|---|---|",
     ]
     for split, found in results["fp64"].items():
-        same = "same top-1, top-5 and count" if found["same_validations"] else "**another**"
+        same = "same top-1, top-5 and count" if found["same_validations"] else "**different**"
         lines.append(f"| {split} | {max(found['differences']):.1e} | {same} |")
     if "one_step" in results:
-        lines += ["", "| | relative difference of the loss at step 1 | 10 | last |", "|---|---|---|---|"]
+        lines += ["", "| | relative loss difference at step 1 | 10 | last |", "|---|---|---|---|"]
         names = {
             "fp32": f"batch norm over {settings['n']} images, fp32",
             "global": '"global", fp64',
@@ -298,36 +298,36 @@ def format_report(report: dict[str, Any]) -> str:
             for split, found in results[kind].items():
                 at = [found["differences"][step] for step in (1, 10, -1)]
                 lines.append(f"| {name}: {split} | {' | '.join(f'{difference:.1e}' for difference in at)} |")
-        lines += ["", "| one fp32 step from the same checkpoint | weights part by, of the update's norm |", "|---|---|"]
+        lines += ["", "| one fp32 step from the same checkpoint | weight difference ÷ update norm |", "|---|---|"]
         for found in results["one_step"]:
             worst = max(found["parts_by"], key=found["parts_by"].__getitem__)
             lines.append(
                 f"| from step {found['from_step']}, rate {found['rate']:.4g}, ‖update‖ {found['update_norm']:.3g}, "
                 f"‖weights‖ {found['weights_norm']:.3g} | at most {found['parts_by'][worst]:.1e} ({worst}) |"
             )
-        lines += ["", f"| final top-1, fp32: seed | {settings['reference']} | another split | |", "|---|---|---|---|"]
+        lines += ["", f"| final top-1, fp32: seed | {settings['reference']} | different split | |", "|---|---|---|---|"]
         for pair in results["accuracies"]:
             lines.append(f"| {pair['seed']} | {pair['reference']:.2f} % | {pair['other']:.2f} % | {pair['split']} |")
         within, over_seeds = scatter(results["accuracies"])
         lines += [
             "",
-            f"Standard deviation between two splits of a seed: {within:.2f}; over seeds: {over_seeds:.2f}. F test that "
-            f"splits scatter more: p = {p_value(results['accuracies']):.2f}.",
+            f"Standard deviation between two splits of a seed: {within:.2f}; between seeds: {over_seeds:.2f}. F test "
+            f"that splits vary more: p = {p_value(results['accuracies']):.2f}.",
         ]
-    lines += ["", f"What must not depend on the split {'does not' if holds(results) else '**does**'}."]
+    lines += ["", f"Results that must not depend on the split {'agree' if holds(results) else '**differ**'}."]
     return "\n".join(lines) + "\n"
 
 
 def plot(report: dict[str, Any], file: Path) -> None:
-    """Draw the differences step by step as PNG and SVG."""
+    """Plot the differences by step, as PNG and SVG."""
     import matplotlib.pyplot as plt
 
     results, settings = report["results"], report["settings"]
     n, count = settings["n"], len(results["fp64"])
-    curves = {  # of Okabe and Ito's colours, which the colour-blind can tell apart
-        "local": ('"local", fp64: another training, except where the micro-batch is 64', "#D55E00"),
-        "global": ('"global" (SyncBN), fp64: another training, except where ranks × micro-batch is 64', "#E69F00"),
-        "fp32": (f"n = {n} images, fp32: the same, until chaos has multiplied the rounding", "#56B4E9"),
+    curves = {  # colours from Okabe and Ito's colour-blind-safe palette
+        "local": ('"local", fp64: different training, unless the micro-batch is 64', "#D55E00"),
+        "global": ('"global" (SyncBN), fp64: different training, unless ranks × micro-batch is 64', "#E69F00"),
+        "fp32": (f"n = {n} images, fp32: the same, until chaos amplifies rounding", "#56B4E9"),
         "fp64": (f"n images, fp64: the same on all {count} splits", "#0072B2"),
     }
     figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
@@ -336,12 +336,12 @@ def plot(report: dict[str, Any], file: Path) -> None:
             shown = [max(difference, 1e-17) for difference in found["differences"]]
             axes.plot(shown, color=colour, linewidth=1.2, label=label if number == 0 else None)
     axes.axhline(LOSS_TOLERANCE, color="black", linestyle="--", linewidth=1)
-    axes.text(settings["steps"] - 1, LOSS_TOLERANCE * 1.6, "what the tests allow, 1e-9", ha="right")
+    axes.text(settings["steps"] - 1, LOSS_TOLERANCE * 1.6, "tolerance of the tests, 1e-9", ha="right")
     axes.set(
         yscale="log",
         xlabel="optimizer step",
-        ylabel=f"relative difference of the loss from {settings['reference']}",
-        title="The same file on 1, 2 and 4 ranks, in micro-batches of 16 to 128 (ranks × accumulation × micro-batch)",
+        ylabel=f"relative loss difference from {settings['reference']}",
+        title="The same config on 1, 2 and 4 ranks, in micro-batches of 16 to 128 (ranks × accumulation × micro-batch)",
         ylim=(5e-18, 30),
         xlim=(0, settings["steps"] - 1),
     )

@@ -1,24 +1,24 @@
-"""How fast JPEGs become training batches: the recipe beside torchvision's reference and timm, in one run.
+"""Throughput from JPEGs to training batches: the recipe versus torchvision's reference and timm, in one run.
 
-On one thread, all take turns over the same files, a micro-batch at a time: read, decode, the paper's augmentation (a
-random part of random shape resized to ``--image-size``), and uint8 pixels as they would be collated. torchvision and
-timm mirror half of the images here, too, which the recipe leaves to the device, with the normalisation. CPU time is
-counted, so that other programs on the machine weigh little. torchvision's reference (``references/classification`` with
-its PIL backend) gets the recipe's crops, and the pixels are compared; timm draws its own, without the colour jitter
-that is its default and not the paper's. Beside them stand packs of the same files, made into a temporary folder by
-``recipe pack``: of the originals, of JPEGs of each of ``--short-sides``, of raw pixels of each of
+The first part uses one thread. The pipelines take turns over the same files, one micro-batch at a time: read, decode,
+the paper's augmentation (a random resized crop of ``--image-size``), and uint8 pixels ready to collate. torchvision and
+timm also mirror half of the images; the recipe leaves mirroring and normalisation to the device. CPU time is measured,
+so that other programs on the machine matter little. torchvision's reference (``references/classification`` with its PIL
+backend) gets the recipe's crops, and the pixels are compared. timm draws its own crops, without the colour jitter that
+it applies by default and the paper does not. Packs of the same files, made in a temporary folder by ``recipe pack``,
+are measured too: one of the originals, one of JPEGs for each of ``--short-sides``, and one of raw pixels for each of
 ``--raw-short-sides``.
 
-Then whole loaders with worker processes, the recipe's and a DataLoader of torchvision's reference, in turn; beside
-their images a second stands what the main process itself pays for an image, which no worker takes from it and which
-bounds any number of workers: to take a batch that a worker collated (and on a GPU to pin it), and to have it on the
-device, mirrored and normalised, which a CPU does itself and a GPU is only told to. ``--decoders`` adds loaders whose
-JPEGs are decoded there, and how far their pixels are from the workers', in training and validation. Without a GPU
-libjpeg-turbo stands in for nvJPEG's pixels: it repeats the colours of JPEGs that have fewer of them.
+The second part runs whole loaders with worker processes, the recipe's and a DataLoader of torchvision's reference, in
+turn. Besides images per second, it reports the main process's own cost per image, which workers cannot take over and
+which limits any number of them: taking a batch that a worker collated (and pinning it for a GPU), and getting it onto
+the device, mirrored and normalised, which a CPU does itself and a GPU does asynchronously. ``--decoders`` adds loaders
+that decode JPEGs on the device, and the difference of their pixels from the workers', in training and validation.
+Without a GPU, libjpeg-turbo stands in for nvJPEG: it is set to repeat the subsampled chroma.
 
     python -m benchmarks.input_pipeline --images DIR --json benchmarks/results/input_pipeline_cpu.json
 
-DIR holds a folder a class; without it, JPEGs are made up, and the ratios are theirs.
+DIR has one folder per class; without it, JPEGs are generated, and the ratios apply to those.
 """
 
 import argparse
@@ -66,13 +66,13 @@ from recipe.data import (
 
 SEED = 0
 PREDICTED_WORKERS = 16
-# ImageNet's usual size and density: 500 × 375 pixels in some 100 kB.
+# ImageNet's usual size and density: 500 × 375 pixels in about 100 kB.
 MADE_UP = {"width": 500, "height": 375, "quality": 92, "classes": 2}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure; print a table, and write it and a JSON if asked to."""
+    """Measure; print a table and, with ``--json``, write it and the JSON."""
     words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.input_pipeline", words, ("torch", "torchvision", "timm", "pillow", "simplejpeg"))
     arguments = parse_arguments(words)
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = arguments.images
         if folder is None:
             folder = Path(temporary) / "made_up"
-            say(f"making up {arguments.made_up:,} images")
+            say(f"generating {arguments.made_up:,} images")
             make_images(folder, arguments.made_up)
         listing = ImageFolder(str(folder))
         decoders, missing = open_decoders(arguments)
@@ -125,20 +125,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.input_pipeline", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=Path, help="folder with a folder of images a class (default: made up)")
+    parser.add_argument("--images", type=Path, help="folder with one folder of images per class (default: generate)")
     parser.add_argument(
-        "--made-up", type=positive, default=100, metavar="N", help="so many images (default: %(default)s)"
+        "--made-up", type=positive, default=100, metavar="N", help="number of images to generate (default: %(default)s)"
     )
-    parser.add_argument("--image-size", type=positive, default=224, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--image-size", type=positive, default=224, help="pixels per side (default: %(default)s)")
     parser.add_argument(
         "--short-sides",
         type=positive,
         nargs="+",
         default=[400, 352, 320],
         metavar="PIXELS",
-        help="a pack each (default: 400 352 320)",
+        help="one pack each (default: 400 352 320)",
     )
     parser.add_argument(
         "--raw-short-sides",
@@ -146,19 +146,19 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         default=[256],
         metavar="PIXELS",
-        help="a pack of raw pixels each (default: 256)",
+        help="one pack of raw pixels each (default: 256)",
     )
     parser.add_argument("--rounds", type=positive, default=5, help="passes over the images (default: %(default)s)")
     parser.add_argument(
         "--workers", type=positive, nargs="+", default=[1, 2], help="one measurement each (default: 1 2)"
     )
-    parser.add_argument("--micro-batch", type=positive, default=32, help="images a batch (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=positive, default=32, help="images per batch (default: %(default)s)")
     parser.add_argument(
         "--decoders",
         nargs="+",
         choices=["gpu", "dali"],
         default=[],
-        help="whose loaders are measured, too (default: none)",
+        help="decoders whose loaders are measured as well (default: none)",
     )
     parser.add_argument("--device", default="cpu", help="where the loaders' batches go (default: %(default)s)")
     add_json(parser)
@@ -166,14 +166,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     try:
         images = arguments.made_up if arguments.images is None else len(ImageFolder(arguments.images))
     except OSError as error:
-        parser.error(f"--images {arguments.images}: {error.strerror or error}; a folder of images a class is expected")
+        parser.error(f"--images {arguments.images}: {error.strerror or error}; a folder of images per class expected")
     if images < arguments.micro_batch:
         parser.error(f"--micro-batch {arguments.micro_batch}: a batch needs as many images, and there are {images}")
     return arguments
 
 
 def make_images(folder: Path, count: int) -> None:
-    """Write JPEGs of smooth shapes under a little noise, about as many bytes as a photograph takes."""
+    """Write JPEGs of smooth shapes with a little noise, about as large as photographs."""
     rng = np.random.default_rng(SEED)
     size = (MADE_UP["width"], MADE_UP["height"])
     for number in range(count):
@@ -188,7 +188,7 @@ def make_images(folder: Path, count: int) -> None:
 def make_packs(
     folder: Path, destination: Path, short_sides: Sequence[int], raw_short_sides: Sequence[int]
 ) -> dict[str, Path]:
-    """Pack the images as they are, and at each short side; they stand for both parts of a data set."""
+    """Pack the originals and each short side, with the same images as training and validation data."""
     both = destination / "images"
     both.mkdir(parents=True)
     for part in ("train", "val"):
@@ -196,27 +196,27 @@ def make_packs(
     kinds = {"pack": (0, False)} | {f"pack {side}": (side, False) for side in short_sides}
     kinds |= {f"raw pack {side}": (side, True) for side in raw_short_sides}
     for name, (short_side, raw) in kinds.items():
-        with contextlib.redirect_stdout(io.StringIO()):  # how to train from a pack that will soon be gone
+        with contextlib.redirect_stdout(io.StringIO()):  # hides how to train from a pack that is only temporary
             pack(both, destination / name, short_side, raw=raw)
-        training = read_header(destination / name).train  # the other part is the same
+        training = read_header(destination / name).train  # validation is the same
         say(f"{name}: {training.resized:,} of {training.images:,} images resized")
     return {name: destination / name for name in kinds}
 
 
 def packed(path: Path, image_size: int) -> PackedImages:
-    """The recipe's own, from a pack."""
+    """The recipe's data set on a pack."""
     settings: dict[str, Any] = {"image_size": image_size, "crop": "random_resized", "flip": True, "seed": SEED}
     return open_pack(path, **settings, on_bad_image="stop")[0]
 
 
 def data_set(listing: ImageFolder, image_size: int) -> ImageFiles:
-    """The recipe's own."""
+    """The recipe's data set on the folder."""
     folder = index_folder(str(listing.root))
     return ImageFiles(folder, image_size=image_size, crop="random_resized", flip=True, seed=SEED, on_bad_image="stop")
 
 
 class Reference(Dataset[Tensor]):
-    """torchvision's reference with the recipe's crops, drawn beforehand; PIL from beginning to end, uint8 (3, S, S)."""
+    """torchvision's reference with the recipe's crops, drawn in advance; PIL throughout, uint8 (3, S, S)."""
 
     def __init__(self, listing: ImageFolder, image_size: int) -> None:
         self.paths = [path for path, _ in listing.samples]
@@ -229,7 +229,7 @@ class Reference(Dataset[Tensor]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the crops of an epoch."""
+        """Draw the crops of an epoch."""
         indices = torch.arange(len(self))
         settings: dict[str, Any] = {"image_size": self.size[0], "crop": "random_resized", "flip": True}
         self.views = [View(*view) for view in draw_views(SEED, epoch, indices, self.sizes, **settings).tolist()]
@@ -249,9 +249,9 @@ class Reference(Dataset[Tensor]):
 def one_thread(
     listing: ImageFolder, packs: dict[str, Path], image_size: int, micro_batch: int, rounds: int
 ) -> dict[str, Any]:
-    """Images a CPU second of each pipeline, a micro-batch at a time and in turn; how far pixels are apart.
+    """Images per CPU second of each pipeline, interleaved by micro-batch, and their pixel differences.
 
-    ``packs`` are by name.
+    ``packs`` maps names to paths.
     """
     reference = Reference(listing, image_size)
     ours: dict[str, ImageDataset] = {"recipe": data_set(listing, image_size)}
@@ -266,7 +266,7 @@ def one_thread(
         pipelines[name] = lambda epoch, indices, images=images: list(images.samples(epoch, indices))  # type: ignore[misc]
     seconds: dict[str, list[float]] = {name: [0.0] * rounds for name in pipelines}
     mean_difference, largest_difference = dict.fromkeys(ours, 0.0), dict.fromkeys(ours, 0)
-    for epoch in range(-1, rounds):  # the first pass warms up: files into memory, tables into caches
+    for epoch in range(-1, rounds):  # the first pass warms up the page cache and lookup tables
         say(f"one thread: pass {epoch + 2} of {rounds + 1}")
         reference.set_epoch(epoch + 1)
         for first in range(0, len(listing), micro_batch):
@@ -294,7 +294,7 @@ def one_thread(
 
 
 def open_decoders(arguments: argparse.Namespace) -> tuple[dict[str, Decoder], dict[str, str]]:
-    """Those that run here, and why the others do not."""
+    """The decoders that run here, and the reasons why the others do not."""
     decoders, missing = {}, {}
     for name in arguments.decoders:
         try:
@@ -305,7 +305,7 @@ def open_decoders(arguments: argparse.Namespace) -> tuple[dict[str, Decoder], di
 
 
 def stand_ins(missing: dict[str, str]) -> dict[str, Decoder]:
-    """What nvJPEG's way with colours alone makes of the pixels, by libjpeg-turbo, where there is no GPU."""
+    """Without a GPU, a stand-in that applies nvJPEG's chroma upsampling with libjpeg-turbo."""
 
     def repeat_colours(files: list[Tensor], mode: str, device: torch.device) -> list[Tensor]:
         decoded = (simplejpeg.decode_jpeg(file.numpy().tobytes(), fastupsample=True) for file in files)
@@ -315,7 +315,7 @@ def stand_ins(missing: dict[str, str]) -> dict[str, Decoder]:
 
 
 def differences(images: ImageFiles, decoder: Decoder, device: str) -> dict[str, dict[str, float]]:
-    """Grey levels between the pixels of ``decoder`` and the workers', in views of training and of validation."""
+    """Differences in grey levels between the pixels of ``decoder`` and the workers', in training and validation."""
     decoded = EncodedImages(images, decoder, torch.device(device))
     apart = {}
     for part, epoch in {"training": 0, "validation": None}.items():
@@ -340,7 +340,7 @@ def loaders(
     rounds: int,
     device: str,
 ) -> dict[str, Any]:
-    """Images a second of whole loaders, in turn, and the CPU time an image of the process that takes the batches."""
+    """Images per second of whole loaders, in turn, and the main process's CPU time per image."""
     images = data_set(listing, image_size)
     ours: dict[str, Samples] = {"recipe": images}
     ours |= {f"recipe, {name}": packed(path, image_size) for name, path in packs.items()}
@@ -393,7 +393,7 @@ def loaders(
 
 
 def predicted(report: dict[str, Any]) -> float:
-    """Images a second with many workers, a core each and one for the main process: what bounds them first."""
+    """Images per second with one core per worker and one for the main process: the lower of their two limits."""
     per_core: float = report["one_thread"]["images_per_second"]["recipe"]
     main_process = max(case["main_process_seconds_per_image"]["recipe, taken"] for case in report["loaders"])
     return min(PREDICTED_WORKERS * per_core, 1 / main_process)
@@ -402,14 +402,14 @@ def predicted(report: dict[str, Any]) -> float:
 def format_report(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     settings, alone = report["settings"], report["one_thread"]
-    origin = "made up, 500 × 375" if settings["made_up"] else "real"
+    origin = "generated, 500 × 375" if settings["made_up"] else "real"
     lines = [
         *heading("From JPEGs to training batches", report),
         f"{settings['images']} JPEGs ({origin}), {settings['image_size']} px, {settings['rounds']} passes, all files "
-        "in the page cache. Read, decoded, a random part resized, uint8; torchvision and timm mirror half "
+        "in the page cache. Read, decode, random resized crop, uint8; torchvision and timm also mirror half "
         "of them, which the recipe leaves to the device.",
         "",
-        "| on one thread | images a CPU second | ÷ torchvision | grey levels from torchvision's pixels: mean | most |",
+        "| on one thread | images per CPU second | ÷ torchvision | grey levels from torchvision: mean | max |",
         "|---|---|---|---|---|",
     ]
     names = {
@@ -421,14 +421,14 @@ def format_report(report: dict[str, Any]) -> str:
     for name, speed in alone["images_per_second"].items():
         kind, _, short_side = name.rpartition("pack ")
         label = names.get(name) or f"recipe, from a {kind}pack of short side {short_side}"
-        apart = ["other crops" if name == "timm" else "0"] * 2
+        apart = ["different crops" if name == "timm" else "0"] * 2
         if name in alone["mean_difference"]:
             apart = [f"{alone['mean_difference'][name]:.3f}", str(alone["largest_difference"][name])]
         lines.append(f"| {label} | {speed:,.0f} | {alone['ratio'][name]:.2f} | {' | '.join(apart)} |")
     lines += [
         "",
-        f"| loader, micro-batch {settings['micro_batch']} | workers | images/s | main process, µs of CPU an image: "
-        "to take it | and to have it on the device |",
+        f"| loader, micro-batch {settings['micro_batch']} | workers | images/s | main process, CPU µs per image: "
+        "taking it | getting it onto the device |",
         "|---|---|---|---|---|",
     ]
     where = "fp32 on the CPU" if settings["device"] == "cpu" else "fp16 on the GPU"
@@ -448,7 +448,7 @@ def format_report(report: dict[str, Any]) -> str:
     if report["decoders"]:
         lines += [
             "",
-            "| decoder | views of | grey levels from the workers' pixels: mean | mean of the worst image | most |",
+            "| decoder | views | grey levels from the workers: mean | mean of the worst image | max |",
             "|---|---|---|---|---|",
         ]
     for name, parts in report["decoders"].items():
@@ -462,8 +462,8 @@ def format_report(report: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"Predicted for {PREDICTED_WORKERS} workers with a core each: {predicted(report):,.0f} images a second "
-            f"into a GPU, the less of {PREDICTED_WORKERS} times one thread's and what the main process can take. "
+            f"Predicted for {PREDICTED_WORKERS} workers with one core each: {predicted(report):,.0f} images per second "
+            f"into a GPU, the lower of {PREDICTED_WORKERS} times one thread's speed and the main process's limit. "
             "**Not measured.**",
             "",
         ]

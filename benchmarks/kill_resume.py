@@ -1,10 +1,9 @@
-"""Kills runs again and again, and looks whether what comes out is what an undisturbed run gives, bit for bit.
+"""Kills runs repeatedly, and checks that the resumed result matches that of an undisturbed run, bit for bit.
 
-A run of the digits is started by the real ``deepspeed`` launcher and killed with SIGKILL at a moment that is drawn: a
-place in the program, and how many times it has been come to; one rank, or the whole launch. The same command goes on,
-is killed again, and at last comes to its end. Then its ``metrics.jsonl``, but for the timings, and its last checkpoint
-(weights, momentum, running averages, loss scale) must equal those of a run that nobody killed. A kill survived if the
-run that it belongs to came out equal.
+The real ``deepspeed`` launcher starts a run on the digits, and SIGKILL kills one rank or the whole launch at a random
+moment: a place in the program, and how many times it has been reached. The same command resumes, is killed again, and
+finally completes. Its ``metrics.jsonl``, except for timings, and its last checkpoint (weights, momentum, running
+averages, loss scale) must then equal those of a run that was never killed. A kill is survived if its run matches.
 
     python -m benchmarks.kill_resume --kills 100 --json benchmarks/results/kill_resume_cpu.json
 """
@@ -32,12 +31,12 @@ from benchmarks.report import add_json, context, heading, positive, write
 TIMEOUT_SECONDS = 600
 EPOCHS, STEPS_PER_EPOCH, SAVE_EVERY = 4, 5, 2
 LAST_STEP = EPOCHS * STEPS_PER_EPOCH
-# What rank 0 alone does; and where another rank ends without it, it completes the run by itself.
+# Only rank 0 reaches these; if another rank ended first, rank 0 would complete the run alone.
 ON_RANK_0_ONLY = {"metrics", "checkpoint", "files", "publish", "published", "prune", "summary"}
 
 
 class Setting(NamedTuple):
-    """Ranks and precision of a run, and its micro-batches of 256 images a step."""
+    """A run's ranks, precision and the settings that vary; every step has 256 images."""
 
     ranks: int
     precision: str
@@ -48,12 +47,12 @@ class Setting(NamedTuple):
 
     @property
     def micro_batch(self) -> int:
-        """Two or more micro-batches a step on each rank."""
+        """Small enough for two or more micro-batches per step on each rank."""
         return 64
 
     @property
     def arguments(self) -> list[str]:
-        """Of ``recipe/train.py``: 20 steps of the digits, a checkpoint every second and at the end of each epoch."""
+        """``recipe/train.py`` arguments: 20 steps on the digits, checkpoints every second step and after each epoch."""
         values: dict[str, Any] = {
             "train_batch_size": 256,
             "recipe.max_micro_batch_size": self.micro_batch,
@@ -67,14 +66,14 @@ class Setting(NamedTuple):
             "steps_per_print": 3,
         }
         if self.precision == "fp16":
-            # So that the loss scale rises and falls within the run.
+            # Makes the loss scale rise and fall within the run.
             values["fp16"] = {"enabled": True, "initial_scale_power": 14, "loss_scale_window": 3, "hysteresis": 1}
         overrides = [f"--set={key}={json.dumps(value)}" for key, value in values.items()]
         return ["--deepspeed_config", "ds_configs/digits_b512.json", *overrides]
 
 
 class Kill(NamedTuple):
-    """The ``times``-th time that ``who`` – a rank, or "group": rank 0 for all – comes to ``moment`` in a launch."""
+    """A kill when ``who`` (a rank, or "group": rank 0 for all) reaches ``moment`` for the ``times``-th time."""
 
     moment: str
     times: int
@@ -90,7 +89,7 @@ class Kill(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What became of the runs that a kill belongs to."""
+    """A kill, and how its run differs from the undisturbed one, or None if it does not."""
 
     setting: Setting
     kill: Kill
@@ -98,7 +97,7 @@ class Outcome:
 
 
 def draw(dice: random.Random, setting: Setting, moment: str) -> Kill:
-    """A kill at ``moment`` that a launch of ``setting`` can come to."""
+    """A random kill at ``moment`` that a launch of ``setting`` can reach."""
     micro_steps = 256 // setting.micro_batch // setting.ranks
     most = {
         "window": 4 * micro_steps,
@@ -112,7 +111,7 @@ def draw(dice: random.Random, setting: Setting, moment: str) -> Kill:
         "validation": 6,
         "last": 1,
         "summary": 1,
-        "clock": 2500,  # less than any whole run takes
+        "clock": 2500,  # less than the time of any whole run
     }[moment]
     ranks = ["0"] if moment in ON_RANK_0_ONLY else [str(rank) for rank in range(setting.ranks)]
     times = LAST_STEP if moment == "last" else dice.randint(1, most)
@@ -120,21 +119,21 @@ def draw(dice: random.Random, setting: Setting, moment: str) -> Kill:
 
 
 def kill_at(kill: Kill | None) -> str:
-    """``killed_train.py``'s variable."""
+    """The value of ``KILL_AT`` for ``killed_train.py``."""
     return "" if kill is None else " ".join(map(str, kill))
 
 
 def launch(setting: Setting, output: Path, kill: Kill | None) -> int:
-    """Start the run, or go on with it, and wait for its end, whichever; return the launcher's exit code.
+    """Start or resume the run and wait until it ends or is killed; return the launcher's exit code.
 
     Raises:
-        RuntimeError: it failed without having been killed.
-        subprocess.TimeoutExpired: it neither ended nor was ended.
+        RuntimeError: It failed without having been killed.
+        subprocess.TimeoutExpired: It neither ended nor was killed in time.
     """
     command = deepspeed_command(
         setting.ranks, "benchmarks/killed_train.py", *setting.arguments, "--output", str(output)
     )
-    # A session of its own: a group that is killed must not be ours.
+    # A separate session, so that killing the process group does not kill this program.
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -143,7 +142,7 @@ def launch(setting: Setting, output: Path, kill: Kill | None) -> int:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        # A shell has what it starts in the background ignore SIGINT, and the launch would inherit that.
+        # A shell makes background processes ignore SIGINT, and the launch would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
@@ -158,12 +157,12 @@ def launch(setting: Setting, output: Path, kill: Kill | None) -> int:
 
 
 def is_complete(output: Path) -> bool:
-    """Whether the run came to its end; the launcher's exit code does not tell a kill."""
+    """Whether the run completed; the launcher's exit code does not reveal a kill."""
     return (output / "summary.json").exists()
 
 
 def difference(output: Path, reference: Path) -> str | None:
-    """In what a run is not the reference bit for bit, or None."""
+    """The first difference between a run and the reference, or None if they are bit-identical."""
     ours, theirs = (_events(folder) for folder in (output, reference))
     for mine, other in zip(ours, theirs, strict=False):
         if mine != other:
@@ -180,7 +179,7 @@ def _events(output: Path) -> list[dict[str, Any]]:
 
 
 def _last_state(output: Path) -> dict[str, Any]:
-    """All that DeepSpeed saved of the last step, but for the wall time."""
+    """DeepSpeed's saved state of the last step, without the wall time."""
     (file,) = (output / f"checkpoints/step-{LAST_STEP:08}").glob("mp_rank_00_model_states.pt")
     state: dict[str, Any] = torch.load(file, weights_only=True)
     del state["seconds"]
@@ -207,12 +206,12 @@ def run_killed(
     reference: Path,
     start: Callable[[Setting, Path, Kill | None], int] = launch,
 ) -> list[Outcome]:
-    """Train below ``folder``, killed by each of ``kills`` in turn, until the run is complete; compare it.
+    """Train in ``folder``, killed by each of ``kills`` in turn, until the run is complete; compare the result.
 
-    A run that is complete before all kills have come makes room for another. Every kill is answered for.
+    If a run completes before all kills have happened, a new run takes the rest. Every kill has an outcome.
 
     Raises:
-        RuntimeError: a kill does not come in a whole run.
+        RuntimeError: A whole run does not reach a kill.
     """
     outcomes: list[Outcome] = []
     belonging: list[Outcome] = []
@@ -227,7 +226,7 @@ def run_killed(
             continue
         if kill is not None:
             if not belonging:
-                raise RuntimeError(f"a whole run does not come to this: {kill}")
+                raise RuntimeError(f"a whole run does not reach this kill: {kill}")
             print(f"  the run ended before: {kill}", flush=True)
             waiting.append(kill)
         found = difference(output, reference)
@@ -239,12 +238,12 @@ def run_killed(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Kill as often as asked; return 1 if a run came out another."""
+    """Kill as often as requested; return 1 if a run differs from the undisturbed one."""
     words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.kill_resume", words)
     parser = argparse.ArgumentParser(prog="benchmarks.kill_resume", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=positive, default=100, help="in all (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument("--kills", type=positive, default=100, help="total number of kills (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for drawing the moments (default: %(default)s)")
     add_json(parser)
     arguments = parser.parse_args(words)
     dice = random.Random(arguments.seed)
@@ -252,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     moments = list(MOMENTS)
     plans: dict[Setting, list[Kill]] = {setting: [] for setting in settings}
     for number in range(arguments.kills):
-        # Every moment in every setting, as far as the kills go.
+        # Covers every moment in every setting, if there are enough kills.
         setting = settings[number % len(settings)]
         plans[setting].append(draw(dice, setting, moments[number // len(settings) % len(moments)]))
     outcomes = []
@@ -282,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report as Markdown: survived of killed, for each moment and setting."""
+    """The report as Markdown: kills survived, for each moment and setting."""
     settings = list(dict.fromkeys((result["ranks"], result["precision"]) for result in report["results"]))
     lines = [
         *heading(f"{report['survived']} of {report['kills']} kills survived, bit for bit", report),
@@ -300,10 +299,10 @@ def format_report(report: dict[str, Any]) -> str:
     lost = [result for result in report["results"] if result["difference"] is not None]
     lines += ["", *(f"- lost: {result}" for result in lost)]
     lines.append(
-        "Each kill is SIGKILL, of one rank or of the whole launch, at a moment that is drawn (seed "
-        f"{report['settings']['seed']}). The same command goes on, is killed again, and at last completes. A kill "
-        "survived if the run that it belongs to then has the undisturbed run's metrics.jsonl, timings aside, and its "
-        "last checkpoint: weights, momentum, running averages, loss scale."
+        "Each kill is a SIGKILL of one rank or of the whole launch, at a random moment (seed "
+        f"{report['settings']['seed']}). The same command resumes, is killed again, and finally completes. A kill is "
+        "survived if its run then has the undisturbed run's metrics.jsonl, apart from timings, and its last "
+        "checkpoint: weights, momentum, running averages, loss scale."
     )
     return "\n".join(lines) + "\n"
 

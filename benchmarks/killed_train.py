@@ -1,9 +1,9 @@
-"""``recipe/train.py`` that kills itself, or all processes of its launch, with SIGKILL at a named moment.
+"""``recipe/train.py`` that kills itself, or all processes of its launch, with SIGKILL at a specified moment.
 
-The environment says when: ``KILL_AT="window 7 1"`` is the seventh time that rank 1 comes to the moment ``window`` in
-this launch (for ``last`` the number says how many steps there are, for ``clock`` milliseconds); for ``group`` in the
-place of a rank, rank 0 kills the whole process group, launcher and all. A fourth word names another signal, as
-``TERM``. Only what leads to the signal is put between; the training is that of ``recipe/train.py``.
+The environment variable ``KILL_AT`` sets the moment: ``KILL_AT="window 7 1"`` is the seventh time that rank 1 reaches
+``window`` in this launch. For ``last``, the number is the number of steps; for ``clock``, it is in milliseconds. With
+``group`` in place of a rank, rank 0 kills the whole process group, including the launcher. A fourth word selects a
+different signal, such as ``TERM``. Apart from these hooks, training is unchanged.
 """
 
 import io
@@ -22,23 +22,23 @@ from recipe import train
 from recipe.distributed import listen
 
 MOMENTS = {
-    "window": "between a micro-batch's backward pass and the optimizer's turn",
+    "window": "between a micro-batch's backward pass and the optimizer step",
     "step": "right after a micro-batch or an optimizer step",
-    "metrics": "in the middle of a line of metrics.jsonl",
-    "checkpoint": "in the middle of a checkpoint's file",
+    "metrics": "in the middle of a metrics.jsonl line",
+    "checkpoint": "in the middle of a checkpoint file",
     "files": "between the files of a checkpoint",
-    "publish": "when a checkpoint is whole and has no name yet",
-    "published": "right after a checkpoint got its name",
-    "prune": "while an old checkpoint is removed",
+    "publish": "after a checkpoint is complete, before it is renamed",
+    "published": "right after a checkpoint is renamed",
+    "prune": "while an old checkpoint is being deleted",
     "validation": "during a validation",
     "last": "right after the last step",
-    "summary": "after all training, before the summary",
-    "clock": "whatever is going on, so many milliseconds after the imports",
+    "summary": "after training, before the summary",
+    "clock": "at any point, some milliseconds after the imports",
 }
 
 
 class Trigger:
-    """Counts how often its moment came, and kills when it has come often enough."""
+    """Counts how often its moment is reached, and kills at the given count."""
 
     def __init__(self, count: int, whole_group: bool, signum: signal.Signals) -> None:
         self.left = count
@@ -46,12 +46,12 @@ class Trigger:
         self.signum = signum
 
     def __call__(self) -> bool:
-        """Whether this is the time."""
+        """Count this time; return whether it is the one to kill at."""
         self.left -= 1
         return self.left == 0
 
     def kill(self) -> None:
-        """By SIGKILL it ends here, as when memory runs out: nothing is flushed, nobody is told."""
+        """Send the signal; SIGKILL acts like the OOM killer: nothing is flushed, no other rank is notified."""
         if self.whole_group:
             os.killpg(os.getpgrp(), self.signum)
         else:
@@ -59,7 +59,7 @@ class Trigger:
 
 
 def kill_at(moment: str, trigger: Trigger) -> None:
-    """Put ``trigger`` where ``moment`` is."""
+    """Hook ``trigger`` into the code at ``moment``."""
     import torch
     from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -145,7 +145,7 @@ if __name__ == "__main__":
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() == "cpu":
-        # Where it is slow, it is right all the same.
+        # fp16 is slow on some CPUs, but still correct.
         train.cpu_may_know_fp16 = get_accelerator().is_fp16_supported = lambda: True
     if os.environ.get("KILL_AT"):
         name, count, who, signal_name = f"{os.environ['KILL_AT']} KILL".split()[:4]

@@ -1,4 +1,4 @@
-"""Command line and environment of a real launch on this machine."""
+"""Commands and environment variables for real launches on this machine."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-# Their exit code is that of the last one that failed.
+# The exit code is that of the last rank that failed.
 START_RANKS = """
 for ((rank = 0; rank < WORLD_SIZE; rank++)); do RANK=$rank LOCAL_RANK=$rank "$@" & ranks+=($!); done
 for pid in "${ranks[@]}"; do wait "$pid" || code=$?; done
@@ -18,13 +18,13 @@ exit "${code:-0}"
 
 
 def deepspeed_command(ranks: int, script: str, *arguments: str) -> list[str]:
-    """``deepspeed`` of this Python's environment, on a port that nobody listens at."""
+    """A ``deepspeed`` command from this Python environment, on a free port."""
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     return [launcher, "--master_port", str(_free_port()), "--num_gpus", str(ranks), script, *arguments]
 
 
 def direct_command(ranks: int, script: str, *arguments: str) -> list[str]:
-    """The ranks alone, for what no launcher has a part in: ``deepspeed`` imports torch twice before it starts them."""
+    """A command that starts the ranks without a launcher: ``deepspeed`` imports torch twice before it starts them."""
     python = [sys.executable, script, *arguments]
     if ranks == 1:
         return python
@@ -40,7 +40,7 @@ def direct_command(ranks: int, script: str, *arguments: str) -> list[str]:
 
 
 def run_direct(*arguments: str, ranks: int, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a ``direct_command`` to its end; give its exit code and output."""
+    """Run a ``direct_command`` to completion; return its exit code and output."""
     return subprocess.run(
         direct_command(ranks, script, *arguments),
         cwd=ROOT,
@@ -53,7 +53,7 @@ def run_direct(*arguments: str, ranks: int, script: str, **variables: str) -> su
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's environment without what an outer launch, or pytest-xdist, may have left; one thread per rank."""
+    """This process's environment without variables of an outer launch or pytest-xdist, and with one thread per rank."""
     inherited = {
         name: os.environ[name] for name in os.environ.keys() - {"RANK", "LOCAL_RANK", "WORLD_SIZE", "COLUMNS", "LINES"}
     }
@@ -61,7 +61,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def meeting_place(ranks: int) -> dict[str, str]:
-    """What all ranks of this machine have in their environment."""
+    """Environment variables shared by all ranks on this machine: the sizes and the rendezvous address."""
     sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
     return sizes | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
 

@@ -1,9 +1,9 @@
-"""What the measurement of the gradient noise scale adds to a training step.
+"""The overhead of measuring the gradient noise scale in a training step.
 
-Three loops of the recipe train the same model on the same batches, in turn and one optimizer step at a time: one that
-does not measure, one that listens to the gradients and measures none, and one that measures at every step. A run that
-measures at every n-th step pays for listening, and an n-th of the rest. Before the clock starts all three must have
-the same weights, bit for bit.
+Three recipe loops train the same model on the same batches, interleaved one optimizer step at a time: one that does not
+measure, one that listens to the gradients without measuring, and one that measures at every step. A run that measures
+every n-th step pays for listening, plus one n-th of the remaining cost. Before timing starts, all three must have
+bit-identical weights.
 
     python -m benchmarks.noise_scale_cost --json benchmarks/results/noise_scale_cost_cpu.json
     torchrun --nproc-per-node 8 -m benchmarks.noise_scale_cost --model resnet50 --image-size 224 --precision fp16
@@ -40,7 +40,7 @@ LOOPS = {"does not measure": None, "listens": lambda: False, "measures": lambda:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure; on rank 0 print a table, and write it and a JSON if asked to."""
+    """Measure; on rank 0 print a table and, with ``--json``, write it and the JSON."""
     words = list(sys.argv[1:] if argv is None else argv)
     arguments, before = parse_arguments(words), context("benchmarks.noise_scale_cost", words)
     set_up_torch()
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     join_process_group(device, TIMEOUT)
     results = [measure(arguments, accumulation, device) for accumulation in arguments.accumulation]
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    dist.barrier()  # a rank that leaves early makes gloo abort the others
+    dist.barrier()  # a rank that exits early makes gloo abort the others
     dist.destroy_process_group()
     if rank != 0:
         return 0
@@ -68,27 +68,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.noise_scale_cost", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="resnet18", help="timm's name (default: %(default)s)")
-    parser.add_argument("--image-size", type=positive, default=64, help="pixels a side (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=positive, default=32, help="images a rank (default: %(default)s)")
+    parser.add_argument("--model", default="resnet18", help="timm model name (default: %(default)s)")
+    parser.add_argument("--image-size", type=positive, default=64, help="pixels per side (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=positive, default=32, help="images per rank (default: %(default)s)")
     parser.add_argument(
         "--accumulation", type=positive, nargs="+", default=[1, 8], help="one measurement each (default: 1 8)"
     )
     parser.add_argument("--steps", type=at_least(2), default=40, help="timed rounds (default: %(default)s)")
     parser.add_argument(
-        "--precision", choices=list(DTYPES), default="fp32", help="of the training (default: %(default)s)"
+        "--precision", choices=list(DTYPES), default="fp32", help="training precision (default: %(default)s)"
     )
     add_json(parser)
     return parser.parse_args(argv)
 
 
 def measure(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> dict[str, Any]:
-    """Time the loops in turn. A round's time of a loop is that of its slowest rank.
+    """Time the loops in turn; a loop's time in a round is that of its slowest rank.
 
     Raises:
-        RuntimeError: measuring has changed the training.
+        RuntimeError: Measuring changed the training.
     """
     batches = synthetic_batches(arguments, accumulation, device)
     loops = {
@@ -128,7 +128,7 @@ def measure(arguments: argparse.Namespace, accumulation: int, device: torch.devi
 
 
 def check_same(loops: dict[str, Loop]) -> None:
-    """All weights must be equal."""
+    """Raise unless all loops have equal weights."""
     reference, *others = [loop.weights() for loop in loops.values()]
     for name, weights in zip(list(loops)[1:], others, strict=True):
         if not torch.equal(weights, reference):
@@ -141,7 +141,7 @@ def format_report(report: dict[str, Any]) -> str:
     ranks = f"{settings['world_size']} rank{'s' if settings['world_size'] > 1 else ''}"
     lines = [
         *heading(
-            f"The noise scale's cost: {settings['model']}, {settings['image_size']} px, micro-batch "
+            f"Cost of the noise scale: {settings['model']}, {settings['image_size']} px, micro-batch "
             f"{settings['micro_batch']}, {settings['precision']}, {ranks}",
             report,
         ),
@@ -158,8 +158,8 @@ def format_report(report: dict[str, Any]) -> str:
     runs = ", ".join(f"{result['ratio_of_a_run']:.3f} ({result['accumulation']})" for result in report["results"])
     lines += [
         "",
-        f"A run that measures at every {EVERY_STEPS}th step, as is the default, takes {runs} times as long, at the "
-        "accumulation in brackets. The loops take turns, step by step; all three train the same weights, bit for bit.",
+        f"A run that measures every {EVERY_STEPS}th step, the default, takes {runs} times as long, at the "
+        "accumulation in brackets. The loops are interleaved step by step; their weights are bit-identical.",
     ]
     return "\n".join(lines) + "\n"
 

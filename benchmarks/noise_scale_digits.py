@@ -1,7 +1,7 @@
-"""How the gradient noise scale changes in training: that of the first run, the digits at batch 512, of several seeds.
+"""How the gradient noise scale changes during training: the first run, the digits at batch 512, with several seeds.
 
-Real ``deepspeed`` launches measure it at every step. Shown is what ``metrics.jsonl`` has after some epochs, of each
-seed: smoothed over about 20 measurements, of which the first rows have fewer.
+Real ``deepspeed`` launches measure it at every step. The table has the values in ``metrics.jsonl`` after some epochs
+for each seed, smoothed over about 20 measurements (fewer in the first rows).
 
     python -m benchmarks.noise_scale_digits --json benchmarks/results/noise_scale_digits_cpu.json
 """
@@ -27,10 +27,10 @@ TIMEOUT_SECONDS = 1200
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train; print a table, and write it and the numbers if asked to."""
+    """Train; print a table and, with ``--json``, write it and the JSON."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="benchmarks.noise_scale_digits", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=positive, default=5, help="runs (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=5, help="number of runs (default: %(default)s)")
     add_json(parser)
     arguments, before = parser.parse_args(words), context("benchmarks.noise_scale_digits", words)
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(seed: int, output: Path) -> dict[str, Any]:
-    """Train with a seed to the end; return what was measured after ``AFTER_EPOCHS``."""
+    """Train one seed to completion; return the measurements after ``AFTER_EPOCHS``."""
     changes = {"recipe.noise_scale.enabled": "true", "recipe.noise_scale.every_steps": 1, "recipe.seed": seed}
     overrides = [f"--set={key}={value}" for key, value in changes.items()]
     words = ("--deepspeed_config", CONFIG, "--output", str(output), *overrides)
@@ -63,7 +63,7 @@ def measure(seed: int, output: Path) -> dict[str, Any]:
 
 
 def after_epochs(events: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """The values of the last measurement within each of ``AFTER_EPOCHS``, as JSON has keys."""
+    """The last measurement before the end of each of ``AFTER_EPOCHS``; the keys are strings, as in JSON."""
     measured = [event for event in events if event["event"] == "noise_scale"]
     found = {}
     for epoch in AFTER_EPOCHS:
@@ -77,9 +77,9 @@ def format_report(report: dict[str, Any]) -> str:
     results = report["results"]
     seeds = [f"seed {result['seed']}" for result in results]
     lines = [
-        *heading(f"The gradient noise scale in training: digits, batch {BATCH}, measured at each step", report),
-        "In images; a dash where the mean gradient cannot be told from its noise. There are "
-        f"{report['training_images']:,} training images. Nothing here is a time: the machine did other work, too.",
+        *heading(f"The gradient noise scale during training: digits, batch {BATCH}, measured at every step", report),
+        "In images; a dash means that the mean gradient is indistinguishable from its noise. There are "
+        f"{report['training_images']:,} training images. No times are given: the machine also did other work.",
         "",
         f"| after epoch | {' | '.join(seeds)} |",
         f"|---|{'---|' * len(seeds)}",
@@ -89,7 +89,7 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(f"| {epoch} | {' | '.join('–' if scale is None else f'{scale:,.0f}' for scale in scales)} |")
     lines += [
         "",
-        "tr(Σ) of the gradient of one image, and |G|², whose ratio that is:",
+        "tr(Σ) of the per-image gradient / |G|²; their ratio is the noise scale:",
         "",
         f"| after epoch | {' | '.join(seeds)} |",
         f"|---|{'---|' * len(seeds)}",

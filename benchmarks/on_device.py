@@ -1,13 +1,13 @@
-"""What a small data set costs a training: held on the device, and read from its folder, beside no data at all.
+"""The cost of loading a small data set during training: held on the device or read from a folder, versus no loading.
 
-Three loops train one model, in turn: on one batch again and again, on batches of the data set held on the device, and
-on batches that worker processes read from the folder. The first is what the model alone takes; what the others take
-longer is the price of their data. The two that have data must see the same images.
+Three loops train one model, in turn: repeatedly on one batch, on batches of the data set held on the device, and on
+batches that worker processes read from the folder. The first measures the model alone; the extra time of the other two
+is the cost of their data. Both must see the same images.
 
     python -m benchmarks.on_device --data cifar10 --json benchmarks/results/on_device_cpu.json
 
 ``--data`` is an ImageFolder with train/ and val/ (or test/) of the config's classes; without it, JPEGs of 32 × 32
-pixels are made up.
+pixels are generated.
 """
 
 import argparse
@@ -36,7 +36,7 @@ ALONE, HELD, FOLDER = "one batch again and again", "held on the device", "read f
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure; print a table, and write it and a JSON if asked to."""
+    """Measure; print a table and, with ``--json``, write it and the JSON."""
     words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.on_device", words, ("torch", "timm", "simplejpeg"))
     arguments = parse_arguments(words)
@@ -58,20 +58,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line; what cannot be measured ends the program."""
+    """Parse the command line; exit if the measurement is impossible."""
     parser = argparse.ArgumentParser(prog="benchmarks.on_device", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--config",
         type=Path,
         default=Path("ds_configs/cifar10_b1024.json"),
-        help="whose model and crops (default: %(default)s)",
+        help="config with the model and crops (default: %(default)s)",
     )
-    parser.add_argument("--data", type=Path, help="folder with train/ and val/ (default: made up)")
-    parser.add_argument("--device", default="cpu", help="where the model is (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=positive, default=64, help="images a batch (default: %(default)s)")
-    parser.add_argument("--batches", type=positive, default=8, help="in a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=positive, default=5, help="of each loop, in turn (default: %(default)s)")
-    parser.add_argument("--workers", type=positive, default=1, help="processes of each loader (default: %(default)s)")
+    parser.add_argument("--data", type=Path, help="folder with train/ and val/ (default: generated images)")
+    parser.add_argument("--device", default="cpu", help="device of the model (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=positive, default=64, help="images per batch (default: %(default)s)")
+    parser.add_argument("--batches", type=positive, default=8, help="batches per round (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=5, help="rounds of interleaved loops (default: %(default)s)")
+    parser.add_argument("--workers", type=positive, default=1, help="processes per loader (default: %(default)s)")
     add_json(parser)
     arguments = parser.parse_args(argv)
     images = arguments.micro_batch * arguments.batches
@@ -94,7 +94,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def make_images(folder: Path, count: int) -> None:
-    """Write noise of CIFAR's size: so many JPEGs for training, in two classes, and two for validation."""
+    """Write CIFAR-sized noise: ``count`` JPEGs for training, in two classes, and two for validation."""
     rng = np.random.default_rng(0)
     for part, images in (("train", count), ("val", 2)):
         for number in range(images):
@@ -104,7 +104,7 @@ def make_images(folder: Path, count: int) -> None:
 
 
 def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """Seconds to hold the data set, and of each loop the images a second and the time beside that of no data."""
+    """Seconds to load the data set onto the device; images per second and time relative to no data of each loop."""
     plan = make_plan(read_config(arguments.config), world_size=1)
     config = plan.config.recipe
     device = torch.device(arguments.device)
@@ -144,7 +144,7 @@ def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
         say(f"round {epoch} of {arguments.rounds}" if epoch else "warming up")
         for name, source in sources.items():
             taken = timed(model, islice(source(epoch), arguments.batches), device)
-            if epoch:  # the first one starts the workers and warms up
+            if epoch:  # the first round starts the workers and warms up
                 seconds[name].append(taken)
     for one in loaders.values():
         one.close()
@@ -162,7 +162,7 @@ def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
 
 
 def timed(model: nn.Module, batches: Iterator[Batch], device: torch.device) -> float:
-    """Seconds that forward and backward passes over all batches take, data included."""
+    """Seconds for forward and backward passes over all batches, including data loading."""
     started = time.perf_counter()
     for batch in batches:
         F.cross_entropy(model(batch.images).float(), batch.labels).backward()
@@ -176,19 +176,19 @@ def format_report(report: dict[str, Any]) -> str:
     settings, results = report["settings"], report["results"]
     lines = [
         *heading("A small data set on the device", report),
-        f"{results['images']:,} {'made-up ' if settings['made_up'] else ''}images, {settings['config']}; forward and "
+        f"{results['images']:,} {'generated ' if settings['made_up'] else ''}images, {settings['config']}; forward and "
         f"backward passes on {settings['device']}, micro-batch {settings['micro_batch']}, {settings['workers']} worker "
-        f"processes a loader. Decoding and holding all images took {results['seconds_to_hold']} s, once. "
-        + ("Both loaders gave the same images." if results["same_images"] else "**The loaders gave other images.**"),
+        f"processes per loader. Decoding all images onto the device took {results['seconds_to_hold']} s, once. "
+        + ("Both loaders gave the same images." if results["same_images"] else "**The loaders' images differ.**"),
         "",
-        "| data | images/s | time ÷ that of no data |",
+        "| data | images/s | time ÷ time without data |",
         "|---|---|---|",
         *(
             f"| {name} | {speed:,.0f} | {results['ratio'][name]:.3f} |"
             for name, speed in results["images_per_second"].items()
         ),
         "",
-        "Images/s are medians of the rounds, and the last column is the median of the rounds' ratios.",
+        "Images/s is the median over the rounds; the last column is the median of the rounds' ratios.",
     ]
     return "\n".join(lines) + "\n"
 

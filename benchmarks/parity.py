@@ -1,8 +1,8 @@
-"""Whether the recipe reaches what others reach: one configuration by plain PyTorch, by timm's ``train.py`` and by it.
+"""Accuracy parity: the same configuration trained by this recipe, plain PyTorch and timm's ``train.py``.
 
-All three start from the same weights of each seed and read the same image files: the handwritten digits, written as
-PNGs, or a folder with ``train/`` and ``val/`` such as CIFAR-10's. The loop in plain PyTorch stands below; timm's script
-is no part of its package and is taken from a clone of its repository. Without ``--timm`` it is left out.
+For each seed, all three start from the same weights and read the same image files: the handwritten digits, written as
+PNGs, or a folder with ``train/`` and ``val/`` such as CIFAR-10's. The plain PyTorch loop is in this file. timm's script
+is not part of its package and comes from a clone of its repository; without ``--timm`` it is left out.
 
     git clone --depth 1 https://github.com/huggingface/pytorch-image-models
     python -m benchmarks.parity --timm pytorch-image-models/train.py
@@ -45,7 +45,7 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
 
 @dataclass(frozen=True)
 class Setting:
-    """What all three train: the paper's method at a small size. Durations are in epochs, sizes in images or pixels."""
+    """The shared configuration: the paper's method at a small scale. Units are epochs, images and pixels."""
 
     data: Path
     model: str
@@ -53,14 +53,14 @@ class Setting:
     image_size: int
     global_batch: int
     micro_batch: int
-    """also the images that batch norm averages over"""
+    """also the number of images in batch norm's statistics"""
     reference_lr: float
     reference_batch: int
     epochs: int
     warmup_epochs: int
     decay_epochs: tuple[int, ...]
     augmented: bool
-    """random resized crops, half of them mirrored; else the whole image"""
+    """random resized crops, half of them mirrored; otherwise the whole image"""
 
     @property
     def accumulation(self) -> int:
@@ -72,12 +72,12 @@ class Setting:
 
     @property
     def short_side(self) -> int:
-        """To which a validation image is resized before its centre is cut out, in pixels: the paper's 256 for 224."""
+        """Pixels to which a validation image is resized before the centre crop: the paper's 256 for 224."""
         return round(self.image_size * 256 / 224) if self.augmented else self.image_size
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train; print a table, and write it and the numbers if asked to."""
+    """Train; print a table and, with ``--json``, write it and the JSON."""
     words = list(sys.argv[1:] if argv is None else argv)
     arguments, before = parse(words), context("benchmarks.parity", words)
     with tempfile.TemporaryDirectory() as scratch:
@@ -103,30 +103,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The options; what they name is there."""
+    """Parse the command line, and check that the paths in it exist."""
     parser = argparse.ArgumentParser(prog="benchmarks.parity", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with train/ and val/ or test/ (default: the digits)")
-    parser.add_argument("--timm", type=Path, metavar="TRAIN.PY", help="timm's train.py, of a clone of its repository")
-    parser.add_argument("--seeds", type=positive, default=5, help="runs of each (default: %(default)s)")
+    parser.add_argument("--timm", type=Path, metavar="TRAIN.PY", help="timm's train.py, from a clone of its repository")
+    parser.add_argument("--seeds", type=positive, default=5, help="runs per program (default: %(default)s)")
     parser.add_argument("--epochs", type=positive, default=10, help="with --data (default: %(default)s)")
     parser.add_argument("--model", default="test_resnet", help="with --data (default: %(default)s)")
     parser.add_argument("--image-size", type=positive, default=32, help="with --data (default: %(default)s)")
-    parser.add_argument("--folder", type=made_folder, help="folder of the runs: runs that it holds are not repeated")
+    parser.add_argument("--folder", type=made_folder, help="folder for the runs; runs already in it are not repeated")
     add_json(parser)
     arguments = parser.parse_args(words)
     if arguments.seeds < 2:
-        parser.error("--seeds 1: an interval needs two")
+        parser.error("--seeds 1: a confidence interval needs at least two")
     if arguments.timm is not None and not arguments.timm.is_file():
-        parser.error(
-            f"--timm {arguments.timm}: there is no such file; clone timm's repository, or leave the option out"
-        )
+        parser.error(f"--timm {arguments.timm}: no such file; clone timm's repository, or omit the option")
     if arguments.data is not None and not (arguments.data / "train").is_dir():
-        parser.error(f"--data {arguments.data}: it should hold train/ and val/")
+        parser.error(f"--data {arguments.data}: the folder should contain train/ and val/")
     return arguments
 
 
 def digits(folder: Path) -> Setting:
-    """The digits as PNGs in a folder per class; of the training images as many as fill global batches."""
+    """The digits as PNGs with one folder per class; training images that do not fill a global batch are dropped."""
     setting = Setting(folder, "test_resnet", 10, 16, 128, 32, 0.1, 32, 18, 2, (6, 12, 16), augmented=False)
     if folder.exists():
         return setting
@@ -141,7 +139,7 @@ def digits(folder: Path) -> Setting:
 
 
 def photographs(arguments: argparse.Namespace) -> Setting:
-    """The paper's method on a folder, at the batch that is nearest to 512 of those that leave no image over."""
+    """The paper's method on a folder, at the batch size closest to 512 that divides the number of training images."""
     folder, epochs = arguments.data, arguments.epochs
     images = ImageFolder(str(folder / "train"))
     batches = [accumulation * micro for accumulation in range(1, 65) for micro in (25, 32, 40, 50, 64)]
@@ -158,7 +156,7 @@ def photographs(arguments: argparse.Namespace) -> Setting:
 def trained_once(
     train: Callable[[Setting, int, Path, Path], list[float]], setting: Setting, seed: int, folder: Path
 ) -> list[float]:
-    """Top-1 after each epoch, in per cent; from ``folder``, where this run is complete already."""
+    """Top-1 after each epoch, in per cent; read from ``folder`` if this run is already complete."""
     result = folder / "top1.json"
     if not result.exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -173,7 +171,7 @@ def trained_once(
 
 
 def recipe(setting: Setting, seed: int, start: Path, folder: Path) -> list[float]:
-    """Train by this repository."""
+    """Train with this recipe."""
     data = {
         "source": "imagefolder",
         "path": str(setting.data.resolve()),
@@ -214,7 +212,7 @@ def recipe(setting: Setting, seed: int, start: Path, folder: Path) -> list[float
 
 
 def plain(setting: Setting, seed: int, start: Path, folder: Path) -> list[float]:
-    """Train by torch and torchvision alone."""
+    """Train with only torch and torchvision."""
     torch.manual_seed(seed)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -252,7 +250,7 @@ def plain(setting: Setting, seed: int, start: Path, folder: Path) -> list[float]
 
 
 def rate(setting: Setting, step: int, steps_per_epoch: int) -> float:
-    """The rate of update ``step``, from 0: linear warmup from the reference rate, then a tenth at each decay."""
+    """The learning rate of update ``step``, from 0: linear warmup from the reference rate, a tenth at each decay."""
     warmup = setting.warmup_epochs * steps_per_epoch
     if step < warmup:
         return setting.reference_lr + (setting.peak_rate - setting.reference_lr) * step / warmup
@@ -272,7 +270,7 @@ def accuracy(model: nn.Module, batches: DataLoader[Any], device: torch.device) -
 
 
 def timm_script(script: Path, setting: Setting, seed: int, start: Path, folder: Path) -> list[float]:
-    """Train by timm's ``train.py``."""
+    """Train with timm's ``train.py``."""
     options: dict[str, Any] = {
         "data-dir": setting.data.resolve(),
         "train-split": "train",
@@ -334,25 +332,26 @@ def format_report(report: dict[str, Any]) -> str:
     final = {name: [epochs[-1] for epochs in runs.values()] for name, runs in top1.items()}
     augmented = "random resized crops, half of them mirrored" if setting["augmented"] else "the whole image"
     lines = [
-        *heading(f"One configuration by {len(final)} programs: {setting['data']}, {setting['model']}", report),
-        f"{setting['image_size']} px, {augmented}; batch {setting['global_batch']} of micro-batches of "
+        *heading(f"The same configuration in {len(final)} programs: {setting['data']}, {setting['model']}", report),
+        f"{setting['image_size']} px, {augmented}; batch {setting['global_batch']} in micro-batches of "
         f"{setting['micro_batch']}, {setting['epochs']} epochs; SGD with Nesterov momentum {MOMENTUM}, weight decay "
-        f"{WEIGHT_DECAY:g} but on norms and biases, rate {setting['reference_lr']:g} for {setting['reference_batch']} "
-        f"images, scaled linearly, {setting['warmup_epochs']} epochs of warmup, a tenth after epochs "
-        f"{', '.join(map(str, setting['decay_epochs']))}. Each seed gives all of them the same weights to start from.",
+        f"{WEIGHT_DECAY:g} except on norms and biases, rate {setting['reference_lr']:g} for "
+        f"{setting['reference_batch']} images, scaled linearly, {setting['warmup_epochs']} epochs of warmup, "
+        f"divided by ten after epochs {', '.join(map(str, setting['decay_epochs']))}. "
+        "For each seed, all start from the same weights.",
         "",
-        "| | final top-1, mean ± standard deviation | minus the recipe's, paired by seed | of each seed |",
+        "| | final top-1, mean ± standard deviation | minus the recipe's, paired by seed | by seed |",
         "|---|---|---|---|",
     ]
     for name, values in final.items():
         apart = "–"
         if name != "recipe":
             centre, half = interval([a - b for a, b in zip(values, final["recipe"], strict=True)])
-            verdict = "no difference shown" if abs(centre) <= half else "**a difference**"
+            verdict = "no significant difference" if abs(centre) <= half else "**significant**"
             apart = f"{centre:+.2f} ± {half:.2f}: {verdict}"
         each = ", ".join(f"{value:.2f}" for value in values)
         lines.append(f"| {name} | {mean(values):.2f} ± {stdev(values):.2f} % | {apart} | {each} |")
-    lines += ["", f"± of a difference is half of its {CONFIDENCE:.0%} confidence interval (Student's t)."]
+    lines += ["", f"± of a difference is the half-width of its {CONFIDENCE:.0%} confidence interval (Student's t)."]
     return "\n".join(lines) + "\n"
 
 

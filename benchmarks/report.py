@@ -1,4 +1,4 @@
-"""What benchmarks share: options, and command, date, hardware and versions beside the numbers that they write."""
+"""Shared by all benchmarks: options, and the command, date, hardware and versions recorded with the results."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "deepspeed", "timm")
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of an option that counts something."""
+    """An argparse type for counts of at least ``least``."""
 
     def count(text: str) -> int:
         number = int(text) if text.isdecimal() and len(text) < 10 else -1
@@ -35,7 +35,7 @@ positive = at_least(1)
 
 
 def made_folder(text: str) -> Path:
-    """The type of an option that names a folder to write into: it is made before anything is measured."""
+    """An argparse type for an output folder: creates it before anything is measured."""
     try:
         Path(text).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -45,8 +45,8 @@ def made_folder(text: str) -> Path:
     return Path(text)
 
 
-def add_json(parser: argparse.ArgumentParser, beside: str = "the table comes beside it, as .md") -> None:
-    """Give a benchmark its option ``--json``."""
+def add_json(parser: argparse.ArgumentParser, beside: str = "the table is written next to it, as .md") -> None:
+    """Add the option ``--json``; ``beside`` says in the help what is written next to the JSON."""
 
     def results(text: str) -> Path:
         file = made_folder(str(Path(text).parent)) / Path(text).name
@@ -54,16 +54,16 @@ def add_json(parser: argparse.ArgumentParser, beside: str = "the table comes bes
             raise argparse.ArgumentTypeError(f"{text} cannot be the JSON: a file's name is expected, not in .md")
         return file
 
-    parser.add_argument("--json", type=results, metavar="FILE", help=f"file for the results; {beside}")
+    parser.add_argument("--json", type=results, metavar="FILE", help=f"results file; {beside}")
 
 
 def say(progress: str) -> None:
-    """Tell a person at the terminal how far it is; the tables alone go to standard output."""
+    """Print progress to stderr, so that stdout has only the tables."""
     print(progress, file=sys.stderr, flush=True)
 
 
 def context(module: str, words: Sequence[str], packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """Command, date, hardware and versions of ``python -m module words``; call it before the load begins."""
+    """Command, date, hardware and versions for ``python -m module words``; call it before generating any load."""
     return {
         "command": shlex.join(["python", "-m", module, *words]),
         "date": date.today().isoformat(),
@@ -73,7 +73,7 @@ def context(module: str, words: Sequence[str], packages: Sequence[str] = PACKAGE
 
 
 def hardware() -> dict[str, Any]:
-    """What it runs on, and how busy that is with other things."""
+    """The hardware, and its load average before the benchmark."""
     found: dict[str, Any] = processor() | {"load_before": round(os.getloadavg()[0], 2)}
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
@@ -81,7 +81,7 @@ def hardware() -> dict[str, Any]:
 
 
 def heading(title: str, report: dict[str, Any]) -> list[str]:
-    """The lines that begin a Markdown report."""
+    """The first lines of a Markdown report."""
     where = report["hardware"]
     processor = f"{where['cpu']}, {where['cores']} cores, load before {where['load_before']}"
     return [
@@ -96,6 +96,6 @@ def heading(title: str, report: dict[str, Any]) -> list[str]:
 
 
 def write(file: Path, report: dict[str, Any], table: str) -> None:
-    """Write a report as JSON, and its Markdown beside it."""
+    """Write a report as JSON, and its Markdown next to it."""
     file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     file.with_suffix(".md").write_text(table, encoding="utf-8")

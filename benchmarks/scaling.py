@@ -1,12 +1,12 @@
-"""What more ranks cost: step time, the share of communication and of waiting for data, beside the model on paper.
+"""The cost of scaling to more ranks: step time and its shares of communication and data, versus the cost model.
 
-resnet18 trains on the digits by the recipe's own loop under the ``deepspeed`` launcher, with as many images a rank on
-any number of ranks. Steps take turns: the recipe's, which reduces the gradients within the backward pass; DeepSpeed's,
-which reduces after it; and one that leaves the reduction out. The model (``recipe/plan/cost.py``) gets the
-link as it is measured around the ring of ranks, and predicts the all-reduce; beside it stands what one takes that all
-ranks begin together. With ``--hosts`` the ranks are also put on hosts made of namespaces, one each, whose links are
-limited to given rates (needs root, and what ``tests/multinode`` needs). The same model then says what large clusters
-would do, under assumptions that are written beside it.
+The recipe's own loop trains resnet18 on the digits under the ``deepspeed`` launcher, with the same number of images per
+rank on any number of ranks. Three kinds of step take turns: the recipe's, which reduces gradients during the backward
+pass; DeepSpeed's, which reduces them after it; and one without reduction. The cost model (``recipe/plan/cost.py``)
+predicts the all-reduce from the link as measured around the ring of ranks; the prediction is compared with an
+all-reduce that all ranks start together. With ``--hosts``, the ranks also run on hosts made of network namespaces, one
+rank each, with limited link rates (needs root, and the requirements of ``tests/multinode``). The same model then
+predicts large clusters, under stated assumptions.
 
     python -m benchmarks.scaling --hosts 1gbit 200mbit --json benchmarks/results/scaling_cpu.json
 """
@@ -29,20 +29,20 @@ from recipe.plan import Link, all_reduce_bytes, all_reduce_seconds, efficiency, 
 SCRIPT = "benchmarks/scaling_rank.py"
 TIMEOUT_SECONDS = 600
 
-# Clusters on paper: ResNet-50 in fp16, an all-reduce of half gradients.
+# Hypothetical clusters: ResNet-50 in fp16, an all-reduce of fp16 gradients.
 RESNET50_GRADIENT_BYTES = 2 * 25_557_032
 GPUS = (8, 64, 256, 3584)
 IMAGES_PER_SECOND = 2500.0
-BACKWARD_SHARE = 2 / 3  # of a step's computation: twice the multiplications of the forward pass
+BACKWARD_SHARE = 2 / 3  # of a step's computation: the backward pass has twice the multiplications of the forward pass
 CLUSTERS = {
     "400 Gbit/s and 5 µs a GPU": Link(50e9, 5e-6),
-    # One of a node's ranks sends to the next node, one receives: the ring crosses each node's network once.
+    # In each node, one rank sends to the next node and one receives: the ring crosses a node's network once.
     "50 Gbit/s a node (the paper's network) and 20 µs": Link(50e9 / 8, 20e-6),
 }
 
 
 def measure(ranks: int, micro_batch: int, steps: int, rate: str | None) -> dict[str, Any]:
-    """Run on ranks of this machine or, with a ``rate`` such as "1gbit", on as many hosts whose links have it."""
+    """Run the ranks on this machine or, with a ``rate`` such as "1gbit", one per host with links of that rate."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "run")
         folder.mkdir()
@@ -73,7 +73,7 @@ def measure(ranks: int, micro_batch: int, steps: int, rate: str | None) -> dict[
 
 
 def summarise(everyone: list[dict[str, Any]], ranks: int, rate: str | None) -> dict[str, Any]:
-    """One row: medians over steps, of the slowest rank; and what the model makes of the link."""
+    """One row of results: the slowest rank's median times, and the model's prediction from the link."""
     found = [one["steps"] for one in everyone]
     row: dict[str, Any] = {"ranks": ranks, "rate": rate, "link": None}
     row["step_seconds"] = {way: max(one["step"][way] for one in found) for way in found[0]["step"]}
@@ -87,7 +87,7 @@ def summarise(everyone: list[dict[str, Any]], ranks: int, rate: str | None) -> d
 
 
 def on_paper() -> list[dict[str, Any]]:
-    """What the model says of large clusters."""
+    """The model's predictions for large clusters."""
     rows = []
     for name, link in CLUSTERS.items():
         for micro_batch in (32, 256):
@@ -116,16 +116,18 @@ def on_paper() -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure all cases and print the tables."""
+    """Measure all cases; print the tables and, with ``--json``, write them and the JSON."""
     words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.scaling", words)
     parser = argparse.ArgumentParser(prog="benchmarks.scaling", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2, 4], help="on this machine (default: 1 2 4)")
-    parser.add_argument("--hosts", nargs="*", default=[], metavar="RATE", help="rates of the links of 2 and 4 hosts")
     parser.add_argument(
-        "--micro-batch", type=positive, default=16, help="images a rank and step (default: %(default)s)"
+        "--ranks", type=positive, nargs="+", default=[1, 2, 4], help="ranks on this machine (default: 1 2 4)"
     )
-    parser.add_argument("--steps", type=positive, default=15, help="of each way to reduce (default: %(default)s)")
+    parser.add_argument("--hosts", nargs="*", default=[], metavar="RATE", help="link rates for runs on 2 and 4 hosts")
+    parser.add_argument(
+        "--micro-batch", type=positive, default=16, help="images per rank and step (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=positive, default=15, help="steps per kind of reduction (default: %(default)s)")
     add_json(parser)
     arguments = parser.parse_args(words)
     cases: list[tuple[int, str | None]] = [(ranks, None) for ranks in arguments.ranks]
@@ -150,11 +152,11 @@ def format_report(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     settings = report["settings"]
     lines = [
-        *heading("What more ranks cost", report),
-        f"{settings['model']} in fp32, {settings['micro_batch']} images a rank and step, one thread a rank; medians of "
-        f"{settings['steps']} steps of each kind, in turn. Overlapped is the recipe's own, blocking DeepSpeed's at "
-        "ZeRO stage 0. The ranks share the cores of one machine: what a step takes without reduction grows with them, "
-        "as it would not on GPUs, and adding up and copying take cores from the training.",
+        *heading("The cost of scaling to more ranks", report),
+        f"{settings['model']} in fp32, {settings['micro_batch']} images per rank and step, one thread per rank; "
+        f"medians of {settings['steps']} steps of each kind, interleaved. Overlapped is the recipe's reduction, "
+        "blocking is DeepSpeed's at ZeRO stage 0. The ranks share the cores of one machine. Unlike on GPUs, a step "
+        "without reduction therefore takes longer with more ranks, and summing and copying cost CPU time.",
         "",
         "| ranks | where | step without reduction | blocking | overlapped | blocking ÷ overlapped | "
         "share of communication: blocking | overlapped | waiting for data |",
@@ -173,12 +175,12 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(f"| {row['ranks']} | {where} | {_ms(none)} | {cells} | {waiting:.1%} |")
     lines += [
         "",
-        "## The model beside it",
+        "## Predictions of the cost model",
         "",
-        "An all-reduce takes 2 (P − 1) / P · M bytes over the bandwidth and 2 (P − 1) latencies; both are measured "
-        "around the ring of ranks. Adding up is not in it. Measured: an all-reduce as large as the gradients, which "
-        "all ranks begin together. A step is predicted as one without reduction and what of the all-reduce the "
-        "backward pass, two thirds of it, does not hide.",
+        "An all-reduce of M bytes on P ranks takes 2 (P − 1) / P · M over the bandwidth plus 2 (P − 1) latencies, both "
+        "measured around the ring of ranks. Summing is not included. Measured: an all-reduce as large as the "
+        "gradients, which all ranks start together. A step is predicted as a step without reduction plus the part of "
+        "the all-reduce that the backward pass, two thirds of that step, does not hide.",
         "",
         "| ranks | where | link | all-reduce, predicted | measured | predicted ÷ measured | step, predicted | "
         "overlapped, measured | predicted ÷ measured |",
@@ -197,11 +199,11 @@ def format_report(report: dict[str, Any]) -> str:
             )
     lines += [
         "",
-        "## On paper",
+        "## Predictions for large clusters",
         "",
         f"ResNet-50, fp16 gradients ({RESNET50_GRADIENT_BYTES / 1e6:.0f} MB). Assumed: {IMAGES_PER_SECOND:,.0f} images "
-        "a second and GPU, at either micro-batch; the network as named, without contention, for the better of ring and "
-        "tree; batch norm within the micro-batch; data that never waits. **Nothing of this was measured.**",
+        "per second and GPU, at either micro-batch; the network as named, without contention, with the faster of ring "
+        "and tree; batch norm within the micro-batch; no waiting for data. **None of this was measured.**",
         "",
         "| network | micro-batch | GPUs | global batch | all-reduce | efficiency: blocking | overlapped | images/s |",
         "|---|---|---|---|---|---|---|---|",
@@ -213,7 +215,7 @@ def format_report(report: dict[str, Any]) -> str:
             f"{row['images_per_second']:,.0f} |"
         )
     sent = all_reduce_bytes(RESNET50_GRADIENT_BYTES, 256) / 1e6
-    return "\n".join([*lines, "", f"Each of 256 GPUs sends {sent:.0f} MB a step.", ""])
+    return "\n".join([*lines, "", f"Each of 256 GPUs sends {sent:.0f} MB per step.", ""])
 
 
 def _link(link: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""What ``benchmarks/scaling.py`` starts on each rank: measure the link, then steps that reduce in different ways."""
+"""The program that ``benchmarks/scaling.py`` starts on each rank: times the link, then steps with each reduction."""
 
 import argparse
 import json
@@ -26,12 +26,12 @@ WAYS = ("overlapped", "blocking", "none")
 
 
 def main() -> None:
-    """Measure, and have rank 0 write what all found."""
+    """Measure; rank 0 writes the results of all ranks."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--micro-batch", type=int, required=True, help="images a rank and step")
-    parser.add_argument("--steps", type=int, required=True, help="of each way to reduce")
-    parser.add_argument("--folder", type=Path, required=True, help="an empty one that all ranks see")
-    parser.add_argument("--local_rank", type=int, help="the launcher's, and not looked at")
+    parser.add_argument("--micro-batch", type=int, required=True, help="images per rank and step")
+    parser.add_argument("--steps", type=int, required=True, help="timed steps per kind of reduction")
+    parser.add_argument("--folder", type=Path, required=True, help="empty folder shared by all ranks")
+    parser.add_argument("--local_rank", type=int, help="passed by the launcher; ignored")
     arguments = parser.parse_args()
     set_up_torch()
     import torch
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def measure_link() -> dict[str, float]:
-    """Around the ring of ranks, all at once, as an all-reduce goes: a short message's time, a long one's speed."""
+    """Latency and bandwidth with all ranks sending around the ring at once, as in an all-reduce."""
     import torch
     import torch.distributed as dist
 
@@ -64,7 +64,7 @@ def measure_link() -> dict[str, float]:
         for _ in range(MESSAGES):
             dist.barrier()
             started = time.perf_counter()
-            # First what says that this rank is ready: it would queue behind the message on the way to the same rank.
+            # Post the receive first: its ready message would otherwise queue behind the data sent to the same rank.
             work = [dist.irecv(received, (rank - 1) % ranks), dist.isend(message, (rank + 1) % ranks)]
             for request in work:
                 if request is not None:
@@ -72,14 +72,14 @@ def measure_link() -> dict[str, float]:
             seconds.append(time.perf_counter() - started)
         return median(seconds)
 
-    around(torch.zeros(1))  # makes the connections
+    around(torch.zeros(1))  # establishes the connections
     latency = around(torch.zeros(1))
     long = around(torch.zeros(LARGE_BYTES // 4))
     return {"latency_seconds": latency, "bytes_per_second": LARGE_BYTES / (long - latency)}
 
 
 def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of steps of the real loop on the real data: reduced in the backward pass, after it, and not at all."""
+    """Step times of the real loop on real data, with gradients reduced during the backward pass, after it, or never."""
     import torch
     import torch.distributed as dist
 
@@ -140,7 +140,7 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def all_reduce_alone(message_bytes: int) -> float:
-    """Seconds of an all-reduce that all ranks begin together, with nothing else to do."""
+    """Seconds for an all-reduce that all ranks start together, with nothing else running."""
     import torch
     import torch.distributed as dist
 
@@ -155,7 +155,7 @@ def all_reduce_alone(message_bytes: int) -> float:
 
 
 def reduces_first(engine: Any, step_of_engine: Callable[[], None]) -> Callable[[], None]:
-    """The engine's step after DeepSpeed's own reduction, which the recipe has replaced."""
+    """The engine's step, preceded by DeepSpeed's own reduction, which the recipe replaces."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     def step() -> None:
@@ -166,7 +166,7 @@ def reduces_first(engine: Any, step_of_engine: Callable[[], None]) -> Callable[[
 
 
 def train_epochs(epoch: Callable[[int], Any]) -> Any:
-    """Steps without end."""
+    """An endless stream of steps."""
     number = 0
     while True:
         yield from epoch(number)

@@ -1,6 +1,6 @@
-"""Draws what commands print as SVG, for README and docs: ``python -m benchmarks.screenshots`` (needs rich).
+"""Renders command output as SVG for README and docs: ``python -m benchmarks.screenshots`` (needs rich).
 
-The run is trained only where ``runs/digits_b512`` does not hold it already.
+The run is trained only if ``runs/digits_b512`` does not contain it yet.
 """
 
 import io
@@ -17,11 +17,11 @@ PICTURES = {
     "plan": ("python -m recipe plan ds_configs/resnet50_b8192.json --hostfile hostfiles/four_nodes_8gpu", ""),
     "summary": ("python recipe/train.py --deepspeed_config ds_configs/digits_b512.json", "  trained"),
 }
-"""the command of each picture, and the text with which the part of its output begins that is drawn"""
+"""the command for each picture, and the text at which the drawn part of its output starts"""
 
 
 def main() -> int:
-    """Run each command and write its picture; return 0, or the exit code of a command that failed."""
+    """Run each command and write its picture; return 0, or the exit code of the first command that fails."""
     for name, (command, beginning) in PICTURES.items():
         words = [sys.executable, *command.split()[1:]]
         done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
@@ -34,12 +34,12 @@ def main() -> int:
 
 
 def draw(command: str, output: str, name: str) -> str:
-    """The SVG of a terminal with a command and its output; ``name`` makes its identifiers unique on a page."""
+    """An SVG of a terminal with a command and its output; ``name`` makes its identifiers unique within a page."""
     lines = [f"$ {command}", "", *output.expandtabs().strip("\n").splitlines()]
     console = Console(record=True, width=max(map(len, lines)) + 1, file=io.StringIO(), highlight=False)
     console.print(Text("\n".join(lines), no_wrap=True))
     svg = console.export_svg(title="", unique_id=name)
-    return re.sub(r"\s*@font-face \{[^}]*\}", "", svg)  # rich's fonts would be fetched from another site
+    return re.sub(r"\s*@font-face \{[^}]*\}", "", svg)  # rich's fonts would be fetched from an external site
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How long it takes from the command to the first optimizer step, part by part.
+"""Time from the command to the first optimizer step, phase by phase.
 
-The digits' run is started by ``python`` and by the ``deepspeed`` launcher, in turn, one thread a rank, and ends after
-its first step.
+The digits run is started with ``python`` and with the ``deepspeed`` launcher in turn, with one thread per rank, and
+ends after its first step.
 
     python -m benchmarks.startup --json benchmarks/results/startup_cpu.json
 """
@@ -29,7 +29,7 @@ NAMES = {"python": "python, 1 rank", "deepspeed-1": "deepspeed, 1 rank", "deepsp
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure; print the tables, and write them and a JSON if asked to."""
+    """Measure; print a table and, with ``--json``, write it and the JSON."""
     words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.startup", words, ("torch", "torchvision", "deepspeed", "timm"))
     arguments = parse_arguments(words)
@@ -46,19 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.startup", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--launches", nargs="+", choices=LAUNCHES, default=list(LAUNCHES), help="(default: all)")
-    parser.add_argument("--rounds", type=positive, default=5, help="of each, in turn (default: %(default)s)")
-    parser.add_argument(
-        "--folder", type=made_folder, help="where runs are made, for a while (default: the system's for such)"
-    )
+    parser.add_argument("--rounds", type=positive, default=5, help="launches of each kind (default: %(default)s)")
+    parser.add_argument("--folder", type=made_folder, help="folder for temporary run folders (default: the system's)")
     add_json(parser)
     return parser.parse_args(argv)
 
 
 def starts(folder: Path, launches: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
-    """For each launch the median seconds of each part, by rank 0, and those of the whole in each round."""
+    """For each kind of launch: median seconds per phase on rank 0, and the total of each round."""
     times: dict[str, list[dict[str, float]]] = {launch: [] for launch in launches}
     for number in range(rounds):
         for launch in launches:
@@ -74,7 +72,7 @@ def starts(folder: Path, launches: Sequence[str], rounds: int) -> dict[str, dict
 
 
 def start(output: Path, ranks: int | None) -> dict[str, float]:
-    """Start a run on ``ranks`` ranks by the launcher, or one rank without it; give the seconds of each part."""
+    """Start a run with the launcher on ``ranks`` ranks, or, if None, one rank without it; return seconds per phase."""
     words = (SCRIPT, "--deepspeed_config", CONFIG, "--output", str(output))
     command = [sys.executable, *words] if ranks is None else deepspeed_command(ranks, *words)
     times = output.with_suffix(".json")
@@ -100,10 +98,10 @@ def format_report(report: dict[str, Any]) -> str:
     rows["**all**"] = [median(of_launch["whole"]) for of_launch in found.values()]
     lines = [
         *heading("From the command to the first step", report),
-        f"Seconds, medians of {settings['rounds']} launches of {CONFIG} by each way, in turn; one thread a rank, as "
-        "rank 0 sees it. The launch is what passes until the rank's own Python runs.",
+        f"Seconds on rank 0, medians of {settings['rounds']} launches of {CONFIG} of each kind, interleaved, one "
+        "thread per rank. The launch phase lasts until the rank's own Python runs.",
         "",
-        f"| part | {' | '.join(NAMES[launch] for launch in found)} |",
+        f"| phase | {' | '.join(NAMES[launch] for launch in found)} |",
         f"|---|{'---|' * len(found)}",
         *(f"| {part} | {' | '.join(f'{value:.2f}' for value in values)} |" for part, values in rows.items()),
     ]

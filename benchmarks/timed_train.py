@@ -1,7 +1,7 @@
-"""``recipe/train.py`` that writes how long each part of its start took, and ends after the first optimizer step.
+"""``recipe/train.py`` that records how long each startup phase took, and exits after the first optimizer step.
 
-The environment says when the command was given (``COMMAND_GIVEN``, seconds of the monotonic clock, which all processes
-of a machine share) and where rank 0 writes (``TIMES_FILE``). The training is that of ``recipe/train.py``.
+Environment variables give the time of the command (``COMMAND_GIVEN``, in seconds of the monotonic clock, which all
+processes on a machine share) and the file that rank 0 writes (``TIMES_FILE``). Training is unchanged.
 """
 
 import time
@@ -33,7 +33,7 @@ ORDER = (LAUNCH, IMPORTS, *PARTS, BATCHES, STEP, REST)
 
 
 def time_parts(given: float, file: Path) -> None:
-    """Have the parts timed, and the process end after the first step."""
+    """Time the startup phases, and end the process after the first step."""
     import torch.distributed as dist
 
     from recipe import data, run
@@ -80,7 +80,7 @@ def time_parts(given: float, file: Path) -> None:
 
 
 def set_up_torch_and_time(cores: int | None = None) -> None:
-    """Where the imports begin, do so, too."""
+    """Install the timers at the point where ``train.py`` starts its imports."""
     set_up_torch(cores)
     time_parts(float(os.environ["COMMAND_GIVEN"]), Path(os.environ["TIMES_FILE"]))
 

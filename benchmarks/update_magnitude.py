@@ -1,13 +1,13 @@
-"""The mathematics behind linear scaling, measured on the recipe's own model and real handwritten digits.
+"""The mathematics behind linear scaling, measured on a model of the recipe and real handwritten digits.
 
-1. How far weights move: from the same weights, k steps of plain SGD at the rate η on batches of n = 32 images, beside
-   one step at kη on the same k · n images (Goyal et al. 2017, §2.1), at several points of a training run. η is the rate
-   of the run there, scaled to n images, divided by 1 - momentum: what momentum makes of it over many steps.
-2. How the gradient falls: |∇L|² over all training images, along runs at several batches under the linear rule, with
-   momentum and warmup as in the recipe and without decay.
+1. How far the weights move: from the same weights, k steps of plain SGD at rate η on batches of n = 32 images, versus
+   one step at kη on the same k · n images (Goyal et al. 2017, §2.1), at several points of a training run. η is the
+   run's rate at that point, scaled to n images and divided by 1 - momentum, its effective rate over many steps.
+2. How the gradient falls: |∇L|² over all training images, in runs at several batch sizes under the linear rule, with
+   momentum and warmup as in the recipe, and without decay.
 
-Batch norm is over n images everywhere, so that a larger batch is more of the same samples. Images are not augmented, so
-that L is one function. Written are a table, the numbers and two figures.
+Batch norm always covers n images, so that a larger batch is more of the same samples. Images are not augmented, so that
+L is a fixed function. The output is a table, the numbers and two figures.
 
     python -m benchmarks.update_magnitude --json benchmarks/results/update_magnitude_cpu.json
 """
@@ -40,14 +40,14 @@ POINTS = {0: "the start", 1: "epoch 1", 8: "epoch 8", 20: "epoch 20, after the d
 DECAY_EPOCH, DECAY_FACTOR, WARMUP_EPOCHS = 16, 0.1, 5
 BATCHES = (64, 128, 256, 512)
 MEASURED_EPOCHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
-CLOSE = 0.1  # as far as each other, within this part
+CLOSE = 0.1  # relative difference up to which two lengths count as equal
 
 Gradient = Callable[[Tensor, Tensor], Tensor]
-"""Of weights (P,) and the indices of images (m,): the gradient of their mean loss (P,)."""
+"""The gradient (P,) of the mean loss, from weights (P,) and image indices (m,)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure; print a table, and write it, the numbers and the figures if asked to."""
+    """Measure; print a table and, with ``--json``, write it, the JSON and the figures."""
     words = list(sys.argv[1:] if argv is None else argv)
     arguments, before = parse_arguments(words), context("benchmarks.update_magnitude", words)
     set_up_torch()
@@ -67,16 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.update_magnitude", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--draws", type=positive, default=4, help="of images, for each k (default: %(default)s)")
-    parser.add_argument("--seeds", type=positive, default=2, help="runs at each batch (default: %(default)s)")
-    add_json(parser, "table and figures come beside it")
+    parser.add_argument("--draws", type=positive, default=4, help="draws of images for each k (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=2, help="runs per batch size (default: %(default)s)")
+    add_json(parser, "table and figures are written next to it")
     return parser.parse_args(argv)
 
 
 class Digits:
-    """The training images, and the recipe's model for them; its loss as a function of a vector of weights."""
+    """The training images and the recipe's model for them, with its loss as a function of a weight vector."""
 
     def __init__(self) -> None:
         training, _ = open_digits(image_size=IMAGE_SIZE, crop="none", flip=False, seed=0)
@@ -87,7 +87,7 @@ class Digits:
         self.model = build_model("test_resnet", CLASSES, seed=0, statistics=N).train()
 
     def new_weights(self, seed: int) -> Tensor:
-        """The initial weights that a seed gives."""
+        """The initial weights for a seed."""
         return parameters_to_vector(build_model("test_resnet", CLASSES, seed, statistics=N).parameters()).detach()
 
     def gradient(self, weights: Tensor, indices: Tensor) -> Tensor:
@@ -99,14 +99,14 @@ class Digits:
         return parameters_to_vector(parts)
 
     def full_norm_squared(self, weights: Tensor) -> float:
-        """|∇L|² over all images that fill groups of n, always the same groups."""
+        """|∇L|² over all full groups of n images, always the same groups."""
         groups = epoch_permutation(0, 0, len(self.labels))[: len(self.labels) // N * N].split(N)
         return float(torch.stack([self.gradient(weights, group) for group in groups]).mean(0).square().sum())
 
     def train(
         self, seed: int, batch: int, rate: RateSchedule, epochs: int, at_epoch: Callable[[int, Tensor], None]
     ) -> None:
-        """Train as the recipe does, and show the weights (P,) before the first epoch, as 0, and after each."""
+        """Train like the recipe; call ``at_epoch`` with the weights (P,) before the first epoch (0) and after each."""
         model = self.model
         weights = self.new_weights(seed)
         optimizer = torch.optim.SGD(parameter_groups(model, WEIGHT_DECAY), lr=0.1, momentum=MOMENTUM, nesterov=True)
@@ -129,21 +129,19 @@ class Digits:
 
 
 def many_steps(weights: Tensor, batches: Sequence[Tensor], rate: float, gradient: Gradient) -> Tensor:
-    """Where a step of plain SGD on each batch leads."""
+    """The weights after one step of plain SGD on each batch."""
     for batch in batches:
         weights = weights - rate * gradient(weights, batch)
     return weights
 
 
 def one_step(weights: Tensor, batches: Sequence[Tensor], rate: float, gradient: Gradient) -> Tensor:
-    """Where one step on all k batches of one size leads, at k times the rate."""
+    """The weights after one step on all k batches, of equal size, at k times the rate."""
     return weights - rate * torch.stack([gradient(weights, batch) for batch in batches]).sum(0)
 
 
 def compare(many: Tensor, one: Tensor) -> dict[str, float]:
-    """Two moves (P,): the length of ``many`` over that of ``one``, the cosine between them, and how far they end apart
-    as a part of the length of ``one``.
-    """
+    """Compare two moves (P,): length ratio, cosine, and distance, relative to the length of ``one``."""
     return {
         "length_ratio": float(many.norm() / one.norm()),
         "cosine": float(F.cosine_similarity(many, one, dim=0)),
@@ -152,12 +150,12 @@ def compare(many: Tensor, one: Tensor) -> dict[str, float]:
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of the least-squares line through points on logarithmic axes: the exponent of a power law."""
+    """The exponent of a power law: the slope of a least-squares line on logarithmic axes."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def measure_moves(problem: Digits, draws: int) -> list[dict[str, Any]]:
-    """Part 1: at each point of a run at the reference batch, of each k, the comparison of each draw of images."""
+    """Part 1: for each point of a run at the reference batch and each k, one comparison per draw of images."""
     steps = len(problem.labels) // REFERENCE_BATCH
     decay = RateSchedule(REFERENCE_RATE, REFERENCE_RATE, "none", 0, "linear", (DECAY_EPOCH * steps,), DECAY_FACTOR)
     generator = torch.Generator().manual_seed(0)
@@ -180,7 +178,7 @@ def measure_moves(problem: Digits, draws: int) -> list[dict[str, Any]]:
 
 
 def measure_convergence(problem: Digits, seeds: int) -> list[dict[str, Any]]:
-    """Part 2: of each batch, |∇L|² at the end of some epochs, a list a seed."""
+    """Part 2: for each batch size, |∇L|² after some epochs, one list per seed."""
     found = []
     for batch in BATCHES:
         steps = len(problem.labels) // batch
@@ -217,12 +215,12 @@ def measure_convergence(problem: Digits, seeds: int) -> list[dict[str, Any]]:
 
 
 def geometric_means(runs: Sequence[Sequence[float]]) -> list[float]:
-    """Over runs, at each time."""
+    """The geometric mean over runs at each time."""
     return [float(np.exp(np.log(values).mean())) for values in zip(*runs, strict=True)]
 
 
 def largest_close_k(moves: Sequence[dict[str, Any]], epoch: int) -> int:
-    """Up to which k the mean ratio of lengths is 1 within ``CLOSE``; 1, of which it is trivial, if none is."""
+    """The largest k up to which the mean length ratio is within ``CLOSE`` of 1; at least 1, where it is trivially 1."""
     largest = 1
     for move in (move for move in moves if move["epoch"] == epoch):
         if abs(mean(draw["length_ratio"] for draw in move["draws"]) - 1) > CLOSE:
@@ -235,11 +233,11 @@ def format_report(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     moves, convergence = report["results"]["moves"], report["results"]["convergence"]
     lines = [
-        *heading(f"Linear scaling's mathematics on real digits: test_resnet, {IMAGE_SIZE} px", report),
-        f"k steps at η on {N} images each, beside one step at kη on the same images; means of "
+        *heading(f"The mathematics of linear scaling on real digits: test_resnet, {IMAGE_SIZE} px", report),
+        f"k steps at η on {N} images each, versus one step at kη on the same images; means of "
         f"{report['settings']['draws']} draws.",
         "",
-        "| from | η | k | length of k steps ÷ one's (least–most) | cosine between them | ends apart, ÷ one's length |",
+        "| from | η | k | length of k steps ÷ one step's (min–max) | cosine | distance of ends ÷ one step's length |",
         "|---|---|---|---|---|---|",
     ]
     for move in moves:
@@ -256,8 +254,8 @@ def format_report(report: dict[str, Any]) -> str:
         "",
         f"Both ways move the weights equally far, within {CLOSE:.0%}: {close}.",
         "",
-        f"|∇L|² over all training images (runs at each batch: {report['settings']['seeds']}; of several, the geometric "
-        "mean); the slope is the exponent of T in steps, from the end of epoch 1 on.",
+        f"|∇L|² over all training images (runs per batch: {report['settings']['seeds']}; geometric mean if several); "
+        "the slope is the exponent of T in steps, from the end of epoch 1 on.",
         "",
         f"| batch | {' | '.join(f'epoch {epoch}' for epoch in MEASURED_EPOCHS)} | slope |",
         f"|{'---|' * (len(MEASURED_EPOCHS) + 2)}",
@@ -269,15 +267,15 @@ def format_report(report: dict[str, Any]) -> str:
     steeper = sum(value <= -0.5 for value in slopes)
     lines += [
         "",
-        f"Of {len(slopes)} slopes {steeper} are as steep as the -0.5 of the bound O(1/√T) or steeper "
-        f"({min(slopes):.2f} to {max(slopes):.2f}). That agrees with a bound from above; it does not show that |∇L|² "
-        "falls as a power of T.",
+        f"Of {len(slopes)} slopes, {steeper} are at least as steep as the -0.5 of the bound O(1/√T) "
+        f"({min(slopes):.2f} to {max(slopes):.2f}). This is consistent with an upper bound; it does not show that "
+        "|∇L|² falls as a power of T.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def draw_moves(moves: Sequence[dict[str, Any]], file: Path) -> None:
-    """Part 1 as PNG and SVG."""
+    """Draw part 1 as PNG and SVG."""
     figure, (lengths, apart) = new_figure(1, 2, size=(11, 5))
     for axes, key in ((lengths, "length_ratio"), (apart, "apart")):
         for epoch, name in POINTS.items():
@@ -292,14 +290,14 @@ def draw_moves(moves: Sequence[dict[str, Any]], file: Path) -> None:
         axes.yaxis.set_major_formatter("{x:.3g}")
         axes.set_xlabel(f"k: steps of {N} images at η, or one step of k × {N} images at kη")
     lengths.axhspan(1 - CLOSE, 1 + CLOSE, color="black", alpha=0.08)
-    lengths.set_title("How far k steps move the weights, as part of one step's way")
-    apart.set_title("How far apart both end, as part of one step's way")
+    lengths.set_title("Length of k steps, relative to one step's length")
+    apart.set_title("Distance between both ends, relative to one step's length")
     lengths.legend(frameon=False)
     save_figure(figure, file)
 
 
 def draw_convergence(convergence: Sequence[dict[str, Any]], file: Path) -> None:
-    """Part 2 as PNG and SVG."""
+    """Draw part 2 as PNG and SVG."""
     figure, (by_steps, by_images) = new_figure(1, 2, size=(11, 5))
     for run in convergence:
         values, label = geometric_means(run["norms_squared"]), f"batch {run['batch']}: slope {run['slope']:.2f}"
@@ -321,7 +319,7 @@ def draw_convergence(convergence: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def convergence_figure(json: Path) -> Path:
-    """Where part 2 is drawn."""
+    """The path of part 2's figure."""
     return json.with_name(f"{json.stem}_convergence")
 
 
