@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
 
 from recipe.commands.compare import main as compare
-from recipe.commands.hosts.command import format_table
+from recipe.commands.hosts import format_table
 from recipe.commands.hosts.probe import data as count_data
 from recipe.commands.hosts.visit import Host
 from recipe.commands.pack import command, main, shards as pack_shards
