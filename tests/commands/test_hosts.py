@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from recipe.commands.hosts import compare, format_problems, format_table, main, probe
-from recipe.commands.hosts.visit import NO_FOLDER, NO_INTERPRETER, Host, explain, remote_command, ssh
+from recipe.commands.hosts.visit import NO_FOLDER, NO_INTERPRETER, Host, explain, remote_command
 from tests.launch import DIGITS, ROOT
 
 VERSIONS = {"python": "3.11.7", "torch": "2.15.0", "deepspeed": "0.19.8", "timm": "1.0.31", "torchvision": "0.29.1"}
@@ -208,15 +208,6 @@ def test_host_name_comes_after_all_ssh_options(ask: Asked, monkeypatch: pytest.M
     assert all(call.startswith("-a -x -tt -p 2222 -T -o BatchMode=yes -o ConnectTimeout=5 -- ") for call in probes)
     assert "problem: node-2: it exited with code 255 and no message; try it by hand: ssh node-2" in out
     assert out.splitlines()[-1].startswith("A launch would fail or go wrong: 2 problems (2 ranks on 2 hosts; ")
-
-
-def test_ssh_takes_an_option_in_place_of_the_host_for_a_host(tmp_path: Path) -> None:
-    """The second line of defence: even if such a name got through, ssh would refuse it as a host name."""
-    done = subprocess.run(
-        ssh(f"-oProxyCommand=touch {tmp_path}/marker", "true"), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 255
-    assert not (tmp_path / "marker").exists()
 
 
 def test_folder_and_variables_are_quoted_for_the_remote_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

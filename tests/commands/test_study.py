@@ -5,9 +5,9 @@ import csv
 import json
 import re
 import signal
+import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.launch import ROOT, environment
 from recipe.__main__ import main as recipe_command
-from recipe.checkpoints import History, is_locked
+from recipe.checkpoints import is_locked
 from recipe.commands import study as study_command
 from recipe.commands.study import figures as study_figures
 from recipe.commands.study.figures import draw_figures
@@ -34,9 +34,9 @@ from recipe.commands.study.results import (
     write_csv,
 )
 from recipe.commands.study.runs import Resources, Runner, check_output, command
-from recipe.distributed import versions
 from recipe.plan import plan_json
-from recipe.reporting import summarise
+from tests.launch import wait_until
+from tests.run_folders import step, validation, write_run
 
 STUDIES = sorted((ROOT / "ds_configs/studies").glob("*.json"))
 SHORT = {
@@ -75,36 +75,17 @@ def study(folder: Path, **changes: Any) -> Study:
 
 def complete(run: Run, output: Path, errors: list[float]) -> None:
     """Write the files of a complete run with these validation errors in per cent and a loss of 1 / (epoch + 1)."""
-    folder = output / run.folder
-    folder.mkdir(parents=True)
-    validations, lines = [], []
+    events = []
     for epoch, error in enumerate(errors):
-        step = {"event": "step", "step": epoch, "epoch": epoch, "loss": 1 / (epoch + 1)}
-        validation = {"event": "validation", "step": epoch, "epoch": epoch, "top1": 100 - error, "top5": 100.0}
-        validations.append(validation)
-        lines += [json.dumps(step | {"skipped": False, "loss_scale": 1.0}), json.dumps(validation)]
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    summary = summarise(
-        run.plan,
-        History(validations, seconds=7.0),
-        device="CPU",
-        hosts=1,
-        skipped_steps=0,
-        images_per_second=9.0,
-        best_checkpoint=None,
-        classes=(),
-        versions=versions(),
-    )
-    (folder / "summary.json").write_text(json.dumps(summary))
+        events += [step(epoch, 1 / (epoch + 1), steps_per_epoch=1), validation(epoch, 100 - error)]
+    summary = {"median_error_last_epochs": statistics.median(errors[-5:]), "wall_seconds": 7.0}
+    summary |= {"final_top1": 100 - errors[-1], "best_top1": 100 - min(errors)}
+    write_run(output / run.folder, events, summary=summary)
 
 
 def diverge(run: Run, output: Path, losses: Sequence[float | None] = (2.3, None)) -> None:
     """Write the files of a diverged run with these losses, two steps per epoch."""
-    folder = output / run.folder
-    folder.mkdir(parents=True)
-    usual = {"event": "step", "skipped": False, "loss_scale": 1.0}
-    steps = [usual | {"step": step, "epoch": step // 2, "loss": loss} for step, loss in enumerate(losses)]
-    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
+    write_run(output / run.folder, [step(number, loss, steps_per_epoch=2) for number, loss in enumerate(losses)])
 
 
 def test_difference_from_the_baseline_is_paired_by_seed(tmp_path: Path) -> None:
@@ -240,8 +221,8 @@ def test_incomplete_runs_are_reported_with_their_reason_and_not_averaged(tmp_pat
     assert "- |η|, seed 4: interrupted: 0 of 10 steps are done\n" in report
     assert "- not started: 1 of 6 runs\n" in report
     metrics = tmp_path / six.runs[1].folder / "metrics.jsonl"
-    skipped = {"event": "step", "step": 2, "epoch": 0, "loss": None, "skipped": True, "loss_scale": 65536.0}
-    metrics.write_text(metrics.read_text() + json.dumps(skipped) + "\n")  # an overflow that fp16 skips
+    overflow = step(2, None, skipped=True, loss_scale=65536.0)  # fp16 skips it
+    metrics.write_text(metrics.read_text() + json.dumps(overflow) + "\n")
     assert read_result(six.runs[1], tmp_path).state == "interrupted"
 
 
@@ -359,11 +340,11 @@ def test_different_split_is_refused_if_batch_norm_sees_other_images(tmp_path: Pa
 
     (tmp_path / "a/seed-0").mkdir(parents=True)
     splits = (("global", 2, 128, 256), ("local", 1, 64, 64), ("local", 2, 128, 0), (32, 1, 64, 0))
-    for statistics, *split, images in splits:
-        (tmp_path / "a/seed-0/plan.json").write_text(plan_json(split_into(statistics, 1, 128).runs[0].plan))
+    for kind, *split, images in splits:
+        (tmp_path / "a/seed-0/plan.json").write_text(plan_json(split_into(kind, 1, 128).runs[0].plan))
         message = f"a different run: images in recipe.batchnorm.statistics were 128, are {images}; name"
         with pytest.raises(ValueError, match=message) if images else contextlib.nullcontext():
-            check_output(split_into(statistics, *split), tmp_path)
+            check_output(split_into(kind, *split), tmp_path)
 
 
 def test_run_is_launched_by_the_command_that_a_person_would_type(tmp_path: Path) -> None:
@@ -487,15 +468,8 @@ def test_study_resumes_after_a_signal(tmp_path: Path) -> None:
             words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
-    def wait_for_steps(process: subprocess.Popen[str], more_than: int) -> None:
-        deadline = time.monotonic() + 600
-        while len(read_lines(long / "metrics.jsonl")) <= more_than:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
     first = start()
-    wait_for_steps(first, 0)
+    wait_until(lambda: len(read_lines(long / "metrics.jsonl")) > 0)
     first.send_signal(signal.SIGTERM)
     said, _ = first.communicate(timeout=300)
     assert first.returncode == 143, said
@@ -517,7 +491,7 @@ def test_study_resumes_after_a_signal(tmp_path: Path) -> None:
     lock.rmdir()
     launches = [(output / case / "seed-0" / LAUNCH_LOG).stat().st_mtime_ns for case in ("wild", "long")]
     second = start()
-    wait_for_steps(second, len(read_lines(long / "metrics.jsonl")))
+    wait_until(lambda: len(read_lines(long / "metrics.jsonl")) > done)
     refused = subprocess.run(
         words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False
     )
