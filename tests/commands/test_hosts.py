@@ -29,7 +29,7 @@ FACTS: dict[str, Any] = {
     "unreached": [],
     "devices": {"gpus": ["H100", "H100"], "knows_precision": True},
     "data": {"classes": 10, "train_images": 5000, "validation_images": 100},
-    "exchange": {"latency_ms": 0.21, "latency_with": "node-1", "bytes_per_second": 1.25e9, "bandwidth_with": "node-1"},
+    "exchange": {"slowest_round_trip": "0.21 ms to node-1", "lowest_bandwidth": "10 Gbit/s to node-1"},
 }
 
 
@@ -67,8 +67,8 @@ def test_good_hosts_have_no_problems(count: int, question: str, fact: Any) -> No
         ("devices", {"gpus": ["H100"]}, "1 GPUs for 2 slots; write slots=1, or find out why torch does not see more"),
         ("devices", {"gpus": []}, "it would train on CPU, node-0 on 2 × H100; check GPUs and drivers"),
         ("devices", {"knows_precision": False}, 'its 2 × H100 does not support fp16; write "fp16": {"enabled": false}'),
-        ("checkout", {"code_sha256": "0ther"}, "code 8f7e6184 0ther, node-0 has 8f7e6184 c0de; check out the same"),
-        ("checkout", {"commit": "aaaaaaaa"}, "code aaaaaaaa c0de, node-0 has 8f7e6184 c0de; check out the same"),
+        ("checkout", {"code_sha256": "0ther"}, "code 8f7e6184 0ther, node-0 has 8f7e6184 c0de; make the checkouts"),
+        ("checkout", {"commit": "aaaaaaaa"}, "code aaaaaaaa c0de, node-0 has 8f7e6184 c0de; make the checkouts"),
         ("checkout", {"config_sha256": "0ther"}, "config 0ther, node-0 has c0f1; copy the same file to all hosts"),
         ("checkout", {"versions": {"timm": "missing"}}, "timm missing, node-0 has 1.0.31; install the same"),
         ("network", {"address": "127.0.1.1"}, "its own name resolves to 127.0.1.1, which other hosts cannot reach"),

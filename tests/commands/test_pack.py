@@ -26,7 +26,7 @@ from recipe.commands.pack import command, main, shards as pack_shards
 from recipe.commands.pack.command import pack
 from recipe.data import open_datasets
 from tests.data.images import picture, sample, write_folder
-from tests.launch import DIGITS, ROOT, environment, train_ok
+from tests.launch import DIGITS, ROOT, environment, train_ok, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -140,12 +140,7 @@ def start_large_pack(tmp_path: Path) -> tuple[Path, subprocess.Popen[str]]:
     for number in range(6_000):
         os.link(images / "val/c0/0.jpg", images / f"val/c1/again-{number}.jpg")
     process = start(images, tmp_path / "pack", start_new_session=True)
-    record = tmp_path / "pack/.unfinished/train-00000.json"
-    deadline = time.monotonic() + 100
-    while not record.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until((tmp_path / "pack/.unfinished/train-00000.json").exists)
     return images, process
 
 
@@ -162,10 +157,7 @@ def test_interrupted_pack_resumes(tmp_path: Path, signals: list[signal.Signals])
     else:  # either can be taken first
         heard = {143: "SIGTERM", 130: "SIGINT"}[process.returncode]
         assert said == f"recipe: {heard}: ended at once; the same command resumes\n"
-    deadline = time.monotonic() + 100
-    while group(process.pid):
-        assert time.monotonic() < deadline, group(process.pid)
-        time.sleep(0.05)
+    wait_until(lambda: not group(process.pid))
     assert not (tmp_path / "pack/pack.json").exists()
     with pytest.raises(ValueError, match="holds no whole pack"):
         open_datasets("pack", tmp_path / "pack", 16, "none", False, 0, "stop")

@@ -135,7 +135,7 @@ def test_different_code_clock_and_config_and_a_host_that_hangs(four_hosts: Clust
     for problem, expected in zip(
         found,
         [
-            rf"node-1: code {digest}, node-0 has {digest}; check out the same commit",
+            rf"node-1: code {digest}, node-0 has {digest}; make the checkouts identical",
             r"node-1: its clock is (9\.\d|10\.\d) s ahead of node-0's; synchronise both by NTP",
             rf"node-2: config {digest}, node-0 has {digest}; copy the same file to all hosts",
             r'node-3: no answer to "checkout" within 15 s; check whether the host or its disks hang',

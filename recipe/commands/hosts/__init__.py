@@ -183,11 +183,6 @@ def _data(host: Host) -> str:
     return f"{data['classes']:,} classes, {data['train_images']:,} + {data['validation_images']:,} images{pack}"
 
 
-def _bandwidth(host: Host) -> str:
-    found = host.facts["exchange"]
-    return f"{found['bytes_per_second'] * 8 / 1e9:.3g} Gbit/s to {found['bandwidth_with']}"
-
-
 _COLUMNS: dict[str, Callable[[Host], str]] = {
     "host": lambda host: host.name,
     "slots": lambda host: str(host.slots),
@@ -198,13 +193,13 @@ _COLUMNS: dict[str, Callable[[Host], str]] = {
     "config": lambda host: host.facts["checkout"]["config_sha256"][:8],
     "data": _data,
     "clock": lambda host: f"{host.facts['clock']:+.2f} s",
-    "slowest round trip": lambda host: "{latency_ms:.2f} ms to {latency_with}".format(**host.facts["exchange"]),
-    "lowest bandwidth": _bandwidth,
+    "slowest round trip": lambda host: host.facts["exchange"]["slowest_round_trip"],
+    "lowest bandwidth": lambda host: host.facts["exchange"]["lowest_bandwidth"],
 }
 # The columns that must be the same on all hosts, each with the remedy if they are not.
 _ALIKE = {
     **dict.fromkeys(PACKAGES, "install the same version"),
-    "code": "check out the same commit",
+    "code": "make the checkouts identical",
     "config": "copy the same file to all hosts",
     "data": "copy what is missing",
 }

@@ -158,9 +158,9 @@ def unreached(networks: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def exchange(address: str, port: int, rank: int, hosts: Sequence[str]) -> dict[str, Any]:
-    """Rendezvous as ranks do and exchange messages with each host: the worst latency and bandwidth.
+    """Rendezvous as ranks do, exchange messages with each host, and return the slowest round trip and bandwidth.
 
-    If some hosts do not arrive, only their names, as ``missing``.
+    If some hosts do not arrive, return only their names, as ``missing``.
     """
     import torch.distributed as dist
 
@@ -176,16 +176,18 @@ def exchange(address: str, port: int, rank: int, hosts: Sequence[str]) -> dict[s
     except dist.DistError:
         return {"missing": [host for other, host in enumerate(hosts) if not store.check([f"here/{other}"])]}
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-    latency, bandwidth = [], []
+    latency, bandwidth = [], []  # in seconds per round trip, with the other host
     for distance in range(1, world_size):
         ahead, behind = (rank + distance) % world_size, (rank - distance) % world_size
-        seconds = _round_trip_seconds(ahead, behind, LATENCY_BYTES, LATENCY_ROUNDS)
-        latency.append((seconds * 1000, hosts[ahead]))
-        seconds = _round_trip_seconds(ahead, behind, BANDWIDTH_BYTES, BANDWIDTH_ROUNDS)
-        bandwidth.append((2 * BANDWIDTH_BYTES / seconds, hosts[ahead]))
+        latency.append((_round_trip_seconds(ahead, behind, LATENCY_BYTES, LATENCY_ROUNDS), hosts[ahead]))
+        bandwidth.append((_round_trip_seconds(ahead, behind, BANDWIDTH_BYTES, BANDWIDTH_ROUNDS), hosts[ahead]))
     dist.barrier()
-    found = dict(zip(("latency_ms", "latency_with"), max(latency), strict=True))
-    return found | dict(zip(("bytes_per_second", "bandwidth_with"), min(bandwidth), strict=True))
+    (slowest, slowest_host), (longest, longest_host) = max(latency), max(bandwidth)
+    gigabits = 2 * BANDWIDTH_BYTES * 8 / 1e9
+    return {
+        "slowest_round_trip": f"{slowest * 1000:.2f} ms to {slowest_host}",
+        "lowest_bandwidth": f"{gigabits / longest:.3g} Gbit/s to {longest_host}",
+    }
 
 
 def _round_trip_seconds(ahead: int, behind: int, size_bytes: int, rounds: int) -> float:

@@ -25,10 +25,9 @@ from recipe.commands.hosts import probe
 from recipe.distributed import is_this_machine
 
 PROBE = ("-u", "-c", "from recipe.commands.hosts.probe import main; main()")
-CONNECT_SECONDS = 5
+UNATTENDED = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
 NO_FOLDER, NO_INTERPRETER = 97, 98
 KEEPALIVE_LIMIT_SECONDS = 60
-KEEPALIVE = 'export PDSH_SSH_ARGS_APPEND="-tt -o ServerAliveInterval=5 -o ServerAliveCountMax=3"'
 
 # Fragments of ssh's messages, and the remedy for each.
 _REMEDIES = {
@@ -83,8 +82,7 @@ def examine(hosts: Sequence[Host], launch: Launch) -> tuple[list[str], list[str]
     with ThreadPoolExecutor(len(hosts) + 1) as pool:
         try:
             # How DeepSpeed finds the master address: without pdsh's options, and even for this machine.
-            by_ssh = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "--", first.name, "hostname", "-I")
-            master = pool.submit(_run, 15, *by_ssh)
+            master = pool.submit(_run, 15, "ssh", *UNATTENDED, "--", first.name, "hostname", "-I")
             _ask(hosts, visits, launch, master, pool)
         finally:
             for visit in list(visits.values()):
@@ -104,7 +102,8 @@ def examine(hosts: Sequence[Host], launch: Launch) -> tuple[list[str], list[str]
     if silent:
         notes.append(
             f"without ssh keepalives it takes a launch minutes to notice that {', '.join(silent[:4])} "
-            f"{'are' if len(silent) > 1 else 'is'} cut off; {KEEPALIVE}"
+            f"{'are' if len(silent) > 1 else 'is'} cut off; export "
+            'PDSH_SSH_ARGS_APPEND="-tt -o ServerAliveInterval=5 -o ServerAliveCountMax=3"'
         )
     devices = [host.facts["devices"] for host in hosts if "devices" in host.facts]
     if devices and not any(found["gpus"] for found in devices):
@@ -242,8 +241,7 @@ class Visit:
 def ssh(host: str, *remote: str) -> list[str]:
     """An ssh command line that fails instead of prompting; "--" keeps the host from being parsed as an option."""
     # -T overrides a -tt among pdsh's options: a terminal echoes, and cuts lines at 4 KiB.
-    polite = ("-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
-    return ["ssh", *_pdsh_options(), *polite, "--", host, *remote]
+    return ["ssh", *_pdsh_options(), "-T", *UNATTENDED, "--", host, *remote]
 
 
 def _pdsh_options() -> list[str]:

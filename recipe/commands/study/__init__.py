@@ -31,7 +31,12 @@ def main(argv: Sequence[str]) -> int:
     output: Path = arguments.output or Path("runs", arguments.study.stem)
     try:
         ranks = count_slots(read_hostfile(arguments.hostfile)) if arguments.hostfile else arguments.num_gpus
-        resources = Resources(arguments.hostfile, ranks, arguments.jobs, _count_gpus() if arguments.jobs > 1 else 0)
+        gpus = 0
+        if arguments.jobs > 1:
+            import torch  # takes seconds, and only parallel runs need to share out the GPUs
+
+            gpus = torch.cuda.device_count()
+        resources = Resources(arguments.hostfile, ranks, arguments.jobs, gpus)
         study = read_study(arguments.study, ranks, arguments.data, resources.cores_per_rank())
         with lock(output):
             check_output(study, output)
@@ -64,12 +69,6 @@ def _run(study: Study, output: Path, resources: Resources, command: str) -> int:
         say("ended by a signal, and the runs are saved; the same command resumes them")
         return 128 + runner.stopped_by
     return FAILED if runner.failures else COMPLETE
-
-
-def _count_gpus() -> int:
-    import torch  # takes seconds, and only parallel runs need to share out the GPUs
-
-    return torch.cuda.device_count()
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
