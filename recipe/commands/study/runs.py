@@ -33,8 +33,7 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Resources:
-    """What the runs use: the slots of a hostfile, or ``ranks`` ranks per run on this machine, which has ``gpus``, with
-    ``jobs`` runs at a time.
+    """Where the runs take place: on the slots of a hostfile, or on this machine with its ``gpus``, ``jobs`` at a time.
 
     Raises:
         ValueError: the jobs would have to share GPUs.
