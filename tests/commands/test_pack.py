@@ -141,7 +141,10 @@ def start_large_pack(tmp_path: Path) -> tuple[Path, subprocess.Popen[str]]:
 def test_interrupted_pack_resumes(tmp_path: Path, signals: list[signal.Signals]) -> None:
     images, process = start_large_pack(tmp_path)
     for signum in signals:
-        os.kill(process.pid, signum)
+        if signum == signal.SIGKILL:
+            os.kill(process.pid, signum)
+        else:  # Ctrl-C at a terminal reaches the packing processes, too
+            os.killpg(process.pid, signum)
         time.sleep(0.02)
     _, said = process.communicate(timeout=60)
     assert "Traceback" not in said

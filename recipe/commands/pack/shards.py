@@ -6,6 +6,7 @@ The bytes of a shard depend only on the source and on ``Making``, never on which
 import io
 import multiprocessing
 import os
+import signal
 import tarfile
 import threading
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from torchvision.transforms.functional import resize
 
 from recipe.config import Section, printable
 from recipe.data import UNREADABLE, BadImage, File, Making, decode, describe, sha256_of, shard_name
+from recipe.distributed import SIGNALS
 from recipe.reporting import Progress
 
 UNFINISHED = ".unfinished"
@@ -108,7 +110,12 @@ def pack_shards(shards: Sequence[Shard], making: Making, workers: int) -> list[R
     context.set_forkserver_preload([__name__])
     executor = ProcessPoolExecutor(min(workers, len(shards)), context, _end_with_parent)
     try:
-        futures = [executor.submit(_pack_shard, shard, making) for shard in shards]
+        # The processes inherit the mask: a Ctrl-C at the terminal reaches them, too, but they end with this process.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            futures = [executor.submit(_pack_shard, shard, making) for shard in shards]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         images = 0
         with Progress(sum(len(shard.sources) for shard in shards), "images") as progress:
             for number, future in enumerate(as_completed(futures), start=1):
