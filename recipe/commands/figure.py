@@ -1,4 +1,4 @@
-"""Pictures for all commands: one look, PNG and SVG, no display needed."""
+"""Figures for all commands, in one style, as PNG and SVG; no display is needed."""
 
 import warnings
 from pathlib import Path
@@ -8,16 +8,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; matplotlib calls them C0, C1 and so on.
+# Okabe and Ito's palette, safe for colour blindness; matplotlib calls the colours C0, C1 and so on.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000", "#F0E442")
 PLAIN_NUMBERS = "{x:,.10g}"
 
 
 def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9, 5.5)) -> "tuple[Figure, Any]":
-    """A figure of ``size`` inches and its axes: one, or an array of them with ``rows`` × ``columns``."""
+    """A figure of ``size`` inches, and its axes: a single one, or an array of ``rows`` × ``columns``."""
     import matplotlib
     from cycler import cycler
-    from matplotlib.figure import Figure  # not pyplot, which looks for a display and keeps every figure
+    from matplotlib.figure import Figure  # pyplot looks for a display and keeps every figure
 
     matplotlib.rcParams.update(
         {
@@ -28,7 +28,7 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9, 
             "grid.alpha": 0.3,
             "legend.frameon": False,
             "savefig.dpi": 130,
-            "text.parse_math": False,  # a $ in the name of a run is no formula
+            "text.parse_math": False,  # a $ in the name of a run does not begin a formula
         }
     )
     figure = Figure(figsize=size, layout="constrained")
@@ -39,7 +39,7 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9, 
 
 
 def scale_y(axes: "Axes") -> None:
-    """A logarithmic y axis, labelled with plain numbers, if what is drawn is positive and spans more than tenfold."""
+    """Make the y axis logarithmic, with plain numbers, if the data is positive and spans more than a factor of ten."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     low, high = axes.dataLim.intervaly
@@ -52,11 +52,11 @@ def scale_y(axes: "Axes") -> None:
 
 
 def save_figure(figure: "Figure", path: Path) -> list[Path]:
-    """Write ``path`` as PNG and as SVG, whichever of these suffixes it has, or none; return both paths.
+    """Write a figure as PNG and as SVG, whether ``path`` has one of these suffixes or none; return both paths.
 
     Raises:
-        ValueError: its suffix is that of another kind of picture.
-        OSError: they cannot be written.
+        ValueError: ``path`` has the suffix of another image format.
+        OSError: a file cannot be written.
     """
     suffix = path.suffix.lower()
     if suffix in (".png", ".svg"):
@@ -65,7 +65,7 @@ def save_figure(figure: "Figure", path: Path) -> list[Path]:
         raise ValueError(f"{path}: pictures are written as PNG and SVG; name {path.with_suffix('.png')}")
     written = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
     with warnings.catch_warnings():
-        # matplotlib's font lacks most of the world's letters; the names of classes are in the CSV beside the picture.
+        # matplotlib's font lacks many scripts; the CSV next to a figure has the names of the classes.
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         for file in written:
             figure.savefig(file)

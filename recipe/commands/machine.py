@@ -1,4 +1,4 @@
-"""What this machine is, for reports."""
+"""The machine that a report was made on."""
 
 import os
 import platform
@@ -7,8 +7,7 @@ from typing import Any
 
 
 def processor() -> dict[str, Any]:
-    """The CPU's name and the number of its cores that this process may use."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    """The CPU's name, and the number of its cores that this process may use."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {"cpu": models[0] if models else platform.processor(), "cores": len(os.sched_getaffinity(0))}

@@ -1,4 +1,4 @@
-"""What ``python -m recipe hosts`` makes of the hosts' answers, and that no name of a host is ever run."""
+"""``python -m recipe hosts``: how it judges the hosts' answers, and that no host name reaches a shell."""
 
 import copy
 import re
@@ -11,21 +11,15 @@ from typing import Any
 
 import pytest
 
-from recipe.commands.hosts import command, probe
-from recipe.commands.hosts.command import compare, format_problems, format_table
-from recipe.commands.hosts.visit import NO_FOLDER, NO_INTERPRETER, Host, explain, remote_command, ssh
+from recipe.commands.hosts import compare, format_problems, format_table, main, probe
+from recipe.commands.hosts.visit import NO_FOLDER, NO_INTERPRETER, Host, explain, remote_command
 from tests.launch import DIGITS, ROOT
 
+VERSIONS = {"python": "3.11.7", "torch": "2.15.0", "deepspeed": "0.19.8", "timm": "1.0.31", "torchvision": "0.29.1"}
 FACTS: dict[str, Any] = {
     "clock": 0.1,
     "checkout": {
-        "versions": {
-            "python": "3.11.7",
-            "torch": "2.15.0",
-            "deepspeed": "0.19.8",
-            "timm": "1.0.31",
-            "torchvision": "0.29.1",
-        },
+        "versions": VERSIONS,
         "code_sha256": "c0de",
         "commit": "8f7e6184",
         "config_sha256": "c0f1",
@@ -35,17 +29,12 @@ FACTS: dict[str, Any] = {
     "unreached": [],
     "devices": {"gpus": ["H100", "H100"], "knows_precision": True},
     "data": {"classes": 10, "train_images": 5000, "validation_images": 100},
-    "exchange": {
-        "latency_ms": 0.21,
-        "latency_with": "node-1",
-        "bytes_per_second": 1.25e9,
-        "bandwidth_with": "node-1",
-    },
+    "exchange": {"slowest_round_trip": "0.21 ms to node-1", "lowest_bandwidth": "10 Gbit/s to node-1"},
 }
 
 
 def good_hosts(count: int = 3) -> list[Host]:
-    """Hosts with two GPUs and two slots each, with which nothing is wrong."""
+    """Hosts without problems, each with two GPUs and two slots."""
     hosts = [Host(f"node-{number}", 2, copy.deepcopy(FACTS)) for number in range(count)]
     for number, host in enumerate(hosts):
         host.facts["network"] = {"machine": f"boot {number}", "address": f"10.0.0.{number + 1}"}
@@ -63,7 +52,7 @@ EXPECTED = {"classes": 10, "train_images": 5000, "validation_images": 100}
         (1, "network", {"machine": "boot 1", "address": "127.0.0.1"}),  # one host may be at any address
     ],
 )
-def test_what_is_no_problem(count: int, question: str, fact: Any) -> None:
+def test_good_hosts_have_no_problems(count: int, question: str, fact: Any) -> None:
     hosts = good_hosts(count)
     hosts[-1].facts[question] = fact
     compare(hosts, EXPECTED, "fp16")
@@ -73,31 +62,29 @@ def test_what_is_no_problem(count: int, question: str, fact: Any) -> None:
 @pytest.mark.parametrize(
     ("question", "change", "problem"),
     [
-        ("clock", 6.2, "its clock is 6.1 s ahead of node-0's; set both by NTP"),
-        ("clock", -5.0, "its clock is 5.1 s behind node-0's; set both by NTP"),
-        ("devices", {"gpus": ["H100"]}, "1 GPUs for 2 slots; write slots=1, or find out why the others are not seen"),
+        ("clock", 6.2, "its clock is 6.1 s ahead of node-0's; synchronise both by NTP"),
+        ("clock", -5.0, "its clock is 5.1 s behind node-0's; synchronise both by NTP"),
+        ("devices", {"gpus": ["H100"]}, "1 GPUs for 2 slots; write slots=1, or find out why torch does not see more"),
         ("devices", {"gpus": []}, "it would train on CPU, node-0 on 2 × H100; check GPUs and drivers"),
         ("devices", {"knows_precision": False}, 'its 2 × H100 does not support fp16; write "fp16": {"enabled": false}'),
-        ("checkout", {"code_sha256": "0ther"}, "code 8f7e6184 0ther, node-0 has 8f7e6184 c0de; bring the checkouts"),
-        ("checkout", {"commit": "aaaaaaaa"}, "code aaaaaaaa c0de, node-0 has 8f7e6184 c0de; bring the checkouts"),
-        ("checkout", {"commit": ""}, "code c0de, node-0 has 8f7e6184 c0de; bring the checkouts"),
-        ("checkout", {"config_sha256": "0ther"}, "config 0ther, node-0 has c0f1; copy one file to all hosts"),
+        ("checkout", {"code_sha256": "0ther"}, "code 8f7e6184 0ther, node-0 has 8f7e6184 c0de; make the checkouts"),
+        ("checkout", {"commit": "aaaaaaaa"}, "code aaaaaaaa c0de, node-0 has 8f7e6184 c0de; make the checkouts"),
+        ("checkout", {"config_sha256": "0ther"}, "config 0ther, node-0 has c0f1; copy the same file to all hosts"),
         ("checkout", {"versions": {"timm": "missing"}}, "timm missing, node-0 has 1.0.31; install the same"),
-        ("checkout", {"versions": {"torch": "2.11.0"}}, "torch 2.11.0, node-0 has 2.15.0; install the same"),
-        ("network", {"address": "127.0.1.1"}, "its own name leads to 127.0.1.1, where no other host reaches it"),
-        ("network", {"address": "::1"}, "its own name leads to ::1, where no other host reaches it"),
-        ("unreached", ["node-2"], "it does not reach node-2; open all ports between the hosts"),
+        ("network", {"address": "127.0.1.1"}, "its own name resolves to 127.0.1.1, which other hosts cannot reach"),
+        ("network", {"address": "::1"}, "its own name resolves to ::1, which other hosts cannot reach"),
+        ("unreached", ["node-2"], "it cannot reach node-2; open all ports between the hosts"),
         ("network", {"machine": "boot 0"}, "the same machine as node-0; write one line for it, with all of its slots"),
         (
             "data",
             {"train_images": 4999},
             "data 10 classes, 4,999 + 100 images, node-0 has 10 classes, 5,000 + 100 images; copy what",
         ),
-        ("data", {"classes": 9}, "the data has 9 classes, the config says 10; correct either"),
+        ("data", {"classes": 9}, "the data has 9 classes, the config says 10; correct one of them"),
         ("unseen", "node-0", "it does not share the output folder with node-0"),
     ],
 )
-def test_what_is_wrong_with_one_host_is_said_of_it_alone(question: str, change: Any, problem: str) -> None:
+def test_problem_is_reported_for_its_host_alone(question: str, change: Any, problem: str) -> None:
     hosts = good_hosts()
     facts = hosts[1].facts
     if isinstance(change, dict):
@@ -120,7 +107,7 @@ def test_hosts_with_the_same_problem_share_a_line() -> None:
     assert line.startswith("node-1, node-2, node-3, node-4 and 2 more: it does not share the output folder")
 
 
-def test_the_table() -> None:
+def test_table_shows_what_is_known() -> None:
     hosts = good_hosts(2)
     hosts[1] = Host("node-1", 2)
     for name in ("data", "clock"):
@@ -139,11 +126,11 @@ def test_the_table() -> None:
         ("code", "8f7e6184 c0de", "–"),
         ("config", "c0f1", "–"),
         ("slowest round trip", "0.21 ms to node-1", "–"),
-        ("lowest bandwidth", "10.0 Gbit/s to node-1", "–"),
+        ("lowest bandwidth", "10 Gbit/s to node-1", "–"),
     ]
 
 
-def test_what_hosts_say_cannot_move_the_cursor() -> None:
+def test_answers_cannot_move_the_cursor() -> None:
     host = good_hosts(1)[0]
     host.facts["devices"]["gpus"] = ["\x1b[2Jevil"]
     host.problems = ["\x1b[2J\nproblem"]
@@ -154,27 +141,23 @@ def test_what_hosts_say_cannot_move_the_cursor() -> None:
 @pytest.mark.parametrize(
     ("code", "said", "problem"),
     [
-        (97, "sh: cd: nowhere", f"no folder {Path.cwd()}; have the checkout in the same place on every host"),
-        (98, "", f"no interpreter {sys.executable}; have the environment in the same place"),
+        (97, "sh: cd: nowhere", f"no folder {Path.cwd()}; put the checkout at the same path on every host"),
+        (98, "", f"no interpreter {sys.executable}; put the environment at the same path"),
         (255, "hello\nada@w: Permission denied (publickey).", "ada@w: Permission denied (publickey).; ssh must not"),
         (255, "ssh: Could not resolve hostname w: …", "ssh: Could not resolve hostname w: …; correct the name"),
         (255, "Host key verification failed.", "Host key verification failed.; log in once by hand"),
-        (
-            255,
-            "connect to host w port 22: Connection timed out",
-            "connect to host w port 22: Connection timed out; check",
-        ),
+        (255, "host w port 22: Connection timed out", "host w port 22: Connection timed out; check that it is up"),
         (1, "/python: No module named recipe", "/python: No module named recipe; run this in the project's folder"),
-        (7, "", "it ended with exit code 7, without a message; try it by hand: ssh w"),
+        (7, "", "it exited with code 7 and no message; try it by hand: ssh w"),
     ],
 )
-def test_why_a_probe_ended(code: int, said: str, problem: str) -> None:
+def test_end_of_a_probe_is_explained_with_a_remedy(code: int, said: str, problem: str) -> None:
     assert explain(code, said, "w").startswith(problem)
 
 
 @dataclass
 class Asked:
-    """The command on a hostfile, with an ssh and a pdsh that only write down their arguments."""
+    """The command with an ssh and a pdsh that only log their arguments."""
 
     hostfile: Path
     log: Path
@@ -183,7 +166,7 @@ class Asked:
     def __call__(self, text: str, *arguments: str) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of ``python -m recipe hosts``."""
         self.hostfile.write_text(text, newline="")
-        return command.main([str(self.hostfile), *arguments]), *self.capsys.readouterr()
+        return main([str(self.hostfile), *arguments]), *self.capsys.readouterr()
 
     def calls(self) -> list[str]:
         return self.log.read_text().splitlines() if self.log.exists() else []
@@ -200,38 +183,11 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return Asked(tmp_path / "hostfile", log, capsys)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "w;touch marker",
-        "w;touch$IFS''marker",
-        "$(touch marker)",
-        "`touch marker`",
-        "w|touch",
-        "w&touch",
-        "w>marker",
-        '"w"',
-        "'w'",
-        "w 1",
-        "w\\n",
-        "w\ntouch marker",
-        "w\rtouch",
-        "w\0",
-        "w\u2028touch",
-        "-oProxyCommand=touch marker",
-        "-oProxyCommand=touch${IFS}marker",
-        "--",
-        "-l",
-        "a@-oProxyCommand=touch",
-        "exec:w",
-        "w,x",
-        "w[1-3]",
-        "^marker",
-        "../w",
-        "%h",
-    ],
-)
-def test_hostile_names_reach_nothing(name: str, tmp_path: Path, ask: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+HOSTILE = ["w;touch$IFS''marker", "$(touch marker)", "`touch marker`", "w|touch", "w>marker", "w\ntouch marker", "w\0"]
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "-oProxyCommand=touch${IFS}marker", "a@-oProxyCommand=touch", "-l", "%h"])
+def test_hostile_names_reach_no_shell(name: str, tmp_path: Path, ask: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = ask(f"good slots=1\n{name} slots=1\nlast slots=1\n")
     assert (code, out) == (2, "")
@@ -241,29 +197,20 @@ def test_hostile_names_reach_nothing(name: str, tmp_path: Path, ask: Asked, monk
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_good_name_comes_after_the_options(ask: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_name_comes_after_all_ssh_options(ask: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-tt  -p 2222")
     code, out, _ = ask("ada@node-1 slots=1\nnode-2 slots=1\n")
     assert code == 1
-    assert len(ask.calls()) == 5  # a probe and a look at the keepalives each, and where DeepSpeed's master is
+    assert len(ask.calls()) == 5  # for each host the probe and ssh -G, and once DeepSpeed's look for the master address
     assert all(" -- ada@node-1" in call or " -- node-2" in call for call in ask.calls())
     probes = [call for call in ask.calls() if "hosts.probe" in call]
     assert len(probes) == 2
     assert all(call.startswith("-a -x -tt -p 2222 -T -o BatchMode=yes -o ConnectTimeout=5 -- ") for call in probes)
-    assert "problem: node-2: it ended with exit code 255, without a message; try it by hand: ssh node-2" in out
+    assert "problem: node-2: it exited with code 255 and no message; try it by hand: ssh node-2" in out
     assert out.splitlines()[-1].startswith("A launch would fail or go wrong: 2 problems (2 ranks on 2 hosts; ")
 
 
-def test_an_option_as_a_host_is_a_host_to_ssh(tmp_path: Path) -> None:
-    """The second line of defence: even a name that got through would be refused by ssh, as a name."""
-    done = subprocess.run(
-        ssh(f"-oProxyCommand=touch {tmp_path}/marker", "true"), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 255
-    assert not (tmp_path / "marker").exists()
-
-
-def test_folders_and_variables_are_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_and_variables_are_quoted_for_the_remote_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "a $(touch marker) 'b' \"c\";touch marker"
     (folder / "recipe/commands/hosts").mkdir(parents=True)
     (folder / "recipe/__init__.py").touch()
@@ -277,7 +224,7 @@ def test_folders_and_variables_are_quoted(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list(tmp_path.rglob("marker"))
 
 
-def test_a_folder_or_an_interpreter_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_folder_or_interpreter_has_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "project"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -290,35 +237,33 @@ def test_a_folder_or_an_interpreter_that_is_not_there(tmp_path: Path, monkeypatc
 
 
 def test_refuses_what_a_launch_would_refuse(tmp_path: Path, ask: Asked) -> None:
-    code, _, err = ask("node-1 slots=3\n", "--config", str(ROOT / DIGITS))
-    assert code == 2
-    assert "train_batch_size" in err
-    code, _, err = ask("node-1 slots=3\n", "--config", str(tmp_path / "absent.json"))
-    assert code == 2
-    assert "absent.json" in err
-    assert command.main([str(tmp_path / "absent")]) == 2
+    for config, message in ((str(ROOT / DIGITS), "train_batch_size"), (str(tmp_path / "absent.json"), "absent.json")):
+        code, _, err = ask("node-1 slots=3\n", "--config", config)
+        assert code == 2
+        assert message in err
+    assert main([str(tmp_path / "absent")]) == 2
     with pytest.raises(SystemExit, match="2"):
         ask("node-1 slots=1\n", "--port", "65536")
 
 
-def test_a_single_host_must_be_this_machine(ask: Asked) -> None:
+def test_single_host_must_be_this_machine(ask: Asked) -> None:
     code, out, _ = ask("192.0.2.1 slots=1\n")
     assert code == 1
-    assert "problem: 192.0.2.1, the only host, is another machine than this one" in out
+    assert "problem: 192.0.2.1, the only host, is not this machine" in out
     assert ask.calls() == []
 
 
 @pytest.mark.slow
-def test_this_machine_alone_is_told_to_do_without_ssh(tmp_path: Path, ask: Asked) -> None:
+def test_remedy_for_this_machine_alone_is_a_launch_without_ssh(tmp_path: Path, ask: Asked) -> None:
     code, out, _ = ask("localhost slots=2\n", "--output", str(tmp_path / "run"))
     assert code == 1
     assert [line for line in out.splitlines() if line.startswith("problem: DeepSpeed")] == [
         "problem: DeepSpeed finds no master address by ssh localhost hostname -I: it prints no address; it is this "
-        "machine, which needs no ssh: launch by deepspeed --num_gpus 2 instead of --hostfile"
+        "machine, which needs no ssh: launch with deepspeed --num_gpus 2 instead of --hostfile"
     ]
 
 
-def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gloo_interface_is_used_and_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     assert probe.network()["address"] == "127.0.0.1"
     probe.kept_open.pop().close()
@@ -337,11 +282,11 @@ def test_problems_of_the_launching_machine(tmp_path: Path, ask: Asked, monkeypat
     monkeypatch.chdir(folder)
     code, out, _ = ask("node-1 slots=1\nnode-2 slots=1\n")
     assert code == 1
-    assert "problem: pdsh, with which DeepSpeed starts the ranks on other hosts, is not installed here" in out
+    assert "problem: pdsh is not installed here, and DeepSpeed starts" in out
     assert f"problem: the folder {folder} has characters that DeepSpeed does not quote" in out
     assert f'problem: {tmp_path}/.deepspeed_env: line 2 = "": not NAME=value' in out
 
 
-def test_the_asking_side_does_not_wait_for_torch() -> None:
+def test_command_does_not_import_torch() -> None:
     code = "import sys, recipe.commands.hosts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

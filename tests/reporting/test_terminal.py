@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.commands.hosts.command import format_table
+from recipe.commands.hosts import format_table
 from recipe.commands.plan_screen import Answer, format_answers
 from recipe.config import read_config
 from recipe.plan import SHIPPED, Link, format_plan, make_plan

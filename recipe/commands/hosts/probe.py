@@ -1,7 +1,7 @@
-"""The process that ``python -m recipe hosts`` starts on each host; it answers the questions that it reads from stdin.
+"""The process that ``python -m recipe hosts`` starts on each host, to answer questions read from stdin.
 
-A question is a line with a JSON object: the name of a function in ``QUESTIONS`` and its arguments. The answer is a line
-of stdout that begins with ``MARK``, whatever else a login or a library prints there. The probe ends when stdin does.
+A question is a line of JSON: the name of a function in ``QUESTIONS`` and its arguments. An answer is a line of stdout
+that begins with ``MARK``; a login or a library may print others. The probe ends when stdin does.
 """
 
 import hashlib
@@ -27,19 +27,19 @@ import psutil
 from recipe.distributed import code_sha256, versions
 
 MARK = "recipe-hosts: "  # begins each answer
-LIFETIME_SECONDS = 300  # after which the probe ends, whatever happens to the host that asks
+LIFETIME_SECONDS = 300  # then the probe ends, even if the host that asks is cut off
 REACH_SECONDS = 3
-GROUP_SECONDS = 10  # for which the hosts wait for each other
+GROUP_SECONDS = 10  # how long the hosts wait for each other
 LATENCY_BYTES, LATENCY_ROUNDS = 8, 9
 BANDWIDTH_BYTES, BANDWIDTH_ROUNDS = 4 * 2**20, 2
 
-# Sockets and stores to which other hosts connect until the probe ends.
+# Sockets and stores that other hosts connect to until the probe ends.
 kept_open: list[Any] = []
 tokens: list[Path] = []
 
 
 def ready(environment: Mapping[str, str]) -> None:
-    """Take the variables that DeepSpeed will pass to the ranks."""
+    """Set the variables that DeepSpeed will pass to the ranks."""
     os.environ.update(environment)
 
 
@@ -49,7 +49,7 @@ def clock() -> float:
 
 
 def checkout(config: str | None) -> dict[str, Any]:
-    """The code that this host would run, and the config's digest."""
+    """The code and the package versions that this host would run, and the config's digest."""
     try:
         words = ("git", "rev-parse", "--short=8", "HEAD")
         commit = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
@@ -64,7 +64,7 @@ def checkout(config: str | None) -> dict[str, Any]:
 
 
 def network() -> dict[str, Any]:
-    """The machine's identity, and the address at which gloo listens, with a port that is open there."""
+    """The machine's identity, the address at which gloo would listen, and a port that this probe has opened there."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     address = _gloo_address()
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -78,7 +78,7 @@ def network() -> dict[str, Any]:
 
 
 def _gloo_address() -> str:
-    """The address that torch's ProcessGroupGloo takes: the named interface's, or what the host's name resolves to."""
+    """The address that torch's ProcessGroupGloo binds to: the named interface's, or that of the host's name."""
     if interface := os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]:
         addresses = psutil.net_if_addrs()
         for found in addresses.get(interface, []):
@@ -105,28 +105,19 @@ def take_port(port: int) -> None:
 
 
 def write_token(output: str, nonce: str, name: str) -> None:
-    """Leave a small file where the output will be, from which other hosts see that they share the file system.
-
-    It lies in the output folder, or in the nearest one above that exists.
-    """
+    """Write a small file into the output folder, or its nearest parent that exists, for the other hosts to look for."""
     folder = next(folder for folder in (Path(output), *Path(output).absolute().parents) if folder.exists())
     tokens.append(folder / f".hosts-{nonce}-{name}")
     tokens[0].write_text(nonce, encoding="utf-8")
 
 
 def unseen(nonce: str, name: str) -> str | None:
-    """The other host's name, if its token is not beside this host's. Not listed, since NFS may know an old listing."""
+    """The other host's name, unless its token is beside this host's. NFS may cache a listing: the file is looked up."""
     return None if tokens[0].with_name(f".hosts-{nonce}-{name}").exists() else name
 
 
-def remove_token() -> None:
-    """Remove this host's token, if there is one."""
-    while tokens:
-        tokens.pop().unlink(missing_ok=True)
-
-
 def devices(precision: str) -> dict[str, Any]:
-    """The GPUs that torch sees, and whether DeepSpeed trains in the precision on them, or on this CPU."""
+    """The GPUs that torch sees, and whether they, or the CPU without any, support the precision."""
     import torch
 
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
@@ -140,42 +131,36 @@ def devices(precision: str) -> dict[str, Any]:
 
 
 def data(
-    folder: str,
-    source: Literal["imagefolder", "pack", "huggingface"] | None = None,
-    **special: Any,
+    folder: str, source: Literal["imagefolder", "pack", "huggingface"] | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Count the images as a run does; without a config the folder's content decides what it is.
-
-    ``special`` are the last arguments of ``open_datasets``.
-    """
+    """Count the classes and images as a run does; without a ``source`` it is recognised by the folder's content."""
     from recipe.data import HEADER, open_datasets, recognise
 
     source = source or recognise(folder)
-    train, validation = open_datasets(source, folder, 8, "none", False, 0, "stop", **special)
+    train, validation = open_datasets(source, folder, 8, "none", False, 0, "stop", **options)
     counts = {"classes": train.classes, "train_images": len(train), "validation_images": len(validation)}
-    # The header holds the SHA-256 of every file.
+    # The header has the SHA-256 of every file.
     pack = {"pack": hashlib.sha256(Path(folder, HEADER).read_bytes()).hexdigest()} if source == "pack" else {}
     return counts | pack
 
 
 def unreached(networks: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The hosts that this one cannot connect to, at the address and port that they found for ``network``."""
+    """The hosts that this one cannot connect to at the address and port of their ``network``."""
 
-    def is_shut(host: str) -> bool:
-        try:
+    def is_open(host: str) -> bool:
+        with suppress(OSError):
             socket.create_connection((networks[host]["address"], networks[host]["port"]), REACH_SECONDS).close()
-        except OSError:
             return True
         return False
 
     with ThreadPoolExecutor(max_workers=32) as pool:
-        return [host for host, shut in zip(networks, pool.map(is_shut, networks), strict=True) if shut]
+        return [host for host, opened in zip(networks, pool.map(is_open, networks), strict=True) if not opened]
 
 
 def exchange(address: str, port: int, rank: int, hosts: Sequence[str]) -> dict[str, Any]:
-    """Meet the other hosts as ranks do and exchange messages with each: latency and bandwidth of the slowest pair.
+    """Rendezvous as ranks do, exchange messages with each host, and return the slowest round trip and bandwidth.
 
-    If some do not come, only their names: ``missing``.
+    If some hosts do not arrive, return only their names, as ``missing``.
     """
     import torch.distributed as dist
 
@@ -183,7 +168,7 @@ def exchange(address: str, port: int, rank: int, hosts: Sequence[str]) -> dict[s
     try:
         store = dist.TCPStore(address, port, None, rank == 0, timeout, wait_for_workers=False)
     except dist.DistError as error:
-        raise ConnectionError(f"does not reach {address}:{port} on the first host") from error
+        raise ConnectionError(f"cannot reach {address}:{port} on the first host") from error
     kept_open.append(store)
     store.set(f"here/{rank}", "")
     try:
@@ -191,20 +176,22 @@ def exchange(address: str, port: int, rank: int, hosts: Sequence[str]) -> dict[s
     except dist.DistError:
         return {"missing": [host for other, host in enumerate(hosts) if not store.check([f"here/{other}"])]}
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-    latency, bandwidth = [], []
+    latency, bandwidth = [], []  # in seconds per round trip, with the other host
     for distance in range(1, world_size):
         ahead, behind = (rank + distance) % world_size, (rank - distance) % world_size
-        seconds = _round_trip_seconds(ahead, behind, LATENCY_BYTES, LATENCY_ROUNDS)
-        latency.append((seconds * 1000, hosts[ahead]))
-        seconds = _round_trip_seconds(ahead, behind, BANDWIDTH_BYTES, BANDWIDTH_ROUNDS)
-        bandwidth.append((2 * BANDWIDTH_BYTES / seconds, hosts[ahead]))
+        latency.append((_round_trip_seconds(ahead, behind, LATENCY_BYTES, LATENCY_ROUNDS), hosts[ahead]))
+        bandwidth.append((_round_trip_seconds(ahead, behind, BANDWIDTH_BYTES, BANDWIDTH_ROUNDS), hosts[ahead]))
     dist.barrier()
-    found = dict(zip(("latency_ms", "latency_with"), max(latency), strict=True))
-    return found | dict(zip(("bytes_per_second", "bandwidth_with"), min(bandwidth), strict=True))
+    (slowest, slowest_host), (longest, longest_host) = max(latency), max(bandwidth)
+    gigabits = 2 * BANDWIDTH_BYTES * 8 / 1e9
+    return {
+        "slowest_round_trip": f"{slowest * 1000:.2f} ms to {slowest_host}",
+        "lowest_bandwidth": f"{gigabits / longest:.3g} Gbit/s to {longest_host}",
+    }
 
 
 def _round_trip_seconds(ahead: int, behind: int, size_bytes: int, rounds: int) -> float:
-    """The median time of a message to the rank ahead and one back from it, while all ranks do the same."""
+    """The median time to send a message to the rank ahead and get one back, while all ranks do the same."""
     import torch
     import torch.distributed as dist
 
@@ -215,7 +202,7 @@ def _round_trip_seconds(ahead: int, behind: int, size_bytes: int, rounds: int) -
         dist.barrier()
         start = time.perf_counter()
         for receiver, sender in ((ahead, behind), (behind, ahead)):
-            # The receive is posted first: on the way to the same rank its readiness would queue behind the message.
+            # The receive is posted first: its readiness would queue behind a message to the same rank.
             for work in (dist.irecv(received, sender), dist.isend(message, receiver)):
                 assert work is not None
                 work.wait()
@@ -224,9 +211,9 @@ def _round_trip_seconds(ahead: int, behind: int, size_bytes: int, rounds: int) -
 
 
 _REACH = "open all ports between the hosts, or launch with --master_addr or GLOO_SOCKET_IFNAME"
-_PORT = "end what listens there, or launch with deepspeed --master_port and check with --port"
+_PORT = "stop what listens there, or launch with deepspeed --master_port and check with --port"
 _OUTPUT = "fix it, or name another --output"
-# What can be asked: the seconds for an answer, and what to report with an error: the trouble and its remedy.
+# For each question the seconds to answer it, and how an error is reported: the problem and its remedy.
 QUESTIONS: dict[Callable[..., Any], tuple[int, str, str]] = {
     ready: (30, "its probe does not start", "try it by hand"),  # the login, and Python from a cold or distant disk
     clock: (15, "its clock cannot be read", "fix it"),
@@ -235,7 +222,6 @@ QUESTIONS: dict[Callable[..., Any], tuple[int, str, str]] = {
     take_port: (15, "port {port}", _PORT),
     write_token: (15, "cannot write to {output}", _OUTPUT),
     unseen: (15, "cannot read {output}", _OUTPUT),
-    remove_token: (15, "cannot remove its .hosts-… from {output}", "remove it by hand"),
     # torch and DeepSpeed are imported, maybe from a cold or distant disk
     devices: (60, "torch or DeepSpeed does not start", "repair the environment"),
     data: (60, "the data", "fix the folder, or name another --data"),
@@ -245,18 +231,20 @@ QUESTIONS: dict[Callable[..., Any], tuple[int, str, str]] = {
 
 
 def main() -> None:
-    """Answer until stdin ends."""
-    # Through ``finally``, which the signal's default would skip.
+    """Answer questions until stdin ends."""
+    # An exit runs ``finally``, which the signal's default would skip.
     signal.signal(signal.SIGALRM, lambda *_: sys.exit("the host that asked is gone"))
     signal.alarm(LIFETIME_SECONDS)
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-    # An answer may wait for a disk or a host that hangs; the end must not.
+    # An answer may wait for a disk or a host that hangs; the end of stdin is handled at once all the same.
     threading.Thread(target=_answer, args=(waiting,), daemon=True).start()
     try:
         for line in sys.stdin:
             waiting.put(line)
     finally:
-        remove_token()
+        for token in tokens:
+            with suppress(OSError):
+                token.unlink()
         sys.stdout.flush()
         os._exit(0)
 

@@ -1,6 +1,6 @@
-"""Asks a probe on each host, all hosts at once, over ssh with the options that pdsh would give it.
+"""Runs a probe on every host at once, over ssh with the options that pdsh would pass, and collects the answers.
 
-No text of a hostfile reaches a shell here.
+Nothing from a hostfile reaches a shell.
 """
 
 import json
@@ -25,12 +25,11 @@ from recipe.commands.hosts import probe
 from recipe.distributed import is_this_machine
 
 PROBE = ("-u", "-c", "from recipe.commands.hosts.probe import main; main()")
-CONNECT_SECONDS = 5
+UNATTENDED = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
 NO_FOLDER, NO_INTERPRETER = 97, 98
 KEEPALIVE_LIMIT_SECONDS = 60
-KEEPALIVE = 'export PDSH_SSH_ARGS_APPEND="-tt -o ServerAliveInterval=5 -o ServerAliveCountMax=3"'
 
-# What ssh says, and the remedy.
+# Fragments of ssh's messages, and the remedy for each.
 _REMEDIES = {
     "could not resolve hostname": "correct the name in the hostfile, or make it known (DNS, /etc/hosts, ~/.ssh/config)",
     "permission denied": "ssh must not ask for a password: ssh-copy-id {host}",
@@ -39,24 +38,25 @@ _REMEDIES = {
     "connection refused": "start its sshd, or correct the port",
     "no route to host": "check that it is up and on the network",
     "timed out": "check that it is up and on the network",
-    "no module named": "run this in the project's folder, and have the same checkout and environment on every host",
+    "no module named": "run this in the project's folder, with the same checkout and environment on every host",
 }
 
 
 @dataclass
 class Host:
-    """A host of the hostfile and what was learnt about it: ``facts`` are its answers, by question."""
+    """A host of the hostfile, with its answers by question in ``facts``."""
 
     name: str
     slots: int
     facts: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     is_gone: bool = False
+    lacks_keepalive: bool = False
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The launch that is checked; ``data`` holds the arguments of the probe's question of that name."""
+    """The launch to check; ``data`` has the arguments of the probe's question of that name."""
 
     config: str | None
     precision: str
@@ -67,25 +67,22 @@ class Launch:
 
 
 class VisitError(RuntimeError):
-    """Nothing more can be learnt from a host; the message gives the reason and the remedy."""
+    """A host answers no more questions; the message gives the reason and the remedy."""
 
 
 def examine(hosts: Sequence[Host], launch: Launch) -> tuple[list[str], list[str]]:
-    """Fill the hosts' facts and problems; return the problems and notes that belong to no single host."""
+    """Fill in the facts and problems of each host; return the problems and notes that concern the launch as a whole."""
     first, *others = hosts
     if not others and not is_this_machine(first.name.rpartition("@")[2]):
-        first.is_gone = True
         return [
-            f"{first.name}, the only host, is another machine than this one, and DeepSpeed starts the ranks of a "
-            "single host here; run this and deepspeed there"
+            f"{first.name}, the only host, is not this machine, but DeepSpeed starts the ranks of a single host "
+            "locally; run this command and deepspeed there"
         ], []
     visits: dict[str, Visit] = {}
-    with ThreadPoolExecutor(len(hosts) + 2) as pool:
+    with ThreadPoolExecutor(len(hosts) + 1) as pool:
         try:
-            # As DeepSpeed finds the master address: without pdsh's options, and even for this machine.
-            by_ssh = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "--", first.name, "hostname", "-I")
-            master = pool.submit(_run, 15, *by_ssh)
-            unguarded = pool.submit(_without_keepalive, hosts)
+            # How DeepSpeed finds the master address: without pdsh's options, and even for this machine.
+            master = pool.submit(_run, 15, "ssh", *UNATTENDED, "--", first.name, "hostname", "-I")
             _ask(hosts, visits, launch, master, pool)
         finally:
             for visit in list(visits.values()):
@@ -97,15 +94,16 @@ def examine(hosts: Sequence[Host], launch: Launch) -> tuple[list[str], list[str]
         reason = explain(found.returncode, said, first.name)
         if not others:
             reason = (
-                f"{said.splitlines()[-1]}; it is this machine, which needs no ssh: launch by deepspeed --num_gpus "
+                f"{said.splitlines()[-1]}; it is this machine, which needs no ssh: launch with deepspeed --num_gpus "
                 f"{first.slots} instead of --hostfile"
             )
         problems.append(f"DeepSpeed finds no master address by ssh {first.name} hostname -I: {reason}")
-    silent = unguarded.result()
-    if silent and others:
+    silent = [host.name for host in hosts if host.lacks_keepalive]
+    if silent:
         notes.append(
             f"without ssh keepalives it takes a launch minutes to notice that {', '.join(silent[:4])} "
-            f"{'are' if len(silent) > 1 else 'is'} cut off; {KEEPALIVE}"
+            f"{'are' if len(silent) > 1 else 'is'} cut off; export "
+            'PDSH_SSH_ARGS_APPEND="-tt -o ServerAliveInterval=5 -o ServerAliveCountMax=3"'
         )
     devices = [host.facts["devices"] for host in hosts if "devices" in host.facts]
     if devices and not any(found["gpus"] for found in devices):
@@ -120,7 +118,7 @@ def _ask(
     master: "Future[subprocess.CompletedProcess[str]]",
     pool: ThreadPoolExecutor,
 ) -> None:
-    """Ask in steps that all hosts take together, as far as what was learnt before makes sense of a question."""
+    """Ask the questions in rounds of all hosts; a host that failed one is not asked what depends on it."""
     first, nonce = hosts[0], secrets.token_hex(8)
 
     def learn(host: Host, question: Callable[..., Any], **arguments: Any) -> None:
@@ -144,6 +142,7 @@ def _ask(
 
     def arrive(host: Host) -> None:
         visits[host.name] = Visit(host.name, by_ssh=len(hosts) > 1)
+        host.lacks_keepalive = len(hosts) > 1 and _lacks_keepalive(host.name)
         learn(host, probe.ready, environment=launch.environment)
         before = time.time()
         learn(host, probe.clock)
@@ -155,7 +154,6 @@ def _ask(
         learn(host, probe.write_token, output=launch.output, nonce=nonce, name=host.name)
 
     def work(host: Host) -> None:
-        learn(host, probe.remove_token)
         learn(host, probe.devices, precision=launch.precision)
         if launch.data["folder"] is not None:
             learn(host, probe.data, **launch.data)
@@ -180,20 +178,20 @@ def _ask(
     missing = {name for host in members for name in host.facts.get("exchange", {}).get("missing", [])}
     for host in members:
         if host.name in missing and not host.problems:
-            host.problems.append(f"it did not come to {address}:{launch.port}; open all ports between the hosts")
+            host.problems.append(f"it did not arrive at {address}:{launch.port}; open all ports between the hosts")
 
 
 def is_loopback(address: str) -> bool:
-    """Whether other hosts cannot reach this one at the address."""
+    """Whether only the host itself can use the address."""
     return ip_address(address.partition("%")[0]).is_loopback
 
 
 class Visit:
-    """A probe on one host, started by ssh or as a child of this process."""
+    """A running probe, started over ssh or as a child of this process."""
 
     def __init__(self, host: str, *, by_ssh: bool) -> None:
         command = ssh(host, remote_command()) if by_ssh else [sys.executable, *PROBE]
-        # A pipe could stay open for as long as ssh shares the connection.
+        # Not a pipe, which stays open as long as ssh shares the connection.
         self._host, self._stderr = host, TemporaryFile()  # noqa: SIM115 (until close)
         try:
             self._process = subprocess.Popen(
@@ -203,10 +201,10 @@ class Visit:
             raise VisitError(f"{command[0]}: {error.strerror}; install it on this machine") from None
 
     def ask(self, question: str, seconds: float, **arguments: Any) -> dict[str, Any]:
-        """Return what the probe makes of a question: its ``answer``, or its ``error``.
+        """Return the probe's reply to a question: an ``answer`` or an ``error``.
 
         Raises:
-            VisitError: there is none in time, and none will come.
+            VisitError: no reply arrived in time.
         """
         process = self._process
         assert process.stdin is not None
@@ -231,7 +229,7 @@ class Visit:
         raise VisitError(explain(code, said, self._host))
 
     def close(self) -> None:
-        """End the probe, with time to remove its token."""
+        """End the probe, after giving it time to remove its token."""
         try:
             self._process.communicate(timeout=2)  # closes its stdin
         except subprocess.TimeoutExpired:
@@ -241,19 +239,18 @@ class Visit:
 
 
 def ssh(host: str, *remote: str) -> list[str]:
-    """A command line that fails where ssh would prompt; "--" keeps the host from being taken for an option."""
-    # -T after pdsh's options, which may hold -tt: a terminal echoes, and cuts lines at 4 KiB.
-    polite = ("-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
-    return ["ssh", *_pdsh_options(), *polite, "--", host, *remote]
+    """An ssh command line that fails instead of prompting; "--" keeps the host from being parsed as an option."""
+    # -T overrides a -tt among pdsh's options: a terminal echoes, and cuts lines at 4 KiB.
+    return ["ssh", *_pdsh_options(), "-T", *UNATTENDED, "--", host, *remote]
 
 
 def _pdsh_options() -> list[str]:
-    """What pdsh gives to ssh besides the host, split as pdsh splits it."""
+    """The options that pdsh passes to ssh, split as pdsh splits them."""
     return ["-a", "-x", *os.environ.get("PDSH_SSH_ARGS_APPEND", "").split()]
 
 
 def remote_command() -> str:
-    """The host's shell command: the probe, in this folder, by this interpreter, as DeepSpeed starts its ranks."""
+    """The shell command that starts the probe in this folder with this interpreter, as DeepSpeed starts its ranks."""
     folder, python = shlex.quote(os.getcwd()), shlex.quote(sys.executable)
     inherited = {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
     inherited["PYTHONPATH"] = ":".join(filter(None, (os.getcwd(), inherited.get("PYTHONPATH"))))
@@ -265,30 +262,26 @@ def remote_command() -> str:
 
 
 def explain(code: int, said: str, host: str) -> str:
-    """Problem and remedy of a probe that has ended, from its exit code and the end of its stderr."""
+    """Why a probe has ended, and the remedy, from its exit code and the end of its stderr."""
     if code == NO_FOLDER:
-        return f"no folder {os.getcwd()}; have the checkout in the same place on every host"
+        return f"no folder {os.getcwd()}; put the checkout at the same path on every host"
     if code == NO_INTERPRETER:
-        return f"no interpreter {sys.executable}; have the environment in the same place on every host"
-    last = said.splitlines()[-1].strip() if said else f"it ended with exit code {code}, without a message"
+        return f"no interpreter {sys.executable}; put the environment at the same path on every host"
+    last = said.splitlines()[-1].strip() if said else f"it exited with code {code} and no message"
     remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in said.lower()), "try it by hand: ssh {host}")
     return f"{last}; {remedy.format(host=host)}"
 
 
-def _without_keepalive(hosts: Sequence[Host]) -> list[str]:
-    """The hosts for which ssh waits as long as TCP, or nearly, before it notices a lost connection."""
-    found = []
-    for host in hosts:
-        settings = _run(5, "ssh", "-G", *_pdsh_options(), "--", host.name).stdout
-        interval = re.search(r"^serveraliveinterval (\d+)$", settings, re.MULTILINE)
-        # Debian's ssh takes 300 under BatchMode.
-        if interval and not 0 < int(interval[1]) <= KEEPALIVE_LIMIT_SECONDS:
-            found.append(host.name)
-    return found
+def _lacks_keepalive(host: str) -> bool:
+    """Whether ssh to a host has no keepalive, or a very slow one, by which to notice a lost connection."""
+    settings = _run(5, "ssh", "-G", *_pdsh_options(), "--", host).stdout
+    interval = re.search(r"^serveraliveinterval (\d+)$", settings, re.MULTILINE)
+    # Debian's ssh sets 300 under BatchMode.
+    return interval is not None and not 0 < int(interval[1]) <= KEEPALIVE_LIMIT_SECONDS
 
 
 def _run(seconds: float, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command on this machine; exit code 255 where it cannot start or takes too long."""
+    """Run a command on this machine; the exit code is 255 if it cannot start or takes too long."""
     try:
         return subprocess.run(
             command, stdin=DEVNULL, capture_output=True, errors="replace", timeout=seconds, check=False

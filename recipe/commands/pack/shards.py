@@ -1,6 +1,6 @@
-"""Writes the shards of a pack, each by one process; where there is a record of a shard, it is whole and on the disk.
+"""Writes the shards of a pack, one process per shard. A shard with a record is complete and on disk.
 
-The bytes of a shard are a function of the source and of ``Making`` alone, never of which process wrote it or when.
+The bytes of a shard depend only on the source and on ``Making``, never on which process wrote it or when.
 """
 
 import io
@@ -9,13 +9,12 @@ import os
 import signal
 import tarfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -23,29 +22,27 @@ from torchvision.transforms.functional import resize
 
 from recipe.config import Section, printable
 from recipe.data import UNREADABLE, BadImage, File, Making, decode, describe, sha256_of, shard_name
-from recipe.distributed import SIGNALS, Interrupted, heeded
+from recipe.distributed import SIGNALS
+from recipe.reporting import Progress
 
 UNFINISHED = ".unfinished"
 SMALLEST_SHARD_BYTES = 64 * 2**20
-# A rank keeps every shard open, and a process has 1,024 files unless somebody has raised that.
+# A rank keeps every shard open, and the default limit is 1,024 open files per process.
 MOST_SHARDS = 256
-LONGEST_JPEG_PIXELS = 65_500  # libjpeg's limit, somewhat below the format's 65,535
-_made: Any = None  # in a worker: the images of all workers so far
+LONGEST_JPEG_PIXELS = 65_500  # libjpeg's limit, slightly below the format's 65,535
 
 
 class Source(NamedTuple):
-    """A file to pack."""
+    """A file to pack; ``path`` is relative to its part, ``changed_ns`` its modification time."""
 
     path: str
-    """relative to its part"""
     label: int
     bytes: int
     changed_ns: int
-    """its time of change, in nanoseconds"""
 
 
 class Shard(NamedTuple):
-    """What one process packs: the files of ``root``, the first of which is image ``first`` of the part."""
+    """What one process packs: files of ``root``, starting with image ``first`` of the part."""
 
     root: Path
     pack: Path
@@ -59,7 +56,7 @@ class Shard(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """What stands for an image: its bytes, or an array file that ends with uint8 pixels (height, width, 3)."""
+    """An image as packed: the bytes of an image file, or a .npy file that ends with uint8 pixels (height, width, 3)."""
 
     content: bytes
     resized: bool = False
@@ -68,45 +65,30 @@ class Packed(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Of what is read of it in training, in bytes."""
+        """The number of bytes that training reads."""
         return 3 * self.height * self.width or len(self.content)
 
 
 class Record(Section):
-    """A shard that is whole: where its images lie, its files, the images that are bad or could not be made smaller."""
+    """A complete shard; ``offsets``, ``sizes`` and ``shapes`` have one entry per image."""
 
     offsets: list[int]
-    """where each image begins in the shard, in bytes"""
-
     sizes: list[int]
-    """the bytes of each image"""
-
-    shapes: list[tuple[int, int]]
-    """height and width of the raw pixels of each image; 0 for the bytes of a file"""
-
+    shapes: list[tuple[int, int]]  # height and width of raw pixels; 0 for the bytes of an image file
     resized: int
-    """how many of them were resized"""
-
     shard: File
-    """the tar file"""
-
-    index: File
-    """DALI's index of it"""
-
+    index: File  # DALI's
     bad_images: list[BadImage]
-    """images that cannot be decoded"""
-
     kept_images: list[BadImage]
-    """images that could not be made smaller, and are the original bytes"""
 
 
 class TooLongError(Exception):
-    """An image, made smaller, has still a side that no JPEG can have."""
+    """A resized image still has a side that is too long for a JPEG."""
 
 
 def share_out(root: Path, pack: Path, sources: Sequence[Source]) -> list[Shard]:
-    """Cut a part into shards of about equally many bytes of the source."""
-    sizes = [_blocks(source.bytes) + 3 * tarfile.BLOCKSIZE for source in sources]  # two heads, and the label
+    """Cut a part into shards of roughly equal size."""
+    sizes = [_blocks(source.bytes) + 3 * tarfile.BLOCKSIZE for source in sources]  # two headers, and the label
     limit = max(SMALLEST_SHARD_BYTES, -(-sum(sizes) // MOST_SHARDS))
     firsts, filled = [0], 0
     for index, size in enumerate(sizes):
@@ -121,67 +103,45 @@ def share_out(root: Path, pack: Path, sources: Sequence[Source]) -> list[Shard]:
     ]
 
 
-def pack_shards(
-    shards: Sequence[Shard], making: Making, workers: int, show: Callable[[int, int], None]
-) -> list[Record]:
-    """Write the shards that have no record, on ``workers`` processes; ``show`` takes images and shards done so far."""
-    # Not fork: this process has threads. The server imports torch once for all of them.
+def pack_shards(shards: Sequence[Shard], making: Making, workers: int) -> list[Record]:
+    """Write the shards that have no record yet, on ``workers`` processes."""
+    # Not fork: this process has threads. The fork server imports torch once for all of them.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    made = context.Value("Q")
-    with _signals_noted() as came:
-        executor = ProcessPoolExecutor(min(workers, len(shards)), context, _begin, (made,))
-        try:
-            # The processes inherit the mask: a Ctrl-C at the terminal reaches them, too, but this one ends them.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-            try:
-                futures = [executor.submit(_pack_shard, shard, making) for shard in shards]
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            waiting = set(futures)
-            while waiting:
-                over, waiting = wait(waiting, 0.2, FIRST_COMPLETED)
-                for future in over:
-                    future.result()
-                if came:
-                    raise Interrupted(came[0])
-                show(made.value, len(shards) - len(waiting))
-            return [future.result() for future in futures]
-        except BrokenProcessPool:
-            raise ValueError("a process that packs was killed (out of memory?); the same command resumes") from None
-        except BaseException:
-            for child in multiprocessing.active_children():
-                child.kill()
-            raise
-        finally:
-            executor.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _signals_noted() -> Iterator[list[int]]:
-    """Put signals off: an exception within the executor would lose a process, or leave locks that its end needs."""
-    came: list[int] = []
-    handlers = {signum: signal.signal(signum, lambda signum, frame: came.append(signum)) for signum in heeded()}
+    executor = ProcessPoolExecutor(min(workers, len(shards)), context, _end_with_parent)
     try:
-        yield came
+        # The processes inherit the mask: a Ctrl-C at the terminal reaches them, too, but they end with this process.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            futures = [executor.submit(_pack_shard, shard, making) for shard in shards]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        images = 0
+        with Progress(sum(len(shard.sources) for shard in shards), "images") as progress:
+            for number, future in enumerate(as_completed(futures), start=1):
+                images += len(future.result().sizes)
+                progress.update(images, f"{number:,}/{len(shards):,} shards", f"{progress.speed:,.0f} images/s")
+        return [future.result() for future in futures]
+    except BrokenProcessPool:
+        raise ValueError("a packing process was killed (out of memory?); the same command resumes") from None
+    except BaseException:
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise
     finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-        for number in came[:1]:
-            signal.raise_signal(number)
+        executor.shutdown(cancel_futures=True)
 
 
-def _begin(made: Any) -> None:
-    global _made
-    _made = made
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
-
-
-def _end_with_the_parent() -> None:
+def _end_with_parent() -> None:
+    """Make a packing process exit with the main process, even if that is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
+
+    def wait() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _pack_shard(shard: Shard, making: Making) -> Record:
@@ -189,7 +149,6 @@ def _pack_shard(shard: Shard, making: Making) -> Record:
         record = Record.model_validate_json(shard.record.read_bytes())
         folder = shard.pack / shard.root.name
         if all(sha256_of(folder / file.file) == file.sha256 for file in (record.shard, record.index)):
-            _count(len(shard.sources))
             return record
     except (OSError, ValueError):
         pass
@@ -202,7 +161,7 @@ def _write_shard(shard: Shard, making: Making) -> Record:
     with unfinished.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for number, source in enumerate(shard.sources, shard.first):
-                # A bad image keeps its place, so that an index means the same image as in the folder.
+                # A bad image keeps its place, so that an index refers to the same image as in the folder.
                 image = Packed(_read(shard.root / source.path, source.bytes))
                 name = printable(os.path.join(shard.root.name, source.path))
                 try:
@@ -222,7 +181,6 @@ def _write_shard(shard: Shard, making: Making) -> Record:
                 dali_lines.append(
                     f"{kind} {start} {length} {number:08}.{kind} cls {label_offset} {len(label)} {number:08}.cls\n"
                 )
-                _count(1)
         file.flush()
         os.fsync(file.fileno())
     path = shard.pack / shard.root.name / shard_name(shard.number)
@@ -244,7 +202,7 @@ def _write_shard(shard: Shard, making: Making) -> Record:
 
 
 def packed(original: bytes, making: Making) -> Packed:
-    """Return what stands for an image: its own bytes, those of a smaller JPEG, or its pixels."""
+    """Return an image as it is packed: its own bytes, a smaller JPEG, or its pixels."""
     pixels = decode(original, making.short_side).pixels
     resized = 0 < making.short_side < min(pixels.shape[:2])
     if not (resized or making.raw):
@@ -262,34 +220,27 @@ def packed(original: bytes, making: Making) -> Packed:
 
 
 def write_whole(unfinished: Path, path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all, under the name that it has until then."""
+    """Write a file under the name ``unfinished``, and rename it to ``path`` once it is on disk."""
     with unfinished.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _read(path: Path, size: int) -> bytes:
-    # What cannot be read is the disk's trouble or a matter of rights: packed as a bad image it would be one for ever.
+    # A read error is a matter of disks or permissions: packed as a bad image, the file would stay bad forever.
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; mend it, and the same command resumes") from None
+        raise ValueError(f"{path}: {error.strerror}; fix it, and the same command resumes") from None
     if len(content) != size:
-        raise ValueError(
-            f"{path}: {len(content):,} bytes, but {size:,} when it was listed; pack what no longer changes"
-        )
+        raise ValueError(f"{path}: {len(content):,} bytes, but {size:,} when it was listed; pack a folder at rest")
     return content
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> int:
-    """Add a file, and return the offset of its content; owner, time and mode are ``TarInfo``'s constants."""
+    """Add a file and return the offset of its content; owner, time and mode are ``TarInfo``'s constants."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))
@@ -298,8 +249,3 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> int:
 
 def _blocks(size: int) -> int:
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-
-def _count(images: int) -> None:
-    with _made.get_lock():
-        _made.value += images

@@ -1,4 +1,4 @@
-"""``python -m recipe study``: trains cases of a config, each with several seeds, and reports what differs."""
+"""``python -m recipe study``: trains cases of a config, each with several seeds, and reports how they differ."""
 
 import argparse
 import shlex
@@ -6,21 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipe.checkpoints import lock
+from recipe.commands import refusing
 from recipe.commands.study.figures import draw_figures
 from recipe.commands.study.file import CSV, REPORT, Study, read_study
 from recipe.commands.study.results import format_report, read_results, write_csv
-from recipe.commands.study.runs import REFUSED, Runner, Where, check_output
+from recipe.commands.study.runs import Resources, Runner, check_output
 from recipe.distributed import count_slots, outlive_readers, read_hostfile, say
+from recipe.plan import counted
 from recipe.reporting import Parser, within
 
 COMPLETE, FAILED = 0, 1
 
 
+@refusing
 def main(argv: Sequence[str]) -> int:
-    """Run the trainings that are not over yet, and write the report.
+    """Launch the runs that are not over yet, and write the report.
 
     Returns:
-        0 if every run is complete or has diverged, 1 if one failed, 2 if the study was refused, or 128 and the number
+        0 if every run is complete or has diverged, 1 if one failed, 2 if the study was refused, or 128 plus the number
         of the signal that ended it.
     """
     outlive_readers()
@@ -28,26 +31,28 @@ def main(argv: Sequence[str]) -> int:
     output: Path = arguments.output or Path("runs", arguments.study.stem)
     try:
         ranks = count_slots(read_hostfile(arguments.hostfile)) if arguments.hostfile else arguments.num_gpus
-        where = Where(arguments.hostfile, ranks, arguments.jobs, _count_gpus() if arguments.jobs > 1 else 0)
-        study = read_study(arguments.study, ranks, arguments.data, where.cores_per_rank())
+        gpus = 0
+        if arguments.jobs > 1:
+            import torch  # takes seconds, and only parallel runs need to share out the GPUs
+
+            gpus = torch.cuda.device_count()
+        resources = Resources(arguments.hostfile, ranks, arguments.jobs, gpus)
+        study = read_study(arguments.study, ranks, arguments.data, resources.cores_per_rank())
         with lock(output):
             check_output(study, output)
-            return _run(study, output, where, shlex.join(["python", "-m", "recipe", "study", *argv]))
-    except ValueError as refusal:
-        say(str(refusal))
-        return REFUSED
+            return _run(study, output, resources, shlex.join(["python", "-m", "recipe", "study", *argv]))
     except OSError as error:
-        say(f"{error.filename or output}: {error.strerror}; mend it, and the same command resumes the study")
+        say(f"{error.filename or output}: {error.strerror}; fix it, and the same command resumes the study")
         return FAILED
 
 
-def _run(study: Study, output: Path, where: Where, command: str) -> int:
-    runner = Runner(study, output, where)
-    images = sum(training.images for training in study.trainings)
-    steps = sum(training.plan.total_steps for training in study.trainings)
+def _run(study: Study, output: Path, resources: Resources, command: str) -> int:
+    runner = Runner(study, output, resources)
+    images = sum(run.images for run in study.runs)
+    steps = sum(run.plan.total_steps for run in study.runs)
     print(
-        f"{study.path}: {len(study.file.cases)} cases × {len(study.file.seeds)} seeds = {len(study.trainings)} runs, "
-        f"{steps:,} steps on {images:,} images; {runner.over} runs are over already",
+        f"{study.path}: {len(study.file.cases)} cases × {len(study.file.seeds)} seeds = {len(study.runs)} runs, "
+        f"{steps:,} steps on {images:,} images; {counted(runner.over, 'run')} already over",
         flush=True,
     )
     runner.run()
@@ -58,36 +63,30 @@ def _run(study: Study, output: Path, where: Where, command: str) -> int:
     (output / REPORT).write_text(report, encoding="utf-8")
     written = [REPORT, CSV, *(picture.name for picture in pictures if picture is not None)]
     print(f"\n{report}\nIn {output}: {', '.join(written)}", flush=True)
-    for training, failure in runner.failures.items():
-        say(f"{training} failed: {failure}")
+    for run, failure in runner.failures.items():
+        say(f"{run} failed: {failure}")
     if runner.stopped_by is not None:
         say("ended by a signal, and the runs are saved; the same command resumes them")
         return 128 + runner.stopped_by
     return FAILED if runner.failures else COMPLETE
 
 
-def _count_gpus() -> int:
-    import torch  # takes seconds, and only runs side by side have GPUs to share out
-
-    return torch.cuda.device_count()
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m recipe study", description="Train the cases of a study with all its seeds, and compare them."
     )
-    parser.add_argument("study", type=Path, help="a JSON of ds_configs/studies/")
+    parser.add_argument("study", type=Path, help="a study, such as those in ds_configs/studies/")
     parser.add_argument("--output", type=Path, help="folder of the study (default: runs/<study name>)")
-    parser.add_argument("--data", help="folder of the data; replaces recipe.data.path of every case")
+    parser.add_argument("--data", help="data folder; replaces recipe.data.path of every case")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hostfile", type=Path, help="train on all slots of this DeepSpeed hostfile")
     where.add_argument(
-        "--num_gpus", type=within(1, 9999), default=1, metavar="N", help="ranks per run here (default: 1)"
+        "--num_gpus", type=within(1, 9999), default=1, metavar="N", help="ranks per run on this machine (default: 1)"
     )
     parser.add_argument(
-        "--jobs", type=within(1, 9999), default=1, metavar="N", help="runs side by side here (default: 1)"
+        "--jobs", type=within(1, 9999), default=1, metavar="N", help="parallel runs on this machine (default: 1)"
     )
     arguments = parser.parse_args(argv)
     if arguments.hostfile and arguments.jobs > 1:
-        parser.error("--jobs is for one machine: a hostfile's slots take one run at a time")
+        parser.error("--jobs is for one machine: on a hostfile's slots one run trains at a time")
     return arguments

@@ -1,4 +1,4 @@
-"""The pictures of a study: errors against the batch size, and curves over the epochs."""
+"""The figures of a study: errors against the batch size, and curves over the epochs."""
 
 import math
 import statistics
@@ -18,22 +18,21 @@ from recipe.reporting import read_events
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TRAINING_LOSS, VALIDATION_ERROR = "training loss, mean of an epoch", "top-1 validation error, %"
-OVER_SEEDS = "mean and range over the seeds"
+TRAINING_LOSS, VALIDATION_ERROR = "training loss, mean per epoch", "top-1 validation error, %"
 SCALING = {"linear": "linear", "sqrt": "square-root", "none": "no"}
 LEGEND_WIDTH = 32  # characters
-PANELS_IN_A_ROW = 3
+PANELS_PER_ROW = 3
 
 Cases = dict[str, list[Result]]
 
 
 def draw_figures(study: Study, results: Sequence[Result], output: Path) -> list[Path | None]:
-    """Draw what the study asks for as PNG and SVG; return the PNG of each figure, None where there is nothing to draw.
+    """Draw the study's figures as PNG and SVG; return the PNG of each, or None if there is nothing to draw.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: a file cannot be written.
     """
-    cases = {case.name: [run for run in results if run.training.case.name == case.name] for case in study.file.cases}
+    cases = {case.name: [result for result in results if result.run.case == case] for case in study.file.cases}
     written = []
     for asked in study.file.figures:
         draw = _error_by_batch_size if asked.draw == "error_by_batch_size" else _curves
@@ -43,18 +42,18 @@ def draw_figures(study: Study, results: Sequence[Result], output: Path) -> list[
 
 
 def _error_by_batch_size(asked: Figure, cases: Cases, output: Path) -> Any:
-    """The paper's Figure 1: a line for each scaling rule."""
+    """The paper's Figure 1: one line per scaling rule."""
     lines: dict[str, list[tuple[int, list[Result]]]] = defaultdict(list)
     for name in asked.cases:
-        plan = cases[name][0].training.plan
+        plan = cases[name][0].run.plan
         lines[plan.config.recipe.schedule.scaling_rule].append((plan.global_batch, cases[name]))
     figure, axes = new_figure()
     ticks = set()
     for rule, points in lines.items():
         points.sort(key=lambda point: point[0])
         batches = [batch for batch, _ in points]
-        means, stds = zip(*(spread(runs) for _, runs in points), strict=True)
-        without = "; ".join(f"{batch:,}: {missing(runs)}" for batch, runs in points if missing(runs))
+        means, stds = zip(*(spread(results) for _, results in points), strict=True)
+        without = "; ".join(f"{batch:,}: {missing(results)}" for batch, results in points if missing(results))
         # A mean of NaN is a gap: a line across it would suggest an error that has not been measured.
         axes.errorbar(batches, means, stds, marker="o", capsize=4, label=_legend(f"{SCALING[rule]} scaling", without))
         for batch, mean in zip(batches, means, strict=True):
@@ -68,22 +67,22 @@ def _error_by_batch_size(asked: Figure, cases: Cases, output: Path) -> Any:
     axes.minorticks_off()
     axes.margins(x=0.1)
     scale_y(axes)
-    of = last_epochs(run.training for name in asked.cases for run in cases[name])
-    axes.set(xlabel="global batch", ylabel=f"{VALIDATION_ERROR}: median of {of},\nmean ± std over the seeds")
+    epochs = last_epochs(result.run for name in asked.cases for result in cases[name])
+    axes.set(xlabel="global batch", ylabel=f"{VALIDATION_ERROR}: median of {epochs},\nmean ± std over the seeds")
     axes.set_title(printable(asked.title), pad=12)
     axes.legend(loc="upper left")
     return figure
 
 
 def _curves(asked: Figure, cases: Cases, output: Path) -> Any:
-    """The paper's Figure 4: training and validation of all cases over the epochs; with a baseline its Figure 2: the
-    training loss of each case in a panel of its own, with the baseline's.
+    """The paper's Figure 4, training loss and validation error of all cases over the epochs, or with a baseline its
+    Figure 2, the training loss of each case in its own panel, next to the baseline's.
     """
     drawn = [cases[name] for name in asked.cases]
     panels = [(TRAINING_LOSS, _losses, drawn), (VALIDATION_ERROR, _errors, drawn)]
     if asked.baseline is not None:
-        panels = [(TRAINING_LOSS, _losses, [cases[asked.baseline], runs]) for runs in drawn]
-    columns = min(PANELS_IN_A_ROW, len(panels))
+        panels = [(TRAINING_LOSS, _losses, [cases[asked.baseline], results]) for results in drawn]
+    columns = min(PANELS_PER_ROW, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, _ = new_figure(rows, columns, size=(5 * columns, 4.6 * rows))
     for spare in figure.axes[len(panels) :]:
@@ -93,23 +92,23 @@ def _curves(asked: Figure, cases: Cases, output: Path) -> Any:
             axes.sharey(figure.axes[0])
         _draw(axes, of_cases, values, output)
         axes.set_ylabel(label)
-    figure.suptitle(f"{printable(asked.title)}: {OVER_SEEDS}")
+    figure.suptitle(f"{printable(asked.title)}: mean and range over the seeds")
     return figure if any(axes.collections for axes in figure.axes) else None
 
 
 def _draw(
     axes: "Axes", cases: Sequence[list[Result]], values: Callable[[Result, Path], list[float]], output: Path
 ) -> None:
-    """Draw for each case the mean over the seeds that got so far, and a band from the lowest to the highest."""
+    """Draw for each case the mean over the seeds that reached an epoch, and a band from the lowest to the highest."""
     from matplotlib.ticker import MaxNLocator
 
     handles = []
-    for number, runs in enumerate(cases):
-        of_seeds = zip_longest(*(values(run, output) for run in runs), fillvalue=math.nan)
+    for number, results in enumerate(cases):
+        of_seeds = zip_longest(*(values(result, output) for result in results), fillvalue=math.nan)
         finite = ([value for value in of_epoch if math.isfinite(value)] for of_epoch in of_seeds)
         epochs = {epoch: of_epoch for epoch, of_epoch in enumerate(finite, start=1) if of_epoch}
         means = [statistics.mean(of_epoch) for of_epoch in epochs.values()]
-        # A line through one point cannot be seen.
+        # A line through a single point would be invisible.
         handles += axes.plot(list(epochs), means, color=f"C{number}", marker="o" if len(epochs) == 1 else None)
         if epochs:
             ranges = list(map(min, epochs.values())), list(map(max, epochs.values()))
@@ -117,25 +116,25 @@ def _draw(
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     scale_y(axes)
-    axes.legend(handles, [_legend(printable(str(runs[0].training.case)), missing(runs)) for runs in cases])
+    axes.legend(handles, [_legend(printable(str(results[0].run.case)), missing(results)) for results in cases])
 
 
-def _losses(run: Result, output: Path) -> list[float]:
-    """The mean training loss of each epoch, but for the one in which the run diverged."""
+def _losses(result: Result, output: Path) -> list[float]:
+    """The mean training loss of each epoch, without the one in which the run diverged."""
     losses: dict[int, list[float]] = defaultdict(list)
-    for event in read_events(output / run.training.folder):
+    for event in read_events(output / result.run.folder):
         if event["event"] == "step":
             losses[event["epoch"]] += [] if event["loss"] is None else [event["loss"]]
     means = [statistics.mean(of_epoch) if of_epoch else math.nan for of_epoch in losses.values()]
-    return means[:-1] if run.state == "diverged" else means
+    return means[:-1] if result.state == "diverged" else means
 
 
-def _errors(run: Result, output: Path) -> list[float]:
-    """The top-1 validation error after each epoch in per cent."""
-    events = read_events(output / run.training.folder)
+def _errors(result: Result, output: Path) -> list[float]:
+    """The top-1 validation error after each epoch, in per cent."""
+    events = read_events(output / result.run.folder)
     return [100 - event.get("ema_top1", event["top1"]) for event in events if event["event"] == "validation"]
 
 
 def _legend(name: str, without: str) -> str:
-    """A name with what is missing of it, on lines that fit a panel."""
+    """A name with its missing runs, wrapped to the width of a panel."""
     return textwrap.fill(f"{name} ({without})", LEGEND_WIDTH) if without else name

@@ -1,9 +1,10 @@
-"""A study's file: a JSON of cases and seeds, validated strictly, with the plan of every run."""
+"""The file of a study: a JSON of cases and seeds, validated strictly, and the plans of its runs."""
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,40 +26,40 @@ from recipe.plan import Plan, make_plan
 
 SEED = "recipe.seed"
 CSV, REPORT = "results.csv", "results.md"
+LAUNCH_LOG = "launch.log"  # of a run's last launch
 
 Text = Annotated[str, Field(min_length=1)]
 Overrides = dict[str, Any]
-Draw = Literal["error_by_batch_size", "beside_baseline", "curves"]
 
 
 class Case(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$")]
-    """the name of the case and of its folder, of at most 255 letters, digits, dots, dashes and underscores, a letter or
-    a digit first"""
+    """the name of the case and of its folder, at most 255 letters, digits, dots, dashes and underscores, beginning with
+    a letter or a digit"""
 
     label: Text | None = None
-    """what tables and pictures call the case, a string, or null: its name"""
+    """the label of the case in tables and figures, a string, or null for its name"""
 
     paper: Text | None = None
-    """the paper's figure for it, a string such as "23.74 ± 0.09", or null"""
+    """the paper's result for the case, a string such as "23.74 ± 0.09", or null"""
 
     baseline: str | None = None
     """the name of the case whose error the table subtracts from this one's, seed by seed, a string, or null"""
 
     set: Overrides = Field(default_factory=dict)
-    """what differs from the config, an object with dotted keys as in --set"""
+    """what the case changes in the config, an object with dotted keys as in --set"""
 
     def __str__(self) -> str:
         return self.label or self.name
 
 
 class Figure(Section):
-    draw: Draw
-    """ "error_by_batch_size" (the paper's Figure 1), "beside_baseline" (Figure 2: a panel per case, each with the
+    draw: Literal["error_by_batch_size", "beside_baseline", "curves"]
+    """ "error_by_batch_size" (the paper's Figure 1), "beside_baseline" (Figure 2: one panel per case, each with the
     baseline) or "curves" (Figure 4: all cases over the epochs)"""
 
     title: Text
-    """the title of the picture, a string"""
+    """the title of the figure, a string"""
 
     cases: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
     """the cases to draw, a list of names"""
@@ -75,24 +76,24 @@ class StudyFile(Section):
     """what the paper did and found, a string, or null"""
 
     config: Text
-    """the config that all cases start from, a path from the folder of the study's file"""
+    """the config that all cases start from, a path relative to the folder of the study's file"""
 
     set: Overrides = Field(default_factory=dict)
-    """what differs from the config in all cases, an object with dotted keys as in --set"""
+    """what all cases change in the config, an object with dotted keys as in --set"""
 
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(strict=False, min_length=1)]
-    """the seeds with which each case is trained, a list of whole numbers >= 0"""
+    """the seeds to train each case with, a list of whole numbers >= 0"""
 
     cases: Annotated[tuple[Case, ...], Field(strict=False, min_length=1)]
-    """the trainings to compare, a list of objects with name, label, paper and set"""
+    """the cases to compare, a list of objects with name, label, paper and set"""
 
     figures: Annotated[tuple[Figure, ...], Field(strict=False)] = ()
-    """the pictures, a list of objects with draw, title, cases and, for "beside_baseline", baseline"""
+    """the figures to draw, a list of objects with draw, title, cases and, for "beside_baseline", baseline"""
 
 
-@dataclass(frozen=True, eq=False)  # each is its own; plans are too large to compare
-class Training:
-    """A run of the study: its plan, and the ``--set`` overrides that lead to it."""
+@dataclass(frozen=True, eq=False)  # compared by identity: plans are large
+class Run:
+    """A run of the study: a case with a seed, its plan, and the ``--set`` overrides that lead to it."""
 
     case: Case
     seed: int
@@ -101,12 +102,12 @@ class Training:
 
     @property
     def folder(self) -> Path:
-        """Its output folder, relative to the study's."""
+        """The output folder, relative to the study's."""
         return Path(self.case.name, f"seed-{self.seed}")
 
     @property
     def images(self) -> int:
-        """Images that it trains on in all: what it costs, whatever the batch size."""
+        """The number of images it trains on: its cost, whatever the batch size."""
         return self.plan.timeline.images(self.plan.total_steps)
 
     def __str__(self) -> str:
@@ -115,30 +116,30 @@ class Training:
 
 @dataclass(frozen=True)
 class Study:
-    """A study's file and its runs in the order in which they start."""
+    """A study's file, and its runs in the order in which they start."""
 
     path: Path
     config: Path
     file: StudyFile
-    trainings: tuple[Training, ...]
+    runs: tuple[Run, ...]
 
 
 def read_study(path: Path, world_size: int, data: str | None = None, cores_per_rank: int | None = None) -> Study:
-    """Read a study and plan its runs on ``world_size`` ranks; ``data`` replaces the folder of the data.
+    """Read a study and plan its runs on ``world_size`` ranks; ``data`` replaces the data folder.
 
-    All cases of the first seed come first, so that a study that is stopped half-way has something to compare.
+    All cases of the first seed come first, so that a study that is stopped halfway has something to compare. With
+    ``cores_per_rank`` the data loaders take no more cores than that.
 
     Raises:
-        ConfigError: what is wrong with the study, with its config or with what a case makes of it.
+        ConfigError: the study, its config or the config of a case is wrong.
     """
     raw = parse_json(read_text(path, "*.json"), str(path))
     file = validate(StudyFile, raw, str(path), "write a study with config, seeds and cases")
-    for contradiction in _contradictions(file):
-        raise ConfigError(str(path), *contradiction)
+    _check_consistency(file, str(path))
     config = Path(os.path.normpath(path.parent / file.config))
-    read_config(config)  # by itself first: no case is to blame for what is wrong with it
+    read_config(config)  # alone first, so that its own mistakes are not blamed on a case
     common = dict(file.set) if data is None else {**file.set, "recipe.data.path": data}
-    text, trainings = read_text(config, "*.json"), []
+    text, runs = read_text(config, "*.json"), []
     for seed in file.seeds:
         for case in file.cases:
             name, raw = f'{path}, case "{case.name}"', parse_json(text, str(config))
@@ -148,12 +149,14 @@ def read_study(path: Path, world_size: int, data: str | None = None, cores_per_r
             parsed = parse_config(raw, name)
             looks = look if parsed.recipe.data.is_to_be_counted else None
             plan = make_plan(parsed, world_size, cores_per_rank, looks)
-            trainings.append(Training(case, seed, plan, tuple(overrides)))
-    return Study(path, config, file, tuple(trainings))
+            if cores_per_rank is not None:
+                overrides.append(f"recipe.data.workers={plan.workers}")
+            runs.append(Run(case, seed, plan, tuple(overrides)))
+    return Study(path, config, file, tuple(runs))
 
 
 def _value_text(value: Any) -> str:
-    """JSON without blanks; a string bare where ``--set`` takes it for one: a remote shell would eat its quotes."""
+    """A value as ``--set`` takes it: JSON without spaces, and strings unquoted, as a remote shell would eat quotes."""
     if isinstance(value, str):
         try:
             json.loads(value)
@@ -162,36 +165,33 @@ def _value_text(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-Contradiction = tuple[str, Any, str, str]
-"""Key, value, problem and remedy of what is wrong only together with other keys."""
-
-
-def _contradictions(file: StudyFile) -> Iterator[Contradiction]:
+def _check_consistency(file: StudyFile, path: str) -> None:
+    """Refuse keys that contradict each other."""
+    refusal = partial(ConfigError, path)
     names = [case.name for case in file.cases]
     for number, name in _repeated(names):
-        yield f"cases[{number}].name", name, "another case has this name", "give each its own"
+        raise refusal(f"cases[{number}].name", name, "another case has this name", "give each its own")
     for number, seed in _repeated(file.seeds):
-        yield f"seeds[{number}]", seed, "it is listed twice", "list each seed once"
+        raise refusal(f"seeds[{number}]", seed, "it is listed twice", "list each seed once")
     for number, drawn in _repeated([figure.draw for figure in file.figures]):
-        yield f"figures[{number}].draw", drawn, "another figure draws the same", "draw each kind once"
+        raise refusal(f"figures[{number}].draw", drawn, "another figure draws the same", "draw each kind once")
     for key, changes in (("", file.set), *((f"cases[{i}].", case.set) for i, case in enumerate(file.cases))):
         if SEED in changes:
-            yield f"{key}set.{SEED}", changes[SEED], "the seeds are the study's", 'list it under "seeds"'
-    for number, case in enumerate(file.cases):
-        if case.baseline is not None and case.baseline not in names:
-            key, others = f"cases[{number}].baseline", f"the cases are {', '.join(names)}"
-            yield key, case.baseline, "there is no such case", others
+            raise refusal(f"{key}set.{SEED}", changes[SEED], "the study sets the seed", 'list it under "seeds"')
+    references = [(f"cases[{number}].baseline", case.baseline) for number, case in enumerate(file.cases)]
     for number, figure in enumerate(file.figures):
-        for name in figure.cases:
-            if name not in names:
-                yield f"figures[{number}].cases", name, "there is no such case", f"the cases are {', '.join(names)}"
-        key, baseline = f"figures[{number}].baseline", ABSENT if figure.baseline is None else figure.baseline
+        references += [(f"figures[{number}].cases", name) for name in figure.cases]
+        key = f"figures[{number}].baseline"
+        references.append((key, figure.baseline))
+        if figure.draw == "beside_baseline" and figure.baseline is None:
+            raise refusal(key, ABSENT, "beside_baseline needs one", f"name one of {', '.join(names)}")
         if figure.draw != "beside_baseline" and figure.baseline is not None:
-            yield key, baseline, f"{figure.draw} draws none", "remove it"
-        if figure.draw == "beside_baseline" and figure.baseline not in names:
-            yield key, baseline, "no case", f"name one of {', '.join(names)}"
+            raise refusal(key, figure.baseline, f"{figure.draw} draws none", "remove it")
+    for key, reference in references:
+        if reference is not None and reference not in names:
+            raise refusal(key, reference, "there is no such case", f"the cases are {', '.join(names)}")
 
 
 def _repeated(values: Sequence[Any]) -> list[tuple[int, Any]]:
-    """The values that occur more than once, each with its place."""
-    return [(place, value) for place, value in enumerate(values) if values.count(value) > 1]
+    """The values that occur more than once, each with its index."""
+    return [(index, value) for index, value in enumerate(values) if values.count(value) > 1]
