@@ -203,7 +203,7 @@ def test_the_tools_for_large_batches_together_resume_bit_for_bit_and_are_exporte
     errors = sorted(100 - line["ema_top1"] for line in lines[1])
     assert summary["median_error_last_epochs"] == errors[len(errors) // 2]
     assert summary["best_checkpoint"] == str(tmp_path / f"checkpoints/step-{best['step'] + 1:08}")
-    assert "all by the averaged weights" in " ".join(done.stdout.split())
+    assert "all of the averaged weights" in " ".join(done.stdout.split())
     assert recipe("evaluate", str(tmp_path)).returncode == 0
     measured = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
     assert (measured["top1"], measured["loss"]) == (best["ema_top1"], best["ema_loss"])
