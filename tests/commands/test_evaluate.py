@@ -148,7 +148,6 @@ def test_invalid_input_is_refused_on_one_line(run: Path, folder: Path, tmp_path:
     (odd / "config.json").write_text(f'{{"recipe": {(run / "plan.json").read_text()}, "label_names": ["a"]}}')
     (export / "config.json").write_text('{"architecture": "resnet50"}')
     for arguments, message in (
-        ([str(tmp_path / "nowhere")], "there is no folder"),
         ([str(export)], "config.json was not written by python -m recipe export: it has no recipe"),
         ([str(run), "--checkpoint", "step-7"], "has no intact checkpoint step-7; it has step-0000000"),
         ([str(run), "--data", str(cats)], "does not know: 'cat'"),

@@ -18,7 +18,7 @@ from recipe.commands.run_files import read_run
 from tests.launch import ROOT
 from tests.run_folders import plan, step, validation, write_run
 
-NOISE = {"event": "noise_scale", "gradient_variance": 1.0, "gradient_norm_squared": 0.1}
+NOISE = {"event": "noise_scale", "epoch": 0, "gradient_variance": 1.0, "gradient_norm_squared": 0.1}
 PANELS = ["training loss", "validation loss", "learning rate", "top-1 validation error [%]", "images per second"]
 PANELS += ["time spent waiting for data [%]"]
 
@@ -77,8 +77,8 @@ def test_skipped_updates_and_losses_that_are_not_finite_are_marked(tmp_path: Pat
 
 
 def test_unknown_events_are_ignored_and_the_noise_scale_has_a_panel(tmp_path: Path) -> None:
-    lines = [{"event": "weather", "step": 0}, step(0, 2.0), NOISE | {"step": 0, "epoch": 0, "noise_scale": None}]
-    with_noise = write_run(tmp_path / "a", [*lines, step(1, 1.0), NOISE | {"step": 1, "epoch": 0, "noise_scale": 900}])
+    lines = [{"event": "weather", "step": 0}, step(0, 2.0), NOISE | {"step": 0, "noise_scale": None}]
+    with_noise = write_run(tmp_path / "a", [*lines, step(1, 1.0), NOISE | {"step": 1, "noise_scale": 900}])
     drawn = panels(write_run(tmp_path / "b", [step(0, 2.0)]), with_noise)
     assert list(drawn) == [*PANELS, "gradient noise scale [images]"]
     np.testing.assert_array_equal(drawn["gradient noise scale [images]"].lines[1].get_ydata(), [np.nan, 900.0])
@@ -158,6 +158,8 @@ def test_an_invalid_line_is_refused(
 
 def test_folders_that_are_not_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", [step(0, 1.0)])
+    torn = write_run(tmp_path / "torn")
+    (torn / "plan.json").write_text(json.dumps(plan())[:-1])
     config = json.loads((ROOT / "ds_configs/digits_b512.json").read_text())
     study = tmp_path / "s"
     second = write_run(study / "case-b/seed-0", [step(0, 1.0)])
@@ -168,7 +170,8 @@ def test_folders_that_are_not_runs_are_refused(tmp_path: Path, capsys: pytest.Ca
         ([str(study / "case-a")], f"; did you mean {first}?"),
         ([str(study / "case-b")], f"; did you mean {second}?"),
         ([str(run), "--output", "x.PDF"], "x.PDF: pictures are written as PNG and SVG; name x.png"),
-        ([str(tmp_path / "nowhere")], f"there is no folder {tmp_path}/nowhere; name the --output folder of a run"),
+        ([str(torn)], f"{torn}/plan.json: line 1, column "),
+        ([str(tmp_path / "nowhere\x1b[2J")], f"there is no folder {tmp_path}/nowhere\\u001b[2J; name the --output"),
         ([str(tmp_path)], f"{tmp_path} has no plan.json, so it is not the folder of a run; did you mean {run}"),
         ([str(write_run(tmp_path / "x", of_plan=config))], "plan.json: train_micro_batch_size_per_gpu = "),
         ([str(write_run(tmp_path / "y", of_plan=plan(train_batch_size=99)))], "per_gpu = 99: micro-batches of 99"),
