@@ -90,8 +90,8 @@ def environment_differences(a: RunFiles, b: RunFiles) -> list[Difference]:
     """Differences in hardware and versions that both summaries state; none until both runs are complete."""
     if a.summary is None or b.summary is None:
         return []
-    found = [leaves({key: summary[key] for key in ENVIRONMENT if key in summary}) for summary in (a.summary, b.summary)]
-    return [difference for difference in _differing(*found) if MISSING not in difference]
+    found_a, found_b = (leaves({key: summary[key] for key in ENVIRONMENT}) for summary in (a.summary, b.summary))
+    return [difference for difference in _differing(found_a, found_b) if MISSING not in difference]
 
 
 def relative_differences(a: Column, b: Column) -> Column:

@@ -45,13 +45,7 @@ def main(argv: Sequence[str]) -> int:
     trained = load(arguments)
     from recipe.commands.measure import measure
 
-    measured = measure(
-        trained,
-        arguments.data,
-        image_size=arguments.image_size,
-        micro_batch=arguments.micro_batch,
-        workers=arguments.workers,
-    )
+    measured = measure(trained, arguments.data, arguments.image_size, arguments.micro_batch, arguments.workers)
     if measured is None:
         return 0  # rank 0 has the result
     output = arguments.output or default_output(arguments.model, "evaluation")

@@ -13,11 +13,7 @@ from recipe.plan import ModelFacts
 def inspect_model(
     name: str, num_classes: int, image_size: int, freeze: Literal["none", "backbone"] = "none"
 ) -> ModelFacts:
-    """Build a timm model on the meta device and pass images of ``image_size`` pixels through it.
-
-    Raises:
-        ValueError: timm has no such model, or it does not accept such images.
-    """
+    """Build a timm model on the meta device and pass images through it; raises ``ValueError`` if either fails."""
     with torch.device("meta"):
         model = build_model(name, num_classes, seed=0, statistics="local", freeze=freeze)
     decayed, undecayed = parameter_counts(model)

@@ -55,7 +55,7 @@ def calibration(confidence: NDArray[np.float64], is_correct: NDArray[np.bool_]) 
 
 
 def measure(
-    trained: Trained, data: str | None, *, image_size: int | None, micro_batch: int | None, workers: int
+    trained: Trained, data: str | None, image_size: int | None, micro_batch: int | None, workers: int
 ) -> Measured | None:
     """Evaluate on all ranks; return the result on rank 0, None on the others.
 
@@ -128,11 +128,7 @@ def _with_bar(batches: Iterable[Batch], images: int, images_at_once: int) -> Ite
 
 
 def open_data(trained: Trained, data: str | None, image_size: int) -> tuple[ImageDataset, str]:
-    """The dataset to evaluate on, with labels that index the model's outputs, and a name for it.
-
-    Raises:
-        ValueError: there is no data, or it has a class that the model does not know.
-    """
+    """The dataset to evaluate on, with labels that index the model's outputs, and a name for it."""
     section = trained.plan.config.recipe.data
     options: dict[str, Any] = {"image_size": image_size, "crop": section.crop, "on_bad_image": "skip"}
     if data is None:

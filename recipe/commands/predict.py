@@ -43,11 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def image_files(paths: Iterable[Path]) -> Iterator[Path]:
-    """The named files, and the images below the named folders in order of name, without hidden ones.
-
-    Raises:
-        ValueError: a path does not exist.
-    """
+    """The named files, and the images below the named folders in order of name, without hidden ones."""
     from recipe.data import IMG_EXTENSIONS
 
     for path in paths:

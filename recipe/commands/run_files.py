@@ -64,11 +64,7 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def plan_of(config: Config) -> Plan:
-    """The plan that a resolved config describes.
-
-    Raises:
-        ConfigError: the config is not resolved: it leaves its micro-batch or accumulation "auto".
-    """
+    """The plan that a resolved config describes; raises ``ConfigError`` if the config leaves a batch "auto"."""
     micro_batch, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
     if micro_batch == "auto" or accumulation == "auto":
         problem, remedy = 'the plan of a run has no "auto"', "name the --output folder of a run"

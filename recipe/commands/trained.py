@@ -1,7 +1,6 @@
 """A trained model, read from a run's folder or from an export."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -48,11 +47,7 @@ class Trained:
         return self.plan.config.recipe.model.num_classes
 
     def build(self, device: torch.device) -> nn.Module:
-        """The model in evaluation mode, with parameters in the precision of training.
-
-        Raises:
-            ValueError: timm has no such architecture, or the weights do not fit it.
-        """
+        """The model in evaluation mode, with parameters in the precision of training."""
         model = build_model(self.plan.config.recipe.model.architecture, self.num_classes, seed=0, statistics="local")
         self.load_into(model)
         cast_parameters(model, DTYPES[self.plan.precision])
@@ -72,9 +67,7 @@ class Trained:
 def read_trained(path: Path, checkpoint: str = "best") -> Trained:
     """Read a model from a run's folder, an export's folder or an export's weights file.
 
-    Args:
-        path: The folder or file.
-        checkpoint: "best", "last" or a name such as "step-00000150"; an export ignores it.
+    ``checkpoint`` is "best", "last" or a name such as "step-00000150"; an export ignores it.
 
     Raises:
         ValueError: ``path`` is none of these, or a file is damaged.
@@ -108,22 +101,24 @@ def _choose_checkpoint(run: Path, which: str) -> Checkpoint:
     """The first intact checkpoint of ``run`` in order of preference; rank 0 reports each that is skipped.
 
     "best" prefers the highest validated top-1 accuracy, then the newest that was not validated.
-
-    Raises:
-        ValueError: there is none, or it is sharded.
     """
     if not run.is_dir():
         raise ValueError(f"there is no folder {run}")
     folder = run / CHECKPOINTS
+    found = find(folder)  # newest first
+    candidates = {
+        "best": [*best_first(found), *(checkpoint for checkpoint in found if checkpoint.top1 is None)],
+        "last": found,
+    }.get(which, [checkpoint for checkpoint in found if checkpoint.path.name == which])
     messages = [f"checkpoint {path} is skipped: its {MANIFEST} cannot be read" for path in unreadable(folder)]
-    for checkpoint in _in_order(find(folder), which):
+    for checkpoint in candidates:
         problem = damage(checkpoint)
         if problem is None:
             break
         messages.append(f"checkpoint {checkpoint.path} is skipped: {problem}")
     else:
         wanted = "intact checkpoint" if which in ("best", "last") else f"intact checkpoint {which}"
-        others = ", ".join(checkpoint.path.name for checkpoint in find(folder))
+        others = ", ".join(checkpoint.path.name for checkpoint in found)
         remedy = f"it has {others}" if others and not messages else suggest_runs(run)
         raise ValueError("; ".join([*messages, f"{folder} has no {wanted}; {remedy}"]))
     if SAVED not in checkpoint.files:
@@ -137,21 +132,8 @@ def _choose_checkpoint(run: Path, which: str) -> Checkpoint:
     return checkpoint
 
 
-def _in_order(newest_first: Sequence[Checkpoint], which: str) -> list[Checkpoint]:
-    """The checkpoints that match ``which``, best match first."""
-    if which == "last":
-        return list(newest_first)
-    if which == "best":
-        return [*best_first(newest_first), *(checkpoint for checkpoint in newest_first if checkpoint.top1 is None)]
-    return [checkpoint for checkpoint in newest_first if checkpoint.path.name == which]
-
-
 def _read_weights(file: Path) -> dict[str, Tensor]:
-    """The model's tensors by name, in the dtypes they were saved in; averaged weights replace those trained.
-
-    Raises:
-        ValueError: the file is not a DeepSpeed checkpoint.
-    """
+    """The model's tensors by name, in the dtypes they were saved in; averaged weights replace those trained."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         averaged = saved["average"]["tensors"] if "average" in saved else {}

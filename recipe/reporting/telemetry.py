@@ -192,16 +192,11 @@ class Writer:
 
     def __init__(self, output: Path, first_step: int, validated_steps: int, total_steps: int) -> None:
         with writing(output / METRICS):
-            lost = drop_later_events(output / METRICS, first_step, validated_steps)
+            drop_later_events(output / METRICS, first_step, validated_steps)
             self.metrics = (output / METRICS).open("a", encoding="utf-8")
         with writing(output / LOG):
             self.log_file = (output / LOG).open("a", encoding="utf-8")
         self.progress = Progress(total_steps, "steps", first_step)
-        if lost:
-            self.say(
-                f"{output / METRICS} lacks {lost:,} of the {first_step:,} steps before this one: lines were removed or "
-                "damaged; training is not affected, but plot and compare will not show them"
-            )
 
     def event(self, event: dict[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``."""
@@ -239,24 +234,20 @@ class Writer:
             self.log_file.close()
 
 
-def drop_later_events(metrics: Path, first_step: int, validated_steps: int) -> int:
+def drop_later_events(metrics: Path, first_step: int, validated_steps: int) -> None:
     """Drop the lines that a resumed run will write again, and half-written ones.
 
-    Lines about updates before ``first_step`` stay, and validations after at most ``validated_steps`` steps. Returns
-    the number of steps before ``first_step`` that have no line.
+    Lines about updates before ``first_step`` stay, and validations after at most ``validated_steps`` steps.
     """
     if not metrics.exists():
-        return first_step
+        return
     limits = {"step": first_step, "noise_scale": first_step, "validation": validated_steps}
-    kept, steps = [], set()
+    kept = []
     for line in metrics.read_bytes().splitlines():
         event = parse_event(line)
         if event is not None and event["step"] < limits.get(event["event"], 0):
             kept.append(line + b"\n")
-            if event["event"] == "step":
-                steps.add(event["step"])
     replace_text(metrics, b"".join(kept).decode())
-    return first_step - len(steps)
 
 
 class Reported(NamedTuple):

@@ -213,19 +213,8 @@ def test_a_resumed_run_drops_the_events_that_it_repeats(tmp_path: Path) -> None:
     later = [{"event": "step", "step": 2}, {"event": "noise_scale", "step": 2}]
     torn = b'{"event": "step", "step": 1e999}\n[]\n' + b"[" * 100_000 + b'\n{"event": "step", "st\xff'
     metrics.write_bytes("".join(json.dumps(event) + "\n" for event in kept + later).encode() + torn)
-    assert drop_later_events(metrics, first_step=2, validated_steps=2) == 0
+    drop_later_events(metrics, first_step=2, validated_steps=2)
     assert lines(tmp_path) == kept
     # Saved after the last step of an epoch, then killed between writing the validation and saving it.
     drop_later_events(metrics, first_step=2, validated_steps=0)
     assert lines(tmp_path) == kept[:4]
-
-
-def test_missing_lines_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lost = f"{tmp_path / METRICS} lacks %d of the 4 steps before this one"
-    for steps, number in (([0, 3, 3, 7], 2), (range(4), 0)):
-        (tmp_path / METRICS).write_text("".join(f'{{"event": "step", "step": {step}}}\n' for step in steps))
-        Writer(tmp_path, first_step=4, validated_steps=0, total_steps=9).close()
-        assert (lost % number in capsys.readouterr().out) == bool(number)
-    (tmp_path / METRICS).unlink()
-    Writer(tmp_path, first_step=4, validated_steps=0, total_steps=9).close()
-    assert lost % 4 in (tmp_path / "train.log").read_text()
