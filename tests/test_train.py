@@ -210,7 +210,7 @@ def test_the_tools_for_large_batches_together_resume_bit_for_bit_and_are_exporte
     assert export_command([str(tmp_path)]) == 0
     card = (tmp_path / "export/README.md").read_text()
     assert f"top-1 {best['ema_top1']:.2f} %" in card
-    assert "**Weights:** the moving average of the training's, in fp32" in card
+    assert "**Weights:** the moving average of those trained, in fp32" in card
 
 
 def test_deepspeeds_own_sections_work(tmp_path: Path) -> None:
