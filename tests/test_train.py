@@ -203,14 +203,14 @@ def test_the_tools_for_large_batches_together_resume_bit_for_bit_and_are_exporte
     errors = sorted(100 - line["ema_top1"] for line in lines[1])
     assert summary["median_error_last_epochs"] == errors[len(errors) // 2]
     assert summary["best_checkpoint"] == str(tmp_path / f"checkpoints/step-{best['step'] + 1:08}")
-    assert "all by the averaged weights" in " ".join(done.stdout.split())
+    assert "all of the averaged weights" in " ".join(done.stdout.split())
     assert recipe("evaluate", str(tmp_path)).returncode == 0
     measured = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
     assert (measured["top1"], measured["loss"]) == (best["ema_top1"], best["ema_loss"])
     assert export_command([str(tmp_path)]) == 0
     card = (tmp_path / "export/README.md").read_text()
     assert f"top-1 {best['ema_top1']:.2f} %" in card
-    assert "**Weights:** the moving average of the training's, in fp32" in card
+    assert "**Weights:** the moving average of those trained, in fp32" in card
 
 
 def test_deepspeeds_own_sections_work(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands of ``python -m recipe``, each a module or a room of its own. Nothing else imports them."""
+"""The commands of ``python -m recipe``, one module or room each. Nothing else imports them."""
 
 import functools
 import os
@@ -8,7 +8,7 @@ from recipe.distributed import say
 
 
 def refusing(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
-    """Decorate a command: what it refuses is reported on one line by rank 0, with exit code 2."""
+    """Decorate a command: rank 0 reports a refusal on one line, and the exit code is 2."""
 
     @functools.wraps(main)
     def command(argv: Sequence[str]) -> int:

@@ -1,11 +1,10 @@
-"""``python -m recipe evaluate``: what a trained model gets right, class by class, on one process or on many ranks."""
+"""``python -m recipe evaluate``: accuracy, confusion and calibration of a trained model, on one or more ranks."""
 
 import argparse
 import csv
 import json
 import os
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,44 +22,33 @@ if TYPE_CHECKING:
 
 RESULT, PER_CLASS, CONFUSION = "evaluation.json", "per_class.csv", "confusion"
 SHOWN_CLASSES = 15
-MOST_NAMED_CLASSES = 40  # on the axes of the confusion matrix; more would lie on each other
-TIMEOUT = timedelta(minutes=10)
+MOST_NAMED_CLASSES = 40  # on the axes of the confusion matrix; more labels would overlap
 COUNT = within(1, 1_000_000)
 
 
 @refusing
 def main(argv: Sequence[str]) -> int:
-    """Evaluate; return 0, or 2 where the input is refused."""
+    """Evaluate; return 0, or 2 if the input is refused."""
     parser = Parser(
         prog="python -m recipe evaluate",
         description="Measure accuracy, confusion and calibration of a trained model. On several ranks: "
         "deepspeed --no_local_rank --module recipe evaluate …",
     )
     add_model_options(parser, "evaluation")
-    parser.add_argument(
-        "--data",
-        help="folder with val/, or with a folder per class, a pack, or a data set of Hugging Face (default: the run's)",
-    )
-    parser.add_argument(
-        "--image-size", type=within(8, 4096), metavar="S", help="pixels per side (default: as in validation)"
-    )
+    data_help = "folder with val/, one folder per class, a pack, or a Hugging Face data set (default: the run's data)"
+    size_help = "pixels per side (default: as in the run's validation)"
+    parser.add_argument("--data", help=data_help)
+    parser.add_argument("--image-size", type=within(8, 4096), metavar="S", help=size_help)
     parser.add_argument("--micro-batch", type=COUNT, metavar="N", help="images per forward pass (default: the run's)")
     arguments = parser.parse_args(argv)
     os.environ |= find_placement(os.environ).variables()
     trained = load(arguments)
     from recipe.commands.measure import measure
 
-    measured = measure(
-        trained,
-        arguments.data,
-        image_size=arguments.image_size,
-        micro_batch=arguments.micro_batch,
-        workers=arguments.workers,
-        timeout=TIMEOUT,
-    )
+    measured = measure(trained, arguments.data, arguments.image_size, arguments.micro_batch, arguments.workers)
     if measured is None:
         return 0  # rank 0 has the result
-    output = arguments.output or usual_output(arguments.model, "evaluation")
+    output = arguments.output or default_output(arguments.model, "evaluation")
     write(measured, output)
     print(format_evaluation(measured.summary))
     print(f"\nin {printable(str(output))}: {RESULT}, {PER_CLASS}, {CONFUSION}.csv, .png, .svg")
@@ -68,14 +56,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def add_model_options(parser: argparse.ArgumentParser, results: str) -> None:
-    """Options of the commands that use a trained model; ``results`` is the name of the folder for what they find."""
-    parser.add_argument(
-        "model", type=Path, metavar="RUN_DIR|EXPORT", help="a run, or an export: folder or model.safetensors"
-    )
+    """Add the options shared by commands that use a trained model and write into a ``results`` folder."""
+    model_help = "a run, or an export: its folder or its model.safetensors"
+    workers_help = "processes that read images (default: 0)"
+    parser.add_argument("model", type=Path, metavar="RUN_DIR|EXPORT", help=model_help)
     parser.add_argument("--checkpoint", default="best", help='"best", "last" or a name such as step-00000150')
-    parser.add_argument(
-        "--workers", type=within(0, 1000), default=0, metavar="N", help="processes that read images (default: 0)"
-    )
+    parser.add_argument("--workers", type=within(0, 1000), default=0, metavar="N", help=workers_help)
     parser.add_argument("--output", type=Path, help=f"folder to write to (default: {results}/ in the run, or here)")
 
 
@@ -90,11 +76,7 @@ def load(arguments: argparse.Namespace) -> "Trained":
 
 
 def write(measured: "Measured", output: Path) -> None:
-    """Write numbers, table, matrix and picture into ``output``.
-
-    Raises:
-        OSError: A file cannot be written.
-    """
+    """Write the summary, the table per class, and the confusion matrix as CSV and pictures into ``output``."""
     output.mkdir(parents=True, exist_ok=True)
     (output / RESULT).write_text(json.dumps(measured.summary, indent=2) + "\n", encoding="utf-8")
     head = ["class", "images", "correct", "accuracy_percent", "most_often_taken_for", "times"]
@@ -108,7 +90,7 @@ def write(measured: "Measured", output: Path) -> None:
 
 
 def draw_confusion(measured: "Measured", path: Path) -> None:
-    """Draw the confusion matrix, each row in per cent of its class's images, as PNG and SVG."""
+    """Draw the confusion matrix as PNG and SVG; each row is in per cent of its class's images."""
     import numpy as np
 
     counts = np.array(measured.confusion, dtype=np.float64)
@@ -129,7 +111,7 @@ def draw_confusion(measured: "Measured", path: Path) -> None:
 
 
 def format_evaluation(result: dict[str, Any]) -> str:
-    """The numbers and the classes with the lowest accuracy, as lines for people."""
+    """The overall numbers, and a table of the classes with the lowest accuracy."""
     rows, bad_images = result["classes"], result["bad_images"]
     shown = [("class", "images", "accuracy", "most often taken for")]
     for row in rows[:SHOWN_CLASSES]:
@@ -152,6 +134,6 @@ def format_evaluation(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def usual_output(model: Path, results: str) -> Path:
-    """Where results go by default: into a run; for an export, which others get as it is, into the current folder."""
+def default_output(model: Path, results: str) -> Path:
+    """The default output folder: inside a run, or in the current folder for an export, which stays unchanged."""
     return model / results if (model / CHECKPOINTS).is_dir() else Path(results)

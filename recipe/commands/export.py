@@ -1,4 +1,4 @@
-"""``python -m recipe export``: the best weights of a run, with the config and the card that timm and hubs expect."""
+"""``python -m recipe export``: the best weights of a run, with config and model card as timm and model hubs expect."""
 
 import importlib.util
 import math
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from recipe.commands.trained import Trained
 
 CARD, ONNX = "README.md", "model.onnx"
-LISTED_CLASSES = 20  # in the card
+LISTED_CLASSES = 20  # in the model card
 
 
 @refusing
 def main(argv: Sequence[str]) -> int:
-    """Write weights, config and card; return 0, or 2 where there is nothing to export."""
+    """Write weights, config and card; return 0, or 2 if there is nothing to export."""
     parser = Parser(
         prog="python -m recipe export",
         description="Write the best weights of a run as timm and model hubs expect them, with a model card.",
@@ -35,42 +35,32 @@ def main(argv: Sequence[str]) -> int:
     output = arguments.output or arguments.run / "export"
     with_onnx = arguments.format == "onnx"
     if with_onnx:
-        refuse_without_onnx()
+        missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     from recipe.commands.trained import read_trained  # torch takes seconds to import
 
     trained = read_trained(arguments.run)
     if not trained.step:
-        raise ValueError(f"{arguments.run} has been exported already; name the folder of the run")
+        raise ValueError(f"{arguments.run} is an export already; name the folder of the run")
     write(trained, output, with_onnx=with_onnx)
-    lines = [
-        f"{output / WEIGHTS}: {how_far(trained)}; {accuracy(trained)}",
-        f"{output / TIMM_CONFIG}: architecture, classes and preprocessing, as timm reads them, and the run's config",
-        f"{output / CARD}: what it is, and how to use it",
-    ]
-    if with_onnx:
-        lines.append(f"{output / ONNX}: from images (N, 3, S, S), prepared as {TIMM_CONFIG} says, to logits")
-    print("\n".join(map(printable, [*lines, load_line(output)])))
+    files = (WEIGHTS, TIMM_CONFIG, CARD, ONNX) if with_onnx else (WEIGHTS, TIMM_CONFIG, CARD)
+    results = f"weights {progress(trained)}; {accuracy(trained)}", f"in {output}: {', '.join(files)}", load_line(output)
+    print("\n".join(map(printable, results)))
     return 0
 
 
-def refuse_without_onnx() -> None:
-    """Refuse early what torch's exporter would find missing late."""
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-
-
 def write(trained: "Trained", output: Path, *, with_onnx: bool = False) -> None:
-    """Write weights, config and card into ``output``."""
+    """Write weights, config, card and, if asked for, ONNX into ``output``."""
     import timm
     from safetensors import SafetensorError
 
     plan = trained.plan
     model = timm.create_model(plan.config.recipe.model.architecture, num_classes=trained.num_classes).eval()
-    trained.load_into(model)  # half parameters become fp32 exactly: timm's fp32 model is the one that was validated
+    trained.load_into(model)  # half-precision values are exact in fp32, so timm gets the model that was validated
     crop_mode, crop_pct = timm_crop(plan.validation_image_size, plan.config.recipe.data.crop)
     described: dict[str, Any] = {
-        "pretrained_cfg": {"tag": None, "license": None},  # else those of timm's own weights
+        "pretrained_cfg": {"tag": None, "license": None},  # not those of timm's own weights
         "recipe": plan.config.model_dump(mode="json", exclude_none=True),
     }
     if trained.classes is not None:
@@ -88,14 +78,14 @@ def write(trained: "Trained", output: Path, *, with_onnx: bool = False) -> None:
         timm.models.save_for_hf(model, str(output), described, safe_serialization=True, data_config=prepared)
     except SafetensorError as error:
         raise ValueError(f"{output / WEIGHTS} could not be written: {error}") from None
-    shutil.copymode(output / TIMM_CONFIG, output / WEIGHTS)  # safetensors lets nobody else read its file
+    shutil.copymode(output / TIMM_CONFIG, output / WEIGHTS)  # safetensors makes its file readable to its owner only
     (output / CARD).write_text(card(trained), encoding="utf-8")
     if with_onnx:
         save_onnx(model, plan.validation_image_size, output / ONNX)
 
 
 def timm_crop(image_size: int, crop: Any) -> tuple[str, float]:
-    """timm's ``crop_mode`` and ``crop_pct`` for the run's own validation.
+    """timm's ``crop_mode`` and ``crop_pct`` that reproduce the run's validation.
 
     timm resizes the short side to floor(size / crop_pct).
     """
@@ -109,7 +99,7 @@ def timm_crop(image_size: int, crop: Any) -> tuple[str, float]:
 
 
 def save_onnx(model: "nn.Module", image_size: int, file: Path) -> None:
-    """Write ``model`` for batches of any number of images, by torch's exporter."""
+    """Write ``model`` as ONNX with a dynamic batch size."""
     import torch
 
     try:
@@ -123,33 +113,31 @@ def save_onnx(model: "nn.Module", image_size: int, file: Path) -> None:
             external_data=False,
             verbose=False,
         )
-    except RuntimeError as error:  # the base of its own
-        what = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"torch's exporter cannot write this network as ONNX: {what}; leave out --format onnx"
-        ) from None
+    except RuntimeError as error:  # the base class of the exporter's own errors
+        cause = str(error).strip().partition("\n")[0]
+        raise ValueError(f"torch cannot export this network as ONNX: {cause}; leave out --format onnx") from None
 
 
 def load_line(folder: Path) -> str:
-    """The Python that makes the model."""
+    """The Python expression that creates the model."""
     return f"timm.create_model({f'local-dir:{folder}'!r}, pretrained=True).eval()"
 
 
-def how_far(trained: "Trained") -> str:
-    """How far in their training the weights are."""
+def progress(trained: "Trained") -> str:
+    """How long the weights were trained."""
     plan, epochs = trained.plan, trained.plan.timeline.epochs_done(trained.step)
     return f"after {trained.step:,} of {plan.total_steps:,} steps ({epochs:.4g} of {plan.epochs:,} epochs)"
 
 
 def accuracy(trained: "Trained") -> str:
-    """What the run has measured of the weights."""
+    """The validation accuracy of the weights."""
     if trained.top1 is None:
         return "not validated"
     return f"top-1 {trained.top1:.2f} % on {trained.plan.validation_images:,} validation images"
 
 
 def data_name(source: str, path: str | None) -> str:
-    """What others may know the data by: its name on the hub, or that of its folder."""
+    """A name for the data that means something elsewhere: its hub name, or the name of its folder."""
     from recipe.data import is_hub_name
 
     if path is None:
@@ -158,32 +146,33 @@ def data_name(source: str, path: str | None) -> str:
 
 
 def card(trained: "Trained") -> str:
-    """The model card, as model hubs show it: Markdown behind a YAML head."""
+    """The model card that hubs show: Markdown with a YAML header."""
     from huggingface_hub import EvalResult, ModelCardData
 
     plan, recipe = trained.plan, trained.plan.config.recipe
     data = data_name(recipe.data.source, recipe.data.path)
-    measured = EvalResult(
-        task_type="image-classification",
-        dataset_type=recipe.data.source,
-        dataset_name=data,
-        dataset_split="validation",
-        metric_type="accuracy",
-        metric_name="top-1, in per cent",
-        metric_value=None if trained.top1 is None else round(trained.top1, 2),
-    )
     head = ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm"],
         model_name=recipe.model.name,
-        eval_results=None if trained.top1 is None else [measured],
     )
+    if trained.top1 is not None:
+        measured = EvalResult(
+            task_type="image-classification",
+            dataset_type=recipe.data.source,
+            dataset_name=data,
+            dataset_split="validation",
+            metric_type="accuracy",
+            metric_name="top-1, in per cent",
+            metric_value=round(trained.top1, 2),
+        )
+        head.eval_results = [measured]
     sizes = ", ".join(str(size) for _, size in plan.image_sizes)
     names = [f'"{name}"' for name in trained.classes or []]
     more = f" … (all in {TIMM_CONFIG})" if len(names) > LISTED_CLASSES else ""
     classes = f": {', '.join(names[:LISTED_CLASSES])}{more}, in the order of the logits" if names else ""
-    weights = "as trained" if recipe.ema.decay is None else "the moving average of the training's"
+    weights = "as trained" if recipe.ema.decay is None else "the moving average of those trained"
     return f"""\
 ---
 {head.to_yaml()}
@@ -192,11 +181,11 @@ def card(trained: "Trained") -> str:
 # {recipe.model.name}, trained on {data} at batch {plan.global_batch:,}
 
 - **Measured:** {accuracy(trained)}.
-- **Trained:** {how_far(trained)} on {plan.train_images:,} images, in {plan.precision}.
-- **Images:** {plan.validation_image_size} px in validation and below, {sizes} px in training.
+- **Trained:** {progress(trained)} on {plan.train_images:,} images, in {plan.precision}.
+- **Images:** {plan.validation_image_size} px in validation and in the code below, {sizes} px in training.
 - **Classes:** {trained.num_classes:,}{classes}.
 - **Weights:** {weights}, in fp32.
-- **How:** the run's whole config is "recipe" in [{TIMM_CONFIG}]({TIMM_CONFIG}).
+- **Config:** the run's whole config is "recipe" in [{TIMM_CONFIG}]({TIMM_CONFIG}).
 
 ```python
 import timm

@@ -1,4 +1,4 @@
-"""Counts the parameters and activations of any timm model for the plan, without allocating memory for them."""
+"""Counts the parameters and activations of any timm model for the plan, without allocating memory."""
 
 from typing import Literal
 
@@ -13,11 +13,7 @@ from recipe.plan import ModelFacts
 def inspect_model(
     name: str, num_classes: int, image_size: int, freeze: Literal["none", "backbone"] = "none"
 ) -> ModelFacts:
-    """Build a timm model on the meta device and pass images of ``image_size`` pixels through it.
-
-    Raises:
-        ValueError: timm has no such model, or it takes no such images.
-    """
+    """Build a timm model on the meta device and pass images through it; raises ``ValueError`` if either fails."""
     with torch.device("meta"):
         model = build_model(name, num_classes, seed=0, statistics="local", freeze=freeze)
     decayed, undecayed = parameter_counts(model)
@@ -26,11 +22,11 @@ def inspect_model(
     for precision, dtype in DTYPES.items():
         cast_parameters(model, dtype)
         try:
-            saved[precision] = saved_bytes_an_image(model, image_size, dtype, torch.device("meta"))
+            saved[precision] = saved_bytes_per_image(model, image_size, dtype, torch.device("meta"))
         except (RuntimeError, AssertionError) as error:
-            first = str(error).partition("\n")[0] or type(error).__name__
+            cause = str(error).partition("\n")[0] or type(error).__name__
             raise ValueError(
-                f'recipe.model.name = "{name}": cannot be inspected with images of {image_size} px: {first}; choose '
+                f'recipe.model.name = "{name}": cannot be inspected with images of {image_size} px: {cause}; choose '
                 "another model or image size"
             ) from error
     return ModelFacts(
@@ -45,12 +41,12 @@ def inspect_model(
     )
 
 
-def saved_bytes_an_image(model: nn.Module, image_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes that each further image in a micro-batch adds to what a forward pass keeps for the backward pass."""
+def saved_bytes_per_image(model: nn.Module, image_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes per image that the forward pass saves for the backward pass, not counting what a whole batch shares."""
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def saved_bytes(images: int) -> int:
-        seen: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address is used twice
+        seen: dict[int, torch.UntypedStorage] = {}  # keeps storages alive, so that no address is reused
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -62,7 +58,7 @@ def saved_bytes_an_image(model: nn.Module, image_size: int, dtype: torch.dtype, 
         labels = torch.zeros(images, dtype=torch.long, device=device)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             logits = model(pixels)
-            # The graph lives until here, and with it what it has saved.
+            # The graph, and what it has saved, lives until here.
             F.cross_entropy(logits.to(torch.promote_types(dtype, torch.float32)), labels)
         return sum(storage.nbytes() for storage in seen.values())
 

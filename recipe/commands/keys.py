@@ -14,10 +14,9 @@ TABLES: dict[str, type[Section]] = {"Keys of a config": Config, "Keys of a study
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the tables, as they stand in docs/configuration.md; return 0."""
-    argparse.ArgumentParser(
-        prog="python -m recipe keys", description="Print every key of a config and of a study as Markdown tables."
-    ).parse_args(argv)
+    """Print the tables, which docs/configuration.md repeats; return 0."""
+    description = "Print every key of a config and of a study as Markdown tables."
+    argparse.ArgumentParser(prog="python -m recipe keys", description=description).parse_args(argv)
     tables = (
         f"## {title}\n\n| key | default | meaning |\n|---|---|---|\n" + "\n".join(_rows(section))
         for title, section in TABLES.items()
@@ -27,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _rows(section: type[Section], prefix: str = "") -> Iterator[str]:
-    """A row per key; a section passed on to DeepSpeed has a row itself, and of its keys those with a docstring."""
+    """One row per key. A section that is passed on to DeepSpeed also has a row itself, but only documented keys."""
     for name, field in section.model_fields.items():
         inner, key = field.annotation, prefix + name
         for part in get_args(inner):  # tuple[Case, ...]: a list of sections

@@ -1,13 +1,14 @@
-"""Runs a trained model over validation data and counts what it gets right; the work of ``evaluate``."""
+"""Runs a trained model on validation data for ``evaluate``: accuracy, confusion and calibration."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from recipe.commands.trained import Trained, validation_loader
@@ -17,26 +18,24 @@ from recipe.engine import Batch, evaluate, join_process_group, rank_device, set_
 from recipe.model import check_image_size
 from recipe.reporting import Progress
 
-CALIBRATION_BINS = 15  # as Guo et al. 2017 take
+TIMEOUT = timedelta(minutes=10)  # for the rendezvous and for each collective
+CALIBRATION_BINS = 15  # as in Guo et al. 2017
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What was measured.
+class Measured(NamedTuple):
+    """The result of an evaluation.
 
-    Attributes:
-        summary: The content of ``evaluation.json``; accuracies, errors and confidences are in per cent.
-        classes: The names of the model's outputs.
-        confusion: ``confusion[t][p]`` counts the images of class t that were taken for class p.
+    ``summary`` is the content of ``evaluation.json``, with accuracies, errors and confidences in per cent;
+    ``confusion[t][p]`` counts the images of class t that were predicted as class p.
     """
 
     summary: dict[str, Any]
-    classes: tuple[str, ...]
+    classes: Sequence[str]
     confusion: list[list[int]]
 
 
 def per_class(classes: Sequence[str], confusion: list[list[int]]) -> list[dict[str, Any]]:
-    """The classes that have images, the lowest accuracy first, each with the one it is most often taken for."""
+    """A row per class that has images, lowest accuracy first, with the class it is most often mistaken for."""
     rows = []
     for place, (name, counts) in enumerate(zip(classes, confusion, strict=True)):
         wrong = [0 if other == place else times for other, times in enumerate(counts)]
@@ -48,45 +47,20 @@ def per_class(classes: Sequence[str], confusion: list[list[int]]) -> list[dict[s
     return sorted(rows, key=lambda row: (row["accuracy"], -row["images"], row["name"]))
 
 
-class Counts:
-    """Confusion and calibration of this rank's share, added up on the device."""
-
-    def __init__(self, classes: int, device: torch.device) -> None:
-        self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-        # Of each bin of confidence: images, their confidences added up, and how many were right.
-        self.bins = torch.zeros(CALIBRATION_BINS, 3, dtype=torch.float64, device=device)
-
-    def add(self, logits: Tensor, batch: Batch) -> None:
-        """Count a batch: logits (m, classes), fp32 at least. Samples of weight 0 do not count."""
-        confidence, predicted = logits.double().softmax(1).max(1)
-        classes, counted = len(self.confusion), batch.weights > 0
-        pairs = (batch.labels * classes + predicted)[counted]
-        self.confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-        # The bins are (0, 1/15], (1/15, 2/15] … as in the paper's equation 3.
-        places = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
-        rows = torch.stack([torch.ones_like(confidence), confidence, (predicted == batch.labels).double()], 1)
-        self.bins.index_add_(0, places[counted], rows[counted])
-
-    def calibration(self) -> tuple[float, float]:
-        """Mean confidence and expected calibration error (Guo et al. 2017, equation 3) over all ranks, in per cent."""
-        count = self.bins[:, 0].sum()
-        gap = (self.bins[:, 2] - self.bins[:, 1]).abs().sum() / count
-        return float(100 * self.bins[:, 1].sum() / count), float(100 * gap)
+def calibration(confidence: NDArray[np.float64], is_correct: NDArray[np.bool_]) -> tuple[float, float]:
+    """Mean confidence and expected calibration error (Guo et al. 2017, equation 3) in per cent."""
+    bins = np.ceil(np.nan_to_num(confidence) * CALIBRATION_BINS).astype(int)  # (0, 1/15], (1/15, 2/15] …, as there
+    gaps = np.bincount(bins, weights=is_correct - confidence)
+    return float(100 * confidence.mean()), float(100 * np.abs(gaps).sum() / len(confidence))
 
 
 def measure(
-    trained: Trained,
-    data: str | None,
-    *,
-    image_size: int | None,
-    micro_batch: int | None,
-    workers: int,
-    timeout: timedelta,
+    trained: Trained, data: str | None, image_size: int | None, micro_batch: int | None, workers: int
 ) -> Measured | None:
-    """Evaluate on all ranks of the environment; the result on rank 0, None on the others.
+    """Evaluate on all ranks; return the result on rank 0, None on the others.
 
     Raises:
-        ValueError: The data cannot be read, or does not fit the model, or the ranks cannot meet.
+        ValueError: the data cannot be read or does not fit the model, or the rendezvous fails.
     """
     set_loudness(verbose=False)
     device = rank_device()
@@ -97,35 +71,36 @@ def measure(
     store = None
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         try:
-            store = meet(own_facts(None, device=device.type, data=f"{len(dataset):,} images"), timeout).group_store
+            store = meet(own_facts(None, device=device.type, data=f"{len(dataset):,} images"), TIMEOUT).group_store
         except MeetingError as error:
             raise ValueError(str(error)) from error
-    join_process_group(device, timeout, store)
-    micro_batch = micro_batch or trained.plan.micro_batch
+    join_process_group(device, TIMEOUT, store)
+    rank, world_size, micro_batch = dist.get_rank(), dist.get_world_size(), micro_batch or trained.plan.micro_batch
+    seen: list[Tensor] = []
+
+    def observe(logits: Tensor, batch: Batch) -> None:
+        confidence, predicted = logits.double().softmax(1).max(1)
+        seen.append(torch.stack([batch.labels.double(), predicted.double(), confidence])[:, batch.weights > 0])
+
     try:
         loader = validation_loader(
-            trained,
-            model,
-            dataset,
-            micro_batch=micro_batch,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            workers=workers,
+            trained, model, dataset, micro_batch=micro_batch, rank=rank, world_size=world_size, workers=workers
         )
-        counts = Counts(trained.num_classes, device)
         batches: Iterable[Batch] = loader.batches()
-        if dist.get_rank() == 0:
-            batches = _shown(batches, len(dataset), micro_batch * dist.get_world_size())
-        result = evaluate(model, batches, device, counts.add)
+        if rank == 0:
+            batches = _with_bar(batches, len(dataset), micro_batch * world_size)
+        result = evaluate(model, batches, device, observe)
         loader.close()
-        for tensor in (counts.confusion, counts.bins):
-            dist.all_reduce(tensor)
-        bad_images: list[tuple[str, ...]] = [() for _ in range(dist.get_world_size())]
-        dist.all_gather_object(bad_images, result.bad_images)
-        if dist.get_rank() != 0:
+        gathered: list[Any] = [None] * world_size
+        dist.all_gather_object(gathered, (torch.cat(seen, 1).cpu().numpy(), result.bad_images))
+        if rank != 0:
             return None
-        confidence, calibration_error = counts.calibration()
-        classes, confusion = class_names(trained, dataset), counts.confusion.tolist()
+        of_ranks, bad_images = zip(*gathered, strict=True)
+        labels, predicted, confidence = np.concatenate(of_ranks, 1)
+        mean_confidence, calibration_error = calibration(confidence, labels == predicted)
+        classes, count = trained.classes or dataset.class_names, trained.num_classes
+        pairs = (labels * count + predicted).astype(int)
+        confusion = np.bincount(pairs, minlength=count**2).reshape(count, count).tolist()
         summary = {
             "model": trained.name,
             "data": shown,
@@ -134,7 +109,7 @@ def measure(
             "top5": result.top5,
             "loss": result.loss,
             "count": result.count,
-            "mean_confidence": confidence,
+            "mean_confidence": mean_confidence,
             "expected_calibration_error": calibration_error,
             "classes": per_class(classes, confusion),
             "bad_images": sorted(set().union(*bad_images)),
@@ -144,8 +119,8 @@ def measure(
         dist.destroy_process_group()
 
 
-def _shown(batches: Iterable[Batch], images: int, images_at_once: int) -> Iterator[Batch]:
-    """Pass the batches on, with a bar of how many of the images all ranks have done."""
+def _with_bar(batches: Iterable[Batch], images: int, images_at_once: int) -> Iterator[Batch]:
+    """The same batches, with a progress bar over the images of all ranks."""
     with Progress(images, "images") as progress:
         for batch in batches:
             yield batch
@@ -153,21 +128,17 @@ def _shown(batches: Iterable[Batch], images: int, images_at_once: int) -> Iterat
 
 
 def open_data(trained: Trained, data: str | None, image_size: int) -> tuple[ImageDataset, str]:
-    """The images to evaluate on, labelled by the places of the model's outputs, and what to call them.
-
-    Raises:
-        ValueError: There is none, or it has a class that the model does not know.
-    """
-    section, its_own = trained.plan.config.recipe.data, dict[str, Any]()
-    common: dict[str, Any] = {"image_size": image_size, "crop": section.crop, "on_bad_image": "skip"}
+    """The dataset to evaluate on, with labels that index the model's outputs, and a name for it."""
+    section = trained.plan.config.recipe.data
+    options: dict[str, Any] = {"image_size": image_size, "crop": section.crop, "on_bad_image": "skip"}
     if data is None:
         if section.source == "digits":
-            dataset: ImageDataset = open_datasets("digits", None, flip=False, seed=0, **common)[1]
+            dataset: ImageDataset = open_datasets("digits", None, flip=False, seed=0, **options)[1]
             return dataset, "the digits' validation images"
         if section.path is None:
-            raise ValueError(f"{trained.name} was trained on synthetic images; give --data DIR to evaluate on others")
-        data, its_own = section.path, {"source": section.source, "validation_share": section.validation_share}
-    dataset = open_validation(data, **common, **its_own)
+            raise ValueError(f"{trained.name} was trained on synthetic images; name images to evaluate on by --data")
+        data, options = section.path, options | section.model_dump(include={"source", "validation_share"})
+    dataset = open_validation(data, **options)
     names, known = dataset.class_names, trained.classes
     if known is None:
         if len(names) != trained.num_classes:
@@ -178,17 +149,9 @@ def open_data(trained: Trained, data: str | None, image_size: int) -> tuple[Imag
     elif unknown := [name for name in names if name not in known]:
         shown = ", ".join(map(repr, unknown[:5]))
         raise ValueError(
-            f"{data} has classes that {trained.name} does not know: {shown}; its own are "
+            f"{data} has classes that {trained.name} does not know: {shown}; it knows "
             f"{', '.join(map(repr, known[:5]))}{' …' if len(known) > 5 else ''}"
         )
     else:
-        places = torch.tensor([known.index(name) for name in names])
-        dataset.labels = places[dataset.labels]
+        dataset.labels = torch.tensor([known.index(name) for name in names])[dataset.labels]
     return dataset, data
-
-
-def class_names(trained: Trained, dataset: ImageDataset) -> tuple[str, ...]:
-    """The names of the model's outputs, as it knows them, or as the data does."""
-    if trained.classes is not None:
-        return trained.classes
-    return tuple(dataset.class_names)

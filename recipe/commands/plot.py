@@ -1,4 +1,4 @@
-"""``python -m recipe plot``: loss, error, rate and speed of runs over the epochs, as a picture."""
+"""``python -m recipe plot``: loss, error, learning rate and speed of runs over the epochs, as a picture."""
 
 import os
 import textwrap
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_POINTS = 300  # of a curve; each is the mean of as many steps as it takes
-FEW_POINTS = 60  # that can each have a dot
+MOST_POINTS = 300  # per curve; a longer one is averaged down to as many
+FEW_POINTS = 60  # up to this number each point has a marker
 LEGEND_CHARACTERS = 130  # in a line across the picture
 LOSS, SPEED, WAITING = "training loss", "images per second", "time spent waiting for data [%]"
 
@@ -33,32 +33,27 @@ PANELS: tuple[tuple[str, str, str, Callable[[Column], Column]], ...] = (
     (WAITING, "step", "data_wait", lambda share: 100 * share),
     ("gradient noise scale [images]", "noise_scale", "noise_scale", lambda images: images),
 )
-"""title, event, its field, and what is drawn of that"""
+"""title, event, its field, and how its values are converted"""
 
 
 @refusing
 def main(argv: Sequence[str]) -> int:
-    """Draw the runs; return 0, or 2 where there is nothing to draw."""
+    """Draw the runs; return 0, or 2 if there is nothing to draw."""
     parser = Parser(
         prog="python -m recipe plot",
-        description="Draw training and validation loss, top-1 error, rate, images per second and the share of the time "
-        "spent waiting for data of one or several runs over the epochs, as PNG and SVG. A run may be in progress; no "
-        "display is needed.",
+        description="Draw training and validation loss, top-1 error, learning rate, images per second and the share "
+        "of time spent waiting for data over the epochs of one or more runs, as PNG and SVG. A run can be in progress; "
+        "no display is needed.",
     )
+    output_help = "name of the PNG and SVG, or a folder for plot.png and plot.svg (default: RUN_DIR, or . for several)"
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="output folder of a run")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="PATH",
-        help="where to write PATH.png and PATH.svg, or a folder for plot.png and plot.svg (default: RUN_DIR of a "
-        "single run, the current folder for several)",
-    )
+    parser.add_argument("--output", type=Path, metavar="PATH", help=output_help)
     arguments = parser.parse_args(argv)
     output = arguments.output or (arguments.runs[0] if len(arguments.runs) == 1 else Path())
     runs = [read_run(folder) for folder in {os.path.abspath(folder): folder for folder in arguments.runs}.values()]
     for run in runs:
         if not run.steps_done:
-            say(f"{run.folder} has not written a step yet")
+            say(f"{run.folder} has no steps yet")
     runs = [run for run in runs if run.steps_done]
     if not runs:
         raise ValueError("there is nothing to draw yet; wait for the first steps")
@@ -71,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def draw(runs: Sequence[RunFiles]) -> "Figure":
-    """A panel for each quantity, a colour for each run; every run has at least one step."""
+    """Draw one panel per quantity, with one colour per run; every run must have a step."""
     panels = [panel for panel in PANELS if panel[1] != "noise_scale" or any(_has(run, panel[1]) for run in runs)]
     labels = [_label(run, name) for run, name in zip(runs, _names(runs), strict=True)]
     legend_inches = 0.2 * sum(label.count("\n") + 1 for label in labels)
@@ -81,7 +76,7 @@ def draw(runs: Sequence[RunFiles]) -> "Figure":
         axes.set_title(title, loc="left")
         axes.set_xlabel("epochs done")
         for run, width in zip(runs, np.linspace(min(1.3 * len(runs), 4.0), 1.3, len(runs)), strict=True):
-            # The first run is the widest line, so that it shows beneath one that coincides with it.
+            # The first run has the widest line, so that it shows below one that coincides with it.
             _draw_curve(axes, run.epochs(event), convert(run.events[event][field]), width)
         axes.set_xlim(0, 1.01 * max(run.epochs("step")[-1] for run in runs))
         if title in (SPEED, WAITING):
@@ -102,10 +97,7 @@ def draw(runs: Sequence[RunFiles]) -> "Figure":
 
 
 def condense(epochs: Column, values: Column) -> tuple[Column, Column, Column, Column]:
-    """Epochs, means, lowest and highest values of up to ``MOST_POINTS`` stretches of a curve.
-
-    NaN does not count; it is the mean only where there is nothing else.
-    """
+    """Epochs, means, minima and maxima of up to ``MOST_POINTS`` segments of a curve; NaN only if all values are."""
     if values.size <= MOST_POINTS:
         return epochs, values, values, values
     starts = np.linspace(0, values.size, MOST_POINTS, endpoint=False).astype(int)
@@ -122,16 +114,16 @@ def condense(epochs: Column, values: Column) -> tuple[Column, Column, Column, Co
 
 
 def _draw_curve(axes: "Axes", epochs: Column, values: Column, width: float) -> None:
-    """Draw a curve, or where it has many points their means and a band from the lowest to the highest."""
+    """Draw a curve, or if it has many points their means with a band from the lowest to the highest value."""
     epochs, means, lowest, highest = condense(epochs, values)
     (line,) = axes.plot(epochs, means, linewidth=width, marker="." if epochs.size <= FEW_POINTS else None)
     if means is not values:
         axes.fill_between(epochs, lowest, highest, color=line.get_color(), alpha=0.2, linewidth=0)
-        axes.set_xlabel("epochs done (a line of means; a band from the lowest to the highest value)")
+        axes.set_xlabel("epochs done (line: means; band: lowest to highest value)")
 
 
 def _mark_lost_steps(axes: "Axes", runs: Sequence[RunFiles]) -> None:
-    """Mark on the upper edge the steps whose update was skipped, or whose loss is not finite."""
+    """Mark steps with a skipped update or a loss that is not finite on the upper edge."""
     for number, run in enumerate(runs):
         steps = run.events["step"]
         lost = run.epochs("step")[np.isnan(steps["loss"]) | (steps["skipped"] == 1)]
@@ -146,13 +138,13 @@ def _has(run: RunFiles, event: str) -> bool:
 
 
 def _names(runs: Sequence[RunFiles]) -> list[str]:
-    """The folders of the runs, as far as it takes to tell them apart."""
+    """The folders of the runs, relative to what they have in common."""
     folders = [Path(os.path.abspath(run.folder)) for run in runs]
     return [os.path.relpath(folder, os.path.commonpath([folder.parent for folder in folders])) for folder in folders]
 
 
 def _label(run: RunFiles, name: str) -> str:
-    """A run's name in the legend, its model and batch, and how far it is, in lines that the picture has room for."""
+    """A run's legend entry: its name, model, batch and, if it is not complete, progress."""
     plan = run.plan
     batches = " to ".join(f"{batch:,}" for batch in dict.fromkeys(plan.config.batches))
     label = printable(f"{name}: {plan.config.recipe.model.name}, batch {batches}")

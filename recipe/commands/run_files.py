@@ -1,4 +1,4 @@
-"""Reads what a run has written, complete or in progress, for the commands that look at runs."""
+"""Reads the files of a run, complete or in progress, for the commands that analyse runs."""
 
 import math
 from array import array
@@ -18,8 +18,7 @@ Column = NDArray[np.float64]
 
 WEIGHTS, TIMM_CONFIG = "model.safetensors", "config.json"  # of an export
 
-# What is read of each event of metrics.jsonl; all else is passed over.
-FIELDS = {
+FIELDS = {  # read from each kind of event in metrics.jsonl; everything else is ignored
     "step": ("step", "lr", "loss", "images_per_second", "data_wait", "skipped"),
     "validation": ("step", "top1", "top5", "loss"),
     "noise_scale": ("step", "noise_scale"),
@@ -28,10 +27,9 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run as its files describe it.
+    """The contents of a run's files; ``summary`` is None until the run is complete.
 
-    ``events`` has a column for each of ``FIELDS``, in the order of the steps: null is NaN, ``skipped`` 0 or 1.
-    ``summary`` is None while the run is not complete.
+    ``events`` has one column per entry of ``FIELDS``, in step order: null becomes NaN, ``skipped`` 0 or 1.
     """
 
     folder: Path
@@ -41,51 +39,41 @@ class RunFiles:
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps that are written down."""
+        """The number of logged optimizer steps."""
         steps = self.events["step"]["step"]
         return int(steps[-1]) + 1 if steps.size else 0
 
     def epochs(self, event: str) -> Column:
-        """Where in the training each line of an event lies: the epochs that were done after its step."""
+        """The position of each event in epochs: those done after its step."""
         steps = self.events[event]["step"]
         return np.array([self.plan.timeline.epochs_done(int(step) + 1) for step in steps])
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Read a run's folder.
+    """Read a run's folder; a last line that is still being written is ignored.
 
     Raises:
-        ValueError: it is not the folder of a run, or a file in it is not what a run writes; says which line, and what
-            to do. A last line that is still being written is no error.
+        ValueError: it is not the folder of a run, or a line in one of its files is invalid.
         OSError: a file cannot be read.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; name the --output folder of a run")
     if not (folder / PLAN).exists():
-        raise ValueError(f"{folder} holds no {PLAN}, so that it is not the folder of a run; {run_meant(folder)}")
-    return RunFiles(folder, read_plan(folder / PLAN), read_summary(folder), _read_events(folder / METRICS))
-
-
-def read_plan(file: Path) -> Plan:
-    """The plan that a run has written into ``file``; raises ``ConfigError`` if it is none."""
-    return plan_of(read_config(file))
+        raise ValueError(f"{folder} has no {PLAN}, so it is not the folder of a run; {suggest_runs(folder)}")
+    return RunFiles(folder, plan_of(read_config(folder / PLAN)), read_summary(folder), _read_events(folder / METRICS))
 
 
 def plan_of(config: Config) -> Plan:
-    """The plan whose resolved config this is.
-
-    Raises:
-        ConfigError: it is a config that leaves numbers to a plan.
-    """
+    """The plan that a resolved config describes; raises ``ConfigError`` if the config leaves a batch "auto"."""
     micro_batch, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
     if micro_batch == "auto" or accumulation == "auto":
-        problem, remedy = "a plan leaves no auto", "name the --output folder of a run"
+        problem, remedy = 'the plan of a run has no "auto"', "name the --output folder of a run"
         raise config.source.refusal("train_micro_batch_size_per_gpu", problem, remedy)
     return make_plan(config, config.train_batch_size // (micro_batch * accumulation))
 
 
-def run_meant(folder: Path) -> str:
-    """What to name instead of a folder that is no run's: the first runs below it, as a study has them."""
+def suggest_runs(folder: Path) -> str:
+    """The remedy for a folder that is not a run's: the first runs below it, as in the folder of a study."""
     plans = sorted({*folder.glob(f"*/{PLAN}"), *folder.glob(f"*/*/{PLAN}")})
     within = [str(plan.parent) for plan in plans if plan.parent.parent.name != CHECKPOINTS]
     return f"did you mean {', '.join(within[:5])}?" if within else "name the --output folder of a run"
@@ -103,9 +91,9 @@ def _read_events(file: Path) -> dict[str, dict[str, Column]]:
         except (TypeError, LookupError, OverflowError):
             if not line.endswith(b"\n"):
                 break  # it is still being written
-            raise ValueError(f"{file}: line {number} is not what a run writes; remove the line, or mend it") from None
+            raise ValueError(f"{file}: line {number} is not a valid event; remove or fix it") from None
     columns = {name: np.array(numbers[name]).reshape(-1, len(fields)).T for name, fields in FIELDS.items()}
     for name, (steps, *_) in columns.items():
         if np.isinf(columns[name]).any() or (np.diff(steps) <= 0).any():
-            raise ValueError(f'{file}: "{name}" has steps that do not rise, or a number that is too large; mend it')
+            raise ValueError(f'{file}: the steps of "{name}" do not increase, or a number is too large; fix the file')
     return {name: dict(zip(fields, columns[name], strict=True)) for name, fields in FIELDS.items()}

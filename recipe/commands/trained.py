@@ -1,10 +1,10 @@
-"""A trained model, ready for use: from a run's folder, or from what ``export`` made of one."""
+"""A trained model, read from a run's folder or from an export."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,26 +12,26 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recipe.checkpoints import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, best_first, damage, find, unreadable
-from recipe.commands.run_files import TIMM_CONFIG, WEIGHTS, plan_of, read_plan, run_meant
-from recipe.config import parse_config, parse_json, read_text
+from recipe.commands.run_files import TIMM_CONFIG, WEIGHTS, plan_of, suggest_runs
+from recipe.config import parse_config, parse_json, read_config, read_text
 from recipe.data import ImageDataset, ValidationLoader
 from recipe.distributed import say
 from recipe.model import DTYPES, build_model, cast_parameters
 from recipe.plan import Plan
 
-SAVED = "mp_rank_00_model_states.pt"  # DeepSpeed's name of what rank 0 writes
+SAVED = "mp_rank_00_model_states.pt"  # DeepSpeed's name for the file that rank 0 writes
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Weights, and the plan by which they were trained.
+    """Weights and the plan they were trained with.
 
     Attributes:
-        name: What messages call it, a path.
-        step: The steps after which a run had these weights; 0 for an export.
-        top1: What the run then measured in per cent; None if it did not, and for an export.
-        classes: The names of the outputs in their order; None where the run does not name them.
-        state: The tensors by name, in the run's own dtypes; those of an export are in fp32.
+        name: The path that identifies the model in messages.
+        step: How many steps the weights were trained for; 0 for an export.
+        top1: Their validation accuracy in per cent; None if they were not validated, and for an export.
+        classes: The class names in the order of the outputs; None if the data does not name them.
+        state: The tensors by name, in the run's own dtypes, or in fp32 from an export.
     """
 
     name: str
@@ -43,15 +43,11 @@ class Trained:
 
     @property
     def num_classes(self) -> int:
-        """The number of outputs."""
+        """The number of outputs of the model."""
         return self.plan.config.recipe.model.num_classes
 
     def build(self, device: torch.device) -> nn.Module:
-        """The model in evaluation mode, its parameters in the dtype in which they were trained.
-
-        Raises:
-            ValueError: timm has no such architecture, or the weights are not its.
-        """
+        """The model in evaluation mode, with parameters in the precision of training."""
         model = build_model(self.plan.config.recipe.model.architecture, self.num_classes, seed=0, statistics="local")
         self.load_into(model)
         cast_parameters(model, DTYPES[self.plan.precision])
@@ -60,91 +56,74 @@ class Trained:
         return model.to(device).eval()
 
     def load_into(self, model: nn.Module) -> None:
-        """Give ``model`` the weights.
-
-        Raises:
-            ValueError: they are those of another architecture.
-        """
+        """Load the weights into ``model``; raises ``ValueError`` if they do not fit it."""
         try:
             model.load_state_dict(self.state)
         except RuntimeError as error:
             architecture = self.plan.config.recipe.model.architecture
-            raise ValueError(f"{self.name}: the weights are not those of {architecture}: {error}") from None
+            raise ValueError(f"{self.name}: the weights do not fit {architecture}: {error}") from None
 
 
 def read_trained(path: Path, checkpoint: str = "best") -> Trained:
-    """Read a model from the folder of a run, from an export's folder or from its weights file.
+    """Read a model from a run's folder, an export's folder or an export's weights file.
 
-    Args:
-        path: What the command line names.
-        checkpoint: "best", "last" or the name of one, such as "step-00000150"; of a run only.
+    ``checkpoint`` is "best", "last" or a name such as "step-00000150"; an export ignores it.
 
     Raises:
-        ValueError: It is none of these, or a file is damaged.
+        ValueError: ``path`` is none of these, or a file is damaged.
     """
     folder = path.parent if path.suffix == ".safetensors" else path
     if (folder / TIMM_CONFIG).is_file() and not (folder / CHECKPOINTS).is_dir():
         return _read_export(folder / TIMM_CONFIG, path if path != folder else folder / WEIGHTS)
     if path != folder:
         raise ValueError(
-            f"{path} has no {TIMM_CONFIG} beside it, which says what model it is; "
+            f"{path} has no {TIMM_CONFIG} next to it, which describes the model; "
             "name a folder that python -m recipe export has written, or a run"
         )
     chosen = _choose_checkpoint(path, checkpoint)
-    plan = read_plan(chosen.path / PLAN)
-    return Trained(str(chosen.path), chosen.step, chosen.top1, plan, _class_names(chosen, plan), _read_weights(chosen))
+    plan = plan_of(read_config(chosen.path / PLAN))
+    names = () if chosen.data is None else tuple(chosen.data.classes)
+    classes = names if len(names) == plan.config.recipe.model.num_classes else None
+    return Trained(str(chosen.path), chosen.step, chosen.top1, plan, classes, _read_weights(chosen.path / SAVED))
 
 
-def validation_loader(
-    trained: Trained,
-    model: nn.Module,
-    dataset: ImageDataset,
-    *,
-    micro_batch: int,
-    workers: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> ValidationLoader:
-    """The loader that prepares images for ``model`` as the run's own validation did."""
-    parameter = next(model.parameters())
-    return ValidationLoader(
-        dataset,
-        micro_batch=micro_batch,
-        rank=rank,
-        world_size=world_size,
-        workers=workers,
-        device=parameter.device,
-        dtype=parameter.dtype,
-        mean=trained.plan.mean,
-        std=trained.plan.std,
-    )
+def validation_loader(trained: Trained, model: nn.Module, dataset: ImageDataset, **options: Any) -> ValidationLoader:
+    """A loader that preprocesses images for ``model`` like the run's own validation.
+
+    ``options`` are the remaining ones of ``ValidationLoader``.
+    """
+    parameter, plan = next(model.parameters()), trained.plan
+    view: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype, "mean": plan.mean, "std": plan.std}
+    return ValidationLoader(dataset, **view, **options)
 
 
 def _choose_checkpoint(run: Path, which: str) -> Checkpoint:
-    """The first choice among the whole checkpoints of ``run``; each that is left aside is reported.
+    """The first intact checkpoint of ``run`` in order of preference; rank 0 reports each that is skipped.
 
-    "best" is the one of the highest validated top-1 accuracy, or the newest where none was validated.
-
-    Raises:
-        ValueError: There is none, or it is in shards.
+    "best" prefers the highest validated top-1 accuracy, then the newest that was not validated.
     """
     if not run.is_dir():
         raise ValueError(f"there is no folder {run}")
     folder = run / CHECKPOINTS
-    messages = [f"checkpoint {path} is left aside: its {MANIFEST} cannot be read" for path in unreadable(folder)]
-    for checkpoint in _in_order(find(folder), which):
+    found = find(folder)  # newest first
+    candidates = {
+        "best": [*best_first(found), *(checkpoint for checkpoint in found if checkpoint.top1 is None)],
+        "last": found,
+    }.get(which, [checkpoint for checkpoint in found if checkpoint.path.name == which])
+    messages = [f"checkpoint {path} is skipped: its {MANIFEST} cannot be read" for path in unreadable(folder)]
+    for checkpoint in candidates:
         problem = damage(checkpoint)
         if problem is None:
             break
-        messages.append(f"checkpoint {checkpoint.path} is left aside: {problem}")
+        messages.append(f"checkpoint {checkpoint.path} is skipped: {problem}")
     else:
-        wanted = "whole checkpoint" if which in ("best", "last") else f"whole checkpoint {which}"
-        others = ", ".join(checkpoint.path.name for checkpoint in find(folder))
-        remedy = f"it holds {others}" if others and not messages else run_meant(run)
-        raise ValueError("; ".join([*messages, f"{folder} holds no {wanted}; {remedy}"]))
+        wanted = "intact checkpoint" if which in ("best", "last") else f"intact checkpoint {which}"
+        others = ", ".join(checkpoint.path.name for checkpoint in found)
+        remedy = f"it has {others}" if others and not messages else suggest_runs(run)
+        raise ValueError("; ".join([*messages, f"{folder} has no {wanted}; {remedy}"]))
     if SAVED not in checkpoint.files:
         raise ValueError(
-            f"{checkpoint.path} is in shards, as ZeRO stage 3 writes it; join them with "
+            f"{checkpoint.path} is sharded, as ZeRO stage 3 writes it; join the shards with "
             "DeepSpeed's zero_to_fp32, or train at a lower stage"
         )
     if os.environ.get("RANK", "0") == "0":
@@ -153,47 +132,28 @@ def _choose_checkpoint(run: Path, which: str) -> Checkpoint:
     return checkpoint
 
 
-def _in_order(newest_first: Sequence[Checkpoint], which: str) -> list[Checkpoint]:
-    """Those that may be taken for ``which``, the first choice first."""
-    if which == "last":
-        return list(newest_first)
-    if which == "best":
-        return [*best_first(newest_first), *(checkpoint for checkpoint in newest_first if checkpoint.top1 is None)]
-    return [checkpoint for checkpoint in newest_first if checkpoint.path.name == which]
-
-
-def _class_names(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...] | None:
-    """The names of the model's outputs, where the data that it was trained on names them."""
-    names = () if checkpoint.data is None else tuple(checkpoint.data.classes)
-    return names if len(names) == plan.config.recipe.model.num_classes else None
-
-
-def _read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The model's tensors by name, in the dtypes in which they were saved; their moving average, where the run has one.
-
-    Raises:
-        ValueError: The file is not what DeepSpeed saves.
-    """
-    file = checkpoint.path / SAVED
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    """The model's tensors by name, in the dtypes they were saved in; averaged weights replace those trained."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         averaged = saved["average"]["tensors"] if "average" in saved else {}
         return {name: averaged.get(name, own).to(own.dtype) for name, own in saved["module"].items()}
     except (RuntimeError, UnpicklingError, LookupError, TypeError, ValueError, AttributeError, EOFError) as error:
-        what = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{file} is not what DeepSpeed saves: {what}") from None
+        cause = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file} is not a DeepSpeed checkpoint: {cause}") from None
 
 
 def _read_export(file: Path, weights: Path) -> Trained:
     described = parse_json(read_text(file, "*.json"), str(file))
     if not isinstance(described.get("recipe"), dict):
-        raise ValueError(f"{file} is not what python -m recipe export writes: it has no recipe")
+        raise ValueError(f"{file} was not written by python -m recipe export: it has no recipe")
     plan, names = plan_of(parse_config(described["recipe"], str(file))), described.get("label_names")
     classes = plan.config.recipe.model.num_classes
-    are_names = isinstance(names, list) and len(names) == classes and all(isinstance(name, str) for name in names)
-    if names is not None and not are_names:
-        raise ValueError(f"{file}: label_names are not the names of {classes:,} classes; export the run again")
+    if names is not None:
+        if not (isinstance(names, list) and len(names) == classes and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"{file}: label_names are not the names of {classes:,} classes; export the run again")
+        names = tuple(names)
     try:
-        return Trained(str(weights), 0, None, plan, None if names is None else tuple(names), load_file(weights))
+        return Trained(str(weights), 0, None, plan, names, load_file(weights))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{weights} cannot be read: {error}") from None

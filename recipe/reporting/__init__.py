@@ -1,6 +1,6 @@
-"""What a run reports to people and programs: bar, log, ``metrics.jsonl``, monitors, summary.
+"""The reports of a run: progress bar, log, ``metrics.jsonl``, monitors, summary.
 
-The topmost room: may import ``plan``, and ``engine`` and ``checkpoints`` for what they have to report.
+The topmost room: may import ``plan``, ``engine`` and ``checkpoints``, whose results it reports.
 """
 
 import lazy_loader

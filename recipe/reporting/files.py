@@ -1,4 +1,4 @@
-"""The files that a run writes below its output folder; every function raises ``OutputError`` where it cannot write."""
+"""The files a run writes into its output folder; every function raises ``OutputError`` if it cannot write."""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ LOG, SUMMARY = "train.log", "summary.json"
 
 
 class OutputError(RuntimeError):
-    """A file of the run cannot be written; the message names it and the cause."""
+    """A file of the run cannot be written; the message names the file and the cause."""
 
 
 @contextmanager
@@ -23,32 +23,35 @@ def writing(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            f"{path}: {error.strerror}; the checkpoints are whole: fix it, and the same command resumes"
+            f"{path}: {error.strerror}; the checkpoints are intact: fix it, and the same command resumes"
         ) from error
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder of the run, if it is not there."""
+    """Make a folder of the run if it does not exist."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def remove_summary(output: Path) -> None:
-    """Remove ``summary.json``, which is written last: while it is there, the run is complete."""
+    """Remove ``summary.json``: it is written last, and its presence marks a run as complete."""
     with writing(output / SUMMARY):
         (output / SUMMARY).unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old one or the new one, never half of either."""
+    """Replace a file atomically: after a kill or a power failure it has the old text or the new one."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     with writing(path):
-        unfinished.write_text(text, encoding="utf-8")
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
 
 
 def set_former_run_aside(output: Path) -> list[str]:
-    """Move what an earlier run wrote, of which no checkpoint is left, into a folder of its own; return a message."""
+    """Move the files of an earlier run that has no checkpoint left into ``former-N/``; return messages about it."""
     metrics = output / METRICS
     if not metrics.exists() or not metrics.stat().st_size:
         return []
@@ -59,4 +62,5 @@ def set_former_run_aside(output: Path) -> list[str]:
         for name in (METRICS, LOG, PLAN, SUMMARY):
             with suppress(FileNotFoundError):
                 os.rename(output / name, aside / name)
-    return [f"training begins at epoch 1: no checkpoint is left of {steps:,} steps, whose files are in {aside}"]
+    lost = f"no checkpoint of the earlier {steps:,} steps is left; their files are in {aside}"
+    return [f"training starts at epoch 1: {lost}"]

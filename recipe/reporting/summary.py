@@ -32,9 +32,9 @@ def summarise(
     classes: Sequence[str],
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The content of ``summary.json``. Accuracies and errors are in per cent; ``classes`` are names, from 0 on.
+    """The content of ``summary.json``. ``classes`` are the class names in order.
 
-    They are those of the weights that are used later: of the moving average, where the run keeps one.
+    Accuracies and errors are in per cent, of the averaged weights if the run keeps an average.
     """
     measured, averaged = plan.config.recipe.noise_scale, plan.config.recipe.ema.decay is not None
     top1, top5 = ("ema_top1", "ema_top5") if averaged else ("top1", "top5")
@@ -72,7 +72,7 @@ def summarise(
 
 
 def read_summary(output: Path) -> dict[str, Any] | None:
-    """``summary.json`` of a complete run in this folder; None if there is none that can be used."""
+    """The ``summary.json`` of a complete run; None if it is missing or unusable."""
     try:
         summary: dict[str, Any] = json.loads((output / SUMMARY).read_text(encoding="utf-8"))
         format_summary(summary, output)
@@ -83,9 +83,9 @@ def read_summary(output: Path) -> dict[str, Any] | None:
 
 
 def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = None, *, width: int | None = None) -> str:
-    """The summary for people, in lines of at most ``width``, by default the terminal's.
+    """The summary as text of at most ``width`` columns (default: the terminal's).
 
-    With what to type next, as far as ``plan`` is given.
+    If ``plan`` is given, the last line suggests the next batch size to try.
     """
     width, folder = width or columns(), printable(str(output))
     summary = {key: printable(value) if isinstance(value, str) else value for key, value in summary.items()}
@@ -93,55 +93,56 @@ def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = No
     speed = "" if summary["images_per_second"] is None else f"{summary['images_per_second']:,.0f} images/s, "
     skipped = f", {summary['skipped_steps']} skipped by overflow" if summary["skipped_steps"] else ""
     last = min(LAST_EPOCHS, summary["epochs"])
-    batches = " to ".join(f"{batch:,}" for batch in dict.fromkeys((summary["global_batch"], _final_batch(summary))))
+    batches = dict.fromkeys((summary["global_batch"], summary["final_global_batch"]))
     rows = [
         (
             "trained",
             f"{summary['model']} on {summary['data']}: {counted(summary['epochs'], 'epoch')} at global batch "
-            f"{batches}, {summary['precision']}, {ranks} on {summary['device']}",
+            f"{' to '.join(f'{batch:,}' for batch in batches)}, {summary['precision']}, {ranks} on {summary['device']}",
         ),
         (
             "top-1",
             f"{summary['final_top1']:.2f} % at the end, {summary['best_top1']:.2f} % at best "
             f"(epoch {summary['best_epoch'] + 1}); median error of the last {counted(last, 'epoch')} "
             f"{summary['median_error_last_epochs']:.2f} %"
-            + (", all by the averaged weights" if summary.get("weights") == "averaged" else ""),
+            + (", all of the averaged weights" if summary["weights"] == "averaged" else ""),
         ),
         ("speed", f"{speed}{summary['steps']:,} steps{skipped}, {_duration(summary['wall_seconds'])} in all"),
-        *_noise_scale(summary),
-        ("files", f"{folder}: plan.json, metrics.jsonl, train.log, summary.json"),
     ]
+    if summary["noise_scale"] is not None:
+        found, batch = summary["noise_scale"], summary["final_global_batch"]
+        rows.append(("noise scale", "\n".join(in_words(found, batch, summary["train_images"], summary["steps"]))))
+    rows.append(("files", f"{folder}: plan.json, metrics.jsonl, train.log, summary.json"))
     if summary["best_checkpoint"] is not None:
         rows.append(("best weights", summary["best_checkpoint"]))
     if summary["bad_images"]:
         rows.append(("bad images", f"{len(summary['bad_images'])} could not be read, listed in summary.json"))
-    if summary.get("decoded_by_pil"):
-        slow = f"{summary['decoded_by_pil']:,} times by the slower decoder: no JPEG, or one that"
-        rows.append(("decoded", f"{slow} the faster one does not take"))
+    if summary["decoded_by_pil"]:
+        slow = f"{summary['decoded_by_pil']:,} images by the slower decoder: not JPEGs, or JPEGs that the faster one"
+        rows.append(("decoded", f"{slow} does not support"))
     ranks_option = "" if summary["world_size"] == 1 else f"--num_gpus {summary['world_size']} "
     if summary["hosts"] > 1:
         ranks_option = "--hostfile … "
+    launcher = "deepspeed"
+    if shutil.which(launcher) is None:
+        launcher = os.path.relpath(Path(sys.executable).parent / launcher)
     command = (
-        f"{_launcher()} -q {ranks_option}recipe/train.py --deepspeed_config {folder}/plan.json --output {folder}-again"
+        f"{launcher} -q {ranks_option}recipe/train.py --deepspeed_config {folder}/plan.json --output {folder}-again"
     )
     rows.append(("again", " \\\n".join(wrap(command, width - LABEL_WIDTH - 4))))
-    following = None if plan is None else _following_plan(plan)
-    if following is not None:
-        rate, warmup = following.schedule.peak_rate, following.schedule.warmup_steps
-        rows.append(
-            (
-                "next",
-                f"--set train_batch_size={following.global_batch} with another --output: peak rate {rate:.6g}, "
-                + (f"warmup of {counted(warmup, 'step')}" if warmup else "no warmup"),
-            )
-        )
+    next_plan = None if plan is None else _next_plan(plan)
+    if next_plan is not None:
+        steps = next_plan.schedule.warmup_steps
+        warmup = f"warmup of {counted(steps, 'step')}" if steps else "no warmup"
+        change = f"--set train_batch_size={next_plan.global_batch} with another --output"
+        rows.append(("next", f"{change}: peak rate {next_plan.schedule.peak_rate:.6g}, {warmup}"))
     return fields(rows, width)
 
 
-def _following_plan(plan: Plan) -> Plan | None:
-    """The plan of twice the batch or, where that leaves a single step per epoch, of half of it; None if neither works.
+def _next_plan(plan: Plan) -> Plan | None:
+    """The plan at twice the batch, or at half if twice leaves a single step per epoch; None if neither works.
 
-    What the file has written out against the rules was meant for its own batch, and is "auto" here.
+    Values that the file sets explicitly were meant for its own batch size, so the next plan derives them anew.
     """
     rules = plan.config.recipe.schedule
     if rules.batch_size is not None:
@@ -160,26 +161,6 @@ def _following_plan(plan: Plan) -> Plan | None:
         with suppress(ConfigError):
             return make_plan(parse_config(raw, plan.config.source.file), plan.world_size)
     return None
-
-
-def _noise_scale(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """The lines on it, if the run measured it; the summaries of earlier versions do not know it."""
-    found = summary.get("noise_scale")
-    if not found:
-        return []
-    lines = in_words(found, _final_batch(summary), summary.get("train_images"), summary["steps"])
-    return [("noise scale", "\n".join(lines))]
-
-
-def _final_batch(summary: dict[str, Any]) -> int:
-    """The global batch at the end; the summaries of earlier versions had one throughout."""
-    batch: int = summary.get("final_global_batch", summary["global_batch"])
-    return batch
-
-
-def _launcher() -> str:
-    """The launcher's name as it can be typed here."""
-    return "deepspeed" if shutil.which("deepspeed") else os.path.relpath(Path(sys.executable).parent / "deepspeed")
 
 
 def _duration(seconds: float) -> str:

@@ -1,6 +1,6 @@
-"""Tables, progress bars (plain lines where there is no terminal) and the parser of command lines.
+"""Tables, progress bars (plain lines without a terminal) and the command-line parser.
 
-rich is imported where it is needed: a refused config should not wait for it.
+rich is imported only where it is needed, so that a refused config does not wait for it.
 """
 
 import argparse
@@ -19,15 +19,17 @@ from recipe.plan import columns, fields, is_terminal, wrap
 
 SHORTEST_BAR = 8
 REFRESH_SECONDS = 0.1
+LINE_EVERY_SECONDS = 60.0  # without a terminal
+LONGEST_SECONDS = timedelta.max.total_seconds() / 2  # that can be shown as the time left
 
 Number = TypeVar("Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line that names the option that was probably meant by an unknown one."""
+    """An argument parser that suggests the closest option for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
-        # argparse misses a required option before it looks at one that it does not know.
+        # argparse complains about a missing required option before it looks at unknown ones.
         words = sys.argv if "required: --" in message else message.partition("unrecognized arguments: ")[2].split()
         options = [word.partition("=")[0] for word in words if word.startswith("-")]
         options = [option for option in options if option not in self._option_string_actions]
@@ -38,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def within(low: Number, high: Number) -> Callable[[str], Number]:
-    """A type for options of a ``Parser``: a number from ``low`` to ``high``, whole if these are."""
+    """An argument type: a number from ``low`` to ``high``, an integer if both are."""
     kind = type(low)
 
     def number(text: str) -> Number:
@@ -52,9 +54,9 @@ def within(low: Number, high: Number) -> Callable[[str], Number]:
 
 
 def table(rows: Sequence[Sequence[str]], width: int) -> str:
-    """Rows in columns, titles first; cells are wrapped where ``width`` is too small.
+    """Rows in columns, titles first; cells wrap to fit ``width``.
 
-    Where it is too small even for the longest words, each row becomes a block of lines.
+    If even the longest words do not fit, each row becomes a block of lines.
     """
     from rich.console import Console
     from rich.table import Table
@@ -71,28 +73,24 @@ def table(rows: Sequence[Sequence[str]], width: int) -> str:
     return "".join(line.rstrip() + "\n" for line in captured.get().splitlines())
 
 
-LONGEST_SECONDS = timedelta.max.total_seconds() / 2
-"""what a bar can say, not a run's end"""
-
-
 class Progress:
-    """Progress: a bar where standard error is a terminal, elsewhere a line now and then.
+    """Progress: a bar if standard error is a terminal, otherwise a line once a minute.
 
     Args:
-        unit: What is counted, in the plural; "" shows a percentage instead of the numbers.
-        done: What was done before; the time left is not estimated from it.
+        unit: The plural noun of what is counted; "" shows a percentage instead of the numbers.
+        done: How many were done before; the estimate of the time left ignores them.
     """
 
-    def __init__(self, total: int, unit: str = "", done: int = 0, line_every_seconds: float = 60.0) -> None:
+    def __init__(self, total: int, unit: str = "", done: int = 0) -> None:
         from rich import progress
         from rich.console import Console
 
         self.total, self.unit, self.done = total, unit, done
-        self._line_every_seconds, self._shown_at = line_every_seconds, time.monotonic()
+        self._shown_at = time.monotonic()
         self._lock = threading.Lock()
         self._console = Console(stderr=True, force_terminal=is_terminal(sys.stderr))
         self._has_bar = self._console.is_terminal and not self._console.is_dumb_terminal
-        # No thread refreshes it, and nothing is redirected: the loader's processes are forked beside it.
+        # No refresh thread and no redirection, because the data loader forks processes meanwhile.
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
@@ -108,11 +106,11 @@ class Progress:
         )
         self._task = self._bar.add_task("", total=total, completed=done, details="")
         self._bar.start()
-        self._console.show_cursor(True)  # a process that is killed could not bring it back
+        self._console.show_cursor(True)  # a killed process could not restore it
 
     @property
     def speed(self) -> float:
-        """How many are done per second, recently; 0 while that is not known."""
+        """The recent rate per second; 0 while it is unknown."""
         return self._bar.tasks[0].speed or 0.0
 
     def __enter__(self) -> Self:
@@ -122,12 +120,12 @@ class Progress:
         self.close()
 
     def add(self, number: int) -> None:
-        """Count ``number`` more as done; any thread may call it."""
+        """Count ``number`` more as done. Thread-safe."""
         with self._lock:
             self.update(self.done + number)
 
     def update(self, done: int, description: str = "", *figures: str) -> None:
-        """Set how many are done in all. On a narrow terminal the last of the figures are left out."""
+        """Set how many are done in total. A narrow terminal omits the last of the figures."""
         self.done = done
         self._bar.update(self._task, completed=done, description=description)
         seconds = self._bar.tasks[0].time_remaining
@@ -140,13 +138,12 @@ class Progress:
                 break
             details += f", {figure}"
         self._bar.update(self._task, details=details)
-        if time.monotonic() - self._shown_at < (REFRESH_SECONDS if self._has_bar else self._line_every_seconds):
+        if time.monotonic() - self._shown_at < (REFRESH_SECONDS if self._has_bar else LINE_EVERY_SECONDS):
             return
-        line = f"{description}: {details}" if description else details
         if self._has_bar:
             self._bar.refresh()
         else:
-            print(line, flush=True)
+            print(f"{description}: {details}" if description else details, flush=True)
         self._shown_at = time.monotonic()
 
     def say(self, message: str) -> None:
@@ -156,10 +153,10 @@ class Progress:
         if self._has_bar:
             self._console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
         print("\n".join(wrap(message, columns())) if is_terminal(sys.stdout) else message, flush=True)
-        if is_terminal(sys.stdout):  # else a program between, such as tee, may have yet to print the line
+        if is_terminal(sys.stdout):  # otherwise a pipe such as tee may not have printed the line yet
             self._bar.refresh()
         self._shown_at = time.monotonic()
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop the bar where it is."""
         self._bar.stop()

@@ -104,7 +104,7 @@ def test_a_run_that_must_resume_does_not_begin_anew(tmp_path: Path) -> None:
         before = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "plan.json", "train.log")}
         anew = train_ok(*arguments)
         aside = tmp_path / f"former-{number}"
-        told = f"training begins at epoch 1: no checkpoint is left of 6 steps, whose files are in {aside}\n"
+        told = f"training starts at epoch 1: no checkpoint of the earlier 6 steps is left; their files are in {aside}\n"
         assert reason + told in anew.stdout
         assert {name: (aside / name).read_bytes() for name in before} == before
         assert [event["step"] for event in events(tmp_path, "step")] == [0, 1, 2, 3, 4, 5]

@@ -1,4 +1,4 @@
-"""Evaluation and prediction agree with the run's own validation, and with plain timm, scikit-learn and arithmetic."""
+"""Evaluation and prediction agree with the run's own validation, plain timm and scikit-learn."""
 
 import csv
 import json
@@ -16,12 +16,12 @@ from sklearn.metrics import confusion_matrix
 
 from benchmarks.launch import deepspeed_command
 from recipe.commands.evaluate import draw_confusion
-from recipe.commands.measure import Counts, Measured
+from recipe.commands.measure import Measured, calibration
 from recipe.commands.trained import read_trained
-from recipe.data import Batch, open_datasets
+from recipe.data import open_datasets
 from tests.launch import ROOT, complete_run, environment, events, recipe
 
-SIZE, MEAN, STD = 16, 0.3054, 0.3237  # of the run: the digits' mean and deviation
+SIZE, MEAN, STD = 16, 0.3054, 0.3237  # of the run: the digits' mean and standard deviation
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def digits() -> tuple[torch.Tensor, list[int]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, digits: tuple[torch.Tensor, list[int]]) -> Path:
-    """The same images as files, a folder per class, without a val/."""
+    """The same images as files, one folder per class, without a val/."""
     root = tmp_path_factory.mktemp("images")
     for number, (pixels, label) in enumerate(zip(*digits, strict=True)):
         (root / str(label)).mkdir(exist_ok=True)
@@ -50,18 +50,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory, digits: tuple[torch.Tensor,
 
 @pytest.fixture(scope="module")
 def probabilities(run: Path, digits: tuple[torch.Tensor, list[int]]) -> np.ndarray:
-    """(355, 10) of the best weights, by plain timm."""
+    """(355, 10), computed from the best weights by plain timm."""
     model = timm.create_model("test_resnet", num_classes=10).eval()
     model.load_state_dict(read_trained(run).state)
     with torch.no_grad():
         return model((digits[0].movedim(-1, 1) / 255 - MEAN) / STD).double().softmax(1).numpy()
 
 
-def test_one_process_gives_the_runs_own_validation_to_the_last_bit(
-    run: Path, digits: tuple[torch.Tensor, list[int]], probabilities: np.ndarray
-) -> None:
+@pytest.fixture(scope="module")
+def evaluation(run: Path) -> subprocess.CompletedProcess[str]:
+    """``evaluate`` in one process, which writes into the run."""
     done = recipe("evaluate", str(run))
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_one_process_repeats_the_runs_validation_bit_for_bit(
+    run: Path,
+    evaluation: subprocess.CompletedProcess[str],
+    digits: tuple[torch.Tensor, list[int]],
+    probabilities: np.ndarray,
+) -> None:
     result = json.loads((run / "evaluation/evaluation.json").read_text())
     best = max(events(run, "validation"), key=lambda line: line["top1"])
     assert {key: result[key] for key in ("top1", "top5", "loss", "count")} == {
@@ -83,13 +92,14 @@ def test_one_process_gives_the_runs_own_validation_to_the_last_bit(
     assert result["expected_calibration_error"] == pytest.approx(100 * error, abs=1e-4)
     worst = result["classes"][0]
     assert worst["accuracy"] == min(100 * matrix[c][c] / sum(matrix[c]) for c in range(10))
-    assert f"\n{worst['name']} " in done.stdout
+    assert f"\n{worst['name']} " in evaluation.stdout
     assert (run / "evaluation/confusion.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
-def test_ranks_and_a_folder_of_the_same_images_give_the_same_counts(run: Path, folder: Path, tmp_path: Path) -> None:
-    arguments = ("evaluate", str(run), "--data", str(folder), "--output", str(tmp_path / "two"))
+@pytest.mark.usefixtures("evaluation")
+def test_two_ranks_on_a_folder_of_the_same_images_count_the_same(run: Path, folder: Path, tmp_path: Path) -> None:
+    arguments = ("evaluate", str(run), "--data", str(folder), "--output", str(tmp_path))
     launcher, *others = deepspeed_command(2, "recipe", *arguments)
     done = subprocess.run(
         [launcher, "--no_local_rank", "--module", *others],
@@ -100,12 +110,11 @@ def test_ranks_and_a_folder_of_the_same_images_give_the_same_counts(run: Path, f
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert recipe("evaluate", str(run), "--output", str(tmp_path / "one")).returncode == 0
-    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
+    one, two = (json.loads((path / "evaluation.json").read_text()) for path in (run / "evaluation", tmp_path))
     assert two["classes"] == one["classes"]
     assert two["count"] == one["count"] == 355
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    assert done.stdout.count("top-1 ") == 1  # rank 0 speaks
+    assert done.stdout.count("top-1 ") == 1  # from rank 0 alone
 
 
 def test_an_export_gives_the_same_numbers_as_its_run(run: Path, folder: Path, tmp_path: Path) -> None:
@@ -127,23 +136,20 @@ def test_an_export_gives_the_same_numbers_as_its_run(run: Path, folder: Path, tm
     assert of_export == of_run | {"model": str(exported / "model.safetensors")}
 
 
-def test_what_does_not_fit_the_model_is_refused_on_one_line(run: Path, folder: Path, tmp_path: Path) -> None:
+def test_invalid_input_is_refused_on_one_line(run: Path, folder: Path, tmp_path: Path) -> None:
     cats, unsplit = tmp_path / "cats", tmp_path / "unsplit"
     (unsplit / "train/3").mkdir(parents=True)
     (cats / "val/cat").mkdir(parents=True)
     (cats / "val/cat/a.png").write_bytes(next((folder / "3").iterdir()).read_bytes())
-    export, full = tmp_path / "other", tmp_path / "full"
-    export.mkdir()
-    full.mkdir()
+    export, full, odd = tmp_path / "other", tmp_path / "full", tmp_path / "odd"
+    for new_folder in (export, full, odd):
+        new_folder.mkdir()
     (full / "evaluation.json").symlink_to("/dev/full")
-    odd = tmp_path / "odd"
-    odd.mkdir()
     (odd / "config.json").write_text(f'{{"recipe": {(run / "plan.json").read_text()}, "label_names": ["a"]}}')
     (export / "config.json").write_text('{"architecture": "resnet50"}')
     for arguments, message in (
-        ([str(tmp_path / "nowhere")], "there is no folder"),
-        ([str(export)], "config.json is not what python -m recipe export writes"),
-        ([str(run), "--checkpoint", "step-7"], "holds no whole checkpoint step-7; it holds step-0000000"),
+        ([str(export)], "config.json was not written by python -m recipe export: it has no recipe"),
+        ([str(run), "--checkpoint", "step-7"], "has no intact checkpoint step-7; it has step-0000000"),
         ([str(run), "--data", str(cats)], "does not know: 'cat'"),
         ([str(run), "--data", str(unsplit)], f"has neither val/ nor test/ beside train/; name {unsplit}/train, or"),
         ([str(run), "--data", str(tmp_path / "none")], "there is no folder"),
@@ -156,7 +162,7 @@ def test_what_does_not_fit_the_model_is_refused_on_one_line(run: Path, folder: P
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_ranks_that_cannot_meet_say_so_on_one_line(run: Path) -> None:
+def test_a_failed_rendezvous_is_reported_on_one_line(run: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -166,19 +172,14 @@ def test_ranks_that_cannot_meet_say_so_on_one_line(run: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_confidence_falls_into_the_bin_whose_upper_edge_it_is() -> None:
-    counts = Counts(2, torch.device("cpu"))
-    # Confidences 0.8 (right), 0.6 (wrong: taken for class 1), and a blank that does not count.
-    logits = torch.log(torch.tensor([[0.8, 0.2], [0.4, 0.6], [0.9, 0.1]], dtype=torch.float64))
-    batch = Batch(torch.empty(3), torch.tensor([0, 0, 0]), torch.tensor([1.0, 1.0, 0.0]))
-    counts.add(logits, batch)
-    assert counts.confusion.tolist() == [[1, 1], [0, 0]]
-    confidence, error = counts.calibration()
-    assert confidence == pytest.approx(70)
-    assert error == pytest.approx(100 * (abs(1 - 0.8) + abs(0 - 0.6)) / 2)
+def test_a_confidence_on_the_edge_of_two_bins_belongs_to_the_lower_one() -> None:
+    # 0.8 is correct and in bin (11/15, 12/15]; 0.6 and 0.55 are wrong and right and share (8/15, 9/15].
+    confidence, error = calibration(np.array([0.8, 0.6, 0.55]), np.array([True, False, True]))
+    assert confidence == pytest.approx(65)
+    assert error == pytest.approx(100 * (abs(1 - 0.8) + abs(1 - 0.6 - 0.55)) / 3)
 
 
-def test_predictions_come_in_order_and_name_what_cannot_be_read(
+def test_predictions_are_in_order_and_unreadable_files_are_named(
     run: Path, folder: Path, probabilities: np.ndarray, tmp_path: Path
 ) -> None:
     images = tmp_path / "images"
@@ -209,7 +210,5 @@ def test_predictions_come_in_order_and_name_what_cannot_be_read(
 
 
 def test_names_that_the_font_lacks_are_drawn_without_a_warning(tmp_path: Path) -> None:
-    draw_confusion(
-        Measured({"top1": 50.0}, ("犬", "$x"), [[1, 0], [1, 0]]), tmp_path / "confusion"
-    )  # warnings are errors
+    draw_confusion(Measured({"top1": 50.0}, ("犬", "$x"), [[1, 0], [1, 0]]), tmp_path / "confusion")
     assert {path.name for path in tmp_path.iterdir()} == {"confusion.png", "confusion.svg"}

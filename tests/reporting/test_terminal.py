@@ -1,4 +1,4 @@
-"""What people see, at the width of their terminal and where there is none."""
+"""Terminal output at several widths, and without a terminal."""
 
 import argparse
 import os
@@ -24,7 +24,8 @@ FACTS = SHIPPED["resnet50", 1000]
 PLANS = [make_plan(read_config(f"ds_configs/resnet50_b{batch}.json"), 32) for batch in (8192, 256)]
 ANSWERS = [Answer(plan, FACTS, 2500.0, "assumed", Link(12.5e9, 20e-6), "100 Gbit/s", 80 * 2**30) for plan in PLANS]
 SUMMARY = {
-    "model": "resnet50", "data": "imagefolder", "epochs": 90, "global_batch": 8192, "precision": "fp16",
+    "model": "resnet50", "data": "imagefolder", "epochs": 90, "global_batch": 8192, "final_global_batch": 8192,
+    "train_images": 1_281_167, "precision": "fp16", "weights": "trained", "noise_scale": None,
     "world_size": 32, "hosts": 4, "device": "NVIDIA H100 80GB HBM3", "final_top1": 76.26, "best_top1": 76.31,
     "best_epoch": 88, "median_error_last_epochs": 23.74, "images_per_second": 72138.0, "steps": 14040,
     "skipped_steps": 3, "wall_seconds": 3600.0, "best_checkpoint": "runs/b8192/checkpoints/step-00013884",
@@ -37,7 +38,7 @@ def words(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_texts_fit_the_width_and_break_no_word(width: int) -> None:
+def test_texts_fit_the_width_without_breaking_words(width: int) -> None:
     for show in (
         lambda width: format_answers(ANSWERS, width=width),
         lambda width: format_answers(ANSWERS[:1], width=width),
@@ -68,7 +69,7 @@ with terminal.Progress(1_405_000, "steps", done=1_000) as progress:
         (120, r"1,003/1,405,000 steps, loss 2\.345, 72,138 images/s, rate 0\.00032"),
     ],
 )
-def test_a_bar_keeps_the_time_left_and_drops_figures_that_do_not_fit(width: int, shown: str) -> None:
+def test_a_narrow_bar_keeps_the_time_left_and_omits_figures(width: int, shown: str) -> None:
     screen, end = open_terminal(width)
     variables = {name: os.environ[name] for name in os.environ.keys() - {"COLUMNS"}} | {"TERM": "xterm"}
     with subprocess.Popen([sys.executable, "-c", BAR], cwd=ROOT, stdout=end, stderr=end, env=variables):
@@ -78,15 +79,15 @@ def test_a_bar_keeps_the_time_left_and_drops_figures_that_do_not_fit(width: int,
     lines = [line for line in re.split(r"[\r\n]+", text) if line]
     assert max(map(len, lines)) <= width
     assert re.fullmatch(rf"epoch 100/100 \S{{8,}} \d+:\d\d:\d\d left, {shown}", lines[-1]), lines[-1]
-    (told,) = (number for number, line in enumerate(lines) if line.startswith("epoch 100/100: top-1 76.26 %, "))
-    assert " ".join(lines[told : told + 2]).endswith("on 50,000 validation images") or width == 120
-    assert seen.count("\x1b[?25h") >= seen.count("\x1b[?25l")  # the cursor is there
+    (said,) = (number for number, line in enumerate(lines) if line.startswith("epoch 100/100: top-1 76.26 %, "))
+    assert " ".join(lines[said : said + 2]).endswith("on 50,000 validation images") or width == 120
+    assert seen.count("\x1b[?25h") >= seen.count("\x1b[?25l")  # the cursor is visible
 
 
-def test_without_a_terminal_there_are_plain_lines(
+def test_progress_without_a_terminal_is_plain_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich's and CI's; a file is a file
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich would take a file for a terminal
     now = 1000.0
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
     with Progress(1_281_167, "images") as progress:
@@ -101,14 +102,14 @@ def test_without_a_terminal_there_are_plain_lines(
     assert captured.err == ""
     assert captured.out.splitlines() == [
         "95/256 shards: -:--:-- left, 500,000/1,281,167 images, 0 images/s",
-        # 61,000 in 122 s, and 720,167 are left; the first update may say what an earlier launch has done.
+        # 61,000 in 122 s and 720,167 left: the first update can include the work of an earlier launch.
         "95/256 shards: 0:24:01 left, 561,000/1,281,167 images, 300 images/s",
         f"{'a long line ' * 20}stays one line",
         "-:--:-- left, 33%",
     ]
 
 
-def test_a_mistyped_option_is_named_where_a_required_one_is_missed(
+def test_a_misspelt_required_option_is_suggested(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--deepspeed_confg", "x.json"])
