@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import deepspeed
 import torch
@@ -51,7 +52,7 @@ class OverlappedReduction:
         self._next = 0
         for bucket in self._buckets:
             for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(self._hook(bucket))
+                parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket))
 
     def finish(self) -> None:
         """If due, wait for the sums and write the means to the gradients; missing gradients count as zero."""
@@ -70,15 +71,12 @@ class OverlappedReduction:
             bucket.work, bucket.missing = None, len(bucket.parameters)
         self._next = 0
 
-    def _hook(self, bucket: Bucket) -> Callable[[Tensor], None]:
-        def arrived(parameter: Tensor) -> None:
-            if not self._due():
-                return
-            bucket.missing -= 1
-            while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
-                self._start_next()
-
-        return arrived
+    def _arrived(self, bucket: Bucket, parameter: Tensor) -> None:
+        if not self._due():
+            return
+        bucket.missing -= 1
+        while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
+            self._start_next()
 
     def _start_next(self) -> None:
         bucket = self._buckets[self._next]

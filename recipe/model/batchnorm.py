@@ -39,10 +39,6 @@ class BatchNorm(nn.BatchNorm2d):
 
     ``process_group`` holds the ranks whose micro-batches are joined, None for all. ``frozen`` keeps the module in
     evaluation mode, for a backbone that is not trained.
-
-    Raises:
-        ValueError: in training, if the statistics are over a single value per channel, or if the micro-batch neither
-            splits into groups of n samples nor makes up one with those of the other ranks.
     """
 
     running_mean: Tensor
@@ -91,9 +87,7 @@ class BatchNorm(nn.BatchNorm2d):
             y = F.batch_norm(_side_by_side(x, groups), mean, var, weight, bias, True, 1.0, self.eps)
             y = _one_below_the_other(y, groups)
         else:
-            ranks = world_size_of(self.process_group)
-            if len(x) * ranks != n:
-                raise ValueError(f"batch norm over {n} samples is impossible with {ranks} × {len(x)} samples")
+            assert len(x) * world_size_of(self.process_group) == n, "the plan refuses other micro-batches"
             groups, mean, var = 1, torch.zeros_like(weight), torch.ones_like(weight)
             y = _over_ranks(x, weight, bias, mean, var, 1.0, self.eps, self.process_group)
         if not is_repeated():
@@ -127,11 +121,8 @@ def join_neighbours(model: nn.Module, micro_batch: int, timeout: timedelta | Non
     Every rank calls it after the rendezvous; ``timeout`` is that of the groups' collectives. Neighbouring ranks hold
     neighbouring samples of each accumulation step, so that a group has the same samples on any number of ranks.
     """
-    joined = [
-        module
-        for module in model.modules()
-        if isinstance(module, BatchNorm) and isinstance(module.statistics, int) and module.statistics > micro_batch
-    ]
+    trained = [module for module in model.modules() if isinstance(module, BatchNorm) and not module.frozen]
+    joined = [norm for norm in trained if isinstance(norm.statistics, int) and norm.statistics > micro_batch]
     if joined:
         group, _ = dist.new_subgroups(int(joined[0].statistics) // micro_batch, timeout=timeout)
         for module in joined:

@@ -36,17 +36,6 @@ def test_one_rank_is_plain_batch_norm(name: str) -> None:
     on_cpu.assert_agrees(case, [on_cpu.train(case, [0], device="cuda")])
 
 
-@pytest.mark.parametrize("name", on_cpu.CASES)
-def test_evaluation_uses_the_running_averages(name: str) -> None:
-    case = on_cpu.CASES[name]
-    module = on_cpu.convert_batchnorm(case.module(), "global").cuda().eval()
-    plain = case.module().double().eval()
-    x, _ = case.joined(0, [0, 1])
-    y = module(x.cuda())
-    assert y.dtype == case.dtype
-    on_cpu.assert_near(y.cpu(), plain(x.double()), case.tolerance)
-
-
 def on_a_rank(rank: int, world: int, backend: str) -> dict[str, dict]:
     torch.cuda.set_device(rank % torch.cuda.device_count())
     group = dist.new_group(backend=backend)

@@ -17,21 +17,11 @@ from tests.data.images import MEAN, STD, Pictures, picture
 
 pytestmark = pytest.mark.gpu
 
+COMMON = {"micro_batch": 4, "rank": 0, "world_size": 1, "mean": MEAN, "std": STD}
+
 
 def train_batches(device: str, dtype: torch.dtype, workers: int = 0) -> list:
-    loader = TrainLoader(
-        Pictures(),
-        global_batch=8,
-        micro_batch=4,
-        rank=0,
-        world_size=1,
-        seed=1,
-        workers=workers,
-        device=device,
-        dtype=dtype,
-        mean=MEAN,
-        std=STD,
-    )
+    loader = TrainLoader(Pictures(), global_batch=8, seed=1, workers=workers, device=device, dtype=dtype, **COMMON)
     batches = list(loader.epoch(2))
     loader.close()
     return batches
@@ -52,17 +42,7 @@ def test_batches_equal_those_of_the_cpu_bit_for_bit(dtype, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_validation_counts_every_image_once(workers):
-    loader = ValidationLoader(
-        Pictures(7),
-        micro_batch=4,
-        rank=0,
-        world_size=1,
-        workers=workers,
-        device="cuda",
-        dtype=torch.float16,
-        mean=MEAN,
-        std=STD,
-    )
+    loader = ValidationLoader(Pictures(7), workers=workers, device="cuda", dtype=torch.float16, **COMMON)
     batches = list(loader.batches())
     loader.close()
     assert torch.cat([batch.weights for batch in batches]).tolist() == [1, 1, 1, 1, 1, 1, 1, 0]
@@ -94,14 +74,10 @@ def test_synthetic_batches_are_generated_on_the_gpu():
         classes=3,
         image_size=16,
         global_batch=8,
-        micro_batch=4,
-        rank=0,
-        world_size=1,
         seed=0,
         device="cuda",
         dtype=torch.float16,
-        mean=MEAN,
-        std=STD,
+        **COMMON,
     )
     state = torch.cuda.get_rng_state()
     first, *_, last = loader.epoch(0)
@@ -158,7 +134,7 @@ def test_loaders_return_images_decoded_on_the_gpu(tmp_path, name):
     plain = open_datasets("imagefolder", tmp_path, 32, "random_resized", True, 0, "stop")
     device = torch.device("cuda")
     decoder = open_decoder(name, device, threads=2)
-    common = {"micro_batch": 4, "rank": 0, "world_size": 1, "dtype": torch.float32, "mean": MEAN, "std": STD}
+    common = COMMON | {"dtype": torch.float32}
     seen = []
     for datasets, workers in ((plain, 0), ([EncodedImages(part, decoder, device) for part in plain], 2)):
         train = TrainLoader(datasets[0], global_batch=4, seed=1, workers=workers, device="cuda", **common)

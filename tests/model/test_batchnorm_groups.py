@@ -121,14 +121,6 @@ def test_any_split_gives_the_same_groups(world_size: int, micros: list[int]) -> 
                 assert torch.equal(rank[name], ranks[0][name])
 
 
-def test_half_precision_parameters_with_fp32_buffers() -> None:
-    reference = expected()
-    ((rank,),) = run_ranks(1, _splits, [(8, torch.bfloat16, False)])
-    # Rounding the inputs, of up to 19, to bf16 already causes an error of 2^-9 of their size.
-    torch.testing.assert_close(rank["outputs"][0].double(), reference["outputs"][0], rtol=2**-7, atol=2**-5)
-    assert rank["running_mean"].dtype == torch.float32
-
-
 def test_a_skipped_update_does_not_change_the_running_averages() -> None:
     module = BatchNorm(CHANNELS, statistics=N)
     module(torch.full((N, CHANNELS, 2, 2), torch.inf))
@@ -138,11 +130,6 @@ def test_a_skipped_update_does_not_change_the_running_averages() -> None:
     update_running_averages(module, discard=torch.tensor(False))
     assert module.running_mean.isfinite().all()
     assert int(module.num_batches_tracked) == 1
-
-
-def test_a_micro_batch_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"batch norm over 4 samples is impossible with 1 × 6"):
-        BatchNorm(CHANNELS, statistics=N)(torch.randn(6, CHANNELS, 2, 2))
 
 
 def _averaged_and_restored(rank: int, world_size: int) -> dict[str, Any]:
