@@ -84,8 +84,8 @@ class BatchNorm(nn.BatchNorm2d):
             # With momentum 1 the running averages are the statistics of the batch.
             mean, var = weight.new_zeros(groups * len(weight)), weight.new_ones(groups * len(weight))
             weight, bias = weight.repeat(groups), bias.repeat(groups)
-            y = F.batch_norm(_side_by_side(x, groups), mean, var, weight, bias, True, 1.0, self.eps)
-            y = _one_below_the_other(y, groups)
+            y = F.batch_norm(_groups_to_channels(x, groups), mean, var, weight, bias, True, 1.0, self.eps)
+            y = _channels_to_groups(y, groups)
         else:
             assert len(x) * world_size_of(self.process_group) == n, "the plan refuses other micro-batches"
             groups, mean, var = 1, torch.zeros_like(weight), torch.ones_like(weight)
@@ -137,7 +137,7 @@ def is_repeated() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _side_by_side(x: Tensor, groups: int) -> Tensor:
+def _groups_to_channels(x: Tensor, groups: int) -> Tensor:
     """(groups · n, C, …) → (n, groups · C, …), so that a single kernel computes the statistics of all groups.
 
     Keeps channels_last.
@@ -150,8 +150,8 @@ def _side_by_side(x: Tensor, groups: int) -> Tensor:
     return grouped.transpose(0, 1).flatten(1, 2)
 
 
-def _one_below_the_other(y: Tensor, groups: int) -> Tensor:
-    """The inverse of ``_side_by_side``."""
+def _channels_to_groups(y: Tensor, groups: int) -> Tensor:
+    """The inverse of ``_groups_to_channels``."""
     if groups == 1:
         return y
     grouped = y.unflatten(1, (groups, -1))
