@@ -1,4 +1,4 @@
-"""``python -m tests.golden``: make ``golden_losses.json`` anew, after a change that is meant to change training."""
+"""``python -m tests.golden``: regenerate ``golden_losses.json`` after a change that is meant to change training."""
 
 import json
 import tempfile
@@ -7,8 +7,8 @@ from pathlib import Path
 from tests.launch import DIGITS, SIX_STEPS, losses, train_ok
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
-# Two kinds of CPU round differently, and training multiplies a difference by up to a hundred a step: in fp32 they part
-# by 1e-4 within five steps, in double precision by less than 1e-10.
+# CPU models round differently, and training multiplies a difference by up to a hundred per step: within five steps the
+# losses differ by 1e-4 in fp32, and by less than 1e-10 in double precision.
 FP64 = "--set=recipe.precision=fp64"
 
 if __name__ == "__main__":

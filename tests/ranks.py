@@ -1,4 +1,4 @@
-"""Runs functions in processes of their own, and on real ranks: processes joined by a gloo process group."""
+"""Runs functions in separate processes, and on real ranks: processes joined by a gloo process group."""
 
 import faulthandler
 import gc
@@ -19,22 +19,22 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# CUDA does not survive a fork once deepspeed has looked for devices.
+# CUDA does not survive a fork after deepspeed has searched for devices.
 START_METHOD = "spawn" if torch.cuda.is_available() else "forkserver"
 
 
 def start_fork_server() -> None:
-    """Start the process that ranks are forks of; importing takes longer than most that they do here.
+    """Start the process that ranks are forked from, because importing takes longer than most tests.
 
-    Before any test does: ``recipe pack`` would start it with other imports, and with signals blocked.
+    Call it before any test: ``recipe pack`` would start it with other imports and with signals blocked.
     """
     mp.get_context("forkserver").set_forkserver_preload(["deepspeed", "timm", "sklearn.datasets", "recipe.run"])
-    with mock.patch.dict(os.environ, TORCH_CPP_LOG_LEVEL="ERROR"):  # as a run sets before it imports torch
+    with mock.patch.dict(os.environ, TORCH_CPP_LOG_LEVEL="ERROR"):  # a run sets it before it imports torch
         forkserver.ensure_running()
 
 
 def fork(words: Path, variables: Mapping[str, str], function: Callable[..., Any], *args: Any) -> BaseProcess:
-    """Start ``function(*args)`` in a process of that environment, which writes to ``words``.stdout and .stderr."""
+    """Start ``function(*args)`` in a process with these environment variables, which writes to ``words``.std*."""
     process: BaseProcess = mp.get_context(START_METHOD).Process(
         target=_forked_main, args=(words, dict(variables), function, args)
     )
@@ -52,19 +52,19 @@ def _forked_main(words: Path, variables: dict[str, str], function: Callable[...,
 
 
 def _forget_the_fork_server() -> None:
-    """What a process has from the one that it is a fork of, and a program of its own would not."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored, where the tests run under nohup
-    gc.freeze()  # a full collection would take a second for what the libraries have made
+    """Undo what a fork inherits from its parent, unlike a separately started program."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if the tests run under nohup
+    gc.freeze()  # a full collection of the libraries' objects would take a second
     torch.set_num_threads(1)
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call ``function(rank, world_size, *args)`` on every rank; return what each gave, in rank order.
+    """Call ``function(rank, world_size, *args)`` on every rank; return the results in rank order.
 
-    ``function`` is a module-level function and what it returns must be picklable; the default process group is ready
-    when it starts. An exception on any rank is raised here with that rank's traceback. A rank that fails takes the
-    others down, and one of these may be the one that is raised here; so each rank also tells how it failed, or where it
-    stood when it was ended, and all of it goes to stderr, which pytest shows.
+    ``function`` is a module-level function with a picklable result; the default process group is ready when it starts.
+    An exception on any rank is raised here with that rank's traceback. A rank that fails takes the others down, and the
+    exception raised here can be one of theirs; so each rank also reports its failure, or its stack when it was ended,
+    to stderr, which pytest shows.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -79,14 +79,14 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
 
 def _rank_main(rank: int, world_size: int, function: Callable[..., Any], args: tuple, folder: str) -> None:
-    # The process that this one is a fork of has the stderr of another test.
+    # This process has inherited the stderr of a different test.
     words = os.open(Path(folder, f"{rank}.stderr"), os.O_WRONLY | os.O_CREAT)
     os.dup2(words, sys.stderr.fileno())
     faulthandler.enable()
-    faulthandler.register(signal.SIGTERM, chain=True)  # how torch ends the other ranks
+    faulthandler.register(signal.SIGTERM, chain=True)  # torch ends the other ranks with it
     _forget_the_fork_server()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ["LOCAL_SIZE"] = str(world_size)  # as the launcher; without it ZeRO-3 starts numactl at every reduction
+    os.environ["LOCAL_SIZE"] = str(world_size)  # without it ZeRO-3 starts numactl at every reduction
     try:
         dist.init_process_group(
             "gloo",

@@ -43,13 +43,16 @@ def test_a_precision_that_the_device_does_not_know_is_refused(monkeypatch: pytes
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (['recipe.model.name="vit_tiny_patch16_224"'], "recipe.data.image_size = 32: the model takes no such images"),
+        (
+            ['recipe.model.name="vit_tiny_patch16_224"'],
+            "recipe.data.image_size = 32: the model does not accept images of this size",
+        ),
         (
             [
                 'recipe.model.name="vit_tiny_patch16_224"',
                 "recipe.data.image_size=[[0, 224], [1, 192]]",
             ],
-            "recipe.data.image_size = 192: the model takes no such images",
+            "recipe.data.image_size = 192: the model does not accept images of this size",
         ),
         (
             [
@@ -57,7 +60,7 @@ def test_a_precision_that_the_device_does_not_know_is_refused(monkeypatch: pytes
                 "recipe.data.image_size=224",
                 "recipe.data.validation_image_size=256",
             ],
-            "recipe.data.validation_image_size = 256: the model takes no such images",
+            "recipe.data.validation_image_size = 256: the model does not accept images of this size",
         ),
         (['recipe.model.name="resnet5O"'], 'recipe.model.name = "resnet5O": timm has no such model; did you mean'),
         (

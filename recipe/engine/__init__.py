@@ -1,7 +1,6 @@
 """The only room that knows DeepSpeed's engine: start, precision, overlapped reduction, schedule, training loop.
 
-Takes plain values, never the configuration. May import DeepSpeed, ``plan`` for the schedule's closed form, and
-``model``.
+Takes plain values, never the configuration. May import DeepSpeed, ``model``, and ``plan`` for the closed-form schedule.
 """
 
 import lazy_loader

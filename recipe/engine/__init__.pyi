@@ -1,11 +1,6 @@
 from .averaging import average_of as average_of
-from .device import (
-    choose_device as choose_device,
-    device_name as device_name,
-    rank_device as rank_device,
-)
+from .device import choose_device as choose_device, choose_kernels as choose_kernels, device_name as device_name
 from .gradient_norms import GradientNorms as GradientNorms, listen_to_gradients as listen_to_gradients
-from .kernels import choose_kernels as choose_kernels
 from .local_steps import local_steps_of as local_steps_of, step_locally as step_locally
 from .loop import (
     Batch as Batch,
@@ -16,10 +11,7 @@ from .loop import (
     train_epoch as train_epoch,
     training_loss as training_loss,
 )
-from .micro_batch import (
-    MicroBatchError as MicroBatchError,
-    settle_micro_batch as settle_micro_batch,
-)
+from .micro_batch import MicroBatchError as MicroBatchError, settle_micro_batch as settle_micro_batch
 from .precision import read_overflows as read_overflows
 from .start import (
     deepspeed_config as deepspeed_config,

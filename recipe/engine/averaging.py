@@ -1,4 +1,4 @@
-"""A moving average of the weights and of batch norm's running averages, kept on the device beside those that train."""
+"""A moving average of the weights and of batch norm's running averages, kept on the device."""
 
 from collections.abc import Callable
 from itertools import chain
@@ -11,14 +11,14 @@ from torch.func import functional_call
 
 
 class WeightAverage:
-    """The exponential moving average of an engine's master weights, by a decay per image.
+    """The exponential moving average of an engine's master weights, with a decay per image.
 
-    A step on B images takes the share max(1 − decayᴮ, B / n) of the new weights into the average, where n counts the
-    images so far. While the second is the larger, it is the plain mean of all weights since the start (Polyak and
-    Juditsky 1992), in which the random ones have no part. A step whose update was skipped counts no images.
+    A step on B images adds the share max(1 − decayᴮ, B / n) of the new weights to the average, where n is the number of
+    images so far. While B / n is the larger, the average is the plain mean of the weights after each step (Polyak and
+    Juditsky 1992), to which the initial random ones do not contribute. A step whose update was skipped does not count.
 
     Args:
-        decay: How much of the average an image leaves in place, from 0 to 1.
+        decay: The share of the average that remains after one image, from 0 to 1.
     """
 
     def __init__(self, engine: DeepSpeedEngine, decay: float) -> None:
@@ -34,33 +34,33 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, skipped: Tensor | None) -> None:
-        """Take in the weights after a step; ``skipped``, bool () on the device, says that there was no update."""
+        """Add the weights after a step; ``skipped``, bool () on the device, means that the update was skipped."""
         applied, batch = 1.0 if skipped is None else (~skipped).double(), self._batch()
         self._images += batch * applied
         share = (batch / self._images.clamp(min=batch)).clamp(min=1 - self._decay**batch) * applied
         averages = list(self._average.values())
         changes = torch._foreach_sub(list(self._weights.values()), averages)
-        torch._foreach_mul_(changes, share.to(changes[0].dtype))  # of one dtype: a few kernels
+        torch._foreach_mul_(changes, share.to(changes[0].dtype))  # they share a dtype, so a few kernels suffice
         torch._foreach_add_(averages, changes)
 
     def forward(self) -> Callable[[Tensor], Tensor]:
-        """The model as a function with the averages in place of its weights, cast to their dtypes."""
+        """The model's forward pass with the averages instead of its weights, cast to their dtypes."""
         own = dict(chain(self._module.named_parameters(), self._module.named_buffers()))
         cast = {name: value.to(own[name].dtype) for name, value in self._average.items()}
         return lambda images: functional_call(self._module, cast, (images,))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state to save in a checkpoint."""
         return {"images": self._images, "tensors": self._average}
 
     @torch.no_grad()
     def load(self, state: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint's ``state``; None, of one that has none: begin with the weights that are there."""
+        """Restore a checkpoint's ``state``; if it has none, None, start again from the current weights."""
         self._images.copy_(torch.zeros(()) if state is None else state["images"])
         for name, value in (self._weights if state is None else state["tensors"]).items():
             self._average[name].copy_(value)
 
 
 def average_of(model: Any) -> WeightAverage | None:
-    """The average that ``start_engine`` has given an engine, if any."""
+    """The weight average of an engine, or None if it keeps none."""
     return getattr(model, "weight_average", None)

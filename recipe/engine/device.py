@@ -1,4 +1,4 @@
-"""The device of a rank."""
+"""Chooses the device of this rank and configures its kernels."""
 
 import os
 
@@ -6,44 +6,51 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 
-def rank_device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none.
-
-    Raises:
-        ValueError: there are fewer GPUs than ranks on this host.
-    """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"rank {os.environ.get('RANK', '0')} is the {local_rank + 1}. on this host, which has "
-            f"{torch.cuda.device_count()} GPUs; lower slots= in the hostfile, or --num_gpus"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
 def choose_device(precision: str) -> torch.device:
-    """``rank_device``, which must know ``precision``.
+    """This rank's GPU, or the CPU if there is no GPU.
 
     Raises:
-        ValueError: see ``rank_device``; or the device does not know it.
+        ValueError: there are fewer GPUs than ranks on this host, or the device does not support the precision.
     """
-    device, accelerator = rank_device(), get_accelerator()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"rank {os.environ.get('RANK', '0')} is number {local_rank + 1} on this host, which has "
+                f"{torch.cuda.device_count()} GPUs; lower slots= in the hostfile, or --num_gpus"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    accelerator = get_accelerator()
     supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
     if precision in supported and not supported[precision]():
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
         raise ValueError(
             f'{precision}.enabled = true: {name} does not support it; write "{precision}": {{"enabled": false}} to '
-            "train in fp32, or run it on a GPU that has it"
+            "train in fp32, or run it on a GPU that supports it"
         )
     return device
 
 
 def device_name(device: torch.device) -> str:
-    """What the run ran on, for people."""
+    """A human-readable name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} per rank"
+
+
+def choose_kernels(*, tf32: bool, cudnn_benchmark: bool) -> None:
+    """Configure torch's CUDA kernels for this process; has no effect on a CPU.
+
+    Args:
+        tf32: Whether the factors of fp32 products may be rounded to TF32's 10 bits. Set through the older of torch's
+            two interfaces: with the newer one, torch's own ``get_float32_matmul_precision`` raises.
+        cudnn_benchmark: Whether cuDNN times its algorithms for every shape and uses the fastest, which may be a
+            different one, with different rounding, in the next process. Otherwise it uses deterministic algorithms
+            (https://docs.pytorch.org/docs/stable/notes/randomness.html).
+    """
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = cudnn_benchmark
+    torch.backends.cudnn.deterministic = not cudnn_benchmark

@@ -1,4 +1,4 @@
-"""Norms of a step's gradients, of each micro-batch and of their mean, taken on the device without waiting for it."""
+"""Norms of the gradients of each micro-batch and of their mean, computed on the device without waiting for it."""
 
 from collections.abc import Callable, Iterable
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 class GradientNorms:
-    """Listens to backward passes; what it hears, :meth:`take` hands over once an optimizer step.
+    """Measures gradients during backward passes; :meth:`take` returns the norms once per optimizer step.
 
     Args:
-        parameters: Those that require gradients count.
-        due: Whether the step under way is one to measure.
+        parameters: Only those that require gradients are measured.
+        due: Whether to measure the current step.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], due: Callable[[], bool]) -> None:
@@ -24,22 +24,19 @@ class GradientNorms:
             parameter.register_hook(self._arrived)
 
     def take(self, scale: Tensor) -> Tensor | None:
-        """Two squared norms, float64: the mean over this rank's micro-batches, and that of the gradient in place.
+        """Mean squared norm of this rank's micro-batches and that of the mean gradient, float64 (2,); None if not due.
 
-        Call it once a step, when the gradients are averaged and before the optimizer uses them up.
+        Call it once per step, after the gradients are averaged and before the optimizer step.
 
         Args:
-            scale: The loss scale, float64 (): the gradients are so many times too large.
-
-        Returns:
-            None if the step is not to be measured.
+            scale: The loss scale, float64 (), by which the gradients are divided.
         """
         if not self._due():
             return None
         micro_batches = torch.stack(self._micro_batches)
         mean = norm_squared([parameter.grad for parameter in self._parameters if parameter.grad is not None])
         self._micro_batches = []
-        # Each micro-batch's part of the mean is so many times smaller than its own gradient.
+        # Accumulation divides the gradient of each micro-batch by their number.
         own = micro_batches.mean() * len(micro_batches) ** 2
         return torch.stack([own, mean]) / scale**2
 
@@ -47,9 +44,9 @@ class GradientNorms:
         if not self._due():
             return
         if not self._arriving:
-            # At the end of the pass, when the reduction has not yet put the mean into the same memory.
+            # Runs at the end of the pass, before the all-reduce writes the mean to the same memory.
             torch.autograd.Variable._execution_engine.queue_callback(self._end_of_pass)
-        # Autograd keeps a gradient in place of copying it if nobody else holds this very tensor.
+        # Detached: autograd would have to copy the gradient if this very tensor were kept.
         self._arriving.append(gradient.detach())
 
     def _end_of_pass(self) -> None:
@@ -59,11 +56,11 @@ class GradientNorms:
 
 @torch.no_grad()
 def norm_squared(gradients: list[Tensor]) -> Tensor:
-    """Of all of them as one vector; a scalar, float64. The norms of parameters are taken in fp32 at least."""
+    """The squared norm of all gradients as one vector, float64 (); each tensor's is computed in fp32 at least."""
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
     return torch.stack(torch._foreach_norm(gradients, 2, dtype=dtype)).double().square().sum()
 
 
 def listen_to_gradients(engine: DeepSpeedEngine, every_steps: int) -> GradientNorms:
-    """What the noise scale is estimated from, measured at each ``every_steps``-th optimizer step of ``engine``."""
+    """Measure the gradient norms for the noise scale at every ``every_steps``-th optimizer step of ``engine``."""
     return GradientNorms(engine.module.parameters(), lambda: engine.global_steps % every_steps == 0)

@@ -1,4 +1,4 @@
-"""Post-local SGD (Lin et al. 2018, arXiv 1808.07217): ranks step alone, and average their weights now and then.
+"""Post-local SGD (Lin et al. 2018, arXiv 1808.07217): ranks step independently and average their weights periodically.
 
 torch's PeriodicModelAverager counts from the start of the process, which a resume would shift, and replaces weights by
 slices of one tensor, which lose their memory format.
@@ -17,11 +17,11 @@ from recipe.engine.overlap import fill_in_gradients
 
 
 class LocalSteps:
-    """Has ranks make the steps that ``is_local`` names on their own gradients; momentum stays each rank's own.
+    """Makes local steps, in which each rank updates with its own gradients; momentum is never averaged.
 
     Args:
-        is_local: Whether an optimizer step, counted from 0, is one.
-        equal_after: Whether all ranks are to have the same weights after so many steps.
+        is_local: Whether an optimizer step, counted from 0, is local.
+        equal_after: Whether all ranks must have the same weights after this number of steps.
     """
 
     def __init__(
@@ -33,16 +33,16 @@ class LocalSteps:
 
     @property
     def last_was_local(self) -> bool:
-        """Whether the ranks have optimizer states of their own."""
+        """Whether the last step was local, so that the optimizer states of the ranks differ."""
         return self._engine.global_steps > 0 and self._is_local(self._engine.global_steps - 1)
 
     def begin_step(self) -> None:
-        """Let the backward passes of the next update reduce gradients, or not."""
+        """Turn gradient all-reduce on or off for the backward passes of the next update."""
         self._engine.enable_backward_allreduce = not self._is_local(self._engine.global_steps)
 
     @torch.no_grad()
     def end_step(self) -> None:
-        """Average the weights over the ranks, where that is due."""
+        """Average the weights over the ranks if that is due."""
         if not self.last_was_local or not self._equal_after(self._engine.global_steps):
             return
         sums = torch.cat([master.reshape(-1) for master in self._masters])
@@ -56,16 +56,16 @@ class LocalSteps:
             torch._foreach_copy_(halves, self._masters)
 
     def _fill_in(self, *_: Any) -> None:
-        """As the reduction would: what the model does not use decays, too."""
+        """Let weights that the model does not use decay, as they do when gradients are reduced."""
         fill_in_gradients(self._masters)
 
     def state(self) -> list[dict[str, Any]] | None:
-        """What this rank's part of a checkpoint keeps; None where all ranks have the same."""
+        """This rank's optimizer state to save in a checkpoint; None if all ranks have the same."""
         return [dict(self._engine.basic_optimizer.state[one]) for one in self._masters] if self.last_was_local else None
 
     @torch.no_grad()
     def load(self, state: list[dict[str, Any]]) -> None:
-        """Go on with this rank's part of a checkpoint, when the checkpoint is loaded."""
+        """Restore this rank's optimizer state, after the rest of the checkpoint is loaded."""
         for master, own in zip(self._masters, state, strict=True):
             for name, value in own.items():
                 if isinstance(value, Tensor):
@@ -75,11 +75,11 @@ class LocalSteps:
 def step_locally(
     engine: DeepSpeedEngine, steps: int | None, is_local: Callable[[int], bool], equal_after: Callable[[int], bool]
 ) -> None:
-    """Give an engine its ``LocalSteps``; none where ``steps``, those between two averages, is None."""
+    """Enable local steps in an engine, unless ``steps``, the number between two averages, is None."""
     if steps is not None:
         engine.local_steps = LocalSteps(engine, is_local, equal_after)
 
 
 def local_steps_of(engine: Any) -> LocalSteps | None:
-    """Those that ``step_locally`` has given an engine, if any."""
+    """The local steps of an engine, or None if all its steps reduce gradients."""
     return getattr(engine, "local_steps", None)

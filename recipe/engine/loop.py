@@ -1,4 +1,4 @@
-"""One epoch of training and one pass over the validation set, on a DeepSpeed engine; knows neither JSON nor files."""
+"""One epoch of training and one pass over the validation set, on a DeepSpeed engine."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,19 +14,20 @@ from torch import Tensor, nn
 
 from recipe.engine.averaging import average_of
 from recipe.engine.gradient_norms import GradientNorms
-from recipe.engine.kernels import Loss, compile_training
 from recipe.engine.local_steps import local_steps_of
 from recipe.engine.precision import loss_scale, overflowed
 from recipe.engine.start import backward
 from recipe.model import update_running_averages
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+
 
 class NoImageError(ValueError):
-    """Of the validation images no rank could read one; raised on all of them."""
+    """No rank could read any validation image; raised on all ranks."""
 
 
 class Batch(Protocol):
-    """What the loop takes: a micro-batch of m samples on the device."""
+    """A micro-batch of m samples on the device."""
 
     @property
     def images(self) -> Tensor:
@@ -38,27 +39,29 @@ class Batch(Protocol):
 
     @property
     def weights(self) -> Tensor:
-        """float32 (m,): 1 for a sample that counts in validation, 0 for one that only fills a place."""
+        """float32 (m,): 1 for a sample that counts in validation, 0 for padding."""
 
     @property
     def bad_images(self) -> tuple[str, ...]:
-        """Files that could not be read and that were replaced or left out."""
+        """Files that could not be read and were replaced or skipped."""
 
     @property
     def decoded_by_pil(self) -> int:
-        """Images for which the slower decoder was needed."""
+        """The number of images that needed the slower decoder."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """An optimizer step as one rank saw it.
+    """An optimizer step on one rank; tensors are on the device.
 
-    ``step`` counts from 0 over the whole run; ``lr`` is the rate that the update used; ``loss`` is a scalar on the
-    device, the mean over this rank's share of the global batch, before the update; ``loss_scale``, float64 () on the
-    device, the scale that the gradients had; ``skipped``, bool () on the device, says that they overflowed and the
-    update was left out, None that they cannot have; ``data_wait_seconds`` is the time spent waiting for the loader;
-    ``decoded_by_pil`` counts the images that the slower decoder took; ``gradient_norms``, on the device, is what
-    ``GradientNorms.take`` says, of no use where the gradients overflowed, and None where it was not asked.
+    Attributes:
+        step: Counted from 0 over the whole run.
+        lr: The rate that the update used.
+        loss: The mean over this rank's share of the global batch, before the update; a scalar.
+        loss_scale: The scale of the gradients, float64 ().
+        skipped: Whether the update was skipped because gradients overflowed, bool (); None if they cannot overflow.
+        data_wait_seconds: The time spent waiting for the data loader.
+        gradient_norms: The result of ``GradientNorms.take``, meaningless if the update was skipped; None if not due.
     """
 
     step: int
@@ -74,9 +77,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Validation:
-    """Top-1 and top-5 accuracy in per cent and mean loss over the ``count`` images that were counted.
+    """Top-1 and top-5 accuracy in per cent and mean loss over the ``count`` images that counted.
 
-    ``averaged`` are these three of the weights' moving average, where the engine keeps one.
+    ``averaged`` holds the same three for the weights' moving average, if the engine keeps one.
     """
 
     top1: float
@@ -89,19 +92,26 @@ class Validation:
 
     @property
     def top1_to_keep(self) -> float:
-        """The top-1 accuracy of the weights that are used later: of the average, where there is one."""
+        """The top-1 accuracy of the weights that are kept: the moving average, if there is one."""
         return self.top1 if self.averaged is None else self.averaged[0]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The mean loss of a micro-batch, in fp32 at least."""
+    """The mean loss of a micro-batch, computed in fp32 at least."""
     return F.cross_entropy(_at_least_fp32(logits), labels, label_smoothing=label_smoothing)
 
 
 def training_loss(model: nn.Module, *, label_smoothing: float, compiled: bool) -> Loss:
-    """What ``train_epoch`` minimises; ``compiled`` compiles it and, in place, the forward pass of ``model``."""
+    """The loss for ``train_epoch``; ``compiled`` compiles it and, in place, the forward and backward pass of ``model``.
+
+    The class of the model and the names of its parameters do not change, and DeepSpeed's hooks around the forward pass
+    stay outside the graph, which they would break. Each image size has its own kernels, the same in a resumed run.
+    """
     loss_function = partial(cross_entropy, label_smoothing=label_smoothing)
-    return compile_training(model, loss_function) if compiled else loss_function
+    if not compiled:
+        return loss_function
+    model.forward = torch.compile(model.forward, dynamic=False)
+    return torch.compile(loss_function, dynamic=False)
 
 
 def train_epoch(
@@ -110,9 +120,9 @@ def train_epoch(
     gradient_norms: GradientNorms | None = None,
     loss_function: Loss = cross_entropy,
 ) -> Iterator[Step]:
-    """Train on micro-batches as they come; yield after each optimizer step.
+    """Train on micro-batches as they arrive; yield after each optimizer step.
 
-    ``engine.step()`` follows every micro-batch: DeepSpeed counts them, and updates after as many as it accumulates.
+    ``engine.step()`` follows every micro-batch: DeepSpeed counts them and updates at the end of each accumulation.
     """
     engine.train()
     accumulation, average, local = engine.gradient_accumulation_steps(), average_of(engine), local_steps_of(engine)
@@ -134,7 +144,7 @@ def train_epoch(
         norms = gradient_norms.take(scale) if last and gradient_norms is not None else None
         engine.step()
         if last:
-            # DeepSpeed leaves its scheduler behind when fp16 skips an update; the rate follows the data seen.
+            # DeepSpeed does not advance its scheduler when fp16 skips an update; the rate follows the data seen.
             engine.lr_scheduler.step(engine.global_steps)
             mean_loss = torch.stack(losses).mean()
             skipped = overflowed(engine)
@@ -155,13 +165,13 @@ def evaluate(
     device: torch.device,
     observe: Callable[[Tensor, Batch], None] = lambda logits, batch: None,
 ) -> Validation:
-    """Classify what every rank's ``batches`` hold; each image counts with its weight, 1 or 0 (padding, unreadable).
+    """Validate on every rank's ``batches``; each image counts with its weight, 1 or 0 (padding, unreadable).
 
     Args:
         model: An engine, or the model itself; it is left in evaluation mode.
-        batches: As many on every rank.
-        device: That of the batches.
-        observe: Gets the logits of each batch, (m, classes) in fp32 at least, and the batch.
+        batches: The same number on every rank.
+        device: The device of the batches.
+        observe: Called with the logits of each batch, (m, classes) in fp32 at least, and the batch.
 
     Raises:
         NoImageError: No image could be read.

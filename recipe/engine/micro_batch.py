@@ -1,7 +1,7 @@
-"""``"max_micro_batch_size": "auto"``: as many images a forward pass as fit the device.
+"""``"max_micro_batch_size": "auto"``: the largest micro-batch that fits the device.
 
-With batch norm over a fixed number of samples the micro-batch does not change what is trained, so that nobody need
-choose it. A GPU is asked by training steps of the model itself, the largest micro-batch first.
+With batch norm over a fixed number of samples the micro-batch does not change the training, so nobody has to choose
+it. On a GPU it is found by training steps of the model itself, the largest micro-batch first.
 """
 
 import copy
@@ -18,10 +18,10 @@ from recipe.model import DTYPES, BatchNorm, cast_parameters
 from recipe.plan import Plan, fitting_micro_batches, with_micro_batch
 
 CPU_MICRO_BATCH = 32  # more is no faster, and the activations of ResNet-50 take 6 GB
-# Bytes a parameter beside the trial's own weights and gradients: fp32 master copy and momentum (of LAMB two moments),
-# the gradients in fp32, and the buffer in which they are reduced.
+# Bytes per parameter in addition to the trial's own weights and gradients: fp32 master copy and momentum (LAMB has two
+# moments), the gradients in fp32, and the buffer in which they are reduced.
 ENGINE_BYTES_PER_PARAMETER = 20
-RESERVED_SHARE = 0.05  # of the device's memory: for what the allocator cannot use, and for the process group
+RESERVED_SHARE = 0.05  # of the device's memory, for fragmentation and the process group
 
 
 class MicroBatchError(RuntimeError):
@@ -35,41 +35,33 @@ class MicroBatchError(RuntimeError):
 
 
 def settle_micro_batch(plan: Plan, model: nn.Module, device: torch.device, earlier: int | None) -> tuple[Plan, str]:
-    """Replace a micro-batch that the plan assumes by the largest that fits every rank's device, and say why it is that.
+    """The plan with the largest micro-batch that fits every rank's device, and the reason for it.
 
-    A run that resumes keeps the ``earlier`` one, and with it every bit. The reason is "" where nothing was assumed.
+    A run that resumes keeps the ``earlier`` micro-batch, and so the same bits. If the config gives the micro-batch, the
+    plan is unchanged and the reason is "".
 
     Raises:
-        RuntimeError: see ``largest_on_gpu``.
+        RuntimeError: CUDA's error for the smallest micro-batch, if none fits.
     """
     if not plan.assumes_micro_batch:
         return plan, ""
     even = plan.config.recipe.data.mixes
     candidates = fitting_micro_batches(plan.config.common_batch, plan.world_size, plan.config.statistics, even=even)
-    if plan.config.recipe.noise_scale.enabled:  # it compares two sizes of batch
+    if plan.config.recipe.noise_scale.enabled:  # it compares two batch sizes
         candidates = [size for size in candidates if size < min(plan.config.batches)]
     if earlier in candidates:
         return with_micro_batch(plan, earlier), "as before"
     if device.type == "cpu":
-        size = largest_on_cpu(candidates)
+        size = max((size for size in candidates if size <= CPU_MICRO_BATCH), default=min(candidates))
         return with_micro_batch(plan, size), f"on a CPU the largest up to {CPU_MICRO_BATCH}"
     size = largest_on_gpu(candidates, model, plan.largest_image_size, DTYPES[plan.precision], device)
     return with_micro_batch(plan, size), f"the largest that fits {device_name(device)}"
 
 
-def largest_on_cpu(candidates: Sequence[int]) -> int:
-    """The largest of ``candidates`` up to a fixed number, or else the smallest."""
-    return max((size for size in candidates if size <= CPU_MICRO_BATCH), default=min(candidates))
-
-
 def largest_on_gpu(
     candidates: Sequence[int], model: nn.Module, image_size: int, dtype: torch.dtype, device: torch.device
 ) -> int:
-    """The largest of ``candidates`` for which a training step fits every rank's GPU; the same on all ranks.
-
-    Raises:
-        RuntimeError: none fits; it says what CUDA said of the smallest.
-    """
+    """The largest of ``candidates`` for which a training step fits every rank's GPU; the same on all ranks."""
     own = largest_that_fits(candidates, lambda size: try_training(model, size, image_size, dtype, device))
     agreed = torch.tensor(own, device=device)
     dist.all_reduce(agreed, dist.ReduceOp.MIN)
@@ -77,36 +69,32 @@ def largest_on_gpu(
 
 
 def largest_that_fits(candidates: Sequence[int], train: Callable[[int], None]) -> int:
-    """The largest of ``candidates`` for which ``train`` raises no RuntimeError, which running out of memory is one of.
+    """The largest of ``candidates`` for which ``train`` raises no RuntimeError, such as running out of memory.
 
     Raises:
-        RuntimeError: the smallest one's.
+        RuntimeError: that of the smallest candidate, if none fits.
     """
     *larger, smallest = sorted(candidates, reverse=True)
     for size in larger:
         try:
             train(size)
-        except RuntimeError:  # out of memory, or a kernel that cannot count so many values
+        except RuntimeError:  # out of memory, or a kernel that cannot index so many values
             pass
         else:
             return size
-        # What the trial made is part of cycles with the exception's frames, and would take the next one's memory.
+        # The trial's tensors are in reference cycles with the exception's frames and would take memory from the next.
         gc.collect()
     train(smallest)
     return smallest
 
 
 def try_training(model: nn.Module, micro_batch: int, image_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Two forward and backward passes of a copy of ``model``, in as little memory as a run leaves for them.
-
-    Raises:
-        RuntimeError: it does not fit.
-    """
-    torch.cuda.empty_cache()  # what a trial before this one left
+    """Run two forward and backward passes of a copy of ``model``, in as little memory as a run leaves for them."""
+    torch.cuda.empty_cache()  # of the previous trial
     trial = copy.deepcopy(model).to(device)
     cast_parameters(trial, dtype)
     for module in trial.modules():
-        # The trial is each rank's own; statistics over several ranks take no more memory than these.
+        # Each rank tries alone; statistics over several ranks take no more memory than these.
         if isinstance(module, BatchNorm):
             n = module.statistics
             module.statistics = n if isinstance(n, int) and micro_batch % n == 0 else "local"

@@ -1,4 +1,4 @@
-"""The optimizers of a config: torch's SGD, and timm's LARS and LAMB; never DeepSpeed's of the same names."""
+"""The optimizers of a config: torch's SGD, and timm's LARS and LAMB; never DeepSpeed's versions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,18 +9,18 @@ from torch.optim import Optimizer
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: Mapping[str, Any]) -> Optimizer:
-    """What the section ``optimizer`` of a resolved config asks for; weight decay is that of the ``groups``.
+    """The optimizer for the section ``optimizer`` of a resolved config, with the weight decay of the ``groups``.
 
-    LARS (You et al. 2017, arXiv 1708.03888) and LAMB (You et al. 2019, arXiv 1904.00962) give the weights of each layer
-    that decay a rate of their own, by the ratio of their norm to their update's. Weights that do not decay, those of
-    batch norm and biases, get none: there LARS is SGD and LAMB is Adam.
+    LARS (You et al. 2017, arXiv 1708.03888) and LAMB (You et al. 2019, arXiv 1904.00962) scale the rate of each layer's
+    decayed weights by the ratio of their norm to that of their update. They do not scale the rate of weights without
+    decay, the biases and those of batch norm: there LARS is SGD and LAMB is Adam.
     """
     params = dict(config["params"])
     match config["type"]:
         case "LARS":
             return Lars(groups, trust_coeff=params.pop("trust_coefficient"), **params)
         case "LAMB":
-            return Lamb(groups, max_grad_norm=None, **params)  # the engine clips, where the config says so
+            return Lamb(groups, max_grad_norm=None, **params)  # the engine clips if the config says so
         case _:
-            # One kernel for all parameters, where torch's default on a CPU makes several passes over each.
+            # One kernel for all parameters; torch's default on a CPU makes several passes over each.
             return torch.optim.SGD(groups, fused=True, **params)

@@ -1,19 +1,20 @@
-"""Reduces the gradients while the backward pass still makes others; at ZeRO stage 0 DeepSpeed waits for its end."""
+"""Gradient all-reduce that overlaps with the backward pass; at ZeRO stage 0 DeepSpeed would wait for its end."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-BUCKET_BYTES = 8 * 2**20
+BUCKET_BYTES = 8 * 2**20  # the minimum size of a message; the last one can be smaller
 
 
 @dataclass
 class Bucket:
-    """Parameters whose gradients travel in one message; ``parts`` are its pieces, one a parameter."""
+    """Parameters whose gradients are reduced in one message; ``parts`` are its slices, one per parameter."""
 
     parameters: list[nn.Parameter]
     message: Tensor
@@ -23,18 +24,18 @@ class Bucket:
 
 
 class OverlappedReduction:
-    """Replaces each gradient by its mean over the ranks: starts with the last layers, ends in :meth:`finish`.
+    """Replaces each gradient by its mean over the ranks, from the last layer to the first; ends in :meth:`finish`.
 
-    Messages leave in one order on all ranks and in all runs, whichever gradient comes first: sums round the same.
+    Messages are sent in the same order on all ranks and in all runs, whichever gradient comes first, so that sums
+    round the same.
 
     Args:
-        parameters: In the order of the forward pass; only those that require gradients.
+        parameters: Those that require gradients, in the order of the forward pass.
         group: The ranks.
-        due: Whether the backward pass under way is one whose gradients are reduced, the last of an accumulation.
-        dtype: In which gradients travel.
-        before: Factor of the gradients before they are summed up.
-        after: Factor of the sums.
-        bucket_bytes: Least size of a message; the last one may have less.
+        due: Whether the current backward pass reduces gradients, as the last of an accumulation.
+        dtype: The data type of the messages.
+        before: The factor that gradients are multiplied by before they are summed.
+        after: The factor that the sums are multiplied by.
     """
 
     def __init__(
@@ -45,17 +46,16 @@ class OverlappedReduction:
         dtype: torch.dtype,
         before: float,
         after: float,
-        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self._group, self._due, self._before, self._after = group, due, before, after
-        self._buckets = make_buckets(list(parameters), dtype, bucket_bytes)
+        self._buckets = make_buckets(list(parameters), dtype)
         self._next = 0
         for bucket in self._buckets:
             for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(self._hook(bucket))
+                parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket))
 
     def finish(self) -> None:
-        """Wait for the sums and put the means into the gradients, where they are due; missing ones count as zero."""
+        """If due, wait for the sums and write the means to the gradients; missing gradients count as zero."""
         if not self._due():
             return
         while self._next < len(self._buckets):
@@ -66,20 +66,17 @@ class OverlappedReduction:
             if self._after != 1:
                 bucket.message.mul_(self._after)
             for parameter, part in zip(bucket.parameters, bucket.parts, strict=True):
-                # A part of the message itself, which is in no one's way until the gradients of the next step are there.
+                # A slice of the message itself, which is not needed again until the next step's gradients arrive.
                 parameter.grad = part.to(parameter.dtype)
             bucket.work, bucket.missing = None, len(bucket.parameters)
         self._next = 0
 
-    def _hook(self, bucket: Bucket) -> Callable[[Tensor], None]:
-        def arrived(parameter: Tensor) -> None:
-            if not self._due():
-                return
-            bucket.missing -= 1
-            while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
-                self._start_next()
-
-        return arrived
+    def _arrived(self, bucket: Bucket, parameter: Tensor) -> None:
+        if not self._due():
+            return
+        bucket.missing -= 1
+        while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
+            self._start_next()
 
     def _start_next(self) -> None:
         bucket = self._buckets[self._next]
@@ -90,12 +87,12 @@ class OverlappedReduction:
         self._next += 1
 
 
-def make_buckets(parameters: list[nn.Parameter], dtype: torch.dtype, bucket_bytes: int) -> list[Bucket]:
-    """Cut ``parameters`` into messages of at least ``bucket_bytes``, from the last to the first."""
+def make_buckets(parameters: list[nn.Parameter], dtype: torch.dtype) -> list[Bucket]:
+    """Group ``parameters`` into messages of at least ``BUCKET_BYTES``, from the last to the first."""
     runs: list[list[nn.Parameter]] = []
-    filled = bucket_bytes
+    filled = BUCKET_BYTES
     for parameter in reversed(parameters):
-        if filled >= bucket_bytes:
+        if filled >= BUCKET_BYTES:
             runs.append([])
             filled = 0
         runs[-1].append(parameter)
@@ -104,7 +101,7 @@ def make_buckets(parameters: list[nn.Parameter], dtype: torch.dtype, bucket_byte
     for run in runs:
         message = torch.empty(sum(parameter.numel() for parameter in run), dtype=dtype, device=run[0].device)
         pieces = message.split([parameter.numel() for parameter in run])
-        # In the memory format of the gradients, or each would be copied by a kernel of its own.
+        # In the memory format of the gradients; otherwise each would be copied by its own kernel.
         parts = [
             piece.as_strided(parameter.shape, parameter.stride()) for piece, parameter in zip(pieces, run, strict=True)
         ]
@@ -113,7 +110,7 @@ def make_buckets(parameters: list[nn.Parameter], dtype: torch.dtype, bucket_byte
 
 
 def fill_in_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The gradients; one that the model did not use counts as zero, on any number of ranks, and its weight decays."""
+    """The gradients, zero for a weight that the model did not use, which then decays on any number of ranks."""
     gradients = []
     for parameter in parameters:
         if parameter.grad is None and parameter.requires_grad:

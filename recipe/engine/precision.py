@@ -1,9 +1,9 @@
-"""The update of DeepSpeed's fp16 and bf16 at ZeRO stage 0, in a few kernels, and without waiting for the device.
+"""The update of DeepSpeed's fp16 and bf16 at ZeRO stage 0, in a few kernels and without waiting for the device.
 
-DeepSpeed asks each gradient on the host whether it is finite, and unscales and copies each for itself: for ResNet-50
-161 waits and some thousand kernels per step. Even a single wait per step leaves a GPU idle, because the host has then
-queued nothing: 4 ms of 46 for ResNet-50 on an H200. So whether a step overflowed, and with it the loss scale, stay on
-the device, and the host reads them when it writes them down.
+DeepSpeed checks on the host whether each gradient is finite, and unscales and copies each separately: for ResNet-50
+161 waits and about a thousand kernels per step. Even a single wait per step leaves a GPU idle, because the host has
+queued no further work: 4 ms of 46 for ResNet-50 on an H200. So the overflow flag and the loss scale stay on the
+device, and the host reads them only to report or save them.
 """
 
 from itertools import chain
@@ -18,10 +18,10 @@ from recipe.engine.overlap import fill_in_gradients
 
 
 class LossScale:
-    """The loss scale of an optimizer and its overflows, as scalars on the device, by DeepSpeed's rule.
+    """The loss scale of an optimizer and its number of overflows, as scalars on the device, by DeepSpeed's rule.
 
-    An overflow divides the scale by the factor, down to the minimum; every ``scale_window`` updates after the last
-    overflow multiply it. DeepSpeed's own fields, which its checkpoints hold, are those of the last :meth:`to_host`.
+    An overflow divides the scale by the factor, down to the minimum; every ``scale_window`` updates without an overflow
+    multiply it. DeepSpeed's own fields, which its checkpoints hold, have the state of the last :meth:`to_host`.
     """
 
     def __init__(self, optimizer: FP16_UnfusedOptimizer, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class LossScale:
         self.from_host()
 
     def from_host(self) -> None:
-        """Take over what DeepSpeed has read from a checkpoint."""
+        """Load the state that DeepSpeed has read from a checkpoint."""
         last_overflow = self._config.last_overflow_iter
         self.value = torch.tensor(self._config.cur_scale, dtype=torch.float64, device=self._device)
         self._last_overflow = torch.tensor(-1 if last_overflow is None else last_overflow, device=self._device)
@@ -38,7 +38,7 @@ class LossScale:
         self._overflows = torch.tensor(0, device=self._device)
 
     def to_host(self) -> int:
-        """Write the present state into DeepSpeed's fields; return the number of overflows since the last call."""
+        """Copy the state to DeepSpeed's fields; return the number of overflows since the last call."""
         state = torch.stack([self.value, self._last_overflow, self._overflows]).tolist()
         self._overflows = torch.zeros_like(self._overflows)
         if self._config.dynamic_loss_scale:
@@ -46,7 +46,7 @@ class LossScale:
         return int(state[2])
 
     def update(self, overflowed: Tensor) -> None:
-        """Count an update, bool (), that overflowed or was applied."""
+        """Adjust the scale after an update; ``overflowed``, bool (), says whether it was skipped."""
         config = self._config
         if config.dynamic_loss_scale:
             updates = config.cur_iter - self._last_overflow - 1
@@ -60,10 +60,10 @@ class LossScale:
 
 
 def update_together(engine: DeepSpeedEngine, check_overflow: bool) -> None:
-    """Replace the optimizer's ``step`` by one that treats all parameters together and skips on the device.
+    """Replace the optimizer's ``step`` by one that updates all parameters together and skips on the device.
 
     Args:
-        check_overflow: Whether an update with a gradient that is not finite is left out.
+        check_overflow: Whether to skip updates with gradients that are not finite.
     """
     optimizer = engine.optimizer
     weights = list(chain.from_iterable(optimizer.fp16_groups))
@@ -87,8 +87,8 @@ def update_together(engine: DeepSpeedEngine, check_overflow: bool) -> None:
             torch._foreach_mul_(unscaled, (1 / combined).float())
         for master, gradient in zip(masters, unscaled, strict=True):
             master.grad = gradient
-        # As in torch's GradScaler: fused SGD leaves weights and momentum as they are where this is 1. For an optimizer
-        # that does not know it the host has to ask, and waits.
+        # As in torch's GradScaler: fused SGD skips its update if this is 1. For an optimizer that does not support it,
+        # the host has to ask and wait.
         if skips_on_device:
             optimizer.optimizer.found_inf = None if overflowed is None else overflowed.float()
         if skips_on_device or overflowed is None or not overflowed:
@@ -96,7 +96,7 @@ def update_together(engine: DeepSpeedEngine, check_overflow: bool) -> None:
         for master in masters:
             master.grad = None
         torch._foreach_copy_(weights, masters)
-        # After the update: DeepSpeed lets the scale grow first, so that the update came out half as large.
+        # After the update: DeepSpeed increases the scale first, which would halve the update.
         if overflowed is not None:
             scale.update(overflowed)
         optimizer.loss_scale_config.cur_iter += 1
@@ -111,14 +111,14 @@ def update_together(engine: DeepSpeedEngine, check_overflow: bool) -> None:
 
 
 def read_overflows(engine: DeepSpeedEngine) -> None:
-    """Bring DeepSpeed's loss scale and ``engine.skipped_steps`` up to date with the device, and wait for it."""
+    """Wait for the device and copy its loss scale and skipped steps to DeepSpeed's fields."""
     scale = _on_device(engine)
     if scale is not None:
         engine.skipped_steps += scale.to_host()
 
 
 def loss_scale(engine: DeepSpeedEngine) -> Tensor:
-    """The factor by which gradients are scaled at present, float64 (), on the device; 1 without fp16."""
+    """The current loss scale, float64 (), on the device; 1 without fp16."""
     scale = _on_device(engine)
     if scale is not None:
         return scale.value
@@ -127,7 +127,7 @@ def loss_scale(engine: DeepSpeedEngine) -> Tensor:
 
 
 def overflowed(engine: DeepSpeedEngine) -> Tensor | None:
-    """Whether the update that was last due overflowed and was skipped, bool (), on the device; None: it cannot have."""
+    """Whether an overflow made the last update skip, bool (), on the device; None if that is impossible."""
     scale = _on_device(engine)
     if scale is not None:
         return scale.overflowed
@@ -137,5 +137,5 @@ def overflowed(engine: DeepSpeedEngine) -> Tensor | None:
 
 
 def _on_device(engine: DeepSpeedEngine) -> LossScale | None:
-    """None in fp32, and at ZeRO stages 1 to 3, whose optimizers keep the scale on the host."""
+    """The loss scale on the device; None in fp32 and at ZeRO stages 1 to 3, which keep it on the host."""
     return getattr(engine.optimizer, "loss_scale_on_device", None)

@@ -1,7 +1,7 @@
-"""DeepSpeed's WarmupLR brought in step with the paper, then the decay.
+"""DeepSpeed's WarmupLR, corrected to the paper's warmup and followed by the decay.
 
 WarmupLR itself is one step late (its first two updates both use ``warmup_min_lr``), is not advanced when fp16 skips
-an update, and knows no decay. Here the rate of an update is a pure function of its number.
+an update, and has no decay. Here the rate of an update is a pure function of its number.
 """
 
 from deepspeed.runtime.lr_schedules import WarmupLR
@@ -11,9 +11,9 @@ from recipe.plan import RateSchedule
 
 
 class PaperLR(WarmupLR):
-    """Keeps the optimizer's rate at ``schedule.rate(t)``, where t is the number of the next update, from 0.
+    """Sets the optimizer's rate to ``schedule.rate(t)``, where t is the number of the next update, from 0.
 
-    ``step()`` moves on by one update, as DeepSpeed does after each that it applied; ``step(t)`` goes to update t.
+    DeepSpeed calls ``step()`` after each update that it applied; ``step(t)`` sets the rate of update t.
     """
 
     def __init__(self, optimizer: Optimizer, schedule: RateSchedule) -> None:
@@ -29,5 +29,5 @@ class PaperLR(WarmupLR):
         self.step(0)
 
     def get_lr(self) -> list[float]:
-        """The rate of the next update, once for each parameter group."""
+        """The rate of the next update, for each parameter group."""
         return [self.schedule.rate(self.last_batch_iteration)] * len(self.optimizer.param_groups)

@@ -1,4 +1,4 @@
-"""The only place that calls ``deepspeed.initialize``, and the mends of what DeepSpeed does wrong for this recipe."""
+"""The only place that calls ``deepspeed.initialize``, and the workarounds for DeepSpeed's traps."""
 
 import logging
 import os
@@ -27,16 +27,16 @@ from recipe.plan import RateSchedule
 
 
 def join_process_group(device: torch.device, timeout: timedelta, store: Store | None = None) -> None:
-    """Join the process group of the environment's ranks (RANK, WORLD_SIZE, MASTER_ADDR …), or be a single rank.
+    """Join the process group described by the environment (RANK, WORLD_SIZE, MASTER_ADDR …), by default of one rank.
 
     Args:
-        device: This rank's; NCCL connects GPUs, gloo the rest.
-        timeout: That of the group's collectives, and of those that DeepSpeed makes.
-        store: Where the ranks exchange addresses, instead of a new one at MASTER_ADDR.
+        device: The device of this rank; the backend is NCCL for GPUs, gloo otherwise.
+        timeout: The timeout of collectives, including DeepSpeed's own.
+        store: The store for the rendezvous, instead of a new one at MASTER_ADDR.
     """
-    # DeepSpeed would compile its shared-memory op at the first start, for two minutes; gloo serves as well.
+    # DeepSpeed would spend two minutes compiling its shared-memory op at the first start; gloo is good enough.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         rank, world_size = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
@@ -46,17 +46,17 @@ def join_process_group(device: torch.device, timeout: timedelta, store: Store | 
             rank=rank,
             world_size=world_size,
             timeout=timeout,
-            # Without it, each barrier on a GPU warns that it takes the current one.
+            # Without it, each barrier on a GPU warns that it uses the current one.
             device_id=device if device.type == "cuda" else None,
         )
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
-    # DeepSpeed reduces over a clone of the group, which would wait for half an hour.
+    # DeepSpeed reduces over a clone of the group, whose timeout would be half an hour.
     set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # older torch
     set_timeout(timeout, groups._get_data_parallel_group())
 
 
 def deepspeed_config(config: Mapping[str, Any], output: Path) -> dict[str, Any]:
-    """What DeepSpeed gets to see of a resolved config: all but ``recipe``, monitors writing below ``output``."""
+    """The part of a resolved config for DeepSpeed: all but ``recipe``, with monitors writing below ``output``."""
     passed_on = {key: value for key, value in config.items() if key != "recipe"}
     for monitor in ("tensorboard", "csv_monitor"):
         section = passed_on.get(monitor, {})
@@ -73,20 +73,20 @@ def start_engine(
     schedule: RateSchedule,
     ema_decay: float | None = None,
 ) -> DeepSpeedEngine:
-    """DeepSpeed's engine around ``model``, with the optimizer of the config and the rate of ``schedule``.
+    """DeepSpeed's engine for ``model``, with the optimizer of the config and the rate of ``schedule``.
 
-    With ``ema_decay``, per image, it keeps a ``WeightAverage``, too.
+    With ``ema_decay``, the decay per image, it also keeps a ``WeightAverage``.
     """
     filled = [group for group in parameter_groups if group["params"]]
     dtype = next(model.parameters()).dtype
     if dtype == torch.float64:
-        # DeepSpeed reduces gradients of the accelerator's own types only, and in fp32 unless told otherwise.
+        # DeepSpeed reduces only gradients of the accelerator's own types, and in fp32 by default.
         accelerator = get_accelerator()
         dtypes = [*accelerator.supported_dtypes(), dtype]
         accelerator.supported_dtypes = lambda: dtypes
     initial = [[parameter.detach().float().clone() for parameter in group["params"]] for group in filled]
-    # fp16, bf16 and ZeRO create the momentum by a real optimizer step on zero gradients, which would decay the weights
-    # once and leave λ·w in the momentum. Without weight decay that step changes nothing.
+    # fp16, bf16 and ZeRO create the momentum with a real optimizer step on zero gradients, which would decay the
+    # weights once and leave λ·w in the momentum. Without weight decay that step changes nothing.
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         model_parameters=[group | {"weight_decay": 0.0} for group in filled],
@@ -95,7 +95,7 @@ def start_engine(
         lr_scheduler=lambda optimizer: PaperLR(optimizer, schedule),
         dist_init_required=False,
     )
-    # The engine would give monitors the scale that the host knew last; telemetry gives them that of each step.
+    # The engine would give monitors the last scale that the host has read; telemetry gives them that of each step.
     engine._get_optimizer_loss_scale = lambda: None
     if dtype == torch.float64:
         engine.communication_data_type = dtype
@@ -104,16 +104,16 @@ def start_engine(
             use_channels_last(engine)
         engine.basic_optimizer.register_load_state_dict_post_hook(lay_out_like_weights)
         if engine.dp_world_size == 1:
-            # DeepSpeed would copy all gradients into one buffer and back, for their mean over a single rank: a fifth of
-            # a step of resnet18 on a CPU.
+            # DeepSpeed would copy all gradients to one buffer and back to average them over a single rank, which takes
+            # a fifth of a step of resnet18 on a CPU.
             engine.allreduce_gradients = partial(fill_in_gradients, list(engine.module.parameters()))
         elif deepspeed_config.get("zero_optimization", {}).get("overlap_comm") is not False:
             overlap_reduction(engine)
     for optimizer_group, group in zip(engine.basic_optimizer.param_groups, filled, strict=True):
         optimizer_group["weight_decay"] = group["weight_decay"]
-        optimizer_group.pop("step", None)  # LAMB counts its steps, and that real one was none
+        optimizer_group.pop("step", None)  # LAMB would count that initial step
     if hasattr(engine.optimizer, "fp32_groups"):  # fp16 and bf16 at stage 0
-        # DeepSpeed takes the master weights from the halved ones; the rounding of the start need not be kept.
+        # DeepSpeed copies the master weights from the half-precision ones; this undoes their rounding.
         for masters, values in zip(engine.optimizer.fp32_groups, initial, strict=True):
             for master, value in zip(masters, values, strict=True):
                 master.data.copy_(value)
@@ -125,10 +125,10 @@ def start_engine(
 
 
 def set_global_batch(engine: DeepSpeedEngine, batch: int) -> int:
-    """Have the next updates be of ``batch`` images, by more or fewer micro-batches; return how many of them a rank has.
+    """Set the global batch of the next updates by changing the accumulation steps, and return their number.
 
-    Between two updates only. DeepSpeed goes on counting micro-batches where it was: the first update after a change
-    would come amid an accumulation.
+    Call it only between two updates. DeepSpeed's count of micro-batches has to start again, or the first update after
+    the change would happen in the middle of an accumulation.
     """
     engine.set_train_batch_size(batch)
     engine.micro_steps = 0
@@ -137,11 +137,11 @@ def set_global_batch(engine: DeepSpeedEngine, batch: int) -> int:
 
 
 def use_channels_last(engine: DeepSpeedEngine) -> None:
-    """Keep kernels, their master copies and momentum in the order in which cuDNN's convolutions read them.
+    """Store kernels, their master copies and momentum in the memory format that cuDNN's convolutions read.
 
-    The loader's images come so; kernels that did not would be turned around at each forward and backward pass. Not
-    before ``deepspeed.initialize``, whose broadcast takes contiguous parameters only, and not at ZeRO stages 1 to 3,
-    where parameters are slices of a flat tensor.
+    The data loader's images have it; other kernels would be transposed in each forward and backward pass. This has to
+    follow ``deepspeed.initialize``, whose broadcast accepts only contiguous parameters, and is impossible at ZeRO
+    stages 1 to 3, where parameters are slices of a flat tensor.
     """
     engine.module.to(memory_format=torch.channels_last)
     for group in engine.basic_optimizer.param_groups:
@@ -152,9 +152,9 @@ def use_channels_last(engine: DeepSpeedEngine) -> None:
 
 
 def lay_out_like_weights(optimizer: torch.optim.Optimizer) -> None:
-    """Bring momentum into the memory format of its weights: a checkpoint may come from a machine with another one.
+    """Convert momentum to the memory format of its weights: a checkpoint can come from a machine with a different one.
 
-    The fused kernel takes tensors as they lie, on a CPU without looking.
+    The fused kernel assumes that they match, and on a CPU does not check it.
     """
     for weight, state in optimizer.state.items():
         for name, value in state.items():
@@ -163,7 +163,7 @@ def lay_out_like_weights(optimizer: torch.optim.Optimizer) -> None:
 
 
 def overlap_reduction(engine: DeepSpeedEngine) -> None:
-    """Have the backward pass start the reduction that DeepSpeed's would make after it; the same sums and factors."""
+    """Start gradient all-reduce during the backward pass instead of after it, with DeepSpeed's sums and factors."""
     ranks = engine.dp_world_size
     predivide = engine.gradient_predivide_factor()
     before, after = (1 / predivide, predivide / ranks) if engine.postscale_gradients() else (1 / ranks, 1.0)
@@ -175,16 +175,15 @@ def overlap_reduction(engine: DeepSpeedEngine) -> None:
         before=before,
         after=after,
     )
-    engine.allreduce_gradients = reduction.finish  # what the engine calls at the end of a backward pass
+    engine.allreduce_gradients = reduction.finish  # the engine calls it at the end of a backward pass
 
 
 def backward(engine: DeepSpeedEngine, loss: Tensor) -> None:
     """Backpropagate the mean loss of a micro-batch (a scalar, fp32), scaled as ``engine.step`` will unscale it.
 
-    At ZeRO stage 0 DeepSpeed's fp16 optimizer divides the gradients by the loss scale, but nothing multiplied the loss
-    by it (upstream PR 8393), so that updates come out 65,536 times too small. The hook sets the gradient at the loss
-    to what it must be, loss scale / accumulation, whatever DeepSpeed did on the way: once DeepSpeed multiplies, the
-    hook changes nothing.
+    At ZeRO stage 0 DeepSpeed's fp16 optimizer divides the gradients by the loss scale, but the loss is never multiplied
+    by it (upstream PR 8393), so that updates are 65,536 times too small. The hook sets the gradient at the loss to the
+    right value, loss scale / accumulation, and changes nothing once DeepSpeed multiplies.
     """
     if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
         scale = loss_scale(engine) / engine.gradient_accumulation_steps()
@@ -193,7 +192,7 @@ def backward(engine: DeepSpeedEngine, loss: Tensor) -> None:
 
 
 def set_loudness(verbose: bool) -> None:
-    """Let DeepSpeed say all that it has to say, or only warnings."""
+    """Let DeepSpeed log everything, or only warnings."""
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     for handler in logger.handlers:
         handler.setLevel(logger.level)

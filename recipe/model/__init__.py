@@ -1,6 +1,6 @@
 """timm's models with the paper's initialisation, its parameter groups and its batch norm with running averages.
 
-Takes plain values, never the configuration. May import torch and timm, and no room.
+Takes plain values, never the configuration. May import torch and timm, but no other room.
 """
 
 import lazy_loader

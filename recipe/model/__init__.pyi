@@ -1,7 +1,4 @@
-from .batchnorm import (
-    BatchNorm as BatchNorm,
-    join_neighbours as join_neighbours,
-)
+from .batchnorm import BatchNorm as BatchNorm, join_neighbours as join_neighbours
 from .build import (
     DTYPES as DTYPES,
     build_model as build_model,

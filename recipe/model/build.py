@@ -1,4 +1,4 @@
-"""timm's classifiers with the paper's initialisation, and the parameters that its weight decay concerns."""
+"""timm's classifiers with the paper's initialisation, and their parameter groups for weight decay."""
 
 import difflib
 import re
@@ -9,6 +9,7 @@ import timm
 import torch
 from timm.models.resnet import ResNet
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from recipe.model.batchnorm import BatchNorm, Statistics, convert_batchnorm
@@ -27,43 +28,39 @@ def build_model(
     freeze: Literal["none", "backbone"] = "none",
     gradient_checkpointing: bool = False,
 ) -> nn.Module:
-    """Build timm's architecture ``name`` on the CPU, weights drawn from ``seed`` or given, batch norms converted.
+    """Build timm's architecture ``name`` on the CPU, with random or given weights and converted batch norms.
 
-    A ResNet gets the paper's initialisation (Goyal et al. 2017, §5.1), any other architecture keeps timm's.
-    No random generator outside changes.
+    A ResNet gets the paper's initialisation (Goyal et al. 2017, §5.1), any other architecture keeps timm's. The global
+    random number generators are left unchanged.
 
     Args:
-        name: one of ``timm.list_models()``; a tag, as in "resnet50.a1_in1k", asks for timm's weights of this name.
-        num_classes: length of the output, which is (N, num_classes).
-        seed: of the weights; the same seed gives the same weights in every process.
-        statistics: of the batch norms, see :class:`recipe.batchnorm.BatchNorm`.
-        zero_init_last: whether the last batch norm of each residual block begins with γ = 0, else with γ = 1.
-        weights: what to start from instead of random weights, see ``recipe.model.weights.read_weights``; a head for
-            another number of classes is drawn from ``seed``.
-        freeze: "backbone" trains the head alone.
-        gradient_checkpointing: whether the backward pass computes activations again in place of keeping them.
+        name: one of ``timm.list_models()``; a tag, as in "resnet50.a1_in1k", loads timm's weights of that name.
+        seed: of the random weights; the same seed gives the same weights in every process.
+        statistics: of the batch norms, see :class:`recipe.model.BatchNorm`.
+        zero_init_last: whether the last batch norm of each residual block starts with γ = 0, else with γ = 1.
+        weights: the initial weights instead of random ones, see ``recipe.model.weights.read_weights``; a head for a
+            different number of classes is drawn from ``seed``.
+        freeze: "backbone" trains only the head.
+        gradient_checkpointing: whether the backward pass recomputes activations instead of keeping them.
 
     Raises:
-        ValueError: no such architecture in timm, one that is no classifier of ``num_classes`` classes, or γ = 1
-            for one that is no ResNet; or the weights cannot be had, or are not this model's; or timm cannot checkpoint
-            its gradients.
+        ValueError: timm has no such classifier, or the weights or an option do not fit it.
     """
     architecture, _, tag = name.partition(".")
     if architecture not in timm.list_models() or (tag and not timm.is_model_pretrained(name)):
         raise ValueError(_unknown_name(name))
-    if num_classes < 1:
-        raise ValueError(f"recipe.model.num_classes = {num_classes}: a classifier needs at least 1")
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which seeds the CUDA generators too.
+        # Not torch.manual_seed, which also seeds the CUDA generators.
         torch.default_generator.manual_seed(seed)
         model = timm.create_model(architecture, pretrained=False, num_classes=num_classes)
         if getattr(model, "num_classes", None) != num_classes:
-            raise ValueError(f'recipe.model.name = "{name}": timm makes no classifier of it')
+            raise ValueError(f'recipe.model.name = "{name}": timm cannot build a classifier from it')
         if isinstance(model, ResNet):
             _initialise_as_in_the_paper(model, zero_init_last)
         elif not zero_init_last:
             raise ValueError(
-                f"recipe.model.zero_init_last = false: {name} is no ResNet and keeps timm's initialisation; remove it"
+                f"recipe.model.zero_init_last = false: {name} is not a ResNet and keeps timm's initialisation; "
+                "remove it"
             )
     if weights is not None or tag:
         load_weights(model, name if weights is None else weights)
@@ -81,13 +78,11 @@ def build_model(
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters into those that decay and those that do not, for an optimizer of torch.
+    """Two parameter groups for a torch optimizer: the trainable parameters that decay, then those that do not.
 
-    The weights of convolutions and linear layers decay. The paper exempts γ and β of batch norm (§5.1); every
-    bias and free parameter (position embeddings, layer scales) is exempt here too.
-
-    Returns:
-        Two groups, the decayed one first, each parameter once and in the order of ``model.parameters()``.
+    The weights of convolutions and linear layers decay. The paper exempts γ and β of batch norm (§5.1); biases and free
+    parameters (position embeddings, layer scales) are exempt here too. Each group keeps the order of
+    ``model.parameters()``.
     """
     kernels = {id(module.weight) for module in model.modules() if isinstance(module, (_ConvNd, nn.Linear))}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -98,35 +93,30 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give the parameters ``dtype``, in place, as DeepSpeed does: the buffers stay as they are, in fp32."""
+    """Cast the parameters to ``dtype``, in place, but not the buffers, which stay in fp32, as DeepSpeed does."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Number of trainable elements that decay, and of those that do not."""
-    decayed, undecayed = (
-        sum(parameter.numel() for parameter in group["params"]) for group in parameter_groups(model, 0.0)
-    )
+    """The number of trainable elements that decay, and of those that do not."""
+    decayed, undecayed = (sum(p.numel() for p in group["params"]) for group in parameter_groups(model, 0.0))
     return decayed, undecayed
 
 
 def _initialise_as_in_the_paper(model: ResNet, zero_init_last: bool) -> None:
-    """Goyal et al. (2017), §5.1: He normal convolutions, classifier N(0, 0.01²), γ = 0 at each block's end.
+    """Goyal et al. (2017), §5.1: He normal convolutions, classifier N(0, 0.01²), γ = 0 at the end of each block.
 
-    Without ``zero_init_last`` γ = 1 there too, which Table 2b compares with.
-
-    He normal with the fan-out, std = √(2 / (k² · channels out)): it keeps the gradients' variance through the
-    layers (He et al. 2015, §2.2), and it is what fb.resnet.torch, the paper's baseline, draws.
+    Without ``zero_init_last``, γ = 1 there too, the alternative of Table 2b. He normal with the fan-out,
+    std = √(2 / (k² · channels out)), preserves the variance of the gradients through the layers (He et al. 2015, §2.2),
+    and fb.resnet.torch, the paper's baseline, uses it.
     """
     if not zero_init_last:
-        # timm has made the zeros when it built the model, and leaves them where it is told to make none.
-        for block in (module for module in model.modules() if hasattr(module, "zero_init_last")):
-            last = block.bn3 if hasattr(block, "bn3") else block.bn2
-            assert isinstance(last, nn.Module)
-            assert isinstance(last.weight, nn.Parameter)
-            nn.init.ones_(last.weight)
-    model.init_weights(zero_init_last=zero_init_last)  # the convolutions; torch makes the other γ = 1, and β = 0
+        # timm zeroed them when it built the model, and ``init_weights`` does not undo that.
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                nn.init.ones_(module.weight)
+    model.init_weights(zero_init_last=zero_init_last)  # the convolutions; torch starts the other γ at 1 and β at 0
     classifier = model.get_classifier()
     nn.init.normal_(classifier.weight, std=0.01)
     nn.init.zeros_(classifier.bias)
@@ -141,15 +131,17 @@ def _unknown_name(name: str) -> str:
         if plain == name
         else "must be the name of a timm architecture; a hub address or a path goes into recipe.model.weights"
     )
-    remedy = f'did you mean "{close[0]}"?' if close else "timm.list_models() in Python lists those that it has"
+    remedy = f'did you mean "{close[0]}"?' if close else "timm.list_models() in Python lists its models"
     return f'recipe.model.name = "{name}": {reason}; {remedy}'
 
 
 def check_image_sizes(model: nn.Module, training: Iterable[tuple[int, int]], validation: int, samples: int) -> None:
-    """Refuse images that the model does not take, as a vision transformer takes those of one size only.
+    """Refuse image sizes that the model does not accept, and those that leave batch norm a single value per channel.
 
-    And those of which so few samples leave batch norm a single value to average over, which in validation it does not.
-    ``training`` holds an epoch and the size from that on.
+    Args:
+        training: pairs of an epoch and the image size from that epoch on.
+        validation: the image size in validation, which uses running averages and so needs no second value.
+        samples: how many samples batch norm averages over.
     """
     sizes = {size for _, size in training}
     for size in sorted(sizes):
@@ -160,7 +152,7 @@ def check_image_sizes(model: nn.Module, training: Iterable[tuple[int, int]], val
 
 @torch.no_grad()
 def check_image_size(model: nn.Module, key: str, image_size: int, samples: int | None = None) -> None:
-    """Refuse images of the size that ``key`` asks for, see ``check_image_sizes``; leave the model in training mode."""
+    """``check_image_sizes`` for the single size that ``key`` asks for; leaves the model in training mode."""
     values: list[int] = []
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs: values.append(inputs[0].numel() // inputs[0].shape[1]))
@@ -172,12 +164,12 @@ def check_image_size(model: nn.Module, key: str, image_size: int, samples: int |
         weight = next(model.parameters())
         model(torch.zeros(1, 3, image_size, image_size, dtype=weight.dtype, device=weight.device))
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{key}: the model takes no such images: {error}") from None
+        raise ValueError(f"{key}: the model does not accept images of this size: {error}") from None
     for hook in hooks:
         hook.remove()
     if samples is not None and values and min(values) * samples < 2:
         raise ValueError(
-            f"{key}: batch norm over {samples} image averages over a single value; take a larger micro-batch, or a "
+            f"{key}: batch norm over {samples} image averages over a single value; use a larger micro-batch or a "
             "larger image"
         )
     model.train()

@@ -1,4 +1,4 @@
-"""The weights that training starts from: a file, a folder, a model hub, or timm's own for a name with a tag."""
+"""The weights that training starts from: a file, a folder, a model hub, or timm's own for a tagged name."""
 
 from pathlib import Path
 
@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from recipe.model.batchnorm import BatchNorm
 
 HUB, LOCAL = "hf-hub:", "local-dir:"  # as timm spells them
-FILES = ("model.safetensors", "pytorch_model.bin")  # what a folder of the hub's form holds
+FILES = ("model.safetensors", "pytorch_model.bin")  # the weights in a folder as hubs lay it out
 SHOWN_NAMES = 3
 
 
 def read_weights(weights: str) -> dict[str, Tensor]:
-    """The tensors by name, read without running code.
+    """Read tensors by name, without running code.
 
     Args:
-        weights: A ``.safetensors`` or ``.pth`` file, a folder that ``export`` or the hub's tools have written,
-            ``hf-hub:owner/name``, or a name of timm's with its tag, such as "resnet50.a1_in1k".
+        weights: A ``.safetensors`` or ``.pth`` file, a folder written by ``export`` or the hub's tools,
+            ``hf-hub:owner/name``, or a tagged timm name such as "resnet50.a1_in1k".
 
     Raises:
-        ValueError: They cannot be had, or are no weights.
+        ValueError: They cannot be read, or are not weights.
     """
     key = f'recipe.model.weights = "{weights}"'
     try:
@@ -43,11 +43,11 @@ def read_weights(weights: str) -> dict[str, Tensor]:
             raise ValueError(f"{key}: the folder holds neither {' nor '.join(FILES)}")
         path = found[0]
     if not path.is_file():
-        fault = "is no regular file" if path.exists() else "is not there"
+        fault = "is not a regular file" if path.exists() else "does not exist"
         raise ValueError(f"{key}: {path} {fault}; write a .safetensors or .pth file, or a folder that holds one")
     try:
         state = load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # pickle's own, and those of what it calls, have no class in common
+    except Exception as error:  # the errors of pickle and of what it calls share no class
         problem = error.strerror if isinstance(error, OSError) else "it holds no weights, or more than weights"
         raise ValueError(f"{key}: {path} cannot be read: {problem}; expected a .safetensors or .pth file") from None
     if not all(isinstance(value, Tensor) for value in state.values()):
@@ -57,37 +57,33 @@ def read_weights(weights: str) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(model: nn.Module, weights: str) -> bool:
-    """Give ``model`` these weights, in place; a head of another size keeps its own.
-
-    Returns:
-        Whether the head is new.
+def load_weights(model: nn.Module, weights: str) -> None:
+    """Load ``weights`` into ``model``, in place; a head of a different size keeps its own.
 
     Raises:
-        ValueError: See ``read_weights``; or names or sizes are not those of the model, outside its head.
+        ValueError: See ``read_weights``; or names or sizes outside the head do not match the model's.
     """
     state, own, head = read_weights(weights), model.state_dict(), head_names(model)
     new_head = any(name not in state or state[name].shape != own[name].shape for name in head)
     wanted = own.keys() - head if new_head else own.keys()
     state = {name: value for name, value in state.items() if not (new_head and name in head)}
     problems = {
-        # Averages of weights made by other programs do without.
+        # Other programs save averaged weights without it.
         "it lacks": {name for name in wanted - state.keys() if not name.endswith("num_batches_tracked")},
         "the model has no": state.keys() - wanted,
-        "of another size are": {name for name in wanted & state.keys() if state[name].shape != own[name].shape},
+        "of a different size are": {name for name in wanted & state.keys() if state[name].shape != own[name].shape},
     }
     wrong = [f"{words} {_some(names)}" for words, names in problems.items() if names]
     if wrong:
         raise ValueError(
-            f'recipe.model.weights = "{weights}": these are weights of another model: {"; ".join(wrong)}; '
+            f'recipe.model.weights = "{weights}": these weights belong to a different model: {"; ".join(wrong)}; '
             "check recipe.model.name"
         )
     model.load_state_dict(state, strict=False)
-    return new_head
 
 
 def head_names(model: nn.Module) -> set[str]:
-    """The names of the classifier's parameters and buffers in the model's state."""
+    """The names of the classifier's parameters and buffers in the model's state dict."""
     classifier = model.get_classifier()  # type: ignore[operator]
     heads = [head for head in (classifier if isinstance(classifier, tuple) else (classifier,)) if head is not None]
     prefixes = [name for name, module in model.named_modules() if any(module is head for head in heads)]
@@ -95,7 +91,7 @@ def head_names(model: nn.Module) -> set[str]:
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Train the head alone, in place: no gradient elsewhere, and batch norm there in evaluation mode."""
+    """Leave only the head trainable, in place; batch norm elsewhere stays in evaluation mode."""
     head = head_names(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in head)

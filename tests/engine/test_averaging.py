@@ -1,4 +1,4 @@
-"""The moving average of the weights: its closed form, whatever the batch, the ranks and the precision."""
+"""The moving average of the weights follows its closed form for any batch, number of ranks and precision."""
 
 import math
 from collections.abc import Set
@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.test_start import PRECISIONS, master_weights, new_engine, samples, train_step
+from tests.engine.test_start import PRECISIONS, master_weights, new_engine, train_step
 from tests.ranks import run_ranks
 
 BATCH, DECAY = 16, 0.99
 
 
 def _averages(rank: int, world_size: int) -> dict[str, tuple[list[dict], list[dict[str, Tensor]]]]:
-    """By precision: the master weights after each step, and their average."""
+    """For each precision, the master weights after each step and their average."""
     found = {}
     for precision, sections in PRECISIONS.items():
         engine = new_engine(world_size, BATCH, 2, ema_decay=DECAY, **sections)
@@ -30,8 +30,8 @@ def _averages(rank: int, world_size: int) -> dict[str, tuple[list[dict], list[di
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_it_is_the_plain_mean_at_first_and_then_decays_by_image(world_size: int) -> None:
-    # 1 − 0.99¹⁶ = 0.1485: from the seventh step on 1 / n is smaller, so that six steps give the plain mean.
+def test_the_average_starts_as_the_plain_mean(world_size: int) -> None:
+    # 1 − 0.99¹⁶ = 0.1485, which 1 / n exceeds up to the sixth step.
     for found in run_ranks(world_size, _averages):
         for precision, (history, averages) in found.items():
             for step, average in enumerate(averages):
@@ -41,7 +41,7 @@ def test_it_is_the_plain_mean_at_first_and_then_decays_by_image(world_size: int)
 
 
 class Engine:
-    """What an average looks at: a module with one weight, in fp64, without DeepSpeed."""
+    """The parts of an engine that an average uses, with a single fp64 weight and without DeepSpeed."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
@@ -52,7 +52,7 @@ class Engine:
 
 
 def averaged(batch: int, weights: list[float], skipped: Set[int] = frozenset(), then: int = 0) -> float:
-    """The average after steps that leave these weights, the last of them on ``then`` images, if that is not 0."""
+    """The average after steps with these resulting weights, the last of them on ``then`` images, unless that is 0."""
     from recipe.engine.averaging import WeightAverage
 
     engine: Any = Engine(batch)
@@ -66,15 +66,15 @@ def averaged(batch: int, weights: list[float], skipped: Set[int] = frozenset(), 
     return float(average.state()["tensors"]["weight"])
 
 
-def test_a_batch_does_not_change_how_far_it_looks_back() -> None:
-    """Of w = 1 for as long as the mean is plain and w = 0 for 1,600 images after that, 0.99¹⁶⁰⁰ is left."""
+def test_the_decay_per_image_does_not_depend_on_the_batch() -> None:
+    """With w = 1 until the mean is no longer plain, then w = 0 for 1,600 images, the average is 0.99¹⁶⁰⁰."""
     for batch in (16, 160, 800):
         warm = math.ceil(1 / (1 - DECAY**batch))
         left = averaged(batch, [1.0] * warm + [0.0] * (1600 // batch))
         assert left == pytest.approx(DECAY**1600, rel=1e-9)
 
 
-def test_a_batch_that_changes_counts_by_its_images() -> None:
+def test_a_changed_batch_counts_by_its_images() -> None:
     assert averaged(16, [5.0, 1.0], then=32) == pytest.approx((16 * 5 + 32 * 1) / 48)
     left = 1 - (warm := math.ceil(1 / (1 - DECAY**16))) / warm  # the plain mean of ones is one
     assert averaged(16, [1.0] * warm + [0.0], then=800) == pytest.approx(DECAY**800 + left)
@@ -82,26 +82,3 @@ def test_a_batch_that_changes_counts_by_its_images() -> None:
 
 def test_a_skipped_step_does_not_count() -> None:
     assert averaged(16, [5.0, 1.0, 5.0, 2.0, 6.0], skipped={0, 2}) == pytest.approx((1 + 2 + 6) / 3)
-
-
-def _validated(rank: int, world_size: int) -> list[tuple[bool, bool]]:
-    """Whether the average's logits are those of a model that has been given it, and the model is as it was."""
-    same = []
-    for sections in PRECISIONS.values():
-        engine = new_engine(world_size, BATCH, 2, ema_decay=DECAY, **sections)
-        for step in range(3):
-            train_step(engine, rank, world_size, step, BATCH)
-        images = samples(9, 4)[0].to(next(engine.module.parameters()).dtype)
-        before = [parameter.clone() for parameter in engine.module.parameters()]
-        with torch.no_grad():
-            found = engine.weight_average.forward()(images)
-            after = list(engine.module.parameters())
-            unchanged = all(map(torch.equal, before, after))
-            for name, parameter in engine.module.named_parameters():
-                parameter.copy_(engine.weight_average.state()["tensors"][name])
-            same.append((torch.equal(found, engine.module(images)), unchanged))
-    return same
-
-
-def test_validation_sees_the_average_and_leaves_the_weights_alone() -> None:
-    assert run_ranks(1, _validated) == [[(True, True)] * 3]

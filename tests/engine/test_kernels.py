@@ -1,39 +1,30 @@
-"""What torch keeps for the process, and what compiled code computes."""
+"""The settings of torch's kernels, and training with compiled code."""
 
 import warnings
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from recipe.engine.kernels import Loss, choose_kernels, compile_training
+from recipe.engine.device import choose_kernels
+from recipe.engine.loop import Loss, training_loss
 from recipe.model.batchnorm import BatchNorm
 from recipe.model.running_averages import update_running_averages
 from tests.ranks import run_ranks
 
-backends = torch.backends
-
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    before = backends.cudnn.benchmark, backends.cudnn.deterministic
-    tf32 = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
-    yield
-    backends.cudnn.benchmark, backends.cudnn.deterministic = before
-    backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = tf32
-
 
 @pytest.mark.parametrize("tf32", [True, False])
 @pytest.mark.parametrize("benchmark", [True, False])
-def test_the_settings_are_torchs(tf32: bool, benchmark: bool) -> None:
+def test_kernel_settings_are_passed_to_torch(tf32: bool, benchmark: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    for settings, name in ((matmul, "allow_tf32"), *((cudnn, n) for n in ("allow_tf32", "benchmark", "deterministic"))):
+        monkeypatch.setattr(settings, name, getattr(settings, name))  # restored after the test
     choose_kernels(tf32=tf32, cudnn_benchmark=benchmark)
-    assert (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32) == (tf32, tf32)
+    assert (matmul.allow_tf32, cudnn.allow_tf32) == (tf32, tf32)
     assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
-    assert (backends.cudnn.benchmark, backends.cudnn.deterministic) == (benchmark, not benchmark)
+    assert (cudnn.benchmark, cudnn.deterministic) == (benchmark, not benchmark)
 
 
 def small_model(n: int) -> nn.Module:
@@ -46,7 +37,7 @@ def small_model(n: int) -> nn.Module:
 
 
 def trained(model: nn.Module, loss_function: Loss, seed: int) -> list[Tensor]:
-    """Losses, gradients and running averages of two steps of three micro-batches; then what validation says."""
+    """Losses, gradients and running averages of two steps of three micro-batches, and the logits in validation."""
     seen, generator = [], torch.Generator().manual_seed(seed)
     images, labels = torch.randn(6, 4, 3, 8, 8, generator=generator), torch.randint(5, (6, 4), generator=generator)
     for micro_batch in range(6):
@@ -61,8 +52,8 @@ def trained(model: nn.Module, loss_function: Loss, seed: int) -> list[Tensor]:
         return [*seen, model.eval()(images[0])]
 
 
-def _trains_the_same_in_whole_graphs(rank: int, world_size: int, backend: str) -> None:
-    """A graph for the first micro-batch of a step, one for the others: running averages wait for its end."""
+def _trains_the_same_without_graph_breaks(rank: int, world_size: int, backend: str) -> None:
+    """The first micro-batch of a step has its own graph, because it starts the sums for the running averages."""
     warnings.filterwarnings("ignore")  # within torch.compile
     torch.compile = partial(torch.compile, backend=backend)
     torch._dynamo.reset()
@@ -70,15 +61,17 @@ def _trains_the_same_in_whole_graphs(rank: int, world_size: int, backend: str) -
     n = 4 * world_size if world_size > 1 else 2  # samples of all ranks, or half of this one's
     model = small_model(n)
     names = list(model.state_dict())
-    found = trained(model, compile_training(model, F.cross_entropy), rank)
+    found = trained(model, training_loss(model, label_smoothing=0.0, compiled=True), rank)
     assert list(model.state_dict()) == names
     assert counters["graph_break"] == {}
     assert counters["stats"]["unique_graphs"] == 2 + 2  # the loss, and validation
-    for ours, plain in zip(found, trained(small_model(n), F.cross_entropy, rank), strict=True):
+    plain_model = small_model(n)
+    plain_loss = training_loss(plain_model, label_smoothing=0.0, compiled=False)
+    for ours, plain in zip(found, trained(plain_model, plain_loss, rank), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
 
 
-# The second makes the same graphs, and no code of them, for which two ranks take a minute.
+# The second case only makes the graphs: compiling them on two ranks takes a minute.
 @pytest.mark.parametrize(("world_size", "backend"), [(1, "inductor"), (2, "aot_eager")])
-def test_compiled_code_trains_the_same_in_whole_graphs(world_size: int, backend: str) -> None:
-    run_ranks(world_size, _trains_the_same_in_whole_graphs, backend)
+def test_compiled_code_trains_the_same_without_graph_breaks(world_size: int, backend: str) -> None:
+    run_ranks(world_size, _trains_the_same_without_graph_breaks, backend)

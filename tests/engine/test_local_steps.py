@@ -1,4 +1,4 @@
-"""Post-local SGD against plain PyTorch models that know nothing of each other but their mean, and after a resume."""
+"""Post-local SGD, compared with independent plain PyTorch models that are averaged, and after a resume."""
 
 from pathlib import Path
 
@@ -9,13 +9,12 @@ from torch import Tensor
 from tests.engine.test_start import (
     PRECISIONS,
     groups,
-    master_weights,
     new_engine,
     plain_training,
     relative_error,
     samples,
     small_model,
-    train_step,
+    train_steps,
     updates,
     weights_of,
 )
@@ -40,11 +39,7 @@ def _trained(rank: int, world_size: int) -> dict[str, list[dict[str, Tensor]]]:
     for precision in ("fp32", "bf16"):
         engine = new_engine(world_size, BATCH, 2, **PRECISIONS[precision])
         step_locally(engine, EVERY, is_local, equal_after)
-        history = [master_weights(engine)]
-        for step in range(STEPS):
-            train_step(engine, rank, world_size, step, BATCH)
-            history.append(master_weights(engine))
-        found[precision] = history
+        found[precision] = train_steps(engine, rank, world_size, [BATCH] * STEPS)
     return found
 
 
@@ -56,7 +51,7 @@ def plain_local_training() -> list[list[dict[str, Tensor]]]:
     for step in range(STEPS):
         images, labels = samples(step, BATCH)
         for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-            # Micro-batches of four go to the ranks in turn.
+            # The ranks take turns in micro-batches of four.
             own = torch.arange(BATCH) // 4 % RANKS == rank if is_local(step) else torch.ones(BATCH, dtype=torch.bool)
             optimizer.zero_grad()
             F.cross_entropy(model(images[own]), labels[own]).backward()
@@ -72,7 +67,7 @@ def plain_local_training() -> list[list[dict[str, Tensor]]]:
     return history
 
 
-def test_ranks_step_alone_and_meet_in_their_mean() -> None:
+def test_local_steps_equal_independent_training_with_averaging() -> None:
     found = run_ranks(RANKS, _trained)
     for own, expected in zip(found, plain_local_training(), strict=True):
         for precision, tolerance in (("fp32", 5e-6), ("bf16", 16 * 2**-8)):
@@ -83,7 +78,7 @@ def test_ranks_step_alone_and_meet_in_their_mean() -> None:
         same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(one, other, strict=True)]
         assert same == [equal_after(steps) for steps in range(STEPS + 1)]
     # Reduced gradients give other updates.
-    assert relative_error(updates(found[0]["fp32"])[3], updates(plain_training(4, BATCH))[3]) > 0.1
+    assert relative_error(updates(found[0]["fp32"])[3], updates(plain_training([BATCH] * 4))[3]) > 0.1
 
 
 RUN = (
@@ -93,18 +88,18 @@ RUN = (
 )  # ten steps; those of the second epoch are local
 
 
-def test_a_run_resumes_bit_for_bit_where_ranks_stepped_alone(tmp_path: Path) -> None:
+def test_a_run_resumes_bit_for_bit_after_local_steps(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train_ok(*RUN, "--output", str(whole), ranks=2)
     checkpoints = whole / "checkpoints"
-    # Steps 6 and 8 leave ranks with weights of their own; their checkpoints come one step later.
+    # After steps 6 and 8 the ranks' weights differ, so their checkpoints are written one step later.
     assert sorted(path.name for path in checkpoints.iterdir()) == [
         f"step-{step:08d}" for step in (1, 2, 3, 4, 5, 7, 9, 10)
     ]
     assert not (checkpoints / "step-00000005/rank-00001.pt").exists()
     own = [torch.load(checkpoints / f"step-00000007/rank-0000{rank}.pt")[0]["momentum_buffer"] for rank in range(2)]
     assert not torch.equal(*own)
-    # A signal after step 6 is heard at step 7, too.
+    # A signal after step 6 also takes effect at step 7.
     ended = train(
         *(*RUN, "--output", str(killed)), ranks=2, script="benchmarks/killed_train.py", KILL_AT="step 6 0 TERM"
     )

@@ -1,4 +1,4 @@
-"""The search for the largest micro-batch; that it fits a GPU stands in tests/gpu/test_micro_batch.py."""
+"""The search for the largest micro-batch; tests/gpu/test_micro_batch.py shows that it fits a GPU."""
 
 import gc
 import json
@@ -8,19 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipe.engine.micro_batch import largest_on_cpu, largest_that_fits
+from recipe.engine.micro_batch import largest_that_fits
 from tests.launch import DIGITS, SHORT, losses, train_ok
 
 
-@pytest.mark.parametrize(
-    ("candidates", "taken"), [([256, 128, 64, 32, 16, 1], 32), ([96, 48, 24], 24), ([512, 256], 256), ([1], 1)]
-)
-def test_on_a_cpu_the_largest_up_to_32_or_else_the_smallest(candidates: list[int], taken: int) -> None:
-    assert largest_on_cpu(candidates) == taken
-
-
 @pytest.mark.parametrize(("room", "taken"), [(10_000, 512), (512, 512), (511, 256), (33, 32), (32, 32)])
-def test_the_largest_that_does_not_run_out_of_memory(room: int, taken: int) -> None:
+def test_the_largest_micro_batch_that_fits_the_memory_is_found(room: int, taken: int) -> None:
     tried: list[int] = []
 
     def train(size: int) -> None:
@@ -32,8 +25,8 @@ def test_the_largest_that_does_not_run_out_of_memory(room: int, taken: int) -> N
     assert tried == [size for size in (512, 256, 128, 32) if size >= taken]
 
 
-def test_a_failed_trial_leaves_nothing_in_the_next_ones_way() -> None:
-    """A model is part of reference cycles, which only the collector frees; measured: half of a GPU was not there."""
+def test_a_failed_trial_frees_its_memory_before_the_next() -> None:
+    """A model is part of reference cycles, which only the garbage collector frees; they took up half of a GPU."""
     made: list[weakref.ref[torch.nn.Module]] = []
 
     def train(size: int) -> None:
@@ -51,7 +44,7 @@ def test_a_failed_trial_leaves_nothing_in_the_next_ones_way() -> None:
         gc.enable()
 
 
-def test_where_none_fits_the_smallest_ones_error_is_told() -> None:
+def test_if_none_fits_the_error_is_that_of_the_smallest() -> None:
     def train(size: int) -> None:
         raise torch.OutOfMemoryError(f"{size} images do not fit")
 
@@ -60,7 +53,7 @@ def test_where_none_fits_the_smallest_ones_error_is_told() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_says_which_it_took_and_keeps_it(tmp_path: Path) -> None:
+def test_a_run_reports_its_micro_batch_and_keeps_it_when_resumed(tmp_path: Path) -> None:
     auto = ("--set=recipe.max_micro_batch_size=auto", "--set=recipe.batchnorm.statistics=32")
     first = tmp_path / "first"
     arguments = ("--deepspeed_config", DIGITS, *SHORT, *auto)
@@ -71,7 +64,7 @@ def test_a_run_says_which_it_took_and_keeps_it(tmp_path: Path) -> None:
     written = json.loads((first / "plan.json").read_text())
     assert written["train_micro_batch_size_per_gpu"] == written["recipe"]["max_micro_batch_size"] == 32
 
-    # A run that had another one goes on with it, on as many ranks.
+    # A run that started with a different micro-batch keeps it when resumed on the same number of ranks.
     other = tmp_path / "other"
     train_ok(*arguments, "--output", str(other), "--set=recipe.max_micro_batch_size=64")
     whole = losses(other)

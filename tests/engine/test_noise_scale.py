@@ -1,11 +1,10 @@
-"""The gradient noise scale: against closed forms, on one rank and on several, and in real runs."""
+"""The gradient noise scale, compared with closed forms on one and several ranks, and in real runs."""
 
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,19 +21,19 @@ from recipe.plan.noise_scale import (
     planned_measurements,
     too_few,
 )
-from tests.engine.test_start import new_engine, samples, train_step
-from tests.launch import DIGITS, SHORT, events, losses, train_ok
+from tests.engine.test_start import new_engine, plain_training, samples, small_model, train_step, weights_of
+from tests.launch import DIGITS, SHORT, events, train_ok
 from tests.ranks import run_ranks
 
 
-def test_expected_norms_at_two_batches_give_both_unknowns_back() -> None:
+def test_expected_norms_at_two_batch_sizes_give_both_unknowns() -> None:
     # E|G_B|² = |G|² + tr(Σ) / B with |G|² = 3 and tr(Σ) = 40
     found = estimate(3 + 40 / 8, 3 + 40 / 64, 8, 64)
     assert found == pytest.approx(Estimate(gradient_variance=40, gradient_norm_squared=3), rel=1e-14)
 
 
 class Mean(nn.Module):
-    """Its loss on a sample x is ½|w − x|²: the gradient w − x has the mean w − E x and the covariance of x."""
+    """Has the loss ½|w − x|² on a sample x: the gradient w − x has the mean w − E x and the covariance of x."""
 
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
@@ -44,8 +43,8 @@ class Mean(nn.Module):
         return 0.5 * (torch.cat([self.first, self.rest]) - x).square().sum(1).mean()
 
 
-def test_on_gaussian_samples_the_estimates_are_unbiased() -> None:
-    """Over many steps their means are tr(Σ) and |G|² within four standard errors."""
+def test_estimates_are_unbiased_on_gaussian_samples() -> None:
+    """Their means over many steps are tr(Σ) and |G|² within four standard errors."""
     generator = torch.Generator().manual_seed(0)
     deviations = torch.tensor([1.0, 0.5, 2.0, 0.1, 3.0], dtype=torch.float64)
     model = Mean(torch.tensor([0.3, -0.2, 0.5, 0.0, 0.1], dtype=torch.float64))
@@ -68,43 +67,7 @@ def test_on_gaussian_samples_the_estimates_are_unbiased() -> None:
         assert abs(float(mean) - expected) < 4 * float(error)
 
 
-def test_the_variance_of_a_real_models_gradient_falls_as_one_over_the_batch() -> None:
-    """Var(∇L_k) = Var(∇L_1) / k: a slope of −1 on logarithmic axes within four of its standard errors.
-
-    In evaluation mode, where batch norm does not join the images of a batch, and on batches drawn with replacement.
-    """
-    from recipe.data.digits import open_digits
-    from recipe.data.sampler import Keys
-    from recipe.model.build import build_model
-
-    training, _ = open_digits(image_size=16, crop="none", flip=False, seed=0)
-    batch = training[Keys(0, np.arange(256))]
-    images, labels = batch.images.movedim(-1, 1).float() / 255 - 0.3, batch.labels
-    model = build_model("test_resnet", 10, seed=0, statistics="local").eval()
-
-    def gradient(indices: Tensor) -> Tensor:
-        loss = F.cross_entropy(model(images[indices]), labels[indices])
-        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
-
-    mean = gradient(torch.arange(256))
-    generator = torch.Generator().manual_seed(0)
-    sizes, repeats = torch.tensor([2.0, 8.0, 32.0, 128.0]), 40
-    logs, variances_of_logs = [], []
-    for size in sizes.int().tolist():
-        squares = torch.stack(
-            [(gradient(torch.randint(256, (size,), generator=generator)) - mean).square().sum() for _ in range(repeats)]
-        )
-        logs.append(squares.mean().log())
-        variances_of_logs.append((squares.std() / squares.mean()).square() / repeats)
-    weights = sizes.log() - sizes.log().mean()
-    weights = weights / weights.square().sum()
-    slope = float((weights * torch.stack(logs)).sum())
-    error = float((weights.square() * torch.stack(variances_of_logs)).sum().sqrt())
-    assert error < 0.05
-    assert abs(slope + 1) < 4 * error
-
-
-def test_the_averages_are_of_the_measurements_alone() -> None:
+def test_moving_averages_follow_their_closed_form() -> None:
     averages = NoiseScale()
     assert averages.summary(every_steps=5) is None
     for step in (0, 5, 10):
@@ -121,7 +84,7 @@ def test_the_averages_are_of_the_measurements_alone() -> None:
     assert averages.summary(every_steps=5) == averages.values() | told
 
 
-def test_the_range_is_of_what_enough_measurements_tell() -> None:
+def test_the_range_starts_after_enough_measurements() -> None:
     averages = NoiseScale()
     for step in range(ENOUGH - 1):
         averages.add(Estimate(1.0 if step % 2 else 1000.0, 2.0), step)
@@ -136,8 +99,8 @@ def test_the_range_is_of_what_enough_measurements_tell() -> None:
 
 
 @pytest.mark.parametrize("total_steps", [1, 19, 20, 21, 80, 381, 14_040])
-def test_how_often_to_measure(total_steps: int) -> None:
-    """Counted out: the least often that gives enough is named, unless there is no such."""
+def test_too_few_measurements_name_a_remedy(total_steps: int) -> None:
+    """The message names the longest interval that gives enough measurements, if there is one."""
     often = [every for every in range(1, total_steps + 1) if len(range(0, total_steps, every)) >= ENOUGH]
     every = 10**6
     text = too_few(planned_measurements(total_steps, every), total_steps, every)
@@ -151,31 +114,28 @@ def test_how_often_to_measure(total_steps: int) -> None:
         assert text.endswith(f"; a run of {total_steps} steps has no more")
 
 
-def test_no_remedy_where_the_steps_were_skipped() -> None:
+def test_no_remedy_is_named_for_skipped_steps() -> None:
     assert too_few(3, 400, 5) == "3 measurements instead of about 20: it may be far off"
 
 
-@pytest.mark.parametrize("unclear", [Estimate(40.0, -1.0), Estimate(-1.0, 2.0)])
-def test_what_noise_hides_is_none(unclear: Estimate) -> None:
-    averages = NoiseScale()
-    averages.add(unclear, 0)
-    assert averages.values()["noise_scale"] is None
-
-
-def test_a_measurement_that_is_not_finite_is_left_out() -> None:
+def test_a_measurement_that_is_not_finite_is_ignored_and_a_negative_one_gives_no_noise_scale() -> None:
     averages = NoiseScale()
     averages.add(Estimate(40.0, 2.0), 0)
     before = averages.summary(1)
     assert not averages.add(Estimate(math.inf, 2.0), 1)
     assert not averages.add(Estimate(40.0, math.nan), 1)
     assert averages.summary(1) == before
+    for unclear in (Estimate(40.0, -1.0), Estimate(-1.0, 2.0)):
+        averages = NoiseScale()
+        averages.add(unclear, 0)
+        assert averages.values()["noise_scale"] is None
 
 
 def found(scale: float | None, **others: Any) -> dict[str, Any]:
     return {"noise_scale": scale, "gradient_variance": 1.0, "gradient_norm_squared": 1.0} | others
 
 
-def test_what_it_means_in_words() -> None:
+def test_the_summary_in_words() -> None:
     # (1 + 2000 / 4000) / (1 + 2000 / 8000) = 1.2 of the steps, half as many images each.
     assert in_words(found(2000.4), 8000, 1_281_167, 14_040) == [
         "about 2,000 images at the end: the gradient of such a batch is half signal, half noise",
@@ -191,7 +151,7 @@ def test_what_it_means_in_words() -> None:
         "of the images",
         "80 measurements, the last at step 79; 93 to 1,600 images from the 20th on",
     ]
-    assert "of 720 is well below it: one of 360" in in_words(found(1536.0), 720, 1439, 80)[2]  # 1,440 do not fit
+    assert "of 720 is well below it: one of 360" in in_words(found(1536.0), 720, 1439, 80)[2]  # 1,440 would not fit
     assert "of 512 is near it: one of 256" in in_words(found(500.0), 512, 1442, 80)[1]
     assert "of 1 is near it: one of 2" in in_words(found(0.6), 1, 1442, 80)[1]
     told |= {"measurements": 1, "last_step": 0, "lowest": None, "highest": None, "every_steps": 100}
@@ -203,7 +163,7 @@ def test_what_it_means_in_words() -> None:
 
 
 def _norms_of_a_step(rank: int, world_size: int, cases: list[tuple[int, dict[str, Any], float]]) -> list[list[float]]:
-    """Mean over the ranks of the squared norms of their micro-batches' gradients, and that of the mean gradient."""
+    """The mean over the ranks of the micro-batches' squared gradient norms, and that of the mean gradient."""
     import torch.distributed as dist
 
     found = []
@@ -220,11 +180,9 @@ def _norms_of_a_step(rank: int, world_size: int, cases: list[tuple[int, dict[str
 
 
 def norms_by_plain_pytorch() -> list[float]:
-    """The same of micro-batches of 4 in step 1, a gradient at a time, after plain PyTorch's step 0."""
-    from tests.engine.test_start import plain_training, small_model
-
+    """The same for micro-batches of 4 in step 1, with one backward pass each, after plain PyTorch's step 0."""
     model = small_model()
-    for parameter, value in zip(model.parameters(), plain_training(1, 16)[1].values(), strict=True):
+    for parameter, value in zip(model.parameters(), plain_training([16])[1].values(), strict=True):
         parameter.data.copy_(value)
     images, labels = samples(1, 16)
     gradients = []
@@ -236,11 +194,9 @@ def norms_by_plain_pytorch() -> list[float]:
 
 
 BLOCKING = {"zero_optimization": {"overlap_comm": False}}
-
-
 FP16, BF16 = ({precision: {"enabled": True}} for precision in ("fp16", "bf16"))
-# Accumulation, sections and relative error: in half precisions a norm has that of a few roundings at most, 2^-11 and
-# 2^-8 each, and a square twice that.
+# Accumulation, sections and relative error: in half precision a norm has the error of a few roundings, of 2^-11 or 2^-8
+# each, and its square twice that.
 CASES: dict[int, list[tuple[int, dict[str, Any], float]]] = {
     1: [(4, {}, 1e-5), (4, FP16, 8 * 2**-11), (4, BF16, 8 * 2**-8)],
     2: [(2, {}, 1e-5), (2, BLOCKING, 1e-5), (2, FP16, 8 * 2**-11), (2, BF16, 8 * 2**-8)],
@@ -249,7 +205,7 @@ CASES: dict[int, list[tuple[int, dict[str, Any], float]]] = {
 
 
 @pytest.mark.parametrize("world_size", CASES)
-def test_norms_are_the_same_on_any_ranks_and_in_any_precision(world_size: int) -> None:
+def test_norms_are_the_same_on_any_number_of_ranks_and_in_any_precision(world_size: int) -> None:
     expected = norms_by_plain_pytorch()
     for results in run_ranks(world_size, _norms_of_a_step, CASES[world_size]):
         for found, (_, _, tolerance) in zip(results, CASES[world_size], strict=True):
@@ -257,30 +213,22 @@ def test_norms_are_the_same_on_any_ranks_and_in_any_precision(world_size: int) -
 
 
 def _measured_around_an_overflow(rank: int, world_size: int) -> list[bool]:
-    from recipe.data import Batch
-    from recipe.engine.loop import train_epoch
-
     engine = new_engine(world_size, 16, 2, fp16={"enabled": True, "hysteresis": 1})
     norms = GradientNorms(engine.module.parameters(), due=lambda: True)
     measured = []
     for factor in (1.0, 1e4, 1.0):
-        images, labels = samples(0, 16)
-        images = (images * factor).half()
-        micro = [Batch(images[i : i + 8], labels[i : i + 8], torch.ones(8), ()) for i in (0, 8)]
-        (step,) = train_epoch(engine, micro, norms)
+        step = train_step(engine, rank, world_size, 0, 16, norms, factor)
         assert bool(step.skipped) == (factor > 1)
         measured.append(bool(step.gradient_norms.isfinite().all()))
     return measured
 
 
-def test_a_skipped_step_spoils_no_later_norms() -> None:
+def test_norms_are_finite_again_after_a_skipped_step() -> None:
     (measured,) = run_ranks(1, _measured_around_an_overflow)
     assert measured == [True, False, True]
 
 
 def _training_changed_by_measuring(rank: int, world_size: int) -> list[bool]:
-    from tests.engine.test_start import weights_of
-
     changed = []
     for sections in ({}, BLOCKING, BF16):
         weights = []
@@ -294,7 +242,7 @@ def _training_changed_by_measuring(rank: int, world_size: int) -> list[bool]:
     return changed
 
 
-def test_measuring_changes_no_bit_of_the_training() -> None:
+def test_measuring_does_not_change_the_training() -> None:
     for changed in run_ranks(2, _training_changed_by_measuring):
         assert changed == [False, False, False]
 
@@ -305,7 +253,7 @@ class Halves(nn.Module):
         self.used, self.unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
 
 
-def test_a_weight_without_a_gradient_counts_nothing() -> None:
+def test_a_weight_without_a_gradient_is_ignored() -> None:
     model = Halves()
     norms = GradientNorms(model.parameters(), due=lambda: True)
     (model.used * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
@@ -314,39 +262,28 @@ def test_a_weight_without_a_gradient_counts_nothing() -> None:
     assert taken.tolist() == pytest.approx([14 / 4, 14 / 4], rel=1e-6)
 
 
-RUN = ("--deepspeed_config", DIGITS, *SHORT)
-MEASURED = ("--set=recipe.noise_scale.enabled=true", "--set=recipe.noise_scale.every_steps=2")
-
-
 @pytest.mark.slow
-def test_a_real_run_measures_and_trains_the_same(tmp_path: Path) -> None:
-    train_ok(*RUN, "--output", str(tmp_path / "plain"))
-    output = tmp_path / "run"
-    done = train_ok(*RUN, *MEASURED, "--output", str(output))
-    assert losses(output) == losses(tmp_path / "plain")
-    lines = events(output, "noise_scale")
+def test_a_run_reports_its_noise_scale_and_continues_the_averages_when_resumed(tmp_path: Path) -> None:
+    arguments = (
+        *("--deepspeed_config", DIGITS, *SHORT, "--output", str(tmp_path), "--set=recipe.batchnorm.statistics=local"),
+        *("--set=recipe.noise_scale.enabled=true", "--set=recipe.noise_scale.every_steps=2"),
+        *("--set=recipe.checkpoint.every_steps=1", "--set=recipe.checkpoint.keep_last=6"),
+    )
+    done = train_ok(*arguments, ranks=2)
+    lines = events(tmp_path, "noise_scale")
     assert [(line["step"], line["epoch"]) for line in lines] == [(0, 0), (2, 1), (4, 2)]
     names = {"gradient_variance", "gradient_norm_squared", "noise_scale"}
     assert [set(line) for line in lines] == [{"event", "step", "epoch"} | names] * 3
-    summary = json.loads((output / "summary.json").read_text())
+    summary = json.loads((tmp_path / "summary.json").read_text())
     told = {"measurements": 3, "last_step": 4, "every_steps": 2, "lowest": None, "highest": None}
     assert summary["noise_scale"] == {name: lines[-1][name] for name in names} | told
-    told = " ".join(in_words(summary["noise_scale"], 512, 1442, 6))
-    assert f" noise scale {told} " in " ".join(done.stdout.split())
-    assert "noise scale: 3 measurements instead of about 20" in " ".join(done.stdout.split())
+    shown = " ".join(done.stdout.split())
+    assert f" noise scale {' '.join(in_words(summary['noise_scale'], 512, 1442, 6))} " in shown
+    assert "noise scale: 3 measurements instead of about 20" in shown
 
-
-@pytest.mark.slow
-def test_a_resumed_run_goes_on_with_the_averages(tmp_path: Path) -> None:
-    all_checkpoints = ("--set=recipe.checkpoint.every_steps=1", "--set=recipe.checkpoint.keep_last=6")
-    local = "--set=recipe.batchnorm.statistics=local"
-    arguments = (*RUN, *MEASURED, local, *all_checkpoints, "--output", str(tmp_path))
-    train_ok(*arguments, ranks=2)
-    lines = events(tmp_path, "noise_scale")
-    # As if it had been killed before it saved step 4, and had gone on writing lines.
+    # As if it had been killed before it saved step 4, after writing the lines of later steps.
     for step in (4, 5, 6):
         (tmp_path / f"checkpoints/step-{step:08}/manifest.json").unlink()
     (tmp_path / "summary.json").unlink()
     assert "step-00000003, 3 steps done" in train_ok(*arguments, ranks=2).stdout
-    assert len(lines) == 3
     assert events(tmp_path, "noise_scale") == lines

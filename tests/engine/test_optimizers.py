@@ -1,4 +1,4 @@
-"""LARS and LAMB: against their papers' formulas, and through the engine against timm's own on the whole batch."""
+"""LARS and LAMB: compared with their papers' formulas and, in the engine, with timm's own on the whole batch."""
 
 import math
 from pathlib import Path
@@ -6,23 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipe.engine.optimizers import make_optimizer
 from tests.engine.test_start import (
-    CONSTANT_RATE,
     PRECISIONS,
     WEIGHT_DECAY,
     groups,
     master_weights,
     new_engine,
+    plain_training,
     relative_error,
-    samples,
     small_model,
     train_step,
+    train_steps,
     updates,
-    weights_of,
 )
 from tests.ranks import run_ranks
 
@@ -32,7 +30,7 @@ BOTH = [LARS, LAMB]
 
 
 def two_steps(section: dict[str, Any], gradients: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """A weight that decays and one that does not, before the first step and after each, with these gradients."""
+    """A decayed and an undecayed weight before the first step and after each, with these gradients."""
     kernel, bias = (nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64)) for _ in range(2))
     decays = [{"params": [kernel], "weight_decay": 0.5}, {"params": [bias], "weight_decay": 0.0}]
     optimizer = make_optimizer(decays, section)
@@ -48,7 +46,7 @@ def two_steps(section: dict[str, Any], gradients: list[Tensor]) -> tuple[list[Te
 GRADIENTS = [torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([-2.0, 0.5], dtype=torch.float64)]
 
 
-def test_lars_is_the_papers() -> None:
+def test_lars_follows_the_paper() -> None:
     """You et al. (2017), Algorithm 1, with torch's momentum: local rate η‖w‖ / (‖g‖ + β‖w‖) on g + βw."""
     kernels, biases = two_steps(LARS, GRADIENTS)
     v, u = torch.zeros(2).double(), torch.zeros(2).double()
@@ -60,7 +58,7 @@ def test_lars_is_the_papers() -> None:
         torch.testing.assert_close(biases[step + 1], biases[step] - 0.1 * u, rtol=1e-14, atol=0)
 
 
-def test_lamb_is_the_papers() -> None:
+def test_lamb_follows_the_paper() -> None:
     """You et al. (2019), Algorithm 2 with φ(z) = z: the rate ‖w‖ / ‖r + λw‖ on r + λw, where r is Adam's step."""
     kernels, biases = two_steps(LAMB, GRADIENTS)
     m, s = torch.zeros(2).double(), torch.zeros(2).double()
@@ -73,32 +71,12 @@ def test_lamb_is_the_papers() -> None:
         torch.testing.assert_close(biases[step + 1], biases[step] - 0.01 * r, rtol=1e-12, atol=0)
 
 
-def plain_training(section: dict[str, Any], steps: int, batch: int) -> list[dict[str, Tensor]]:
-    """Weights before the first step and after each, by timm's optimizer on whole batches."""
-    model = small_model()
-    optimizer = make_optimizer(groups(model), section)
-    weights = [weights_of(model)]
-    for step in range(steps):
-        images, labels = samples(step, batch)
-        for group in optimizer.param_groups:
-            group["lr"] = CONSTANT_RATE.rate(step)
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        weights.append(weights_of(model))
-    return weights
-
-
 def _trained(rank: int, world_size: int, accumulation: int) -> dict[tuple[str, str], list[dict]]:
     found = {}
     for section in BOTH:
         for precision, sections in PRECISIONS.items() if world_size == 1 else [("fp32", {})]:
             engine = new_engine(world_size, 16, accumulation, optimizer=section, **sections)
-            history = [master_weights(engine)]
-            for step in range(4):
-                train_step(engine, rank, world_size, step, 16)
-                history.append(master_weights(engine))
-            found[section["type"], precision] = history
+            found[section["type"], precision] = train_steps(engine, rank, world_size, [16] * 4)
     return found
 
 
@@ -106,10 +84,10 @@ def _trained(rank: int, world_size: int, accumulation: int) -> dict[tuple[str, s
 def test_updates_equal_timms_on_the_whole_batch(world_size: int, accumulation: int) -> None:
     for found in run_ranks(world_size, _trained, accumulation):
         for section in BOTH:
-            reference = updates(plain_training(section, 4, 16))
+            reference = updates(plain_training([16] * 4, section))
             for (kind, precision), history in found.items():
                 if kind == section["type"]:
-                    # LAMB divides each gradient by its own size, and so passes on the rounding of the smallest whole.
+                    # LAMB divides each gradient by its own size, which amplifies the rounding of the smallest ones.
                     rounding = {"fp32": 1e-5, "fp16": 2**-11, "bf16": 2**-8}[precision]
                     allowed = 64 * rounding if kind == "LAMB" else 16 * rounding
                     errors = [relative_error(*pair) for pair in zip(updates(history), reference, strict=True)]
@@ -117,7 +95,7 @@ def test_updates_equal_timms_on_the_whole_batch(world_size: int, accumulation: i
 
 
 def everything(engine: Any) -> list[Tensor]:
-    """Weights, and all that the optimizer keeps."""
+    """The weights and the whole state of the optimizer."""
     optimizer = engine.basic_optimizer
     kept = [value for state in optimizer.state.values() for value in state.values()]
     steps = [group["step"] for group in optimizer.param_groups if "step" in group]
@@ -125,24 +103,19 @@ def everything(engine: Any) -> list[Tensor]:
 
 
 def _around_an_overflow(rank: int, world_size: int) -> list[tuple[str, bool, bool]]:
-    from recipe.data import Batch
-    from recipe.engine.loop import train_epoch
-
     seen = []
     for section in BOTH:
         engine = new_engine(world_size, 8, 1, optimizer=section, fp16={"enabled": True})
         for step in range(4):
-            images, labels = samples(step, 8)
-            images = (images * (math.inf if step == 1 else 1)).half()
             before = everything(engine)
-            (result,) = train_epoch(engine, [Batch(images, labels, torch.ones(8), ())])
+            result = train_step(engine, rank, world_size, step, 8, factor=math.inf if step == 1 else 1)
             after = everything(engine)
             unchanged = len(before) == len(after) and all(map(torch.equal, before, after))
             seen.append((section["type"], bool(result.skipped), unchanged))
     return seen
 
 
-def test_an_overflow_leaves_weights_moments_and_the_count_of_steps_alone() -> None:
+def test_an_overflow_does_not_change_weights_moments_or_the_step_count() -> None:
     (seen,) = run_ranks(1, _around_an_overflow)
     skipped = [False, True, False, False]
     assert seen == [(section["type"], skip, skip) for section in BOTH for skip in skipped]
@@ -175,6 +148,6 @@ def test_a_resume_gives_the_same_bits(tmp_path: Path) -> None:
     assert run_ranks(1, _resumed, str(tmp_path)) == [[True] * 6]
 
 
-def test_weight_decay_is_that_of_the_groups() -> None:
+def test_weight_decay_comes_from_the_groups() -> None:
     optimizer = make_optimizer(groups(small_model()), LARS | {"params": LARS["params"] | {"weight_decay": 0.7}})
     assert [group["weight_decay"] for group in optimizer.param_groups] == [WEIGHT_DECAY, 0.0]

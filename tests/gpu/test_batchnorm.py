@@ -1,4 +1,4 @@
-"""The checks of tests/test_batchnorm.py on CUDA: one rank, ranks that share a GPU over gloo, and NCCL."""
+"""The checks of tests/model/test_batchnorm.py on CUDA: one rank, ranks that share a GPU over gloo, and NCCL."""
 
 import math
 from dataclasses import replace
@@ -15,15 +15,13 @@ pytestmark = pytest.mark.gpu
 
 # An offset of 1000 in fp32 tests our own statistics; with one rank they are cuDNN's.
 ONE_RANK = [name for name in on_cpu.CASES if name not in ("offset", "offset, channels_last")]
-# torch's kernels give a rank without samples no gradients, where ours give zeros.
-SEVERAL_RANKS = [name for name in on_cpu.CASES if name != "a rank without samples"]
 
 
 def with_torchs_kernels(case: on_cpu.Case) -> on_cpu.Case:
-    """The case with what torch's own kernels for contiguous tensors round besides (Normalization.cuh, class GradOp).
+    """The case with the extra rounding of torch's kernels for contiguous tensors (Normalization.cuh, class GradOp).
 
-    Of a half input they round each product dy·(x − mean) to the input's type before they add it up in fp32: by at most
-    its unit roundoff, half its epsilon.
+    For half-precision input they round each product dy·(x − mean) to the input's type before they sum it in fp32: by at
+    most its unit roundoff, half its epsilon.
     """
     if case.channels_last or case.dtype not in (torch.float16, torch.bfloat16):
         return case
@@ -33,36 +31,25 @@ def with_torchs_kernels(case: on_cpu.Case) -> on_cpu.Case:
 @pytest.mark.parametrize("name", ONE_RANK)
 def test_one_rank_is_plain_batch_norm(name: str) -> None:
     case = with_torchs_kernels(on_cpu.CASES[name])
-    # cuDNN adds up in an order that it does not tell: at most one rounding per value (Higham 2002, section 4.2).
-    case = replace(case, mean_roundings=case.sizes[0] * math.prod(case.space) - 1)
+    # cuDNN sums in an unknown order: at most one rounding per value (Higham 2002, section 4.2).
+    case = replace(case, mean_roundings=case.micro_batch * math.prod(case.space) - 1)
     on_cpu.assert_agrees(case, [on_cpu.train(case, [0], device="cuda")])
-
-
-@pytest.mark.parametrize("name", on_cpu.CASES)
-def test_evaluation_uses_the_running_averages(name: str) -> None:
-    case = on_cpu.CASES[name]
-    module = on_cpu.convert_batchnorm(case.module(), "global").cuda().eval()
-    plain = case.module().double().eval()
-    x, _ = case.joined(0, [0, 1])
-    y = module(x.cuda())
-    assert y.dtype == case.dtype
-    on_cpu.assert_near(y.cpu(), plain(x.double()), case.tolerance)
 
 
 def on_a_rank(rank: int, world: int, backend: str) -> dict[str, dict]:
     torch.cuda.set_device(rank % torch.cuda.device_count())
     group = dist.new_group(backend=backend)
-    return {name: on_cpu.train(on_cpu.CASES[name], [rank], device="cuda", group=group) for name in SEVERAL_RANKS}
+    return {name: on_cpu.train(on_cpu.CASES[name], [rank], device="cuda", group=group) for name in on_cpu.CASES}
 
 
 @pytest.fixture(scope="module", params=["gloo", "nccl"])
 def ranks(request: pytest.FixtureRequest) -> list[dict[str, dict]]:
     if request.param == "nccl" and torch.cuda.device_count() < 2:
-        pytest.skip("NCCL takes no two ranks on one GPU, and torch sees only one")
+        pytest.skip("NCCL does not support two ranks on one GPU, and torch sees only one")
     return run_ranks(2, on_a_rank, request.param)
 
 
-@pytest.mark.parametrize("name", SEVERAL_RANKS)
+@pytest.mark.parametrize("name", on_cpu.CASES)
 def test_two_ranks_are_plain_batch_norm_on_the_joined_batch(ranks: list[dict[str, dict]], name: str) -> None:
     on_cpu.assert_agrees(with_torchs_kernels(on_cpu.CASES[name]), [rank[name] for rank in ranks])
 
@@ -74,12 +61,12 @@ def _waits(rank: int, world: int) -> None:
         weight, bias, mean, var = (
             torch.ones(5, device="cuda").requires_grad_(grad) for grad in (True, True, False, False)
         )
-        for mode in ("default", "error"):  # the first time makes NCCL's communicator
+        for mode in ("default", "error"):  # the first pass creates NCCL's communicator
             torch.cuda.set_sync_debug_mode(mode)
             _NormaliseByKernels.apply(x, weight, bias, mean, var, 1e-5, 0.1, group).sum().backward()
         torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_host_does_not_wait_for_the_device() -> None:
-    """NCCL takes one rank on one GPU, which is enough to see: torch's SyncBatchNorm would wait on any number."""
+    """A single rank suffices: torch's SyncBatchNorm would wait on any number."""
     run_ranks(1, _waits)

@@ -17,21 +17,11 @@ from tests.data.images import MEAN, STD, Pictures, picture
 
 pytestmark = pytest.mark.gpu
 
+COMMON = {"micro_batch": 4, "rank": 0, "world_size": 1, "mean": MEAN, "std": STD}
+
 
 def train_batches(device: str, dtype: torch.dtype, workers: int = 0) -> list:
-    loader = TrainLoader(
-        Pictures(),
-        global_batch=8,
-        micro_batch=4,
-        rank=0,
-        world_size=1,
-        seed=1,
-        workers=workers,
-        device=device,
-        dtype=dtype,
-        mean=MEAN,
-        std=STD,
-    )
+    loader = TrainLoader(Pictures(), global_batch=8, seed=1, workers=workers, device=device, dtype=dtype, **COMMON)
     batches = list(loader.epoch(2))
     loader.close()
     return batches
@@ -39,7 +29,7 @@ def train_batches(device: str, dtype: torch.dtype, workers: int = 0) -> list:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_batches_are_those_of_the_cpu_to_the_bit(dtype, workers):
+def test_batches_equal_those_of_the_cpu_bit_for_bit(dtype, workers):
     on_gpu, on_cpu = train_batches("cuda", dtype, workers), train_batches("cpu", dtype)
     assert len(on_gpu) == len(on_cpu) == 4
     for ours, theirs in zip(on_gpu, on_cpu, strict=True):
@@ -52,24 +42,14 @@ def test_batches_are_those_of_the_cpu_to_the_bit(dtype, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_validation_counts_every_image_once(workers):
-    loader = ValidationLoader(
-        Pictures(7),
-        micro_batch=4,
-        rank=0,
-        world_size=1,
-        workers=workers,
-        device="cuda",
-        dtype=torch.float16,
-        mean=MEAN,
-        std=STD,
-    )
+    loader = ValidationLoader(Pictures(7), workers=workers, device="cuda", dtype=torch.float16, **COMMON)
     batches = list(loader.batches())
     loader.close()
     assert torch.cat([batch.weights for batch in batches]).tolist() == [1, 1, 1, 1, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "padded", "none"])
-def test_held_batches_are_drawn_and_cut_on_the_gpu_as_on_the_cpu_to_the_bit(crop):
+def test_held_batches_cropped_on_the_gpu_equal_those_of_the_cpu_bit_for_bit(crop):
     dataset = open_datasets("digits", None, 24, crop, True, 3, "stop")[0]
     held = HeldImages(dataset, torch.device("cuda"), training=True)
     keys = Keys(7, np.arange(len(dataset)))
@@ -79,7 +59,7 @@ def test_held_batches_are_drawn_and_cut_on_the_gpu_as_on_the_cpu_to_the_bit(crop
 
 
 @pytest.mark.parametrize("largest", [3, 700, 12_000])
-def test_views_drawn_on_the_gpu_are_those_of_the_cpu(largest):
+def test_views_drawn_on_the_gpu_equal_those_of_the_cpu(largest):
     indices = torch.arange(100_000)
     sizes = torch.randint(1, largest + 1, (100_000, 2), generator=torch.Generator().manual_seed(largest))
     options = {"image_size": 224, "crop": "random_resized", "flip": True}
@@ -87,21 +67,17 @@ def test_views_drawn_on_the_gpu_are_those_of_the_cpu(largest):
     assert torch.equal(ours.cpu(), draw_views(3, 5, indices, sizes, **options))
 
 
-def test_synthetic_batches_are_made_on_the_gpu():
+def test_synthetic_batches_are_generated_on_the_gpu():
     loader = SyntheticLoader(
         train_images=16,
         validation_images=5,
         classes=3,
         image_size=16,
         global_batch=8,
-        micro_batch=4,
-        rank=0,
-        world_size=1,
         seed=0,
         device="cuda",
         dtype=torch.float16,
-        mean=MEAN,
-        std=STD,
+        **COMMON,
     )
     state = torch.cuda.get_rng_state()
     first, *_, last = loader.epoch(0)
@@ -116,11 +92,11 @@ def test_synthetic_batches_are_made_on_the_gpu():
 @pytest.mark.parametrize("crop", ["random_resized", "padded", "none"])
 @pytest.mark.parametrize(("name", "subsampling", "mean", "most"), [
     ("gpu", "4:4:4", 0.7, 4),
-    ("gpu", "4:2:0", 2, 16),  # nvJPEG repeats colours; libjpeg-turbo doing so is 0.9 off on average, at most 4
-    ("dali", "4:4:4", 0.7, 40),  # the rim is what is furthest off
+    ("gpu", "4:2:0", 2, 16),  # nvJPEG repeats chroma; libjpeg-turbo doing so differs by 0.9 on average, by at most 4
+    ("dali", "4:4:4", 0.7, 40),  # the border differs most
     ("dali", "4:2:0", 1, 40),
 ])  # fmt: skip
-def test_pixels_decoded_on_the_gpu_are_nearly_those_of_the_cpu(tmp_path, name, subsampling, mean, most, crop):
+def test_pixels_decoded_on_the_gpu_are_close_to_those_of_the_cpu(tmp_path, name, subsampling, mean, most, crop):
     if name == "dali":
         pytest.importorskip("nvidia.dali", reason="needs DALI: pip install nvidia-dali-cuda130")
     for part in ("train", "val"):
@@ -146,8 +122,8 @@ def test_pixels_decoded_on_the_gpu_are_nearly_those_of_the_cpu(tmp_path, name, s
 
 @pytest.mark.filterwarnings("ignore:.*image decoding and encoding capabilities:DeprecationWarning")
 @pytest.mark.parametrize("name", ["gpu", "dali"])
-def test_loaders_give_what_the_gpu_decodes(tmp_path, name):
-    """On its stream beside the others', with workers and pinned memory; what it refuses comes from the CPU."""
+def test_loaders_return_images_decoded_on_the_gpu(tmp_path, name):
+    """On a separate stream, with workers and pinned memory; the CPU decodes what the GPU decoder refuses."""
     if name == "dali":
         pytest.importorskip("nvidia.dali", reason="needs DALI: pip install nvidia-dali-cuda130")
     for part in ("train", "val"):
@@ -158,7 +134,7 @@ def test_loaders_give_what_the_gpu_decodes(tmp_path, name):
     plain = open_datasets("imagefolder", tmp_path, 32, "random_resized", True, 0, "stop")
     device = torch.device("cuda")
     decoder = open_decoder(name, device, threads=2)
-    common = {"micro_batch": 4, "rank": 0, "world_size": 1, "dtype": torch.float32, "mean": MEAN, "std": STD}
+    common = COMMON | {"dtype": torch.float32}
     seen = []
     for datasets, workers in ((plain, 0), ([EncodedImages(part, decoder, device) for part in plain], 2)):
         train = TrainLoader(datasets[0], global_batch=4, seed=1, workers=workers, device="cuda", **common)

@@ -1,4 +1,4 @@
-"""``"max_micro_batch_size": "auto"`` on a GPU: what it finds trains, and what is twice as large does not fit."""
+"""``"max_micro_batch_size": "auto"`` on a GPU finds a micro-batch that trains, and twice that does not fit."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ SIZES = [2**power for power in range(15)]
 
 
 def _found(rank: int, world_size: int, share: float) -> tuple[int, float]:
-    """The largest micro-batch in a share of the memory, and the share that the run's trial then took of that."""
+    """The largest micro-batch for a share of the memory, and the peak memory of its trial relative to that share."""
     device = torch.device("cuda", rank)
     torch.cuda.set_per_process_memory_fraction(share, device)
     model = build_model("resnet18", 10, seed=0, statistics=32)
@@ -30,7 +30,7 @@ def _found(rank: int, world_size: int, share: float) -> tuple[int, float]:
     return size, peak / share
 
 
-def test_the_largest_fits_and_twice_as_many_do_not(tmp_path: Path) -> None:
+def test_the_largest_micro_batch_fits_and_twice_that_does_not(tmp_path: Path) -> None:
     (small,) = run_ranks(1, on_gpu, str(tmp_path / "small"), _found, 0.1)
     (large,) = run_ranks(1, on_gpu, str(tmp_path / "large"), _found, 0.4)
     assert small[0] < large[0]
@@ -38,7 +38,7 @@ def test_the_largest_fits_and_twice_as_many_do_not(tmp_path: Path) -> None:
         assert 0.4 < peak <= 1
 
 
-def test_a_micro_batch_that_does_not_fit_is_told(tmp_path: Path) -> None:
+def test_a_micro_batch_that_does_not_fit_is_reported(tmp_path: Path) -> None:
     done = train(
         *("--deepspeed_config", "ds_configs/resnet50_b8192.json", "--output", str(tmp_path)),
         *("--set=train_batch_size=16384", "--set=recipe.max_micro_batch_size=16384", "--set=tensorboard.enabled=false"),

@@ -1,4 +1,4 @@
-"""The engine's checks of tests/test_engine.py on CUDA, and a real run of ResNet-50."""
+"""The checks of tests/engine/ on CUDA, and a real run of ResNet-50."""
 
 import math
 import sys
@@ -33,7 +33,7 @@ def on_gpu(rank: int, world_size: int, store: str, function: Callable[..., Any],
 
 @pytest.fixture(autouse=True)
 def _deepspeed_takes_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)  # it may say "cpu" for the sake of the other tests
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)  # it can be "cpu" because of other tests
 
 
 def test_half_precisions_change_rounding_not_the_method(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_half_precisions_change_rounding_not_the_method(tmp_path: Path) -> None:
 
 
 def _waits(rank: int, world_size: int, folder: str) -> dict[str, tuple[int, int]]:
-    """How often CUDA waits for the device in four optimizer steps, and how many of them are reported, per precision."""
+    """For each precision, how often CUDA waits in four optimizer steps, and how many steps are reported."""
     from recipe.data import Batch
     from recipe.engine.loop import train_epoch
 
@@ -61,7 +61,7 @@ def _waits(rank: int, world_size: int, folder: str) -> dict[str, tuple[int, int]
             for step in train_epoch(engine, batches):
                 reporter.step(step)
 
-        train([batch] * 6)  # some libraries wait when they are first called
+        train([batch] * 6)  # some libraries wait in their first call
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
@@ -73,12 +73,12 @@ def _waits(rank: int, world_size: int, folder: str) -> dict[str, tuple[int, int]
 
 
 def test_the_loop_never_waits_for_the_device(tmp_path: Path) -> None:
-    """Neither for a report: the last of these seven steps writes down those before it."""
+    """Reports do not wait either: the last of these seven steps writes those before it."""
     (found,) = run_ranks(1, on_gpu, str(tmp_path / "store"), _waits, str(tmp_path))
     assert found == dict.fromkeys(on_cpu.PRECISIONS, (0, 6))
 
 
-def test_an_overflow_skips_its_update_and_loses_nothing_else(tmp_path: Path) -> None:
+def test_an_overflow_skips_only_its_update(tmp_path: Path) -> None:
     (result,) = run_ranks(1, on_gpu, str(tmp_path / "store"), on_cpu._trained_with_an_overflow, 2)
     skipped = [(step, skipped, unchanged) for step, skipped, unchanged, _, _ in result["seen"]]
     assert skipped == [(step, step == 2, step == 2) for step in range(5)]
@@ -90,20 +90,20 @@ def test_an_overflow_skips_its_update_and_loses_nothing_else(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_gradient_norms_are_those_of_the_cpu(world_size: int, tmp_path: Path) -> None:
+def test_gradient_norms_equal_those_of_the_cpu(world_size: int, tmp_path: Path) -> None:
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} CUDA devices")
     expected, cases = noise_scale.norms_by_plain_pytorch(), noise_scale.CASES[world_size]
     store = str(tmp_path / "store")
     for results in run_ranks(world_size, on_gpu, store, noise_scale._norms_of_a_step, cases):
         for found, (_, _, tolerance) in zip(results, cases, strict=True):
-            # Convolutions of fp32 may be TF32's, which rounds as fp16 does.
+            # Convolutions in fp32 can use TF32, which rounds like fp16.
             assert found == pytest.approx(expected, rel=max(tolerance, 8 * 2**-11))
 
 
 def _memory_formats(rank: int, world_size: int, precision: str) -> dict[str, tuple[str, bool, bool]]:
-    """Of each convolution and batch norm in a training step: its dtype, and whether what comes out of it, and the
-    gradient that comes back to it, are channels_last."""
+    """For each convolution and batch norm in a training step, its dtype and whether its output and the gradient of its
+    output are channels_last."""
     from recipe.data import SyntheticLoader
     from recipe.engine.loop import train_epoch
     from recipe.engine.start import join_process_group, start_engine
@@ -142,7 +142,7 @@ def _memory_formats(rank: int, world_size: int, precision: str) -> dict[str, tup
         train_images=8,
         validation_images=1,
         classes=10,
-        image_size=64,  # 2 × 2 pixels at the end: with one, every format would be both
+        image_size=64,  # ends with 2 × 2 pixels; a single one would have both formats
         global_batch=8,
         micro_batch=8,
         rank=rank,
@@ -168,7 +168,7 @@ def test_channels_last_is_kept_from_the_first_layer_to_the_last(precision: str, 
 
 
 def _train_resnet50(config: str, output: Path, *overrides: str) -> None:
-    """Twenty steps of two micro-batches of 64, as train.py is run; synthetic images are the same at every step."""
+    """Run train.py for twenty steps of two micro-batches of 64; synthetic images are the same in every step."""
     launcher = Path(sys.executable).with_name("deepspeed")
     train_ok(
         *("--deepspeed_config", f"ds_configs/{config}.json", "--output", str(output)),
@@ -210,6 +210,6 @@ def test_resnet50_trains_and_validates(config: str, overrides: tuple[str, ...], 
     assert all(loss is not None and math.isfinite(loss) for loss in losses(output))
     assert losses(output)[0] == pytest.approx(math.log(1000), rel=0.1)
     assert losses(output)[-1] < 0.5 * losses(output)[0]
-    assert sum(step["skipped"] for step in steps) <= 2  # fp16's first loss scale may be too large
+    assert sum(step["skipped"] for step in steps) <= 2  # the initial loss scale of fp16 can be too large
     assert validation["count"] == 100
     assert math.isfinite(validation["loss"])

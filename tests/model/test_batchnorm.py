@@ -1,9 +1,8 @@
-"""Batch norm over ranks, against torch's own in float64 on the joined batch."""
+"""Batch norm over ranks, compared with torch's own in float64 on the joined batch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import pytest
 import timm
@@ -14,13 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from recipe.model.batchnorm import BatchNorm, Statistics, convert_batchnorm
-from recipe.model.running_averages import average_running_statistics
 from tests.ranks import run_ranks
 
 CHANNELS = 5
 STEPS = 3
 
-# Relative to the largest value. Half results are those of fp32 rounded once, so their unit roundoff is added.
+# Relative to the largest value. Half-precision results are fp32 results rounded once, which adds their unit roundoff.
 TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
@@ -33,17 +31,13 @@ TOLERANCE = {
 class Case:
     dtype: torch.dtype = torch.float32
     parameters: torch.dtype | None = None  # None: the input's
-    sizes: tuple[int, ...] = (3, 3, 3, 3)  # of the ranks' micro-batches
+    micro_batch: int = 3
     space: tuple[int, ...] = (4, 3)
     offset: float = 0.0
     channels_last: bool = False
     act: bool = False
-    affine: bool = True
-    track: bool = True
-    momentum: float | None = 0.1
-    autocast: bool = False
-    mean_roundings: int = 1  # half ulps by which the mean may be wrong
-    product_roundoff: float = 0.0  # relative, of each product dy·(x − mean) that the backward pass adds up
+    mean_roundings: int = 1  # half ulps by which the mean can be wrong
+    product_roundoff: float = 0.0  # relative error of each product dy·(x − mean) that the backward pass sums
 
     @property
     def buffers(self) -> torch.dtype:
@@ -55,21 +49,21 @@ class Case:
 
     @property
     def offset_error(self) -> float:
-        """Error of x̂ by the offset: that of the mean, and of the two terms that cancel in y = a·x + (β − a·mean).
+        """Error of x̂ due to the offset: of the mean, and of the two terms that cancel in y = a·x + (β − a·mean).
 
-        Each is half an ulp of the offset in standard deviations, of which the least is 1/2. In torch's kernels
-        too, but for cuDNN's mean.
+        Each is half an ulp of the offset, relative to a standard deviation of at least 1/2. This also holds for torch's
+        kernels, except for cuDNN's mean.
         """
         return (self.mean_roundings + 2) * self.offset * torch.finfo(self.buffers).eps
 
     def module(self) -> nn.Module:
-        """The plain module in the dtypes of the case: buffers in fp32 at least, whatever the parameters."""
+        """The plain module with the dtypes of the case: buffers in fp32 at least, whatever the parameters."""
         torch.manual_seed(0)
         if self.act:
             module = BatchNormAct2d(CHANNELS, act_layer=nn.SiLU, dtype=self.buffers)
         else:
             kind = nn.BatchNorm2d if self.space else nn.BatchNorm1d
-            module = kind(CHANNELS, 1e-5, self.momentum, self.affine, self.track, dtype=self.buffers)
+            module = kind(CHANNELS, dtype=self.buffers)
         for parameter in module.parameters():
             parameter.data = torch.rand(CHANNELS).add(0.5).to(self.parameters or self.dtype)
         return module
@@ -77,7 +71,7 @@ class Case:
     def batch(self, step: int, rank: int) -> tuple[Tensor, Tensor]:
         """A rank's micro-batch and output gradient; mean and scale differ between ranks and channels."""
         generator = torch.Generator().manual_seed(100 * step + rank)
-        shape = (2, self.sizes[rank], CHANNELS, *self.space)
+        shape = (2, self.micro_batch, CHANNELS, *self.space)
         x, dy = torch.randn(shape, generator=generator, dtype=torch.float64)
         channel = torch.arange(CHANNELS).view(-1, *[1] * len(self.space))
         x = self.offset + channel - rank + x * (1 + channel + 2 * rank) / 2
@@ -94,39 +88,29 @@ CASES = {
     "fp32": Case(),
     "fp64": Case(torch.float64),
     "channels_last": Case(channels_last=True),
-    "uneven": Case(sizes=(1, 5, 2, 3)),
-    "uneven, fp64": Case(torch.float64, sizes=(7, 1, 2, 3), channels_last=True),
-    "a rank without samples": Case(sizes=(2, 0, 3, 0)),
     "offset": Case(offset=1000.0),
     "offset, channels_last": Case(offset=1000.0, channels_last=True),
     "offset, fp64": Case(torch.float64, offset=1000.0),
     "act": Case(act=True),
-    "not affine": Case(affine=False),
-    "not tracked": Case(track=False),
-    "mean of all steps": Case(momentum=None),
     "one pixel": Case(space=(1, 1)),
     "1d": Case(space=()),
     "fp16": Case(torch.float16),
-    "fp16, uneven, channels_last": Case(torch.float16, sizes=(1, 5, 2, 3), channels_last=True),
-    "fp16, neither affine nor tracked": Case(torch.float16, affine=False, track=False),
+    "fp16, channels_last": Case(torch.float16, channels_last=True),
     "fp16 parameters": Case(torch.float32, torch.float16),
     "bf16": Case(torch.bfloat16),
     "bf16, channels_last": Case(torch.bfloat16, channels_last=True),
     "bf16 parameters": Case(torch.float32, torch.bfloat16),
-    "bf16, fp32 parameters, autocast": Case(torch.bfloat16, torch.float32, autocast=True),
-    "fp32, autocast": Case(autocast=True),
 }
 
 
 def steps(case: Case, module: nn.Module, ranks: list[int], device: str, dtype: torch.dtype | None = None) -> dict:
-    """Some steps on the joined micro-batches of ``ranks``; what came of each, and the buffers at the end."""
+    """Results of each of ``STEPS`` steps on the joined micro-batches of ``ranks``, and the final buffers."""
     result: dict[str, Any] = {"outputs": [], "gradients": [], "parameter gradients": [], "channels_last": []}
     module = module.to(device)
     for step in range(STEPS):
         x, dy = (t.to(device, dtype) for t in case.joined(step, ranks))
         x.requires_grad_()
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=case.autocast):
-            y = module(x)
+        y = module(x)
         module.zero_grad()
         y.backward(dy)
         result["outputs"].append(y.detach().cpu())
@@ -144,7 +128,9 @@ def train(
     device: str = "cpu",
     group: dist.ProcessGroup | None = None,
 ) -> dict:
-    return steps(case, convert_batchnorm(case.module(), statistics, group), ranks, device)
+    module = convert_batchnorm(case.module(), statistics)
+    module.process_group = group
+    return steps(case, module, ranks, device)
 
 
 def reference(case: Case, ranks: list[int]) -> dict:
@@ -152,14 +138,14 @@ def reference(case: Case, ranks: list[int]) -> dict:
 
 
 def rounded_products(case: Case, step: int, ranks: list[int]) -> tuple[Tensor, Tensor]:
-    """How far roundings of the products dy·(x − mean) can move the gradients of input and weight."""
+    """How much rounding of the products dy·(x − mean) can change the gradients of input and weight."""
     x, dy = (t.double() for t in case.joined(step, ranks))
     others = [dim for dim in range(x.dim()) if dim != 1]
     var, mean = torch.var_mean(x, others, correction=0, keepdim=True)
     invstd = (var + 1e-5).rsqrt()
     normalised = (x - mean) * invstd
     products = case.product_roundoff * (dy * normalised).abs()
-    weight = next(case.module().parameters()).double().view_as(mean) if case.affine else 1.0
+    weight = next(case.module().parameters()).double().view_as(mean)
     return weight * invstd * normalised.abs() * products.mean(others, keepdim=True), products.sum(others)
 
 
@@ -170,13 +156,13 @@ def assert_near(
     scale: Tensor | None = None,
     slack: Tensor | float = 0.0,
 ) -> None:
-    """Assert that ``actual`` differs by ``tolerance``, relative to ``scale``, and ``slack``, each value's own."""
+    """Assert an error of at most ``tolerance``, relative to ``scale``, in addition to each value's own ``slack``."""
     error = ((actual - expected).abs() - slack).max() / (expected.abs().max() if scale is None else scale)
     assert error <= tolerance, f"{error:.2g} > {tolerance:.2g}"
 
 
 def assert_agrees(case: Case, results: list[dict]) -> None:
-    """The ranks' ``results``, put together, are those of the plain module in float64 on the joined batch."""
+    """Assert that the ranks' joined ``results`` equal those of the plain module in float64 on the joined batch."""
     expected = reference(case, list(range(len(results))))
     for step in range(STEPS):
         slacks = {"outputs": 0.0, "gradients": 0.0}
@@ -189,11 +175,11 @@ def assert_agrees(case: Case, results: list[dict]) -> None:
             assert_near(torch.cat(parts), expected[kind][step], case.tolerance, slack=slack)
 
         by_rank = [result["parameter gradients"][step] for result in results]
-        gradients = zip(expected["parameter gradients"][step], parameter_slacks, *by_rank, strict=case.affine)
+        gradients = zip(expected["parameter gradients"][step], parameter_slacks, *by_rank, strict=True)
         for gradient, slack, *parts in gradients:
             dtype = case.parameters or case.dtype
             assert {part.dtype for part in parts} == {dtype}
-            # The ranks' sums may cancel: errors are relative to them.
+            # The ranks' sums can cancel, so errors are relative to them.
             scale = sum(part.double().abs().max() for part in parts)
             tolerance = TOLERANCE[dtype] + case.offset_error
             assert_near(sum(part.double() for part in parts), gradient, tolerance, scale, slack)
@@ -206,71 +192,24 @@ def assert_agrees(case: Case, results: list[dict]) -> None:
     assert all(all(result["channels_last"]) for result in results)
 
 
-# Everything that needs several ranks runs in one spawn a world size.
-
-
 def on_a_rank(rank: int, world: int) -> dict[str, Any]:
+    """Everything that needs several ranks, in one launch per world size."""
     return {
         "cases": {name: train(case, [rank]) for name, case in CASES.items()},
         "local": train(CASES["fp32"], [rank], "local"),
-        "refusal": refusal_of_one_value(rank),
-        "slopes": slopes(rank),
         "mean errors": [mean_error(rank, layout) for layout in (torch.contiguous_format, torch.channels_last)],
-        "averaged": averaged(rank),
-        "pair": pair(rank, world),
-        "models": {name: joined_model_error(name, rank, world) for name in ("test_resnet", "test_efficientnet")},
+        "model error": joined_model_error("test_efficientnet", rank, world),
     }
 
 
-def refusal_of_one_value(rank: int) -> str:
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel") as refusal:
-        BatchNorm(CHANNELS)(torch.zeros(1 if rank == 0 else 0, CHANNELS, 1, 1))
-    return str(refusal.value)
-
-
-def slopes(rank: int) -> list[tuple[float, float]]:
-    """Slope of Σ y · dy over all ranks along random directions: by finite differences, by the gradients."""
-    case = Case(torch.float64, sizes=(2, 4, 3, 1))
-    module = convert_batchnorm(case.module(), "global")
-    found = []
-    for step in range(3):
-        x, dy = case.batch(step, rank)
-        direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(rank))
-        x.requires_grad_()
-        (module(x) * dy).sum().backward()
-        with torch.no_grad():
-            ahead, behind = ((module(x + h * direction) * dy).sum() for h in (1e-6, -1e-6))
-        both = torch.stack([(ahead - behind) / 2e-6, (x.grad * direction).sum()])
-        dist.all_reduce(both)
-        found.append(tuple(both.tolist()))
-    return found
-
-
 def mean_error(rank: int, layout: torch.memory_format) -> float:
-    """Error of the joined mean of many values around 1000, of which a plain sum in fp32 loses the last bits."""
+    """Error of the joined mean of many values around 1000; a plain sum in fp32 would lose its last bits."""
     x = torch.randn(16, 64, 28, 28, generator=torch.Generator().manual_seed(rank)) + 1000
     module = BatchNorm(64, momentum=1.0)
     module(x.contiguous(memory_format=layout))
     mean = x.double().mean((0, 2, 3))
     dist.all_reduce(mean)
     return (module.running_mean - mean / dist.get_world_size()).abs().max().item()
-
-
-def averaged(rank: int) -> dict[str, Any]:
-    case = Case()
-    model = nn.Sequential(convert_batchnorm(case.module(), "local"), convert_batchnorm(case.module(), "local"))
-    model(case.batch(0, rank)[0])
-    before = [buffer.clone() for buffer in model.buffers()]
-    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
-        average_running_statistics(model)
-        average_running_statistics(convert_batchnorm(case.module(), "global"))
-    return {"before": before, "after": list(model.buffers()), "collectives": all_reduce.call_count}
-
-
-def pair(rank: int, world: int) -> dict:
-    """The ranks two by two, each pair in a process group of its own."""
-    groups = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
-    return train(Case(), [rank], group=groups[rank // 2])
 
 
 def joined_model_error(name: str, rank: int, world: int) -> float:
@@ -286,7 +225,7 @@ def joined_model_error(name: str, rank: int, world: int) -> float:
     logits.square().sum().backward()
 
     def error(actual: Tensor, expected: Tensor) -> float:
-        # Some gradients are zero but for rounding: a bias before another batch norm.
+        # Some gradients are zero except for rounding: a bias before another batch norm.
         return ((actual - expected).norm() / expected.norm().clamp(min=1)).item()
 
     errors = [error(logits, expected[2 * rank : 2 * rank + 2])]
@@ -306,29 +245,9 @@ def test_global_is_plain_batch_norm_on_the_joined_batch(ranks: list[dict], name:
     assert_agrees(CASES[name], [rank["cases"][name] for rank in ranks])
 
 
-def test_gradients_are_the_slopes_of_the_joined_loss(ranks: list[dict]) -> None:
-    for rank in ranks:
-        for by_differences, by_gradients in rank["slopes"]:
-            assert by_gradients == pytest.approx(by_differences, rel=1e-7)
-
-
 def test_a_large_mean_is_found_to_the_last_bit(ranks: list[dict]) -> None:
     half_an_ulp = 2**-15
     assert max(error for rank in ranks for error in rank["mean errors"]) < 1.01 * half_an_ulp
-
-
-def test_a_joined_count_of_one_is_refused_on_every_rank(ranks: list[dict]) -> None:
-    for rank, size in zip(ranks, [1, *[0] * len(ranks)], strict=False):
-        assert f"got input size ({size}, {CHANNELS}, 1, 1)" in rank["refusal"]
-
-
-def test_process_groups_join_their_own_ranks(ranks: list[dict]) -> None:
-    for first in range(0, len(ranks), 2):
-        expected = steps(Case(), Case().module(), [first, first + 1], "cpu")
-        outputs = [
-            torch.cat(parts) for parts in zip(*(r["pair"]["outputs"] for r in ranks[first : first + 2]), strict=True)
-        ]
-        torch.testing.assert_close(outputs, expected["outputs"], rtol=0, atol=2e-5)
 
 
 def test_local_is_plain_batch_norm_on_each_rank(ranks: list[dict]) -> None:
@@ -337,45 +256,22 @@ def test_local_is_plain_batch_norm_on_each_rank(ranks: list[dict]) -> None:
         torch.testing.assert_close(result["local"], expected, rtol=0, atol=0)
 
 
-def test_running_averages_of_local_statistics_are_averaged(ranks: list[dict]) -> None:
-    averages = [rank["averaged"] for rank in ranks]
-    for i, after in enumerate(averages[0]["after"]):
-        before = torch.stack([average["before"][i] for average in averages])
-        torch.testing.assert_close(after.double(), before.double().mean(0), rtol=1e-6, atol=1e-6)
-        assert all(torch.equal(average["after"][i], after) for average in averages)
-    assert not torch.equal(averages[0]["before"][0], averages[1]["before"][0])
-    assert [average["collectives"] for average in averages] == [1] * len(ranks)
-
-
-def test_a_converted_model_trains_as_the_plain_one_on_the_joined_batch(ranks: list[dict]) -> None:
-    for rank in ranks:
-        assert max(rank["models"].values()) < 1e-12, rank["models"]
-
-
-# What one process can show.
+def test_a_converted_model_trains_like_the_plain_one_on_the_joined_batch(ranks: list[dict]) -> None:
+    assert max(rank["model error"] for rank in ranks) < 1e-12
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("statistics", ["global", "local"])
-def test_one_rank_needs_no_process_group(name: str, statistics: Statistics) -> None:
-    assert_agrees(CASES[name], [train(CASES[name], [0], statistics)])
-
-
-@pytest.mark.parametrize("name", ["fp32", "fp64", "channels_last", "act", "not affine", "not tracked", "1d"])
-def test_one_rank_gives_torchs_bits(name: str) -> None:
-    case = CASES[name]
-    expected = steps(case, case.module(), [0], "cpu")
-    torch.testing.assert_close(train(case, [0]), expected, rtol=0, atol=0)
+def test_one_rank_needs_no_process_group(name: str) -> None:
+    assert_agrees(CASES[name], [train(CASES[name], [0])])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_evaluation_uses_the_running_averages(name: str) -> None:
     case = CASES[name]
     module, plain = convert_batchnorm(case.module(), "global"), case.module().double()
-    if case.track:
-        for m in (module, plain):
-            m.running_mean.copy_(torch.arange(CHANNELS) + case.offset)
-            m.running_var.copy_(torch.arange(1, 1 + CHANNELS))
+    for m in (module, plain):
+        m.running_mean.copy_(torch.arange(CHANNELS) + case.offset)
+        m.running_var.copy_(torch.arange(1, 1 + CHANNELS))
     state = {key: value.clone() for key, value in module.state_dict().items()}
     x, _ = case.joined(0, [0, 1])
     y = module.eval()(x)
@@ -385,31 +281,7 @@ def test_evaluation_uses_the_running_averages(name: str) -> None:
     torch.testing.assert_close(module.state_dict(), state, rtol=0, atol=0)
 
 
-def test_one_value_a_channel_is_refused() -> None:
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
-        BatchNorm(CHANNELS)(torch.zeros(1, CHANNELS, 1, 1))
-    with pytest.raises(ValueError, match=r"expected an \(N, C, …\) input, got shape \(5,\)"):
-        BatchNorm(CHANNELS)(torch.zeros(CHANNELS))
-
-
-@pytest.mark.parametrize(
-    ("statistics", "message"),
-    [
-        (0, '= 0: unknown; use "global", "local" or a number of samples'),
-        ("gloabl", '= "gloabl": unknown; use "global", "local" or a number of samples'),
-        (None, '= null: unknown; use "global", "local" or a number of samples'),
-    ],
-)
-def test_other_statistics_are_refused(statistics: Any, message: str) -> None:
-    for refused in (
-        lambda: BatchNorm(CHANNELS, statistics=statistics),
-        lambda: convert_batchnorm(nn.ReLU(), statistics),
-    ):
-        with pytest.raises(ValueError, match="recipe.batchnorm.statistics " + message):
-            refused()
-
-
-def test_conversion_keeps_what_the_module_was() -> None:
+def test_conversion_keeps_settings_parameters_and_buffers() -> None:
     plain = BatchNormAct2d(CHANNELS, eps=1e-3, momentum=0.01, act_layer=nn.PReLU).double().eval()
     plain.bias.requires_grad_(False)
     module = convert_batchnorm(plain, "local")
@@ -419,55 +291,29 @@ def test_conversion_keeps_what_the_module_was() -> None:
     assert module.bias is plain.bias
     assert module.running_var is plain.running_var
     assert list(module.state_dict()) == list(plain.state_dict())
-    assert "statistics='local'" in repr(module)
-    again = convert_batchnorm(module, "global")
-    assert (again.statistics, again.act) == ("global", plain.act)
 
 
 def test_conversion_replaces_batch_norms_and_nothing_else() -> None:
-    shared, frozen, group = (
-        nn.BatchNorm2d(CHANNELS),
-        FrozenBatchNormAct2d(CHANNELS),
-        nn.GroupNorm(1, CHANNELS),
-    )
+    shared, frozen, group = nn.BatchNorm2d(CHANNELS), FrozenBatchNormAct2d(CHANNELS), nn.GroupNorm(1, CHANNELS)
     model = nn.Sequential(shared, nn.Sequential(shared, frozen), group, shared)
     assert convert_batchnorm(model, "global") is model
     assert isinstance(model[0], BatchNorm)
     assert model[0] is model[1][0] is model[3]
     assert (model[1][1], model[2]) == (frozen, group)
-    with pytest.raises(ValueError, match="LazyBatchNorm2d is a batch norm that the recipe cannot convert"):
-        convert_batchnorm(nn.Sequential(nn.LazyBatchNorm2d()), "global")
+    for unknown in (nn.LazyBatchNorm2d(), nn.BatchNorm2d(CHANNELS, affine=False)):
+        with pytest.raises(ValueError, match="BatchNorm2d is a batch norm that the recipe cannot convert"):
+            convert_batchnorm(nn.Sequential(unknown), "global")
 
 
 @pytest.mark.parametrize("name", ["resnet18", "test_resnet", "test_efficientnet", "levit_128s"])
-def test_timm_models_compute_the_same_when_converted(name: str) -> None:
+def test_converted_timm_models_compute_the_same_bits(name: str) -> None:
     plain, model = (timm.create_model(name, num_classes=4) for _ in range(2))
     convert_batchnorm(model, "global").load_state_dict(plain.state_dict())
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     assert norms
     assert {type(module) for module in norms} == {BatchNorm}
-    images = torch.randn(2, 3, 224 if "levit" in name else 64, 224 if "levit" in name else 64)
+    size = 224 if "levit" in name else 64
+    images = torch.randn(2, 3, size, size)
     for mode in (True, False):
         torch.testing.assert_close(model.train(mode)(images), plain.train(mode)(images), rtol=0, atol=0)
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_converted_model_runs_as_deepspeed_casts_it(dtype: torch.dtype) -> None:
-    model = convert_batchnorm(timm.create_model("test_resnet", num_classes=4), "global")
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    images = torch.randn(2, 3, 64, 64, dtype=dtype)
-    model(images).float().square().sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-    assert {parameter.grad.dtype for parameter in model.parameters()} == {dtype}
-    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32, torch.int64}
-    assert model.eval()(images).dtype == dtype
-
-
-def test_averaging_needs_no_process_group() -> None:
-    module = convert_batchnorm(Case().module(), "local")
-    module(Case().batch(0, 0)[0])
-    before = module.running_mean.clone()
-    average_running_statistics(module)
-    assert torch.equal(module.running_mean, before)
