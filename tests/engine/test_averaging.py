@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Set
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,28 +42,18 @@ def test_the_average_starts_as_the_plain_mean(world_size: int) -> None:
                     torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-6, msg=f"{precision} {name}")
 
 
-class Engine:
-    """The parts of an engine that an average uses, with a single fp64 weight and without DeepSpeed."""
-
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
-        self.module, self.optimizer, self.device = torch.nn.Linear(1, 1, bias=False).double(), None, torch.device("cpu")
-
-    def train_batch_size(self) -> int:
-        return self.batch
-
-
-def averaged(batch: int, weights: list[float], skipped: Set[int] = frozenset(), then: int = 0) -> float:
-    """The average after steps with these resulting weights, the last of them on ``then`` images, unless that is 0."""
+def averaged(weights: list[float], batches: list[int], skipped: Set[int] = frozenset()) -> float:
+    """The average after steps with these resulting weights on these batch sizes, without DeepSpeed and in fp64."""
     from recipe.engine.averaging import WeightAverage
 
-    engine: Any = Engine(batch)
+    module = torch.nn.Linear(1, 1, bias=False).double()
+    engine: Any = SimpleNamespace(
+        module=module, optimizer=None, device=torch.device("cpu"), train_batch_size=partial(next, iter(batches))
+    )
     average = WeightAverage(engine, DECAY)
     for step, weight in enumerate(weights):
-        if then and step == len(weights) - 1:
-            engine.batch = then
         with torch.no_grad():
-            engine.module.weight.fill_(weight)
+            module.weight.fill_(weight)
         average.update(torch.tensor(step in skipped))
     return float(average.state()["tensors"]["weight"])
 
@@ -69,16 +61,15 @@ def averaged(batch: int, weights: list[float], skipped: Set[int] = frozenset(), 
 def test_the_decay_per_image_does_not_depend_on_the_batch() -> None:
     """With w = 1 until the mean is no longer plain, then w = 0 for 1,600 images, the average is 0.99¹⁶⁰⁰."""
     for batch in (16, 160, 800):
-        warm = math.ceil(1 / (1 - DECAY**batch))
-        left = averaged(batch, [1.0] * warm + [0.0] * (1600 // batch))
-        assert left == pytest.approx(DECAY**1600, rel=1e-9)
+        weights = [1.0] * math.ceil(1 / (1 - DECAY**batch)) + [0.0] * (1600 // batch)
+        assert averaged(weights, [batch] * len(weights)) == pytest.approx(DECAY**1600, rel=1e-9)
 
 
 def test_a_changed_batch_counts_by_its_images() -> None:
-    assert averaged(16, [5.0, 1.0], then=32) == pytest.approx((16 * 5 + 32 * 1) / 48)
-    left = 1 - (warm := math.ceil(1 / (1 - DECAY**16))) / warm  # the plain mean of ones is one
-    assert averaged(16, [1.0] * warm + [0.0], then=800) == pytest.approx(DECAY**800 + left)
+    assert averaged([5.0, 1.0], [16, 32]) == pytest.approx((16 * 5 + 32 * 1) / 48)
+    warm = math.ceil(1 / (1 - DECAY**16))  # the plain mean of ones is one
+    assert averaged([1.0] * warm + [0.0], [16] * warm + [800]) == pytest.approx(DECAY**800)
 
 
 def test_a_skipped_step_does_not_count() -> None:
-    assert averaged(16, [5.0, 1.0, 5.0, 2.0, 6.0], skipped={0, 2}) == pytest.approx((1 + 2 + 6) / 3)
+    assert averaged([5.0, 1.0, 5.0, 2.0, 6.0], [16] * 5, skipped={0, 2}) == pytest.approx((1 + 2 + 6) / 3)

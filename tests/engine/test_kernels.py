@@ -1,6 +1,7 @@
 """The settings of torch's kernels, and training with compiled code."""
 
 import warnings
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -14,13 +15,21 @@ from recipe.model.batchnorm import BatchNorm
 from recipe.model.running_averages import update_running_averages
 from tests.ranks import run_ranks
 
+cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+
+
+@pytest.fixture(autouse=True)
+def _restore_settings() -> Iterator[None]:
+    benchmark, deterministic = cudnn.benchmark, cudnn.deterministic
+    tf32 = matmul.allow_tf32, cudnn.allow_tf32
+    yield
+    cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
+    matmul.allow_tf32, cudnn.allow_tf32 = tf32
+
 
 @pytest.mark.parametrize("tf32", [True, False])
 @pytest.mark.parametrize("benchmark", [True, False])
-def test_kernel_settings_are_passed_to_torch(tf32: bool, benchmark: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    for settings, name in ((matmul, "allow_tf32"), *((cudnn, n) for n in ("allow_tf32", "benchmark", "deterministic"))):
-        monkeypatch.setattr(settings, name, getattr(settings, name))  # restored after the test
+def test_kernel_settings_are_passed_to_torch(tf32: bool, benchmark: bool) -> None:
     choose_kernels(tf32=tf32, cudnn_benchmark=benchmark)
     assert (matmul.allow_tf32, cudnn.allow_tf32) == (tf32, tf32)
     assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
