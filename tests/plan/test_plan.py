@@ -214,22 +214,67 @@ def test_inverse_weight_decay_is_divided_by_kn_over_256() -> None:
     assert "3.125e-06" in error.remedy
 
 
+BATCH_AND_STATISTICS = {"recipe__schedule__batch_size": [[30, 10_000]], "recipe__batchnorm__statistics": 64}
+BATCH_AND_MICRO_BATCH = {"recipe__schedule__batch_size": [[30, 10_000]], "train_micro_batch_size_per_gpu": 128}
+BATCH_AND_NOISE_SCALE = {"recipe__schedule__batch_size": [[30, 64]], "recipe__noise_scale__enabled": True}
+COSINE = {"recipe__schedule__decay": "cosine", "recipe__schedule__final_lr": 0.3}
+PAIRS = {"recipe__data__mixup": {"probability": 0.3}, "recipe__data__cutmix": {"probability": 0.25, "alpha": 0.5}}
+N32 = {"recipe__batchnorm__statistics": 32}
+
+
 @pytest.mark.parametrize(
-    ("changes", "key", "right"),
+    ("world_size", "changes", "key", "words"),
     [
-        ({"optimizer__params__lr": 0.1}, "optimizer.params.lr", "3.2"),
-        ({"scheduler__params__warmup_max_lr": 3.3}, "scheduler.params.warmup_max_lr", "3.2"),
-        ({"scheduler__params__warmup_min_lr": 0.0}, "scheduler.params.warmup_min_lr", "0.1"),
-        ({"scheduler__params__warmup_num_steps": 781}, "scheduler.params.warmup_num_steps", "780"),
-        ({"optimizer__params__lr": 3.2, "recipe__schedule__scaling_rule": "sqrt"}, "optimizer.params.lr", "0.5656854"),
-        ({"train_batch_size": 256, "scheduler__params__warmup_min_lr": 0.05}, "scheduler.params.warmup_min_lr", "0.1"),
+        # numbers that contradict their rule
+        (1, {"optimizer__params__lr": 0.1}, "optimizer.params.lr", 'linear scaling); write "auto" or 3.2, or'),
+        (1, {"scheduler__params__warmup_max_lr": 3.3}, "scheduler.params.warmup_max_lr", 'write "auto" or 3.2'),
+        (1, {"scheduler__params__warmup_min_lr": 0.0}, "scheduler.params.warmup_min_lr", 'write "auto" or 0.1'),
+        (1, {"scheduler__params__warmup_num_steps": 781}, "scheduler.params.warmup_num_steps", '"auto" or 780, or'),
+        (1, {"optimizer__params__lr": 3, "recipe__schedule__scaling_rule": "sqrt"}, "optimizer.params.lr", "0.5656854"),
+        (
+            1,
+            {"train_batch_size": 256, "scheduler__params__warmup_min_lr": 0.05},
+            "scheduler.params.warmup_min_lr",
+            'this run starts at 0.1, the peak rate, as it has no warmup; write "auto" or 0.1',
+        ),
+        # impossible runs
+        (1, {"train_batch_size": 1_300_000}, "train_batch_size", "at most 1281167"),
+        (1, {"train_batch_size": 10**9}, "train_batch_size", "at most 1281167"),  # at once: it has few divisors
+        (1, {"recipe__schedule__epochs": 4}, "recipe.schedule.warmup_epochs", "at most 4"),
+        (
+            2,
+            N32 | {"train_micro_batch_size_per_gpu": 8},
+            "train_micro_batch_size_per_gpu",
+            "micro-batches that do: 16, 32, 64, ",
+        ),
+        (2, {"recipe__ema__decay": 0.9, "recipe__batchnorm__statistics": "local"}, "recipe.ema.decay", "its own runn"),
+        (
+            1,
+            {"optimizer": {"type": "LARS"}, "recipe__schedule__reference_weight_decay": 0},
+            "optimizer.params.weight_decay",
+            "no trust ratio",
+        ),
+        (2, PAIRS | {"train_batch_size": 246}, "recipe.data.mixup.probability", "123 images cannot be paired"),
+        (
+            2,
+            PAIRS | {"train_batch_size": 246, "train_micro_batch_size_per_gpu": 41},
+            "recipe.data.mixup.probability",
+            "41 images cannot be paired",
+        ),
+        # impossible batch schedules
+        (1, {"recipe__schedule__batch_size": [[4, 16384]]}, "recipe.schedule.batch_size", "the 5 epochs of warmup"),
+        (1, {"recipe__schedule__batch_size": [[30, 1_300_000]]}, "recipe.schedule.batch_size", "at most 1281167"),
+        (32, {"recipe__schedule__batch_size": [[30, 10_000]]}, "recipe.schedule.batch_size", "split over 32 ranks"),
+        (32, BATCH_AND_STATISTICS, "recipe.schedule.batch_size", "9984 or 10048"),
+        (4, BATCH_AND_MICRO_BATCH, "recipe.schedule.batch_size", "9728 or 10240"),
+        (1, BATCH_AND_NOISE_SCALE, "recipe.noise_scale.enabled", "batch of 64 as one"),
+        (1, COSINE | {"recipe__schedule__batch_size": [[30, 512]]}, "recipe.schedule.final_lr", "peak of 0.2"),
     ],
 )
-def test_number_that_contradicts_its_rule_is_refused(changes: dict, key: str, right: str) -> None:
-    error = refusal(**changes)
+def test_impossible_plan_is_refused(world_size: int, changes: dict[str, Any], key: str, words: str) -> None:
+    error = refusal(world_size, **changes)
     assert error.key == key
-    assert right in error.remedy
-    assert str(error).startswith(f"run.json: {key} = ")
+    assert words in str(error)
 
 
 def test_scaling_rule_none_uses_the_written_rate() -> None:
@@ -240,26 +285,6 @@ def test_scaling_rule_none_uses_the_written_rate() -> None:
     assert (written.start_rate, written.peak_rate, written.warmup_steps) == (0.1, 2.0, 780)
     error = refusal(**unscaled, optimizer__params__lr=2.0, scheduler__params__warmup_max_lr=1.0)
     assert error.key == "scheduler.params.warmup_max_lr"
-
-
-@pytest.mark.parametrize(
-    ("changes", "key", "remedy"),
-    [
-        ({"train_batch_size": 1_300_000}, "train_batch_size", "at most 1281167"),
-        ({"recipe__schedule__epochs": 4}, "recipe.schedule.warmup_epochs", "at most 4"),
-        (
-            {"recipe__schedule__decay": "cosine", "recipe__schedule__final_lr": 3.3},
-            "recipe.schedule.final_lr",
-            "less than that",
-        ),
-        # refused at once, although all its divisors are tried
-        ({"train_batch_size": 10**9}, "train_batch_size", "at most 1281167"),
-    ],
-)
-def test_impossible_run_is_refused(changes: dict, key: str, remedy: str) -> None:
-    error = refusal(**changes)
-    assert error.key == key
-    assert remedy in error.remedy
 
 
 @pytest.mark.parametrize(
@@ -354,12 +379,6 @@ def test_micro_batch_fits_batch_norm_groups(n: int, world_size: int, largest: in
         assert make_plan(config(**changes), world_size).micro_batch == micro
 
 
-def test_written_micro_batch_must_fit_batch_norm_groups() -> None:
-    error = refusal(2, recipe__batchnorm__statistics=32, train_micro_batch_size_per_gpu=8)
-    assert error.key == "train_micro_batch_size_per_gpu"
-    assert error.remedy.startswith("micro-batches that do: 16, 32, 64, ")
-
-
 def test_nearest_batches_that_fit_batch_norm_groups_are_named() -> None:
     """Groups of 48 and 64 ranks divide the multiples of lcm(48, 64) = 192: 42 × 192 = 8,064 and 43 × 192 = 8,256."""
     remedy = refusal(64, recipe__batchnorm__statistics=48).remedy
@@ -372,21 +391,6 @@ def test_nearest_batches_that_fit_batch_norm_groups_are_named() -> None:
 def test_zero_plan_allows_deepspeed_an_untested_optimizer() -> None:
     plan = make_plan(config(zero_optimization={"stage": 1}), 1)
     assert json.loads(plan_json(plan))["zero_allow_untested_optimizer"] is True
-
-
-def test_text_of_the_papers_plan() -> None:
-    text = format_plan(make_plan(config(fp16={"enabled": True}), 32))
-    for line in (
-        "resnet50, 1000 classes, 224 px, fp16, SyncBN over all ranks",
-        "8,192 = 32 ranks × 1 accumulation step × micro-batch of 256",
-        "156 steps per epoch × 90 epochs = 14,040; 3,215 images dropped per epoch",
-        "3.2 = 0.1 × 8,192 / 256 (linear scaling)",
-        "gradual: 0.1 → 3.2 over 780 steps (5 epochs)",
-        "× 0.1 at epoch 30 (step 4,680), epoch 60 (step 9,360), epoch 80 (step 12,480)",
-        "0.0001 on 25,502,912 convolution and linear weights; none on 54,120 batch-norm parameters and biases",
-    ):
-        assert line in " ".join(text.split()), line
-    assert max(map(len, text.splitlines())) <= 110
 
 
 @pytest.mark.parametrize(
@@ -468,21 +472,15 @@ def test_plan_json_has_only_the_keys_of_its_optimizer(kind: str, params: dict, r
 
 def test_weight_average() -> None:
     """(1 − 2e-7)^8192 = e^−0.0016384, and ln 2 / 2e-7 = 3,465,736 images."""
-    ema = {"recipe__ema__decay": 1 - 2e-7}
     text = "decay 0.9999998 per image, 0.998363 per step of 8,192: weights count half after 3,465,736 more images"
-    assert fields_of(make_plan(config(**ema), 32))["weight average"] == text
-    assert refusal(2, **ema, recipe__batchnorm__statistics="local").key == "recipe.ema.decay"
+    assert fields_of(make_plan(config(recipe__ema__decay=1 - 2e-7), 32))["weight average"] == text
 
 
 def test_mixup_and_cutmix() -> None:
-    mixing = {"recipe__data__mixup": {"probability": 0.3}, "recipe__data__cutmix": {"probability": 0.25, "alpha": 0.5}}
-    text = fields_of(make_plan(config(**mixing), 32))["images"]
+    text = fields_of(make_plan(config(**PAIRS), 32))["images"]
     assert "mirrored, mixup in 30 % of steps (α = 0.2), CutMix in 25 % of steps (α = 0.5); " in text
     # 450 images are two micro-batches of 225, but three of 150.
-    assert make_plan(config(**mixing, train_batch_size=450), 1).micro_batch == 150
-    error = refusal(2, **mixing, train_batch_size=246, train_micro_batch_size_per_gpu=41)
-    assert (error.key, error.problem) == ("recipe.data.mixup.probability", "41 images cannot be paired")
-    assert refusal(2, **mixing, train_batch_size=246).problem == "123 images cannot be paired"
+    assert make_plan(config(**PAIRS, train_batch_size=450), 1).micro_batch == 150
 
 
 def test_lars_gets_no_notes_on_sgd() -> None:
@@ -490,11 +488,6 @@ def test_lars_gets_no_notes_on_sgd() -> None:
     rules = {"recipe__schedule__warmup": "none", "recipe__schedule__scaling_rule": "none"}
     assert "the scaling rules are for SGD, and LARS needs" in plan_notes(**lars)
     assert plan_notes(**lars, **rules, optimizer__params__lr=16) == ""
-
-
-def test_reference_weight_decay_0_is_refused_with_lars() -> None:
-    error = refusal(optimizer={"type": "LARS"}, recipe__schedule__reference_weight_decay=0)
-    assert error.key == "optimizer.params.weight_decay"
 
 
 def test_notes() -> None:
@@ -552,7 +545,6 @@ def test_notes_on_what_the_paper_found_worse(schedule: dict, note: str) -> None:
     [
         # 1,281,167 images are 78 steps of 16,384 per epoch; five epochs are 390.
         ({}, "train_batch_size=16384 with another --output: peak rate 6.4, warmup of 390 steps"),
-        ({"warmup": "none"}, "train_batch_size=16384 with another --output: peak rate 6.4, no warmup"),
         ({"scaling_rule": "none"}, "train_batch_size=16384 with another --output: peak rate 0.1, no warmup"),
         # A batch of 16,384 would leave one step per epoch; a batch of 4,096 leaves 4.
         ({"train_images": 20_000}, "train_batch_size=4096 with another --output: peak rate 1.6, warmup of 20 steps"),
@@ -607,13 +599,9 @@ def test_full_disk_behind_standard_output_is_an_error(tmp_path: Path, command: s
     )
 
 
-def growing(*changes: tuple[int, int], **others: Any) -> Config:
-    return config(recipe__schedule__batch_size=[list(change) for change in changes], **others)
-
-
 def test_batch_schedule() -> None:
     """⌊1,281,167 / 16,384⌋ = 78 and ⌊… / 81,920⌋ = 15 steps per epoch: 30 · (156 + 78 + 15) = 7,470 steps."""
-    plan = make_plan(growing((30, 16384), (60, 81920), recipe__batchnorm__statistics=32), 32)
+    plan = make_plan(config(recipe__schedule__batch_size=[[30, 16384], [60, 81920]], **N32), 32)
     assert (plan.micro_batch, plan.total_steps) == (256, 7470)
     assert [plan.accumulation_of(phase) for phase in plan.timeline.phases] == [1, 2, 10]
     assert plan.schedule.milestones == (4680, 7020, 7020 + 20 * 15)
@@ -628,35 +616,9 @@ def test_batch_schedule() -> None:
         "81,920 from epoch 60 (step 7,020) on, by 10 accumulation steps: peak rate 32"
     )
     assert_repeatable(plan)
-    short = growing((30, 10**8), recipe__schedule__epochs=2, recipe__schedule__warmup_epochs=1)
-    assert make_plan(short, 1).total_steps == 312  # the run ends before the change, which is then not checked
-
-
-@pytest.mark.parametrize(
-    ("world_size", "later", "others", "key", "words"),
-    [
-        (1, (4, 16384), {}, "recipe.schedule.batch_size", "changes within the 5 epochs of warmup"),
-        (1, (30, 1_300_000), {}, "recipe.schedule.batch_size", "write at most 1281167"),
-        (32, (30, 10_000), {}, "recipe.schedule.batch_size", "10000 cannot be split over 32 ranks"),
-        (32, (30, 10_000), {"recipe__batchnorm__statistics": 64}, "recipe.schedule.batch_size", "9984 or 10048"),
-        (4, (30, 10_000), {"train_micro_batch_size_per_gpu": 128}, "recipe.schedule.batch_size", "9728 or 10240"),
-        (1, (30, 64), {"recipe__noise_scale__enabled": True}, "recipe.noise_scale.enabled", "batch of 64 as one"),
-        (
-            1,
-            (30, 512),
-            {"recipe__schedule__decay": "cosine", "recipe__schedule__final_lr": 0.3},
-            "recipe.schedule.final_lr",
-            "peak of 0.2",
-        ),
-    ],
-)
-def test_impossible_batch_schedule_is_refused(
-    world_size: int, later: tuple[int, int], others: dict, key: str, words: str
-) -> None:
-    with pytest.raises(ConfigError) as caught:
-        make_plan(growing(later, **others), world_size)
-    assert caught.value.key == key
-    assert words in str(caught.value)
+    short = {"epochs": 2, "warmup_epochs": 1, "batch_size": [[30, 10**8]]}
+    plan = make_plan(config(**{f"recipe__schedule__{key}": value for key, value in short.items()}), 1)
+    assert plan.total_steps == 312  # the run ends before the change, which is then not checked
 
 
 def test_local_sgd() -> None:
