@@ -99,7 +99,7 @@ def answer(plan: Plan, arguments: argparse.Namespace) -> Answer:
     latency = f"{LATENCY_SECONDS * 1e6:g} µs per message (assumed)"
     return Answer(
         plan,
-        _facts(plan, arguments.inspect),
+        _inspected_facts(plan) if arguments.inspect else shipped_facts(plan),
         images_per_second=speed,
         speed_source="" if speed is None else f"{speed:,.6g} images/s per GPU ({kind})",
         link=Link(bandwidth * 1e9 / 8, LATENCY_SECONDS),
@@ -108,12 +108,10 @@ def answer(plan: Plan, arguments: argparse.Namespace) -> Answer:
     )
 
 
-def _facts(plan: Plan, inspects: bool) -> ModelFacts | None:
-    if not inspects:
-        return shipped_facts(plan)
-    model = plan.config.recipe.model
+def _inspected_facts(plan: Plan) -> ModelFacts:
     from recipe.commands.inspect_model import inspect_model  # imports torch
 
+    model = plan.config.recipe.model
     try:
         return inspect_model(model.architecture, model.num_classes, plan.largest_image_size, model.freeze)
     except ValueError as error:

@@ -12,11 +12,6 @@ _WITHOUT_BATCHNORM = re.compile(
 )
 
 
-def lacks_batchnorm(name: str) -> bool:
-    """Whether the timm model of this name, with or without a tag, is known to have no batch norm."""
-    return _WITHOUT_BATCHNORM.fullmatch(name.partition(".")[0]) is not None
-
-
 def trains_no_batchnorm(name: str, freeze: str) -> bool:
-    """Whether a timm model is known to train no batch norm under this value of ``recipe.model.freeze``."""
-    return freeze == "backbone" or lacks_batchnorm(name)
+    """Whether a timm model, with or without a tag, is known to train no batch norm under ``recipe.model.freeze``."""
+    return freeze == "backbone" or _WITHOUT_BATCHNORM.fullmatch(name.partition(".")[0]) is not None

@@ -158,8 +158,7 @@ class Data(Section):
     data"""
 
     validation_images: Count | Auto = "auto"
-    """the number of validation images, a whole number >= 1, with which a plan needs no data, or "auto": counted in the
-    data"""
+    """the number of validation images, a whole number >= 1, or "auto": counted in the data"""
 
     validation_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """the fraction of each class to hold out for validation if an imagefolder has no val/ or a Hugging Face data set no
@@ -335,8 +334,7 @@ class Checkpoint(Section):
     a checkpoint anyway"""
 
     every_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """minutes between checkpoints within an epoch, a number > 0 and <= 1e6, or null for none. Each epoch ends with a
-    checkpoint anyway"""
+    """minutes between checkpoints within an epoch, a number > 0 and <= 1e6, or null for none"""
 
     @property
     def save_every(self) -> timedelta | None:

@@ -23,39 +23,33 @@ def validate(root: type[S], raw: dict[str, Any], file: str, whole: str) -> S:
     try:
         return root.model_validate(raw)
     except ValidationError as error:
-        errors = error.errors(include_url=False)
-        first = _refusal(root, errors, raw, file, whole)
-        remedy = first.remedy + _others(errors, first.key)
-        raise ConfigError(file, first.key, first.value, first.problem, remedy) from None
-
-
-def _others(errors: list[ErrorDetails], first: str) -> str:
-    """The other unknown or missing keys, so that a user can fix all of them at once."""
-    named = {"extra_forbidden": "unknown", "missing": "missing"}
-    keys = [(dotted_key(error["loc"]), named[error["type"]]) for error in errors if error["type"] in named]
-    others = [f"{key} ({what})" for key, what in keys if key != first]
-    return f"; also {', '.join(others)}" if others else ""
+        raise _refusal(root, error.errors(include_url=False), raw, file, whole) from None
 
 
 def _refusal(
     root: type[Section], errors: list[ErrorDetails], raw: dict[str, Any], file: str, whole: str
 ) -> ConfigError:
     """The first of pydantic's errors in words. Unknown keys come first, because a typo explains a missing key."""
+    kinds = {"extra_forbidden": "unknown", "missing": "missing"}
     first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
     key, value = _locate(first["loc"], raw)
-    if first["type"] == "extra_forbidden":
-        return ConfigError(file, dotted_key(key), value, *_unknown(root, _section(root, key[:-1]), str(key[-1])))
     if first["type"] == "missing":
         key, value = (*_locate(first["loc"][:-1], raw)[0], first["loc"][-1]), ABSENT
-    branches = [error for error in errors if _locate(error["loc"], raw)[0] == key] or [first]
-    problem = "missing" if value is ABSENT else _problem(branches)
-    if not key:
-        return ConfigError(file, "", ABSENT, problem, whole)
-    *path, name = key[: max(i for i, part in enumerate(key, start=1) if isinstance(part, str))]
-    field = _section(root, path).model_fields[str(name)]
-    expected = field.description or _expected_keys(field.annotation) or problem.removeprefix("not ")
-    first_sentence = " ".join(expected.split()).partition(". ")[0]
-    return ConfigError(file, dotted_key(key), value, problem, f"expected {first_sentence}")
+    if first["type"] == "extra_forbidden":
+        problem, remedy = _unknown(root, _section(root, key[:-1]), str(key[-1]))
+    elif not key:
+        value, problem, remedy = ABSENT, _problem(errors), whole
+    else:
+        branches = [error for error in errors if _locate(error["loc"], raw)[0] == key] or [first]
+        problem = "missing" if value is ABSENT else _problem(branches)
+        *path, name = key[: max(i for i, part in enumerate(key, start=1) if isinstance(part, str))]
+        field = _section(root, path).model_fields[str(name)]
+        expected = field.description or _expected_keys(field.annotation) or problem.removeprefix("not ")
+        remedy = f"expected {' '.join(expected.split()).partition('. ')[0]}"
+    # A user can then fix all unknown and missing keys at once.
+    named = [(dotted_key(error["loc"]), kinds[error["type"]]) for error in errors if error["type"] in kinds]
+    others = ", ".join(f"{other} ({kind})" for other, kind in named if other != dotted_key(key))
+    return ConfigError(file, dotted_key(key), value, problem, f"{remedy}; also {others}" if others else remedy)
 
 
 def _expected_keys(section: Any) -> str:
@@ -81,13 +75,8 @@ def _locate(loc: Key, raw: Any) -> tuple[Key, Any]:
 def _problem(branches: list[ErrorDetails]) -> str:
     """Pydantic's words for a value that no branch of a union accepts, with JSON's names of types."""
     prefix, messages = "Input should be ", [error["msg"].partition(" or instance of ")[0] for error in branches]
-    for python, json in (
-        ("Tuple", "List"),
-        ("tuple", "list"),
-        ("dictionary", "object"),
-        ("'", '"'),
-        ("False", "false"),
-    ):
+    names = {"Tuple": "List", "tuple": "list", "dictionary": "object", "'": '"', "False": "false"}
+    for python, json in names.items():
         messages = [message.replace(python, json) for message in messages]
     for message in messages:
         if not message.startswith(prefix):

@@ -276,8 +276,8 @@ def cores_to_load(plan: Plan, images_per_second: float) -> tuple[float, float] |
 
 
 @dataclass(frozen=True)
-class Speed:
-    """The seconds of a step by part, and the resulting times of the run."""
+class StepTime:
+    """The seconds of an optimizer step by part."""
 
     compute_seconds: float
     all_reduce_seconds: float
@@ -285,14 +285,20 @@ class Speed:
     """the part of the all-reduce that the backward pass does not hide"""
 
     batchnorm_seconds: float
-    images_per_second: float
-    efficiency: float
-    training_seconds: float
-    validation_seconds: float
 
     @property
     def step_seconds(self) -> float:
         return self.compute_seconds + self.exposed_seconds + self.batchnorm_seconds
+
+
+@dataclass(frozen=True)
+class Speed(StepTime):
+    """The time of a step with the first global batch, and of the whole run."""
+
+    images_per_second: float
+    efficiency: float
+    training_seconds: float
+    validation_seconds: float
 
 
 def speed(plan: Plan, facts: ModelFacts, images_per_second: float, link: Link) -> Speed:
@@ -301,39 +307,30 @@ def speed(plan: Plan, facts: ModelFacts, images_per_second: float, link: Link) -
     The gradient all-reduce takes the better of ring and tree; batch norm's small collectives take ⌈log₂ P⌉ latencies,
     which nothing hides.
     """
-    compute, reduction, exposed, batchnorm = _step_seconds(plan, facts, images_per_second, link)
-    step, training = compute + exposed + batchnorm, 0.0
+    training, first = 0.0, _step_time(plan, facts, images_per_second, link)
     for phase, steps in plan.timeline.spans(plan.total_steps):
         phase_plan = replace(plan, accumulation=plan.accumulation_of(phase))
-        computing, _, *waiting = _step_seconds(phase_plan, facts, images_per_second, link)
-        training += steps * (computing + sum(waiting))
+        training += steps * _step_time(phase_plan, facts, images_per_second, link).step_seconds
+    validation_speed = VALIDATION_SPEEDUP * plan.world_size * images_per_second
     return Speed(
-        compute_seconds=compute,
-        all_reduce_seconds=reduction,
-        exposed_seconds=exposed,
-        batchnorm_seconds=batchnorm,
-        images_per_second=plan.global_batch / step,
-        efficiency=efficiency(compute, exposed + batchnorm),
+        **vars(first),
+        images_per_second=plan.global_batch / first.step_seconds,
+        efficiency=efficiency(first.compute_seconds, first.exposed_seconds + first.batchnorm_seconds),
         training_seconds=training,
-        validation_seconds=plan.epochs
-        * plan.validation_images
-        / (VALIDATION_SPEEDUP * plan.world_size * images_per_second),
+        validation_seconds=plan.epochs * plan.validation_images / validation_speed,
     )
 
 
-def _step_seconds(
-    plan: Plan, facts: ModelFacts, images_per_second: float, link: Link
-) -> tuple[float, float, float, float]:
-    """The seconds of a step: computation, all-reduce, the exposed part of the all-reduce, and batch norm."""
+def _step_time(plan: Plan, facts: ModelFacts, images_per_second: float, link: Link) -> StepTime:
     ranks, traffic, reduction = plan.world_size, batchnorm_traffic(plan, facts), 0.0
     if ranks > 1:
         message = reduced_bytes(plan, facts)
         reduction = min(all_reduce_seconds(message, ranks, link, algorithm) for algorithm in ("ring", "tree"))
-    return (
-        plan.accumulation * plan.micro_batch / images_per_second,
-        reduction,
-        exposed_seconds(reduction, hiding_seconds(plan, images_per_second), overlaps_reduction(plan)),
-        traffic.bytes / link.bytes_per_second + traffic.messages * link.latency_seconds,
+    return StepTime(
+        compute_seconds=plan.accumulation * plan.micro_batch / images_per_second,
+        all_reduce_seconds=reduction,
+        exposed_seconds=exposed_seconds(reduction, hiding_seconds(plan, images_per_second), overlaps_reduction(plan)),
+        batchnorm_seconds=traffic.bytes / link.bytes_per_second + traffic.messages * link.latency_seconds,
     )
 
 

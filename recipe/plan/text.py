@@ -25,9 +25,11 @@ def format_plan(plan: Plan, width: int | None = None) -> str:
 
 def plan_fields(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
     """What a run will do, as pairs of label and text; ``facts`` are the model's, if known."""
+    ranks, accumulation = counted(plan.world_size, "rank"), counted(plan.accumulation, "accumulation step")
+    smoothing = plan.config.recipe.loss.label_smoothing
     texts = {
         "model": _model(plan, facts),
-        "global batch": _global_batch(plan),
+        "global batch": f"{plan.global_batch:,} = {ranks} × {accumulation} × micro-batch of {plan.micro_batch}",
         "data": _data(plan),
         "images": _images(plan),
         "image size": _image_sizes(plan),
@@ -39,7 +41,7 @@ def plan_fields(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
         "rate at step": ", ".join(f"{step:,}:{NO_BREAK}{rate:.5g}" for step, rate in rates(plan)),
         "optimizer": _optimizer(plan),
         "weight decay": _weight_decay(plan, facts),
-        "loss": _loss(plan),
+        "loss": f"cross entropy, labels smoothed by {smoothing:g}" if smoothing else "",
         "weight average": _weight_average(plan),
         "local SGD": _local_sgd(plan),
         "checkpoints": _checkpoints(plan),
@@ -178,11 +180,6 @@ def _model(plan: Plan, facts: ModelFacts | None) -> str:
     return ", ".join(parts)
 
 
-def _global_batch(plan: Plan) -> str:
-    ranks, steps = counted(plan.world_size, "rank"), counted(plan.accumulation, "accumulation step")
-    return f"{plan.global_batch:,} = {ranks} × {steps} × micro-batch of {plan.micro_batch}"
-
-
 def _data(plan: Plan) -> str:
     data = plan.config.recipe.data
     where = f"{data.source} in {printable(data.path)}" if data.path else data.source
@@ -316,11 +313,6 @@ def _weight_decay(plan: Plan, facts: ModelFacts | None) -> str:
     undecayed = f"{facts.undecayed_parameters:,} " if facts else "the "
     others = "batch-norm parameters and biases" if facts and facts.batchnorm_layers else "other parameters"
     return f"{plan.weight_decay:.6g} on {decayed}convolution and linear weights; none on {undecayed}{others}"
-
-
-def _loss(plan: Plan) -> str:
-    smoothing = plan.config.recipe.loss.label_smoothing
-    return f"cross entropy, labels smoothed by {smoothing:g}" if smoothing else ""
 
 
 def _weight_average(plan: Plan) -> str:

@@ -51,18 +51,6 @@ def refused(raw: dict[str, Any]) -> ConfigError:
     return caught.value
 
 
-def test_defaults_are_the_papers() -> None:
-    config = parse_config(SMALL, "run.json")
-    assert config.train_micro_batch_size_per_gpu == config.gradient_accumulation_steps == "auto"
-    params = config.optimizer.params
-    assert (params.lr, params.momentum, params.nesterov, params.weight_decay) == ("auto", 0.9, True, "auto")
-    schedule = config.recipe.schedule
-    assert (schedule.reference_lr, schedule.reference_batch_size, schedule.scaling_rule) == (0.1, 256, "linear")
-    assert (schedule.warmup, schedule.warmup_epochs, config.scheduler.params.warmup_type) == ("gradual", 5, "linear")
-    assert (schedule.decay_epochs, schedule.decay_factor, config.gradient_clipping) == ((30, 60, 80), 0.1, 0)
-    assert (config.recipe.data.crop, config.recipe.data.flip, config.recipe.seed) == ("random_resized", True, 0)
-
-
 def test_config_is_frozen_and_keeps_the_json_as_written() -> None:
     raw = changed({"optimizer.params.lr": "auto"})
     config = parse_config(raw, "run.json")
@@ -86,16 +74,12 @@ def test_dump_is_a_config_without_deepspeeds_defaults() -> None:
     assert again.model_dump(mode="json", exclude_none=True) == dump
 
 
-def test_error_can_be_pickled() -> None:
-    error = ConfigError("run.json", "recipe.seed", -1, "too small", "write 0")
-    assert str(pickle.loads(pickle.dumps(error))) == "run.json: recipe.seed = -1: too small; write 0"
-
-
 def test_error_is_one_short_printable_line() -> None:
     error = refused(changed({"recipe.a\nb": "\x1b[31m" + "x" * 500}))
     assert "recipe.a\\u000ab = " in str(error)
     assert str(error).isprintable()
     assert "x" * 100 not in str(error)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 # --- the file

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from recipe.config.model_names import lacks_batchnorm
+from recipe.config import trains_no_batchnorm
 from recipe.model.batchnorm import BatchNorm
 from recipe.model.build import build_model, parameter_counts, parameter_groups
 
@@ -173,7 +173,8 @@ def test_what_cannot_classify_is_refused() -> None:
 def test_what_is_said_to_lack_batch_norm_has_none() -> None:
     """Of each of timm's files the model with the shortest name, which is a small one."""
     shortest: dict[str, str] = {}
-    for name in sorted(filter(lacks_batchnorm, timm.list_models()), key=len, reverse=True):
+    known = [name for name in timm.list_models() if trains_no_batchnorm(name, "none")]
+    for name in sorted(known, key=len, reverse=True):
         shortest[timm.model_entrypoint(name).__module__] = name
     assert len(shortest) > 30
     for name in shortest.values():
@@ -181,4 +182,4 @@ def test_what_is_said_to_lack_batch_norm_has_none() -> None:
             model = timm.create_model(name, pretrained=False)
         assert not [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)], name
     for name in ("resnet50", "vit_base_resnet26d_224", "coatnet_0_224", "xcit_tiny_24_p16_384", "vgg16_bn"):
-        assert not lacks_batchnorm(name)
+        assert not trains_no_batchnorm(name, "none")

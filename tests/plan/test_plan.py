@@ -47,6 +47,9 @@ def config(**changes: Any) -> Config:
     return parse_config(raw, "run.json")
 
 
+N32 = {"recipe__batchnorm__statistics": 32}
+
+
 def refusal(world_size: int = 1, **changes: Any) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
         make_plan(config(**changes), world_size)
@@ -125,7 +128,7 @@ def test_noise_scale_needs_two_batch_sizes() -> None:
     assert error.problem.startswith("one rank takes the whole batch of 256 as one micro")
     assert error.remedy.startswith("write a train_micro_batch_size_per_gpu below that and ")
     make_plan(config(**changes, train_micro_batch_size_per_gpu=128), 1)
-    make_plan(config(**changes, recipe__batchnorm__statistics=32), 2)
+    make_plan(config(**changes, **N32), 2)
 
 
 def test_fitting_micro_batches() -> None:
@@ -219,7 +222,6 @@ BATCH_AND_MICRO_BATCH = {"recipe__schedule__batch_size": [[30, 10_000]], "train_
 BATCH_AND_NOISE_SCALE = {"recipe__schedule__batch_size": [[30, 64]], "recipe__noise_scale__enabled": True}
 COSINE = {"recipe__schedule__decay": "cosine", "recipe__schedule__final_lr": 0.3}
 PAIRS = {"recipe__data__mixup": {"probability": 0.3}, "recipe__data__cutmix": {"probability": 0.25, "alpha": 0.5}}
-N32 = {"recipe__batchnorm__statistics": 32}
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,7 @@ N32 = {"recipe__batchnorm__statistics": 32}
         ),
         # impossible runs
         (1, {"train_batch_size": 1_300_000}, "train_batch_size", "at most 1281167"),
-        (1, {"train_batch_size": 10**9}, "train_batch_size", "at most 1281167"),  # at once: it has few divisors
+        (1, {"train_batch_size": 10**9}, "train_batch_size", "at most 1281167"),  # fails fast despite trying divisors
         (1, {"recipe__schedule__epochs": 4}, "recipe.schedule.warmup_epochs", "at most 4"),
         (
             2,
@@ -443,7 +445,7 @@ def test_noise_scale_and_local_sgd_are_refused_if_batch_norm_spans_ranks(
 
 
 def test_note_on_too_few_measurements_of_the_noise_scale() -> None:
-    local = {"recipe__noise_scale__enabled": True, "recipe__batchnorm__statistics": 32}
+    local = N32 | {"recipe__noise_scale__enabled": True}
     text = plan_notes(32, **local, recipe__noise_scale__every_steps=1500)  # of 14,040
     assert "noise scale: 10 measurements instead of about 20: it may be far off; with" in text
     assert "every_steps = 738 there are enough" in text
@@ -484,27 +486,26 @@ def test_mixup_and_cutmix() -> None:
 
 
 def test_lars_gets_no_notes_on_sgd() -> None:
-    lars = {"optimizer": {"type": "LARS"}, "recipe__batchnorm__statistics": 32, "train_batch_size": 16384}
+    lars = N32 | {"optimizer": {"type": "LARS"}, "train_batch_size": 16384}
     rules = {"recipe__schedule__warmup": "none", "recipe__schedule__scaling_rule": "none"}
     assert "the scaling rules are for SGD, and LARS needs" in plan_notes(**lars)
     assert plan_notes(**lars, **rules, optimizer__params__lr=16) == ""
 
 
 def test_notes() -> None:
-    n32 = {"recipe__batchnorm__statistics": 32}
-    assert plan_notes(**n32) == ""
+    assert plan_notes(**N32) == ""
     for start in ({"recipe__model__name": "resnet50.a1_in1k"}, {"recipe__model__weights": "hf-hub:own/photos"}):
         (value,) = start.values()
-        assert f"mean and std are the usual ones; if {value} was trained with others" in plan_notes(**n32, **start)
-        assert plan_notes(**n32, **start, recipe__data__mean=[0.5] * 3) == ""
-    assert plan_notes(**n32, recipe__model__weights="local-dir:photos") == ""
+        assert f"mean and std are the usual ones; if {value} was trained with others" in plan_notes(**N32, **start)
+        assert plan_notes(**N32, **start, recipe__data__mean=[0.5] * 3) == ""
+    assert plan_notes(**N32, recipe__model__weights="local-dir:photos") == ""
     assert plan_notes(train_batch_size=256, recipe__max_micro_batch_size=32) == ""
     assert "come from only 4 images" in plan_notes(train_batch_size=256, recipe__max_micro_batch_size=4)
     assert "come from 8,192 images; the paper used 32" in plan_notes(world_size=32)
     assert "24.79 % at 16k" in plan_notes(train_batch_size=16384)
     assert "the literature uses LARS, a polynomial decay and label smoothing" in plan_notes(train_batch_size=8193)
     assert '"auto" makes depend on the GPU' in plan_notes(recipe__max_micro_batch_size="auto")
-    assert "depends on the micro-batch" not in plan_notes(recipe__max_micro_batch_size="auto", **n32)
+    assert "depends on the micro-batch" not in plan_notes(recipe__max_micro_batch_size="auto", **N32)
     assert "bf16" in plan_notes(bf16={"enabled": True}, recipe__max_micro_batch_size=64)
     assert "activations take less memory" in plan_notes(recipe__model__gradient_checkpointing=True)
 
@@ -536,8 +537,8 @@ def test_model_without_batch_norm_gets_no_notes_on_it() -> None:
 )
 def test_notes_on_what_the_paper_found_worse(schedule: dict, note: str) -> None:
     rules = {f"recipe__schedule__{key}": value for key, value in schedule.items()}
-    assert note in plan_notes(recipe__batchnorm__statistics=32, **rules)
-    assert plan_notes(train_batch_size=256, recipe__batchnorm__statistics=32, **rules) == ""
+    assert note in plan_notes(**N32, **rules)
+    assert plan_notes(train_batch_size=256, **N32, **rules) == ""
 
 
 @pytest.mark.parametrize(
@@ -545,25 +546,20 @@ def test_notes_on_what_the_paper_found_worse(schedule: dict, note: str) -> None:
     [
         # 1,281,167 images are 78 steps of 16,384 per epoch; five epochs are 390.
         ({}, "train_batch_size=16384 with another --output: peak rate 6.4, warmup of 390 steps"),
-        ({"scaling_rule": "none"}, "train_batch_size=16384 with another --output: peak rate 0.1, no warmup"),
+        ({"schedule__scaling_rule": "none"}, "train_batch_size=16384 with another --output: peak rate 0.1, no warmup"),
         # A batch of 16,384 would leave one step per epoch; a batch of 4,096 leaves 4.
-        ({"train_images": 20_000}, "train_batch_size=4096 with another --output: peak rate 1.6, warmup of 20 steps"),
+        ({"data__train_images": 20_000}, "train_batch_size=4096 with another --output: peak rate 1.6, warmup of 20"),
+        # With 32 images on 32 ranks, a batch of 64 is too large, and one of 16 cannot be split.
+        ({"data__train_images": 32}, None),
     ],
 )
-def test_summary_suggests_the_next_batch_with_its_plan(tmp_path: Path, changes: dict, advice: str) -> None:
-    section = {key: "data" if key == "train_images" else "schedule" for key in changes}
-    plan = make_plan(config(**{f"recipe__{section[key]}__{key}": value for key, value in changes.items()}), 32)
+def test_summary_suggests_the_next_batch_with_its_plan(tmp_path: Path, changes: dict, advice: str | None) -> None:
+    batch = 8192 if advice else 32
+    changes = {f"recipe__{key}": value for key, value in changes.items()}
     summary = read_summary(write_run(tmp_path, summary={}))
     assert summary is not None
-    assert format_summary(summary, tmp_path, plan).splitlines()[-1] == f"  next            --set {advice}"
-
-
-def test_summary_suggests_no_batch_if_none_is_possible(tmp_path: Path) -> None:
-    """With two images on two ranks, a batch of 4 is too large, and one of 1 cannot be split."""
-    plan = make_plan(config(train_batch_size=2, recipe__data__train_images=2), 2)
-    summary = read_summary(write_run(tmp_path, summary={}))
-    assert summary is not None
-    assert "  next" not in format_summary(summary, tmp_path, plan)
+    text = format_summary(summary, tmp_path, make_plan(config(train_batch_size=batch, **changes), 32))
+    assert (f"  next            --set {advice}" in text) if advice else "  next" not in text
 
 
 def run_command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -623,7 +619,7 @@ def test_batch_schedule() -> None:
 
 def test_local_sgd() -> None:
     """156 steps per epoch: from epoch 30 on weights are averaged 8, 16, … 152 and 156 steps into each epoch."""
-    local = {"recipe__local_sgd": {"steps": 8, "after_epoch": 30}, "recipe__batchnorm__statistics": 32}
+    local = N32 | {"recipe__local_sgd": {"steps": 8, "after_epoch": 30}}
     plan = make_plan(config(**local, recipe__checkpoint__every_steps=10), 32)
     assert [step for step in range(4670, 4710) if not plan.is_local(step)] == list(range(4670, 4680))
     assert [step for step in range(4676, 4705) if plan.equal_after(step)] == [*range(4676, 4681), 4688, 4696, 4704]
