@@ -359,7 +359,7 @@ class NoiseScale(Section):
 
 class Distributed(Section):
     timeout_seconds: Annotated[float, Field(ge=5, le=86_400)] = 120
-    """seconds that a rank waits for the others, a number from 5 to 86400; 120, because a cluster stands still for that
+    """seconds that a rank waits for the others, a number from 5 to 86400; 120, because a cluster is idle for that
     long when a host is cut off. A rank without data ends the run after three quarters of it"""
 
 

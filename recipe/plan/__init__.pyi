@@ -45,9 +45,7 @@ from .plan import (
     with_micro_batch as with_micro_batch,
 )
 from .scaling import (
-    Phase as Phase,
     RateSchedule as RateSchedule,
-    Timeline as Timeline,
     scaled_rate as scaled_rate,
 )
 from .text import (

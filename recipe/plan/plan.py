@@ -158,7 +158,7 @@ def make_plan(
     if max(config.batches) > train_images:
         raise config.source.refusal(
             "train_batch_size" if config.train_batch_size > train_images else "recipe.schedule.batch_size",
-            f"the training set has only {train_images:,} images",
+            f"the training set has {train_images:,} images",
             f"write at most {train_images}",
         )
     timeline = Timeline.of(config.batch_changes, train_images, recipe.schedule.epochs)
@@ -364,7 +364,7 @@ def _data_set_sizes(config: Config, contents: Contents | None) -> tuple[int, int
     """The numbers of training and validation images, checked against the data if they are known.
 
     Raises:
-        ConfigError: the data has other numbers or classes than the config says, or nobody knows the numbers.
+        ConfigError: the data has other numbers or classes than the config says, or the numbers are unknown.
     """
     data = config.recipe.data
     written = {
