@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         config = read_config(arguments.deepspeed_config, overrides(arguments))
         check_machine(config)
         # The first rank of a host looks while the others import, and what it keeps of a large folder serves them.
-        looks = placement.local_rank == 0 or config.recipe.data.is_to_be_counted
+        looks = placement.local_rank == 0 or config.recipe.data.needs_counting
         plan = make_plan(config, world_size, cores, look if looks else None)
         if rank == 0 and not plan.assumes_micro_batch:
             print(format_plan(plan), flush=True)

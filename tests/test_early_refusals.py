@@ -1,4 +1,4 @@
-"""What is refused before torch is imported: real launches, in which an import of torch or DeepSpeed would fail."""
+"""Refusals before torch is imported: real launches in which importing torch or DeepSpeed would fail."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ TWO_CLASSES = ("--set=recipe.model.num_classes=2", "--set=train_batch_size=4")
 
 
 def fill(folder: Path, files: dict[str, int]) -> None:
-    """Make so many empty files ``train/cat/0.jpg`` … for a name ``train/cat/.jpg``."""
+    """Create empty files: 3 files ``train/cat/0.jpg`` … for ``{"train/cat/.jpg": 3}``."""
     for name, count in files.items():
         parent, _, extension = name.rpartition("/")
         (folder / parent).mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def without_torch(tmp_path: Path, *words: str, **variables: str) -> subprocess.C
     )
 
 
-def test_the_folder_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+def test_folder_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     fill(folder, GOOD | {"train/cat/.gif": 1, "val/dog/.GIF": 1, "train/dog/.heic": 1})
     junk, level = tmp_path / "junk", tmp_path / "level"
@@ -68,7 +68,7 @@ def test_the_folder_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
         "--set=wandb.enabled=true": "wandb.enabled = true: the package wandb is not installed; pip install wandb",
     }
     output = tmp_path / "runs/refused"
-    # The first of two ranks finds it as well as one that is alone.
+    # Every other case runs as the first of two ranks.
     places = itertools.cycle(({}, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}))
     for (words, message), place in zip(cases.items(), places, strict=False):
         run = ("recipe/train.py", "--deepspeed_config", DIGITS, "--output", str(output), *TWO_CLASSES, words)
@@ -90,12 +90,12 @@ def test_fp16_without_a_gpu_is_refused_before_torch_is_imported(tmp_path: Path) 
     on_gpu = data(tmp_path).replace('"image_size"', '"decoder": "gpu", "image_size"')
     done = without_torch(tmp_path, *run, *TWO_CLASSES, on_gpu, CUDA_VISIBLE_DEVICES="")
     assert 'recipe.data.decoder = "gpu": there is no CUDA GPU; write "cpu", or "dali"' in done.stderr
-    # Where a GPU may be there, torch is asked.
+    # Only torch knows whether another accelerator supports fp16.
     elsewhere = without_torch(tmp_path, *run, "--set=fp16.enabled=true", DS_ACCELERATOR="xpu")
     assert "it was imported" in elsewhere.stderr
 
 
-def test_a_plan_counts_what_auto_leaves_open_and_looks_where_it_is_told(tmp_path: Path) -> None:
+def test_plan_counts_images_in_the_given_folder(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     fill(folder, GOOD | {"val/dog/.avif": 1200})
     (folder / "train/cat/README").touch()

@@ -309,7 +309,7 @@ def test_refusals_by_the_launcher(tmp_path: Path, argument: str, message: str) -
     ("arguments", "message"),
     [
         (["--set=train_btach_size=8"], "did you mean"),
-        (["--set=recipe.model.num_classes=11"], "the data has 10 classes; write 10"),
+        (["--set=recipe.model.num_classes=11"], "the data has 10; write recipe.model.num_classes 10"),
         (["--set=recipe.model.name=test_resnt"], 'did you mean "test_resnet"'),
         ([*FOLDER_RUN], "recipe.data.path"),
         (["--set=wandb.enabled=true"], "pip install wandb"),

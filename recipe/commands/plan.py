@@ -1,4 +1,4 @@
-"""``python -m recipe plan``: what a config will do on a number of ranks, without a GPU and without importing torch."""
+"""``python -m recipe plan`` prints what a config will do on a number of ranks, without a GPU and without torch."""
 
 import argparse
 import json
@@ -15,9 +15,9 @@ from recipe.reporting import Parser, within
 from recipe.train import overrides
 
 MEASURED_SPEED = {("resnet50", False): 5653.0, ("resnet50", True): 6490.0}
-"""Images/s by model and ``recipe.compile``, in fp16 at 224 pixels: benchmarks/results/gpu_throughput_h200.md."""
+"""images per second by model and ``recipe.compile``, in fp16 at 224 px: benchmarks/results/gpu_throughput_h200.md"""
 
-# Assumptions, not measured here: a common network, and an H100's memory.
+# Assumed, not measured: a common network, and the memory of an H100.
 ASSUMED_GBIT_PER_SECOND = 100.0
 LATENCY_SECONDS = 20e-6
 GPU_MEMORY_GIB = 80.0
@@ -25,20 +25,20 @@ GPU_MEMORY_GIB = 80.0
 
 @refusing
 def main(argv: Sequence[str]) -> int:
-    """Print the plan; return 0, or 2 where the run would be refused."""
+    """Print the plan; return 0, or 2 if the run would be refused."""
     arguments = parse_arguments(argv)
     world_size = arguments.world_size or 1
     if arguments.hostfile:
         world_size = count_slots(read_hostfile(arguments.hostfile))
     configs = [read_config(config, overrides(arguments)) for config in arguments.config]
-    # The folder that a config names may exist only on the machines that will train.
-    looks = None if arguments.data is None else look
-    answers = [answer(make_plan(config, world_size, look=looks), arguments) for config in configs]
+    # The folder that a config names can exist only on the machines that will train.
+    counts = None if arguments.data is None else look
+    answers = [answer(make_plan(config, world_size, look=counts), arguments) for config in configs]
     if arguments.json:
         found = [as_json(one) for one in answers]
         print(json.dumps(found[0] if len(found) == 1 else found, indent=2, ensure_ascii=False))
     else:
-        hint = "for one rank; --hostfile or --world-size plan for more"
+        hint = "this is for one rank; for more, give --hostfile or --world-size"
         print(format_answers(answers, [] if arguments.hostfile or arguments.world_size else [hint]), end="")
     for picture in draw_rates([one.plan for one in answers], arguments.plot) if arguments.plot else ():
         say(f"wrote {picture}")
@@ -46,11 +46,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; end the program where it is wrong."""
+    """Parse the command line; exit if it is invalid."""
     parser = Parser(
-        prog="python -m recipe plan", description="Print what a config will do, or two of them side by side."
+        prog="python -m recipe plan", description="Print what a config will do, or compare two side by side."
     )
-    parser.add_argument("config", nargs="+", help="a JSON of ds_configs/, or two")
+    parser.add_argument("config", nargs="+", help="one or two JSON files, such as those in ds_configs/")
     ranks = parser.add_mutually_exclusive_group()
     ranks.add_argument("--hostfile", help="plan for all slots of this DeepSpeed hostfile")
     ranks.add_argument("--world-size", type=within(1, 1_000_000), metavar="N", help="plan for N ranks (default: 1)")
@@ -63,24 +63,20 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--images-per-second",
         type=positive,
         metavar="N",
-        help=f"of one GPU alone (default: {MEASURED_SPEED['resnet50', False]:,.0f} for resnet50, measured on one H200)",
+        help=f"of a single GPU (default: {MEASURED_SPEED['resnet50', False]:,.0f} for resnet50, measured on one H200)",
     )
     parser.add_argument(
         "--bandwidth",
         type=positive,
         metavar="GBIT",
-        help=f"Gbit/s that each GPU can send while it receives as much (default: {ASSUMED_GBIT_PER_SECOND:g})",
+        help=f"Gbit/s per GPU in each direction (default: {ASSUMED_GBIT_PER_SECOND:g})",
     )
     parser.add_argument(
         "--gpu-memory", type=positive, default=GPU_MEMORY_GIB, metavar="GIB", help="of one GPU (default: %(default)g)"
     )
-    parser.add_argument(
-        "--inspect",
-        action="store_true",
-        help="build the model and count: imports torch, takes longer",
-    )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rate over epochs, as PNG and SVG")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--inspect", action="store_true", help="build the model and count: slower, as it imports torch")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rate over the epochs, as PNG and SVG")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
     arguments = parser.parse_args(argv)
     if len(arguments.config) > 2:
         parser.error(f"expected one config or two, got {len(arguments.config)}")
@@ -88,7 +84,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def answer(plan: Plan, arguments: argparse.Namespace) -> Answer:
-    """The plan with what is known of its model, and what the command line says of speed and network or is assumed.
+    """The plan with the model's facts, and with speed and network as given on the command line, measured or assumed.
 
     Raises:
         ValueError: the model cannot be inspected.
@@ -103,7 +99,7 @@ def answer(plan: Plan, arguments: argparse.Namespace) -> Answer:
     latency = f"{LATENCY_SECONDS * 1e6:g} µs per message (assumed)"
     return Answer(
         plan,
-        _facts(plan, arguments.inspect),
+        _inspected_facts(plan) if arguments.inspect else shipped_facts(plan),
         images_per_second=speed,
         speed_source="" if speed is None else f"{speed:,.6g} images/s per GPU ({kind})",
         link=Link(bandwidth * 1e9 / 8, LATENCY_SECONDS),
@@ -112,12 +108,10 @@ def answer(plan: Plan, arguments: argparse.Namespace) -> Answer:
     )
 
 
-def _facts(plan: Plan, inspects: bool) -> ModelFacts | None:
-    if not inspects:
-        return shipped_facts(plan)
-    model = plan.config.recipe.model
+def _inspected_facts(plan: Plan) -> ModelFacts:
     from recipe.commands.inspect_model import inspect_model  # imports torch
 
+    model = plan.config.recipe.model
     try:
         return inspect_model(model.architecture, model.num_classes, plan.largest_image_size, model.freeze)
     except ValueError as error:

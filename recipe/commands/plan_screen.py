@@ -1,4 +1,4 @@
-"""The output of the plan command: one screen, two configs side by side, JSON, a picture of the rate."""
+"""The output of the plan command: one plan, two side by side, JSON, or a picture of the learning rate."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -33,8 +33,8 @@ from recipe.plan import (
     plan_fields,
     rates,
     reduced_bytes,
+    reduction_precision,
     speed,
-    travelling_precision,
 )
 from recipe.reporting import table
 
@@ -44,14 +44,14 @@ PICTURE_POINTS = 4000
 
 @dataclass(frozen=True)
 class Answer:
-    """A plan with the assumptions from which its cost is computed, and where each of them comes from."""
+    """A plan with the assumptions behind its cost estimate and their sources."""
 
     plan: Plan
     facts: ModelFacts | None
     """None if the model is unknown"""
 
     images_per_second: float | None
-    """of one GPU that computes alone; None if unknown"""
+    """of a single GPU; None if unknown"""
 
     speed_source: str
     link: Link
@@ -60,7 +60,7 @@ class Answer:
 
 
 def format_answers(answers: Sequence[Answer], hints: Sequence[str] = (), width: int | None = None) -> str:
-    """One plan as a block; two, A and B, in columns, with ≠ before the rows that differ. Notes stand below."""
+    """One plan as a list of fields; two, A and B, in columns with ≠ before rows that differ. Notes come last."""
     screens = [[*plan_fields(one.plan, one.facts), *_cost(one)] for one in answers]
     said = [notes(one.plan, one.facts) for one in answers]
     if len(answers) == 1:
@@ -76,9 +76,9 @@ def format_answers(answers: Sequence[Answer], hints: Sequence[str] = (), width: 
 
 
 def _cost(answer: Answer) -> list[tuple[str, str]]:
-    """What the run will cost, label and text."""
+    """The estimated cost of the run, as pairs of label and text."""
     if answer.facts is None:
-        return [("cost", "not known for this model; --inspect has timm build it without allocating memory, and counts")]
+        return [("cost", "not known for this model; --inspect builds it, without allocating memory, and counts")]
     plan, facts = answer.plan, answer.facts
     return [
         ("batch norm", _batchnorm(plan, facts)),
@@ -94,7 +94,7 @@ def _batchnorm(plan: Plan, facts: ModelFacts) -> str:
         return "none in this model" if plan.config.recipe.model.freeze == "none" else "none is trained"
     over = f"{counted(facts.batchnorm_layers, 'layer')} over {traffic.images:,} images "
     if traffic.ranks == 1:
-        whose = "of a rank's own micro-batch"
+        whose = "of each rank's own micro-batch"
         if not traffic.collectives:
             return f"{over}{whose}, nothing is sent"
         whose += ", running averages over all ranks"
@@ -111,12 +111,12 @@ def _memory(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> str:
     parts = memory(plan, facts)
     summed = " + ".join(f"{_size(size)} {name.replace('_', ' ')}" for name, size in asdict(parts).items() if size)
     activations = f"{plan.micro_batch} × {_size(activation_bytes(plan, facts))}"
-    text = f"{_size(parts.total)} = {summed}; activations are {activations}, {_size(CONTEXT_BYTES)} is assumed"
+    text = f"{_size(parts.total)} = {summed}; activations: {activations}, workspace: {_size(CONTEXT_BYTES)} assumed"
     largest = largest_micro_batch(plan, facts, gpu_bytes)
     if largest is None:
         where = f"no micro-batch would fit {_size(gpu_bytes)}"
     elif parts.total > gpu_bytes:
-        where = f"which is more than {_size(gpu_bytes)}: up to {largest:,} images would fit"
+        where = f"more than {_size(gpu_bytes)}, in which micro-batches of up to {largest:,} would fit"
     else:
         where = f"micro-batches of up to {largest:,} would fit {_size(gpu_bytes)}"
     return f"{text}; {where}"
@@ -124,41 +124,41 @@ def _memory(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> str:
 
 def _all_reduce(plan: Plan, facts: ModelFacts, images_per_second: float | None) -> str:
     if plan.world_size == 1:
-        return "none, for one rank"
+        return "none on a single rank"
     sent = all_reduce_bytes(reduced_bytes(plan, facts), plan.world_size)
-    gradients = f"{_size(gradient_bytes(plan, facts))} of {travelling_precision(plan)} gradients"
+    gradients = f"{_size(gradient_bytes(plan, facts))} of {reduction_precision(plan)} gradients"
     text = f"{gradients}, {_size(sent)} sent per rank and step"
     if images_per_second is not None and overlaps_reduction(plan):
         gbit = hidden_bandwidth(plan, facts, images_per_second) * 8 / 1e9
-        text += f"; at {gbit:.3g}{NO_BREAK}Gbit/s per rank the backward pass hides it"
+        text += f"; from {gbit:.3g}{NO_BREAK}Gbit/s per rank on, the backward pass hides it"
     if local := local_bytes(plan, facts):
-        alone = _size(all_reduce_bytes(local, plan.world_size))
+        sent = all_reduce_bytes(local, plan.world_size)
         instead = "; with local SGD" if plan.config.recipe.local_sgd.after_epoch else "; but with local SGD instead"
-        text += f"{instead} {alone} of weights per rank and step, which speed and time, if shown, leave out"
+        text += f"{instead} {_size(sent)} of weights per rank and step, which the estimated speed and time leave out"
     return text
 
 
 def _speed(plan: Plan, facts: ModelFacts, assumed: Answer) -> list[tuple[str, str]]:
     if assumed.images_per_second is None:
-        return [("speed", "not known for this model, size and precision: give --images-per-second of one GPU")]
+        return [("speed", "not known for this model, size and precision: give one GPU's --images-per-second")]
     found = speed(plan, facts, assumed.images_per_second, assumed.link)
     network = f" and {assumed.link_source}" if plan.world_size > 1 else ""
-    step = f"{_seconds(found.step_seconds)} per step = {_seconds(found.compute_seconds)} to compute"
+    step = f"{_seconds(found.step_seconds)} per step = {_seconds(found.compute_seconds)} computation"
     if plan.world_size > 1:
         hidden = found.all_reduce_seconds - found.exposed_seconds
-        step += f" + {_seconds(found.exposed_seconds)} all-reduce (and {_seconds(hidden)} hidden by the backward pass)"
+        step += f" + {_seconds(found.exposed_seconds)} all-reduce (plus {_seconds(hidden)} hidden by the backward pass)"
     if batchnorm_traffic(plan, facts).collectives:
         step += f" + {_seconds(found.batchnorm_seconds)} batch norm"
     return [
         (
             "speed",
-            f"{step}: {found.images_per_second:,.0f} images/s, efficiency {found.efficiency:.0%}; for "
-            f"{assumed.speed_source}{network}, with data always ready",
+            f"{step}: {found.images_per_second:,.0f} images/s, efficiency {found.efficiency:.0%}; assuming "
+            f"{assumed.speed_source}{network} and data that is always ready",
         ),
         (
             "time to train",
-            f"{_hours(found.training_seconds)} and {_hours(found.validation_seconds)} of validation (hours:minutes:"
-            "seconds; a forward pass is assumed to take a third of a step)",
+            f"{_hours(found.training_seconds)} plus {_hours(found.validation_seconds)} of validation (hours:minutes:"
+            "seconds; assuming that a forward pass takes a third of a step)",
         ),
         *_loading(plan, assumed.images_per_second),
     ]
@@ -169,26 +169,25 @@ def _loading(plan: Plan, images_per_second: float) -> list[tuple[str, str]]:
     if cores is None:
         return []
     planned, raw = cores
-    text = f"{planned:.1f} cores for each GPU's {images_per_second:,.0f} images/s (measured on a busy Xeon)"
+    text = f"{planned:.1f} cores per GPU for {images_per_second:,.0f} images/s (measured on a busy Xeon)"
     if not plan.assumes_workers and plan.workers < planned:
         text += f": {counted(plan.workers, 'loader process', 'es')} per rank may be too few"
     if not plan.config.recipe.data.pack_raw:
-        text += (
-            f"; {raw:.1f} from a pack of raw pixels, python -m recipe pack SRC DST --short-side {RAW_SHORT_SIDE} --raw"
-        )
+        pack = f"python -m recipe pack SRC DST --short-side {RAW_SHORT_SIDE} --raw"
+        text += f"; {raw:.1f} from a pack of raw pixels, {pack}"
     return [("loading", text)]
 
 
 def as_json(answer: Answer) -> dict[str, Any]:
-    """The answer for programs: sizes in bytes, times in seconds, rates as pairs of step and rate."""
+    """The answer as JSON: sizes in bytes, times in seconds, rates as pairs of step and rate."""
     plan, facts = answer.plan, answer.facts
     numbers = (
-        *("world_size", "global_batch", "micro_batch", "accumulation", "train_images", "validation_images"),
-        *("left_over_images", "total_steps", "weight_decay"),
+        "world_size global_batch micro_batch accumulation train_images validation_images left_over_images total_steps "
+        "weight_decay"
     )
     found: dict[str, Any] = {
         "file": plan.config.source.file,
-        **{name: getattr(plan, name) for name in numbers},
+        **{name: getattr(plan, name) for name in numbers.split()},
         "steps_per_epoch": plan.timeline.phases[0].steps_per_epoch,
         "phases": [asdict(phase) for phase in plan.timeline.phases],
         "peak_rate": plan.schedule.peak_rate,
@@ -218,13 +217,13 @@ def as_json(answer: Answer) -> dict[str, Any]:
 
 
 def draw_rates(plans: Sequence[Plan], path: Path) -> list[Path]:
-    """The rate over the epochs, as PNG and SVG; return the files.
+    """Draw the learning rate over the epochs, as PNG and SVG; return the files.
 
     Raises:
         OSError: they cannot be written.
     """
     figure, axes = new_figure()
-    for plan, width in zip(plans, (3.0, 1.5), strict=False):  # of two that coincide, both show
+    for plan, width in zip(plans, (3.0, 1.5), strict=False):  # so that both show if they coincide
         steps = sorted({plan.total_steps * point // PICTURE_POINTS for point in range(PICTURE_POINTS + 1)})
         rates = [plan.schedule.rate(min(step, plan.total_steps - 1)) for step in steps]
         axes.plot([plan.timeline.epochs_done(step) for step in steps], rates, drawstyle="steps-post", linewidth=width)

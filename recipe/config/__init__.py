@@ -1,7 +1,6 @@
-"""Reads one JSON file strictly into a frozen, typed configuration.
+"""Reads one JSON file strictly into a frozen, typed config; every refusal names file, key, value and remedy.
 
-Every refusal names file, key, value and remedy. The reader (JSON without surprises, text that is safe to print, the
-error that all refusals are) serves every room that reads what a person wrote. May import pydantic, and no room.
+Other rooms use its strict JSON reader, too, for every file that a person wrote. Imports pydantic, and no other room.
 """
 
 import lazy_loader

@@ -1,4 +1,3 @@
-from . import deepspeed_sections as deepspeed_sections
 from .contents import Contents as Contents
 from .deepspeed_sections import (
     Count as Count,

@@ -1,6 +1,6 @@
-"""Reads JSON strictly: what a person got wrong in a file is said in one line, never passed over.
+"""Reads JSON strictly: every mistake in a file is refused in one line.
 
-Python's json lets a repeated key pass; DeepSpeed reads Hjson, with comments and trailing commas.
+Python's json accepts repeated keys; DeepSpeed reads Hjson, with comments and trailing commas.
 """
 
 import difflib
@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 Key = tuple[str | int, ...]
-ABSENT: Any = ...  # stands for the value of a key that is not written; JSON has no such value
+ABSENT: Any = ...  # the value of a key that is not written; JSON has no such value
 
 
 def printable(text: str) -> str:
-    """Texts that come from outside, on one line and without terminal escapes."""
+    """Untrusted text on one line and without terminal escapes."""
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
 class ConfigError(ValueError):
-    """A refused input. ``str()`` is one line; the parts are attributes."""
+    """A refused input. ``str()`` is one line; its parts are attributes."""
 
     def __init__(self, file: str, key: str, value: Any, problem: str, remedy: str) -> None:
-        """``key`` is dotted, or "" where the whole file is meant; ``value`` may be ``ABSENT``."""
+        """``key`` is dotted, or "" for the whole file; ``value`` can be ``ABSENT``."""
         super().__init__(file, key, value, problem, remedy)
         self.file, self.key, self.value, self.problem, self.remedy = file, key, value, problem, remedy
 
@@ -39,7 +39,7 @@ class ConfigError(ValueError):
 
 
 def read_text(path: Path, siblings: str) -> str:
-    """The text of a UTF-8 file that is not empty; ``siblings`` matches the files that may have been meant."""
+    """The text of a non-empty UTF-8 file. If there is none, the error suggests files that match ``siblings``."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -57,7 +57,7 @@ def read_text(path: Path, siblings: str) -> str:
 
 
 def _nearby(path: Path, siblings: str) -> str:
-    folder = path if os.path.isdir(path) else path.parent  # Path.is_dir() raises where a name is too long
+    folder = path if os.path.isdir(path) else path.parent  # Path.is_dir() raises if a name is too long
     if not os.path.isdir(folder):
         return f"{folder} is not a folder"
     names = sorted(file.name for file in folder.glob(siblings))
@@ -73,9 +73,9 @@ def parse_json(text: str, file: str) -> dict[str, Any]:
         before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
         remedy = "write plain JSON"
         if after.startswith(("//", "/*", "#")):
-            remedy = "remove the comment: JSON has none (DeepSpeed would let it pass, as Hjson)"
+            remedy = "remove the comment: JSON has none (DeepSpeed would accept it, as Hjson)"
         elif before.endswith(",") and after.startswith(("}", "]")):
-            remedy = "remove the comma before it (DeepSpeed would let it pass, as Hjson)"
+            remedy = "remove the comma before it (DeepSpeed would accept it, as Hjson)"
         problem = f"line {error.lineno}, column {error.colno}: {error.msg}"
         raise ConfigError(file, "", ABSENT, problem, remedy) from None
     except ConfigError:
@@ -84,7 +84,7 @@ def parse_json(text: str, file: str) -> dict[str, Any]:
         problem = f"Python cannot read it: {str(error).partition(';')[0]}"
         raise ConfigError(file, "", ABSENT, problem, "write plain JSON") from None
     if not isinstance(raw, dict):
-        raise ConfigError(file, "", raw, "not an object", "write the keys and values between { and }")
+        raise ConfigError(file, "", raw, "not an object", "write keys and values between { and }")
     return raw
 
 
@@ -117,7 +117,7 @@ def apply_override(raw: dict[str, Any], override: str, file: str) -> None:
             problem = f"not an object, so it has no {'.'.join([*path[depth:], last])}"
             raise ConfigError(file, ".".join(path[:depth]), section, problem, "set the key itself")
     if value is None and last in section:
-        del section[last]  # null stands for the default: so another optimizer or decay gets rid of the file's own keys
+        del section[last]  # null means the default, so that another optimizer or decay can drop the file's own keys
     else:
         section[last] = value
 

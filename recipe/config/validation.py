@@ -1,4 +1,4 @@
-"""Typed sections of a JSON file, and what is wrong with one in words: file, key, value, and what would be right."""
+"""Validates a JSON file as typed sections; errors name file, key, value, problem and remedy."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -14,51 +14,54 @@ S = TypeVar("S", bound=Section)
 
 
 def validate(root: type[S], raw: dict[str, Any], file: str, whole: str) -> S:
-    """The typed view of what a file holds.
+    """The typed view of a file's JSON.
 
     Raises:
-        ConfigError: the first thing that is wrong with it, and every other key that is unknown or missing; where
-            that is all of it, ``whole`` is what to do.
+        ConfigError: the first problem, and every other key that is unknown or missing. ``whole`` is the remedy if the
+            problem is the file as a whole.
     """
     try:
         return root.model_validate(raw)
     except ValidationError as error:
-        errors = error.errors(include_url=False)
-        first = _refusal(root, errors, raw, file, whole)
-        remedy = first.remedy + _others(errors, first.key)
-        raise ConfigError(file, first.key, first.value, first.problem, remedy) from None
-
-
-def _others(errors: list[ErrorDetails], first: str) -> str:
-    """The keys beside the first that are unknown or missing: whoever writes a file wants to know all of them."""
-    named = {"extra_forbidden": "unknown", "missing": "missing"}
-    keys = [(dotted_key(error["loc"]), named[error["type"]]) for error in errors if error["type"] in named]
-    others = [f"{key} ({what})" for key, what in keys if key != first]
-    return f"; also {', '.join(others)}" if others else ""
+        raise _refusal(root, error.errors(include_url=False), raw, file, whole) from None
 
 
 def _refusal(
     root: type[Section], errors: list[ErrorDetails], raw: dict[str, Any], file: str, whole: str
 ) -> ConfigError:
-    """The first of pydantic's errors, in words; unknown keys come first: a typo explains a missing key."""
+    """The first of pydantic's errors in words. Unknown keys come first, because a typo explains a missing key."""
+    kinds = {"extra_forbidden": "unknown", "missing": "missing"}
     first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
     key, value = _locate(first["loc"], raw)
-    if first["type"] == "extra_forbidden":
-        return ConfigError(file, dotted_key(key), value, *_unknown(root, _section(root, key[:-1]), str(key[-1])))
     if first["type"] == "missing":
         key, value = (*_locate(first["loc"][:-1], raw)[0], first["loc"][-1]), ABSENT
-    branches = [error for error in errors if _locate(error["loc"], raw)[0] == key] or [first]
-    problem = "missing" if value is ABSENT else _problem(branches)
-    if not key:
-        return ConfigError(file, "", ABSENT, problem, whole)
-    *path, name = key[: max(i for i, part in enumerate(key, start=1) if isinstance(part, str))]
-    field = _section(root, path).model_fields[str(name)]
-    first_sentence = " ".join((field.description or problem.removeprefix("not ")).split()).partition(". ")[0]
-    return ConfigError(file, dotted_key(key), value, problem, f"expected {first_sentence}")
+    if first["type"] == "extra_forbidden":
+        problem, remedy = _unknown(root, _section(root, key[:-1]), str(key[-1]))
+    elif not key:
+        value, problem, remedy = ABSENT, _problem(errors), whole
+    else:
+        branches = [error for error in errors if _locate(error["loc"], raw)[0] == key] or [first]
+        problem = "missing" if value is ABSENT else _problem(branches)
+        *path, name = key[: max(i for i, part in enumerate(key, start=1) if isinstance(part, str))]
+        field = _section(root, path).model_fields[str(name)]
+        expected = field.description or _expected_keys(field.annotation) or problem.removeprefix("not ")
+        remedy = f"expected {' '.join(expected.split()).partition('. ')[0]}"
+    # A user can then fix all unknown and missing keys at once.
+    named = [(dotted_key(error["loc"]), kinds[error["type"]]) for error in errors if error["type"] in kinds]
+    others = ", ".join(f"{other} ({kind})" for other, kind in named if other != dotted_key(key))
+    return ConfigError(file, dotted_key(key), value, problem, f"{remedy}; also {others}" if others else remedy)
+
+
+def _expected_keys(section: Any) -> str:
+    """The required keys of a section, or all of its keys if none is required; "" for anything but a section."""
+    if not (isinstance(section, type) and issubclass(section, Section)):
+        return ""
+    required = [name for name, field in section.model_fields.items() if field.is_required()]
+    return f"an object with {', '.join(required or section.model_fields)}"
 
 
 def _locate(loc: Key, raw: Any) -> tuple[Key, Any]:
-    """The key and value that pydantic means; what the file does not hold is the name of a union's branch."""
+    """The key and value at pydantic's location, without the names of union branches, which the file does not hold."""
     key: Key = ()
     for part in loc:
         try:
@@ -70,15 +73,10 @@ def _locate(loc: Key, raw: Any) -> tuple[Key, Any]:
 
 
 def _problem(branches: list[ErrorDetails]) -> str:
-    """Pydantic's words for a value that no branch of a type takes, where a tuple is JSON's list and so on."""
+    """Pydantic's words for a value that no branch of a union accepts, with JSON's names of types."""
     prefix, messages = "Input should be ", [error["msg"].partition(" or instance of ")[0] for error in branches]
-    for python, json in (
-        ("Tuple", "List"),
-        ("tuple", "list"),
-        ("dictionary", "object"),
-        ("'", '"'),
-        ("False", "false"),
-    ):
+    names = {"Tuple": "List", "tuple": "list", "dictionary": "object", "'": '"', "False": "false"}
+    for python, json in names.items():
         messages = [message.replace(python, json) for message in messages]
     for message in messages:
         if not message.startswith(prefix):
@@ -89,13 +87,13 @@ def _problem(branches: list[ErrorDetails]) -> str:
 def _section(root: type[Section], key: Sequence[str | int]) -> type[Section]:
     section: Any = root
     for part in key:
-        # An index leads from a list to the section of which it has many.
+        # An index leads from a list to the section that its elements have.
         section = get_args(section)[0] if isinstance(part, int) else section.model_fields[part].annotation
     return section
 
 
 def _unknown(root: type[Section], section: type[Section], name: str) -> tuple[str, str]:
-    """What is wrong with a key that a section does not know, and what may have been meant."""
+    """Problem and remedy for an unknown key: the refusal of a DeepSpeed key, or the key that was probably meant."""
     if name in section.unsupported:
         return section.unsupported[name]
     elsewhere = [key for key in _keys(root) if key.endswith(f".{name}")]

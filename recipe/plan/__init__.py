@@ -1,6 +1,6 @@
-"""The paper's arithmetic: a configuration and a world size become a frozen ``Plan``, its cost on paper and its text.
+"""The paper's arithmetic: turns a config and a world size into a frozen ``Plan`` with its estimated cost and its text.
 
-Imports no torch: a plan for 256 GPUs is made on a laptop in a second. May import ``config``.
+Imports no torch, so that a laptop plans for 256 GPUs in a second. May import ``config``.
 """
 
 import lazy_loader

@@ -18,9 +18,9 @@ from .cost import (
     memory as memory,
     overlaps_reduction as overlaps_reduction,
     reduced_bytes as reduced_bytes,
+    reduction_precision as reduction_precision,
     shipped_facts as shipped_facts,
     speed as speed,
-    travelling_precision as travelling_precision,
 )
 from .layout import (
     LABEL_WIDTH as LABEL_WIDTH,
@@ -45,17 +45,13 @@ from .plan import (
     with_micro_batch as with_micro_batch,
 )
 from .scaling import (
-    Phase as Phase,
     RateSchedule as RateSchedule,
-    Timeline as Timeline,
     scaled_rate as scaled_rate,
 )
 from .text import (
     format_fields as format_fields,
     format_plan as format_plan,
-    json_text as json_text,
     notes as notes,
-    optimizer_words as optimizer_words,
     plan_fields as plan_fields,
     plan_json as plan_json,
     rates as rates,

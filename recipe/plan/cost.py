@@ -1,4 +1,4 @@
-"""What a plan costs on paper: memory per GPU, messages between ranks, time. Each function says what it assumes."""
+"""Estimates the memory per GPU, the traffic between ranks and the time of a plan, from the stated assumptions."""
 
 import math
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from recipe.config import FOLDERS
 from recipe.plan.plan import Plan, fitting_micro_batches
 
 VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp64": 8}
-CONTEXT_BYTES = 1.5 * 2**30  # assumed: CUDA's context, cuDNN's workspaces, what the allocator cannot use
+CONTEXT_BYTES = 1.5 * 2**30  # assumed: CUDA context, cuDNN workspaces and memory that the allocator cannot use
 BACKWARD_SHARE = 2 / 3  # of a training step: twice the multiplications of the forward pass
-VALIDATION_SPEEDUP = 3.0  # a forward pass alone
-RAW_SHORT_SIDE = 256  # of the pack of raw pixels that is recommended: the smallest for images of 224 px
-# Random resized crops of 224 px that one core reads, decodes and cuts per second, by pack_short_side and pack_raw: on a
-# busy Intel Xeon, benchmarks/results/input_pipeline_raw_cpu.md.
+VALIDATION_SPEEDUP = 3.0  # a forward pass alone, without the backward pass
+RAW_SHORT_SIDE = 256  # of the raw-pixel pack that a plan recommends: the smallest for images of 224 px
+# Random resized crops of 224 px that one core loads per second, by pack_short_side and pack_raw: on a busy Intel Xeon,
+# benchmarks/results/input_pipeline_raw_cpu.md.
 LOADED_PER_CORE: Mapping[tuple[int, bool], float] = {
     (0, False): 371.0,
     (352, False): 554.0,
@@ -26,10 +26,10 @@ LOADED_PER_CORE: Mapping[tuple[int, bool], float] = {
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Sizes of a model: numbers of values, and bytes per image of ``image_size`` pixels a side.
+    """Parameter counts of a model and its activation bytes per image of ``image_size`` × ``image_size`` pixels.
 
-    All but ``frozen_parameters`` is of what is trained. ``saved_bytes`` is what a forward pass keeps for the backward
-    pass, by precision: the distinct storages among the tensors that autograd saves, without the parameters.
+    All but ``frozen_parameters`` count only trained layers. ``saved_bytes`` maps each precision to what the forward
+    pass keeps for the backward pass: the distinct storages of the tensors that autograd saves, without parameters.
     """
 
     decayed_parameters: int
@@ -46,8 +46,8 @@ class ModelFacts:
         return self.decayed_parameters + self.undecayed_parameters
 
 
-# The shipped configs' models, by name and classes; tests hold them against the models themselves. Any other is
-# inspected: ``python -m recipe plan --inspect``.
+# The models of the shipped configs, by name and number of classes; tests compare them with the models themselves. For
+# any other model there is ``python -m recipe plan --inspect``.
 SHIPPED: Mapping[tuple[str, int], ModelFacts] = {
     ("resnet50", 1000): ModelFacts(
         decayed_parameters=25_502_912,
@@ -80,24 +80,24 @@ SHIPPED: Mapping[tuple[str, int], ModelFacts] = {
 
 
 def shipped_facts(plan: Plan) -> ModelFacts | None:
-    """Those of the plan's model, where it is among the shipped configs' and trains as a whole."""
+    """The facts of the plan's model if a shipped config has it and all of it is trained."""
     model = plan.config.recipe.model
     return SHIPPED.get((model.architecture, model.num_classes)) if model.freeze == "none" else None
 
 
 @dataclass(frozen=True)
 class Link:
-    """What lies between two ranks."""
+    """The network between two ranks."""
 
     bytes_per_second: float
-    """what a rank sends while it receives as much"""
+    """in each direction, while both are in use"""
 
     latency_seconds: float
-    """of a short message, one way"""
+    """one way, for a short message"""
 
 
 def all_reduce_bytes(message_bytes: float, ranks: int) -> float:
-    """What each rank sends, and receives, in an all-reduce: 2 (P − 1) / P · M.
+    """The bytes that each rank sends, and receives, in an all-reduce: 2 (P − 1) / P · M.
 
     No algorithm needs less (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009).
     """
@@ -107,23 +107,22 @@ def all_reduce_bytes(message_bytes: float, ranks: int) -> float:
 def all_reduce_seconds(
     message_bytes: float, ranks: int, link: Link, algorithm: Literal["ring", "tree"] = "ring"
 ) -> float:
-    """The time of an all-reduce: its bytes over the bandwidth, and a latency for each message of a chain.
+    """The time of an all-reduce: its bytes over the bandwidth, plus the latency of each message of a chain.
 
-    A ring has 2 (P − 1) messages one after the other, a tree and halving-doubling 2 ⌈log₂ P⌉ (Thakur, Rabenseifner and
-    Gropp, "Optimization of collective communication operations in MPICH", 2005). Adding up the numbers takes no time
-    here.
+    A ring has a chain of 2 (P − 1) messages, a tree and halving-doubling 2 ⌈log₂ P⌉ (Thakur, Rabenseifner and Gropp,
+    "Optimization of collective communication operations in MPICH", 2005). The additions are assumed to take no time.
     """
     messages = 2 * (ranks - 1) if algorithm == "ring" else 2 * math.ceil(math.log2(ranks))
     return all_reduce_bytes(message_bytes, ranks) / link.bytes_per_second + messages * link.latency_seconds
 
 
 def exposed_seconds(all_reduce: float, backward: float, overlaps: bool) -> float:
-    """What of an all-reduce a step waits for: all of it, or what the backward pass does not hide."""
+    """The part of an all-reduce that a step waits for: all of it, or what the backward pass does not hide."""
     return max(0.0, all_reduce - backward) if overlaps else all_reduce
 
 
 def efficiency(compute_seconds: float, waiting_seconds: float) -> float:
-    """The share of a step in which a rank computes: its speed beside that of one alone, for as many images each."""
+    """The fraction of a step in which a rank computes: the weak-scaling efficiency."""
     return compute_seconds / (compute_seconds + waiting_seconds)
 
 
@@ -137,23 +136,23 @@ class Memory:
 
     gradients: float
     momentum: float
-    """of LAMB two moments"""
+    """for LAMB, both moments"""
 
     average: float
     """the moving average of the weights"""
 
     reduction: float
-    """the messages in which gradients travel"""
+    """the buffers of the gradient all-reduce"""
 
     activations: float
-    """what the forward pass keeps, and the images"""
+    """the tensors that the forward pass keeps, and the images"""
 
     workspace: float
-    """the gradient of the largest weight before it is added up, twice; the context"""
+    """two gradients of the largest weight, before accumulation, and the context"""
 
     @property
     def fixed(self) -> float:
-        """All that does not depend on the micro-batch."""
+        """The part that does not depend on the micro-batch."""
         return sum(vars(self).values()) - self.activations
 
     @property
@@ -162,7 +161,7 @@ class Memory:
 
 
 def memory(plan: Plan, facts: ModelFacts) -> Memory:
-    """Memory by part; under ZeRO the optimizer's state (1), gradients (2) and weights (3) are shared by the ranks."""
+    """Memory by part; ZeRO partitions optimizer state (stage 1), gradients (2) and weights (3) over the ranks."""
     value, ranks, parameters = VALUE_BYTES[plan.precision], plan.world_size, facts.parameters
     stage = plan.config.zero_optimization.stage
     half = plan.precision in ("fp16", "bf16")
@@ -180,9 +179,9 @@ def memory(plan: Plan, facts: ModelFacts) -> Memory:
 
 
 def activation_bytes(plan: Plan, facts: ModelFacts) -> float:
-    """Bytes per image: what autograd saves, which grows with the area, and the image twice, as one is fetched ahead.
+    """Bytes per image of the largest size: what autograd saves, which grows with the area, and the pixels.
 
-    Of the largest images.
+    The pixels count twice, because a batch is prefetched.
     """
     size = plan.largest_image_size
     pixels = 3 * size**2 * VALUE_BYTES[plan.precision]
@@ -190,27 +189,27 @@ def activation_bytes(plan: Plan, facts: ModelFacts) -> float:
 
 
 def largest_micro_batch(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> int | None:
-    """The largest micro-batch that shares out the global batch, holds batch norm's groups and fits; None if none."""
+    """The largest micro-batch that divides the global batch, fits batch norm's groups and fits the GPU, or None."""
     room = (gpu_bytes - memory(plan, facts).fixed) / activation_bytes(plan, facts)
     sizes = fitting_micro_batches(plan.config.common_batch, plan.world_size, plan.config.statistics)
     return next((size for size in sizes if size <= room), None)
 
 
-def travelling_precision(plan: Plan) -> str:
-    """In which gradients travel; the recipe lets those of fp64 travel in nothing less."""
+def reduction_precision(plan: Plan) -> str:
+    """The precision of the gradient all-reduce; fp64 gradients are never reduced in less."""
     return plan.precision if plan.precision == "fp64" else plan.config.communication_data_type or plan.precision
 
 
 def gradient_bytes(plan: Plan, facts: ModelFacts) -> float:
-    """The gradients of one rank, in the precision in which they travel."""
-    return VALUE_BYTES[travelling_precision(plan)] * facts.parameters
+    """The size of one rank's gradients in the precision of the all-reduce."""
+    return VALUE_BYTES[reduction_precision(plan)] * facts.parameters
 
 
 def reduced_bytes(plan: Plan, facts: ModelFacts) -> float:
-    """What is reduced in an optimizer step, as the length of one all-reduce.
+    """The size of the single all-reduce that equals the gradient traffic of an optimizer step.
 
-    The gradients once; from ZeRO-2 on DeepSpeed reduces those of every micro-batch, and ZeRO-3 gathers the weights
-    once more, for the backward pass, which is half an all-reduce.
+    ZeRO stages 2 and 3 reduce the gradients of every micro-batch, and stage 3 gathers the weights once more, for the
+    backward pass, which is half an all-reduce.
     """
     stage = plan.config.zero_optimization.stage
     times = (plan.accumulation if stage >= 2 else 1) * (1.5 if stage == 3 else 1.0)
@@ -218,16 +217,16 @@ def reduced_bytes(plan: Plan, facts: ModelFacts) -> float:
 
 
 def local_bytes(plan: Plan, facts: ModelFacts) -> float | None:
-    """What local SGD reduces in an optimizer step, on average: the weights, every so many steps; None without it."""
+    """The bytes of weights that local SGD averages per optimizer step, on average; None without local SGD."""
     every = plan.config.recipe.local_sgd.steps
     return None if every is None else max(4, VALUE_BYTES[plan.precision]) * facts.parameters / every
 
 
 @dataclass(frozen=True)
 class BatchNormTraffic:
-    """``ranks`` hold a group's images together; the rest is of one rank and optimizer step.
+    """Batch norm's images and ranks per group, and its communication per rank and optimizer step.
 
-    ``messages`` counts those that follow one another: ⌈log₂ P⌉ a collective, at best.
+    ``messages`` is the length of the chain of messages: ⌈log₂ P⌉ per collective, at best.
     """
 
     images: int
@@ -238,9 +237,9 @@ class BatchNormTraffic:
 
 
 def batchnorm_traffic(plan: Plan, facts: ModelFacts) -> BatchNormTraffic:
-    """As torch's SyncBatchNorm: a layer gathers mean, variance and count forward, and sums 2 values a channel back.
+    """The traffic of torch's SyncBatchNorm: mean, variance and count forward, 2 values per channel backward.
 
-    With n images the running averages, 2 values a channel, are averaged over all ranks once a step.
+    With statistics over n images, the running averages (2 values per channel) are averaged over all ranks once a step.
     """
     n, value = plan.config.statistics, 8 if plan.precision == "fp64" else 4
     if n == "global":
@@ -250,23 +249,23 @@ def batchnorm_traffic(plan: Plan, facts: ModelFacts) -> BatchNormTraffic:
     else:
         images, ranks = n, max(1, n // plan.micro_batch)
     collectives, messages, sent = 0, 0, 0.0
-    two_a_channel = value * 2 * facts.batchnorm_channels
+    channel_bytes = value * 2 * facts.batchnorm_channels
     if ranks > 1:
         collectives = 2 * facts.batchnorm_layers * plan.accumulation
         messages = collectives * math.ceil(math.log2(ranks))
-        forward = (ranks - 1) * (two_a_channel + value * facts.batchnorm_layers)
-        sent = plan.accumulation * (forward + all_reduce_bytes(two_a_channel, ranks))
+        forward = (ranks - 1) * (channel_bytes + value * facts.batchnorm_layers)
+        sent = plan.accumulation * (forward + all_reduce_bytes(channel_bytes, ranks))
     if isinstance(n, int) and plan.world_size > 1 and facts.batchnorm_layers:
         collectives += 1
         messages += math.ceil(math.log2(plan.world_size))
-        sent += all_reduce_bytes(two_a_channel, plan.world_size)
+        sent += all_reduce_bytes(channel_bytes, plan.world_size)
     return BatchNormTraffic(images, ranks, collectives, messages, sent)
 
 
 def cores_to_load(plan: Plan, images_per_second: float) -> tuple[float, float] | None:
-    """Cores that make as many images ready as one GPU trains: as planned, and from a pack of raw pixels.
+    """The CPU cores that load images as fast as one GPU trains: as planned, and from a pack of raw pixels.
 
-    None where nobody has measured what is planned.
+    None if no measurement covers this plan.
     """
     data = plan.config.recipe.data
     loaded = LOADED_PER_CORE.get((data.pack_short_side, data.pack_raw))
@@ -277,71 +276,68 @@ def cores_to_load(plan: Plan, images_per_second: float) -> tuple[float, float] |
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Seconds of a step by part, and what follows for the run."""
+class StepTime:
+    """The seconds of an optimizer step by part."""
 
     compute_seconds: float
     all_reduce_seconds: float
     exposed_seconds: float
-    """what of the all-reduce the backward pass of the last micro-batch does not hide"""
+    """the part of the all-reduce that the backward pass does not hide"""
 
     batchnorm_seconds: float
-    images_per_second: float
-    efficiency: float
-    training_seconds: float
-    validation_seconds: float
 
     @property
     def step_seconds(self) -> float:
         return self.compute_seconds + self.exposed_seconds + self.batchnorm_seconds
 
 
-def speed(plan: Plan, facts: ModelFacts, images_per_second: float, link: Link) -> Speed:
-    """Time on paper, where each GPU alone computes ``images_per_second``, the data never waits and nobody is late.
+@dataclass(frozen=True)
+class Speed(StepTime):
+    """The time of a step with the first global batch, and of the whole run."""
 
-    The gradients' all-reduce is the better of ring and tree; batch norm's small collectives take ⌈log₂ P⌉ latencies at
-    best, and nothing hides them.
+    images_per_second: float
+    efficiency: float
+    training_seconds: float
+    validation_seconds: float
+
+
+def speed(plan: Plan, facts: ModelFacts, images_per_second: float, link: Link) -> Speed:
+    """Estimate the time, if each GPU alone trains ``images_per_second``, data is always ready and no rank is late.
+
+    The gradient all-reduce takes the better of ring and tree; batch norm's small collectives take ⌈log₂ P⌉ latencies,
+    which nothing hides.
     """
-    compute, reduction, exposed, batchnorm = _step_seconds(plan, facts, images_per_second, link)
-    step, training = compute + exposed + batchnorm, 0.0
+    training, first = 0.0, _step_time(plan, facts, images_per_second, link)
     for phase, steps in plan.timeline.spans(plan.total_steps):
-        of_phase = replace(plan, accumulation=plan.accumulation_of(phase))
-        computing, _, *waiting = _step_seconds(of_phase, facts, images_per_second, link)
-        training += steps * (computing + sum(waiting))
+        phase_plan = replace(plan, accumulation=plan.accumulation_of(phase))
+        training += steps * _step_time(phase_plan, facts, images_per_second, link).step_seconds
+    validation_speed = VALIDATION_SPEEDUP * plan.world_size * images_per_second
     return Speed(
-        compute_seconds=compute,
-        all_reduce_seconds=reduction,
-        exposed_seconds=exposed,
-        batchnorm_seconds=batchnorm,
-        images_per_second=plan.global_batch / step,
-        efficiency=efficiency(compute, exposed + batchnorm),
+        **vars(first),
+        images_per_second=plan.global_batch / first.step_seconds,
+        efficiency=efficiency(first.compute_seconds, first.exposed_seconds + first.batchnorm_seconds),
         training_seconds=training,
-        validation_seconds=plan.epochs
-        * plan.validation_images
-        / (VALIDATION_SPEEDUP * plan.world_size * images_per_second),
+        validation_seconds=plan.epochs * plan.validation_images / validation_speed,
     )
 
 
-def _step_seconds(
-    plan: Plan, facts: ModelFacts, images_per_second: float, link: Link
-) -> tuple[float, float, float, float]:
-    """Of a step of the plan's accumulation: computing, the all-reduce, what of it is exposed, and batch norm's part."""
+def _step_time(plan: Plan, facts: ModelFacts, images_per_second: float, link: Link) -> StepTime:
     ranks, traffic, reduction = plan.world_size, batchnorm_traffic(plan, facts), 0.0
     if ranks > 1:
         message = reduced_bytes(plan, facts)
         reduction = min(all_reduce_seconds(message, ranks, link, algorithm) for algorithm in ("ring", "tree"))
-    return (
-        plan.accumulation * plan.micro_batch / images_per_second,
-        reduction,
-        exposed_seconds(reduction, hiding_seconds(plan, images_per_second), overlaps_reduction(plan)),
-        traffic.bytes / link.bytes_per_second + traffic.messages * link.latency_seconds,
+    return StepTime(
+        compute_seconds=plan.accumulation * plan.micro_batch / images_per_second,
+        all_reduce_seconds=reduction,
+        exposed_seconds=exposed_seconds(reduction, hiding_seconds(plan, images_per_second), overlaps_reduction(plan)),
+        batchnorm_seconds=traffic.bytes / link.bytes_per_second + traffic.messages * link.latency_seconds,
     )
 
 
 def overlaps_reduction(plan: Plan) -> bool:
-    """Whether gradients travel during the backward pass: the recipe's own way at stage 0, DeepSpeed's default at 3.
+    """Whether gradients are reduced during the backward pass: at ZeRO stages 0 and 3 by default.
 
-    A compiled backward pass delivers them at its end.
+    A compiled backward pass returns them only at its end.
     """
     if plan.config.recipe.compile:
         return False
@@ -350,12 +346,12 @@ def overlaps_reduction(plan: Plan) -> bool:
 
 
 def hiding_seconds(plan: Plan, images_per_second: float) -> float:
-    """The backward passes that hide the all-reduce: the last micro-batch's, and from ZeRO-2 on all of a step."""
+    """The time of the backward passes that hide the all-reduce: the last one, or all of a step from ZeRO-2 on."""
     images = plan.micro_batch * (plan.accumulation if plan.config.zero_optimization.stage >= 2 else 1)
     return BACKWARD_SHARE * images / images_per_second
 
 
 def hidden_bandwidth(plan: Plan, facts: ModelFacts, images_per_second: float) -> float:
-    """Bytes a second, each way, at which the backward pass just hides the all-reduce."""
+    """The bytes per second, each way, at which the backward pass just hides the all-reduce."""
     sent = all_reduce_bytes(reduced_bytes(plan, facts), plan.world_size)
     return sent / hiding_seconds(plan, images_per_second)

@@ -1,4 +1,4 @@
-"""Text as wide as the terminal: labels with their texts, wrapped between words."""
+"""Lays out labelled text to the width of the terminal, wrapped between words."""
 
 import shutil
 import sys
@@ -16,25 +16,25 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def columns(most: int = WIDTH) -> int:
-    """The width of the terminal up to ``most``, which is also what standard output has where it is no terminal."""
+    """The width of the terminal, at most ``most``; exactly ``most`` if standard output is not a terminal."""
     return min(most, shutil.get_terminal_size((most, 24)).columns) if is_terminal(sys.stdout) else most
 
 
 def wrap(text: str, width: int, first: str = "", others: str = "") -> list[str]:
-    """Lines of at most ``width`` characters, unless a single word is longer: words, such as paths, stay whole."""
+    """Lines of at most ``width`` characters; words that are longer, such as paths, are not split."""
     return textwrap.wrap(
         text, width, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
     )
 
 
 def counted(number: float, noun: str, plural: str = "s") -> str:
-    """A number with its noun, as in "1 step" and "14,040 steps"."""
+    """A number with its noun, such as "1 step" or "14,040 steps"."""
     shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
     return f"{shown} {noun}{'' if number == 1 else plural}"
 
 
 def fields(rows: Sequence[tuple[str, str]], width: int) -> str:
-    """Labels on the left, texts on the right, wrapped; a ``NO_BREAK`` space keeps a number with its unit."""
+    """Labels on the left, wrapped texts on the right; a ``NO_BREAK`` space keeps a number with its unit."""
     lines = []
     for label, text in rows:
         for number, paragraph in enumerate(text.split("\n")):

@@ -1,8 +1,8 @@
-"""The gradient noise scale of McCandlish et al. 2018 (arXiv 1812.06162): how many images a step are worth while.
+"""The gradient noise scale of McCandlish et al. 2018 (arXiv 1812.06162): how large a batch is worthwhile.
 
-A gradient over B images that are drawn independently has the mean G and the covariance Σ / B, so that the expectation
-of its squared norm is |G|² + tr(Σ) / B. The norms at two sizes of batch tell both, and tr(Σ) / |G|² is a number of
-images, B_simple. Imports no torch.
+A gradient over B independently drawn images has the mean G and the covariance Σ / B, so that its expected squared norm
+is |G|² + tr(Σ) / B. The norms at two batch sizes determine both, and B_simple = tr(Σ) / |G|² is a number of images.
+Imports no torch.
 """
 
 import math
@@ -10,22 +10,22 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-# Of the moving averages, a measurement. They are as good as the plain mean of (1 + decay) / (1 - decay) = 19 of them.
+# The decay of the moving averages per measurement: as accurate as the mean of (1 + decay) / (1 - decay) = 19 of them.
 DECAY = 0.9
-ENOUGH = 20  # measurements, for averages as good as they get
+ENOUGH = 20  # measurements, after which the averages are as accurate as they get
 
 
 class Estimate(NamedTuple):
-    """tr(Σ) of the gradient of one image and |G|², of one measurement. Either may come out negative: it is unbiased."""
+    """One measurement of tr(Σ) of a single image's gradient and of |G|². As it is unbiased, either can be negative."""
 
     gradient_variance: float
     gradient_norm_squared: float
 
 
 def estimate(small_norm_squared: float, big_norm_squared: float, small_batch: int, big_batch: int) -> Estimate:
-    """tr(Σ) and |G|² from squared gradient norms at two sizes of batch, in images (appendix A.1).
+    """Estimate tr(Σ) and |G|² from the squared gradient norms at two batch sizes (appendix A.1).
 
-    With one norm a size it is unbiased; any mean over batches of the small size stays so.
+    The estimate is unbiased, also with the mean over several batches of the small size.
     """
     gap = big_batch - small_batch
     return Estimate(
@@ -36,10 +36,10 @@ def estimate(small_norm_squared: float, big_norm_squared: float, small_batch: in
 
 @dataclass
 class NoiseScale:
-    """Moving averages of both, and their ratio; the ratio of single estimates would be biased, and jump.
+    """Moving averages of tr(Σ) and |G|², whose ratio is the noise scale; ratios of single estimates would be biased.
 
-    The averages begin with zeros; ``weight`` is what the measurements count in them, by which they are divided.
-    ``lowest`` and ``highest`` are of the ratio since there were ``ENOUGH``.
+    The averages start at zero; ``weight`` is the total weight of the measurements in them, by which they are divided.
+    ``lowest`` and ``highest`` are the range of the ratio since the measurement ``ENOUGH``.
     """
 
     variance: float = 0.0
@@ -51,7 +51,7 @@ class NoiseScale:
     highest: float | None = None
 
     def add(self, new: Estimate, step: int) -> bool:
-        """Take the measurement of one step in, unless it is not finite; say whether it was."""
+        """Add the measurement of a step if it is finite; return whether it was."""
         if not all(map(math.isfinite, new)):
             return False
         self.variance = DECAY * self.variance + (1 - DECAY) * new.gradient_variance
@@ -65,7 +65,7 @@ class NoiseScale:
         return True
 
     def values(self) -> dict[str, float | None]:
-        """tr(Σ) of the gradient of one image, |G|², and B_simple in images; None where noise hides either of the two.
+        """The averages of tr(Σ) and |G|², and B_simple, which is None if either average is not positive.
 
         Raises:
             ZeroDivisionError: nothing has been measured.
@@ -78,7 +78,7 @@ class NoiseScale:
         }
 
     def summary(self, every_steps: int) -> dict[str, Any] | None:
-        """What ``summary.json`` says of it; None if nothing has been measured."""
+        """The entry in ``summary.json``; None if nothing has been measured."""
         if not self.weight:
             return None
         told = {key: value for key, value in asdict(self).items() if key not in ("variance", "norm_squared", "weight")}
@@ -86,15 +86,15 @@ class NoiseScale:
 
 
 def planned_measurements(total_steps: int, every_steps: int) -> int:
-    """How often a run measures: at step 0 and every so many steps."""
+    """The number of measurements in a run, the first at step 0."""
     return -(-total_steps // every_steps)
 
 
 def too_few(measurements: int, total_steps: int, every_steps: int) -> str | None:
-    """What there is to say where the averages are of too few measurements, None where they are not."""
+    """A warning if the averages contain too few measurements, with the remedy if there is one; otherwise None."""
     if measurements >= ENOUGH:
         return None
-    enough_every = (total_steps - 1) // (ENOUGH - 1)  # the most steps between as many within the run
+    enough_every = (total_steps - 1) // (ENOUGH - 1)  # the longest interval that gives enough measurements
     text = f"{measurements} measurement{'' if measurements == 1 else 's'} instead of about {ENOUGH}: it may be far off"
     if not enough_every:
         if every_steps > 1:
@@ -106,10 +106,10 @@ def too_few(measurements: int, total_steps: int, every_steps: int) -> str | None
 
 
 def in_words(found: Mapping[str, Any], global_batch: int, train_images: int | None, total_steps: int) -> list[str]:
-    """Lines on what a run's ``NoiseScale.summary`` means for its batch; earlier versions wrote less of it.
+    """Explain what a run's ``NoiseScale.summary``, of which earlier versions wrote less, means for its batch.
 
-    By the model of the paper's section 2 training to a given loss takes 1 + B_simple / B times the steps of a batch
-    without bound, and 1 + B / B_simple times the images of the smallest one.
+    In the model of the paper's section 2, training to a given loss takes 1 + B_simple / B times the steps of an
+    infinite batch, and 1 + B / B_simple times the images of the smallest one.
     """
     lines, scale = [], found["noise_scale"]
     if scale is None and found["gradient_norm_squared"] <= 0:
@@ -134,14 +134,14 @@ def in_words(found: Mapping[str, Any], global_batch: int, train_images: int | No
 
 
 def _beside(scale: float, batch: int, train_images: int | None) -> str:
-    """A batch beside B_simple, and what twice or half of it would need."""
+    """Compare the batch with B_simple, and say what twice or half of it would need."""
     where = "well below" if scale > 2 * batch else "well above" if scale < batch / 2 else "near"
     fits = train_images is None or 2 * batch <= train_images
     other = 2 * batch if batch == 1 or (scale >= batch and fits) else batch // 2
     steps, images = (1 + scale / other) / (1 + scale / batch), (1 + other / scale) / (1 + batch / scale)
     return (
-        f"your batch of {batch:,} is {where} it: one of {other:,} would come as far with about {100 * steps:.0f} % of "
-        f"the steps and {100 * images:.0f} % of the images"
+        f"your batch of {batch:,} is {where} it: one of {other:,} would reach the same loss with about "
+        f"{100 * steps:.0f} % of the steps and {100 * images:.0f} % of the images"
     )
 
 

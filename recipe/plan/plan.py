@@ -1,4 +1,4 @@
-"""Config and world size → a frozen ``Plan`` in which no "auto" is left. Imports no torch: a plan takes no time."""
+"""Turns a config and a world size into a frozen ``Plan``, with every "auto" resolved. Imports no torch."""
 
 import json
 import math
@@ -23,52 +23,52 @@ PIXEL_MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 PAPER_WEIGHT_DECAY = 1e-4
 TIMM_EPS = {"LARS": 1e-8, "LAMB": 1e-6}
-ASSUMED_MICRO_BATCH = 256  # the largest that a plan assumes where "auto" asks the run to measure; the headline's
-RATE_TOLERANCE = 1e-6  # a rate written with seven digits agrees with the rule
+ASSUMED_MICRO_BATCH = 256  # the headline's, the largest that a plan assumes if the run is to find the largest that fits
+RATE_TOLERANCE = 1e-6  # a rate written with seven digits matches the rule
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do. ``config`` is the file with every "auto" replaced by a number: a config that repeats it."""
+    """What a run will do. ``config`` is the file with every "auto" replaced by a number, and repeats the run."""
 
     config: Config
     world_size: int
     micro_batch: int
     accumulation: int
-    """steps of the first global batch; see ``accumulation_of``"""
+    """accumulation steps of the first global batch; see ``accumulation_of``"""
 
     train_images: int
     validation_images: int
     schedule: RateSchedule
     weight_decay: float
     image_sizes: tuple[tuple[int, int], ...]
-    """(epoch, size of training images from that on), the first epoch 0; in pixels, within the run"""
+    """pairs of an epoch, the first 0, and the size of training images in pixels from that epoch on"""
 
     validation_image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     workers: int
     assumes_workers: bool
-    """whether their number is still to follow from the cores of the ranks' machines"""
+    """whether ``workers`` is a guess that the number of cores of the ranks' machines will replace"""
 
     assumes_micro_batch: bool
-    """whether the run has yet to find the micro-batch, the largest that fits the device"""
+    """whether the run will replace ``micro_batch`` by the largest that fits the device"""
 
     contents: Contents | None = None
-    """what the data's folder holds, where somebody has looked and found what the config says"""
+    """image counts of the data's folder; None if the folder has not been read"""
 
     @property
     def global_batch(self) -> int:
-        """Images in one optimizer step, over all ranks; the first, where it changes."""
+        """Images per optimizer step over all ranks; the first such number, if it changes."""
         return self.config.train_batch_size
 
     @property
     def timeline(self) -> Timeline:
-        """Which steps are in which epoch, and of which batch."""
+        """The epoch and global batch of each step."""
         return self.schedule.timeline
 
     def accumulation_of(self, phase: Phase) -> int:
-        """Accumulation steps of the global batch of a phase."""
+        """Accumulation steps of a phase's global batch."""
         return phase.global_batch // (self.world_size * self.micro_batch)
 
     @property
@@ -83,18 +83,18 @@ class Plan:
 
     @property
     def left_over_images(self) -> int:
-        """Images of an epoch's permutation that fill no global batch; others each epoch. The most of all phases."""
+        """Images per epoch that fill no global batch and are dropped; the most of all phases."""
         return max(self.train_images % phase.global_batch for phase in self.timeline.phases)
 
     @property
     def largest_image_size(self) -> int:
-        """Of the images that the run trains on, which decide what fits a GPU; validation keeps no activations."""
+        """The largest training images, which decide what fits a GPU: validation keeps no activations."""
         return max(size for _, size in self.image_sizes)
 
     def saves_after(self, steps_done: int, due: bool = False) -> bool:
-        """Whether the clock (``due``) or ``every_steps`` asks for a checkpoint here, where no epoch ends.
+        """Whether to save a checkpoint within an epoch because of the clock (``due``) or ``every_steps``.
 
-        What asks after a local step is heard where the weights are averaged next.
+        If it falls due after a local step, it is saved when the weights are next averaged.
         """
         every, local = self.config.recipe.checkpoint.every_steps, self.config.recipe.local_sgd.steps
         since = local if local is not None and self.is_local(steps_done - 1) else 1
@@ -102,19 +102,19 @@ class Plan:
         return asked and self.equal_after(steps_done) and self.timeline.place(steps_done)[1] != 0
 
     def is_local(self, step: int) -> bool:
-        """Whether each rank makes this step alone; never on a single rank."""
+        """Whether each rank takes this step alone; never on a single rank."""
         local = self.config.recipe.local_sgd
         alone = local.steps is not None and self.world_size > 1
         return alone and self.timeline.place(step)[0] >= (local.after_epoch or 0)
 
     def equal_after(self, steps_done: int) -> bool:
-        """Whether all ranks have the same weights after so many steps: local ones are averaged within each epoch."""
+        """Whether all ranks have the same weights after this many steps; local steps count from each epoch's start."""
         every = self.config.recipe.local_sgd.steps
         return every is None or not self.is_local(steps_done - 1) or self.timeline.place(steps_done)[1] % every == 0
 
     @property
     def batchnorm_images(self) -> int:
-        """Images that batch norm's statistics come from."""
+        """The number of images over which batch norm computes its statistics."""
         statistics = self.config.statistics
         if isinstance(statistics, int):
             return statistics
@@ -122,7 +122,7 @@ class Plan:
 
     @property
     def precision(self) -> str:
-        """The precision of forward and backward pass."""
+        """The precision of the forward and backward pass."""
         return self.config.precision
 
 
@@ -132,87 +132,57 @@ def make_plan(
     cores_per_rank: int | None = None,
     look: Callable[[str, str, float | None], Contents] | None = None,
 ) -> Plan:
-    """Resolve every "auto" and check every number that is written out against the rule that it follows.
+    """Resolve every "auto" and check every written number against its rule.
 
-    ``look`` counts what a folder holds, given ``source``, ``path`` and ``validation_share`` of ``recipe.data``; it is
-    called once the batch is known to be right.
+    ``look`` counts the images of a folder, given ``source``, ``path`` and ``validation_share`` of ``recipe.data``; it
+    is called once the batch is known to be valid.
 
     Raises:
         ConfigError: a contradiction, a batch that the ranks cannot share, a warmup longer than the run, …
-        ValueError: what ``look`` refuses, after the file and "recipe.data.path".
+        ValueError: ``look`` refuses the folder.
     """
-    recipe = config.recipe
+    recipe, data = config.recipe, config.recipe.data
     largest, assumes_micro_batch = recipe.max_micro_batch_size, False
     if largest == "auto":
         assumes_micro_batch = config.train_micro_batch_size_per_gpu == config.gradient_accumulation_steps == "auto"
         largest = ASSUMED_MICRO_BATCH if assumes_micro_batch else config.train_batch_size
     micro_batch, accumulation = batch_triangle(config, world_size, largest)
-    if recipe.noise_scale.enabled and micro_batch in config.batches:
-        raise config.source.refusal(
-            "recipe.noise_scale.enabled",
-            f"one rank takes the whole batch of {micro_batch} as one micro-batch, and there are no two sizes of batch "
-            "to compare",
-            'write a train_micro_batch_size_per_gpu below that and gradient_accumulation_steps "auto", start more '
-            "ranks, or write false",
-        )
-    statistics = config.statistics
-    spans_ranks = statistics > micro_batch if isinstance(statistics, int) else statistics == "global" and world_size > 1
-    # What a rank has of the gradient holds large parts that cancel out in the sum of all: measured on the digits, two
-    # ranks gave a variance of 1,749 where there was one of 138.
-    for key, wanted, problem, off in (
-        (
-            "noise_scale.enabled",
-            recipe.noise_scale.enabled,
-            "what a rank has is no gradient of its own images",
-            "false",
-        ),
-        ("local_sgd.steps", recipe.local_sgd.steps is not None, "they would not step alone", "null"),
-    ):
-        if wanted and spans_ranks:
-            raise config.source.refusal(
-                f"recipe.{key}",
-                f"batch norm's statistics come from several ranks, and {problem}",
-                f'write {off}, or for recipe.batchnorm.statistics "local" or a number of images up to a '
-                f"micro-batch's, {micro_batch}",
-            )
-    if recipe.ema.decay is not None and statistics == "local" and world_size > 1:
-        raise config.source.refusal(
-            "recipe.ema.decay",
-            'with "local" statistics each rank has running averages of its own, which no average of theirs would fit',
-            'write null, or for recipe.batchnorm.statistics "global" or a number of images',
-        )
-    contents = _contents(config, look)
+    _check_statistics(config, world_size, micro_batch)
+    contents = None
+    if look is not None and data.path is not None:
+        try:
+            contents = look(data.source, data.path, data.validation_share)
+        except ValueError as error:
+            raise ValueError(f"{config.source.file}: recipe.data.path: {error}") from error
     train_images, validation_images = _data_set_sizes(config, contents)
     if max(config.batches) > train_images:
         raise config.source.refusal(
             "train_batch_size" if config.train_batch_size > train_images else "recipe.schedule.batch_size",
-            f"the training set has {train_images:,} images, so that no step would be full",
+            f"the training set has {train_images:,} images",
             f"write at most {train_images}",
         )
     timeline = Timeline.of(config.batch_changes, train_images, recipe.schedule.epochs)
     schedule = _rate_schedule(config, timeline)
     weight_decay = _weight_decay(config)
     image_sizes, mean, std = _preprocessing(config)
-    validation_image_size = recipe.data.validation_image_size or image_sizes[-1][1]
-    workers = recipe.data.workers
-    if workers == "auto":
-        workers = _workers(recipe.data.source, cores_per_rank or os.cpu_count() or 1)
+    validation_image_size = data.validation_image_size or image_sizes[-1][1]
+    spare_cores = (cores_per_rank or os.cpu_count() or 1) - 1
+    automatic = max(1, min(16, spare_cores)) if data.source in FOLDERS else 0  # other data is in memory
+    workers = automatic if data.workers == "auto" else data.workers
 
     resolved = config.model_dump(mode="json", exclude_none=True)
-    resolved["train_micro_batch_size_per_gpu"] = micro_batch
-    resolved["gradient_accumulation_steps"] = accumulation
+    resolved |= {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": accumulation}
     resolved["optimizer"]["params"] |= {"lr": schedule.peak_rate, "weight_decay": weight_decay}
     if resolved["optimizer"]["params"].get("eps") == "auto":
         resolved["optimizer"]["params"]["eps"] = TIMM_EPS[config.optimizer.type]
     resolved["scheduler"]["params"] |= {
         "warmup_min_lr": schedule.start_rate,
         "warmup_max_lr": schedule.peak_rate,
-        # DeepSpeed takes no 0; without a warmup both rates are the peak, and any number of steps says the same.
+        # DeepSpeed accepts no 0; without warmup both rates are the peak, and any number of steps means the same.
         "warmup_num_steps": max(1, schedule.warmup_steps),
     }
     if config.zero_optimization.stage:
-        # DeepSpeed's word for SGD under ZeRO; without it, it refuses to start.
-        resolved["zero_allow_untested_optimizer"] = True
+        resolved["zero_allow_untested_optimizer"] = True  # DeepSpeed requires it for SGD under ZeRO
     if recipe.max_micro_batch_size == "auto":
         resolved["recipe"]["max_micro_batch_size"] = micro_batch
     resolved["recipe"]["data"] |= {
@@ -222,9 +192,9 @@ def make_plan(
         "std": list(std),
         "workers": workers,
     }
-    if recipe.data.image_size == "auto":
+    if data.image_size == "auto":
         resolved["recipe"]["data"]["image_size"] = image_sizes[0][1]
-    elif not isinstance(recipe.data.image_size, int):
+    elif not isinstance(data.image_size, int):
         resolved["recipe"]["data"]["validation_image_size"] = validation_image_size
     return Plan(
         config=parse_config(resolved, config.source.file),
@@ -240,25 +210,14 @@ def make_plan(
         mean=mean,
         std=std,
         workers=workers,
-        assumes_workers=recipe.data.workers == "auto" and recipe.data.source in FOLDERS and cores_per_rank is None,
+        assumes_workers=data.workers == "auto" and data.source in FOLDERS and cores_per_rank is None,
         assumes_micro_batch=assumes_micro_batch,
         contents=contents,
     )
 
 
-def _contents(config: Config, look: Callable[[str, str, float | None], Contents] | None) -> Contents | None:
-    """What the data's folder holds; None where nobody looks, or the data lies in no folder."""
-    data = config.recipe.data
-    if look is None or data.path is None:
-        return None
-    try:
-        return look(data.source, data.path, data.validation_share)
-    except ValueError as error:
-        raise ValueError(f"{config.source.file}: recipe.data.path: {error}") from error
-
-
 def with_micro_batch(plan: Plan, micro_batch: int) -> Plan:
-    """The plan with the micro-batch that was found for it, and the accumulation that follows."""
+    """The plan with the micro-batch that the run found, and the accumulation steps that follow from it."""
     raw = plan.config.source.raw
     raw |= {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": "auto"}
     raw["recipe"]["max_micro_batch_size"] = micro_batch
@@ -266,14 +225,55 @@ def with_micro_batch(plan: Plan, micro_batch: int) -> Plan:
     return replace(settled, contents=plan.contents)
 
 
+def _check_statistics(config: Config, world_size: int, micro_batch: int) -> None:
+    """Refuse a noise scale, local SGD or weight average that micro-batch or batch norm's statistics rule out."""
+    recipe, statistics = config.recipe, config.statistics
+    measures = recipe.noise_scale.enabled
+    spans_ranks = statistics > micro_batch if isinstance(statistics, int) else statistics == "global" and world_size > 1
+    spanning = "batch norm's statistics come from several ranks, "
+    within_rank = f'for recipe.batchnorm.statistics "local" or a number of images up to the micro-batch, {micro_batch}'
+    for is_refused, key, problem, remedy in (
+        (
+            measures and micro_batch in config.batches,
+            "noise_scale.enabled",
+            f"one rank takes the whole batch of {micro_batch} as one micro-batch, which leaves no second batch size to "
+            "compare",
+            'write a train_micro_batch_size_per_gpu below that and gradient_accumulation_steps "auto", start more '
+            "ranks, or write false",
+        ),
+        # A rank's gradient then has large parts that cancel in the sum over all ranks: measured on the digits, two
+        # ranks gave a variance of 1,749 where one gave 138.
+        (
+            measures and spans_ranks,
+            "noise_scale.enabled",
+            f"{spanning}so that a rank's gradient is not that of its own images",
+            f"write false, or {within_rank}",
+        ),
+        (
+            recipe.local_sgd.steps is not None and spans_ranks,
+            "local_sgd.steps",
+            f"{spanning}so that they could not step alone",
+            f"write null, or {within_rank}",
+        ),
+        (
+            recipe.ema.decay is not None and statistics == "local" and world_size > 1,
+            "ema.decay",
+            'with "local" statistics each rank has its own running averages, none of which fits the average weights',
+            'write null, or for recipe.batchnorm.statistics "global" or a number of images',
+        ),
+    ):
+        if is_refused:
+            raise config.source.refusal(f"recipe.{key}", problem, remedy)
+
+
 def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, int]:
     """Micro-batch and accumulation steps with ranks × accumulation × micro-batch = global batch.
 
-    An "auto" micro-batch is the largest up to ``largest`` that divides what is left for it, of every batch of the
-    schedule; the accumulation steps are those of the first.
+    An "auto" micro-batch is the largest up to ``largest`` that divides a rank's share of every batch of the schedule;
+    the accumulation steps are those of the first batch.
 
     Raises:
-        ConfigError: no such numbers; it names the nearest global batches that have some.
+        ConfigError: there are no such numbers; it names the nearest global batches that have some.
     """
     batch = config.train_batch_size
     micro, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
@@ -294,77 +294,64 @@ def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, 
         remedy = f"the nearest that can: {' or '.join(f'{size:.0f}' for size in sorted(nearest))}"
         if len(factors) > 1:
             remedy += '; or write "auto" for train_micro_batch_size_per_gpu and gradient_accumulation_steps'
-        raise config.source.refusal("train_batch_size", f"it cannot be shared out as {product}", remedy)
+        raise config.source.refusal("train_batch_size", f"it cannot be split into {product}", remedy)
     share = batch // world_size
     ranks = f"{world_size} rank{'' if world_size == 1 else 's'}"
     n, mixes = config.statistics, config.recipe.data.mixes
     written = share // accumulation if isinstance(accumulation, int) else micro
-    # As with train_batch_size, a micro-batch is left for it exactly if ranks, pairs and groups share it out.
+    # A micro-batch exists exactly if a batch is divisible by ranks, pairs and groups.
     own = written if isinstance(written, int) else 2 if mixes else 1
     unit = math.lcm(world_size * own, n if isinstance(n, int) else 1)
     for later in config.batches[1:]:
         if later % unit:
             raise config.source.refusal(
                 "recipe.schedule.batch_size",
-                f"{later} cannot be shared out among {ranks} in the micro-batches of train_batch_size",
+                f"{later} cannot be split over {ranks} into the micro-batches of train_batch_size",
                 f"the nearest that can: {max(unit, later // unit * unit)} or {later // unit * unit + unit}",
             )
     fitting = fitting_micro_batches(config.common_batch, world_size, n, even=mixes)
-    if mixes and (share if written == "auto" else written) % 2:
+    odd = share if written == "auto" else written
+    if mixes and odd % 2:
         raise config.source.refusal(
             f"recipe.data.{'mixup' if config.recipe.data.mixup.probability else 'cutmix'}.probability",
-            f"{share if written == 'auto' else written} images do not make whole pairs",
+            f"{odd} images cannot be paired",
             "write 0, or an even number of images for each rank and micro-batch",
         )
-    if not isinstance(written, int):
+    if isinstance(written, int):
+        size = written if written in fitting else None
+        key, which = "train_micro_batch_size_per_gpu", f"micro-batches of {written}"
+    else:
         size = next((size for size in fitting if size <= largest), None)
         if size is None and fitting and config.recipe.max_micro_batch_size == "auto":
             size = fitting[-1]
-        if size is None:
-            raise config.source.refusal(
-                "recipe.batchnorm.statistics",
-                f"no micro-batch up to {largest} (recipe.max_micro_batch_size) holds groups of {n} samples or, on "
-                f"{ranks}, makes them up",
-                _fitting_remedy(fitting, batch, n, world_size),
-            )
-    elif written in fitting:
-        size = written
-    else:
-        raise config.source.refusal(
-            "train_micro_batch_size_per_gpu",
-            f"micro-batches of {written} neither hold groups of {n} samples (recipe.batchnorm.statistics) nor, on "
-            f"{ranks}, make them up",
-            _fitting_remedy(fitting, batch, n, world_size),
-        )
+        key, which = "recipe.batchnorm.statistics", f"micro-batches up to {largest} (recipe.max_micro_batch_size)"
+    if size is None:
+        problem = f"{which} neither contain whole groups of {n} samples nor, on {ranks}, make one up"
+        raise config.source.refusal(key, problem, _fitting_remedy(fitting, batch, n, world_size))
     return size, share // size
 
 
 def fitting_micro_batches(
     global_batch: int, world_size: int, statistics: str | int, *, even: bool = False
 ) -> list[int]:
-    """All micro-batches that share out the global batch and hold batch norm's groups, the largest first.
+    """All micro-batches that divide a rank's share of the global batch and fit batch norm's groups, the largest first.
 
-    ``even`` leaves those out that do not hold whole pairs of images.
+    ``even`` restricts them to whole pairs of images. A group of n samples is either part of a micro-batch or spans
+    whole micro-batches of neighbouring ranks.
     """
     share = global_batch // world_size
     small = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
-    return [
-        size
-        for size in sorted({*small, *(share // size for size in small)}, reverse=True)
-        if (not isinstance(statistics, int) or holds_groups(statistics, size, world_size)) and not (even and size % 2)
-    ]
-
-
-def holds_groups(n: int, micro_batch: int, world_size: int) -> bool:
-    """Whether batch norm over n samples can be had: of parts of a micro-batch, or of those of neighbouring ranks."""
-    return micro_batch % n == 0 or (n % micro_batch == 0 and world_size % (n // micro_batch) == 0)
+    sizes = sorted({*small, *(share // size for size in small)}, reverse=True)
+    if isinstance(n := statistics, int):
+        sizes = [size for size in sizes if size % n == 0 or (n % size == 0 and world_size % (n // size) == 0)]
+    return [size for size in sizes if not even or size % 2 == 0]
 
 
 def _fitting_remedy(fitting: list[int], batch: int, n: str | int, world_size: int) -> str:
     if fitting:
         return f"micro-batches that do: {', '.join(map(str, sorted(fitting)))}"
-    assert isinstance(n, int), "any micro-batch does for other statistics"
-    # A batch has such a micro-batch exactly if both ranks and groups share it out.
+    assert isinstance(n, int), "other statistics fit any micro-batch"
+    # A batch has such a micro-batch exactly if it is divisible by both ranks and groups.
     unit = math.lcm(n, world_size)
     nearest = sorted({max(unit, batch // unit * unit), batch // unit * unit + unit})
     return (
@@ -373,67 +360,48 @@ def _fitting_remedy(fitting: list[int], batch: int, n: str | int, world_size: in
     )
 
 
-def check_contents(config: Config, contents: Contents) -> None:
-    """Refuse data of other sizes or classes than the config says; one message says all that is to change.
+def _data_set_sizes(config: Config, contents: Contents | None) -> tuple[int, int]:
+    """The numbers of training and validation images, checked against the data if they are known.
 
     Raises:
-        ConfigError: it is.
+        ConfigError: the data has other numbers or classes than the config says, or the numbers are unknown.
     """
     data = config.recipe.data
-    found = {
-        "recipe.model.num_classes": (config.recipe.model.num_classes, len(contents.classes)),
-        "recipe.data.train_images": (data.train_images, contents.train_images),
-        "recipe.data.validation_images": (data.validation_images, contents.validation_images),
+    written = {
+        "recipe.model.num_classes": config.recipe.model.num_classes,
+        "recipe.data.train_images": data.train_images,
+        "recipe.data.validation_images": data.validation_images,
     }
-    wrong = {key: actual for key, (written, actual) in found.items() if written not in (actual, "auto")}
-    if not wrong:
-        return
-    key, actual = next(iter(wrong.items()))
-    problem = f"the data has {actual}"
-    if key == "recipe.model.num_classes":
-        problem += f", with the fewest training images first {contents.name_classes()}"
-    if left_out := contents.name_left_out():
-        problem += f"; {left_out}"
-    numbers = ", ".join(f"{key} {actual}" for key, actual in wrong.items())
-    # First the folder: one of another level, or with a folder too many, trains as well, and what comes of it is junk.
-    raise config.source.refusal(key, problem, f"check the folder (--data); if it is the right one, write {numbers}")
-
-
-def _data_set_sizes(config: Config, contents: Contents | None) -> tuple[int, int]:
-    """Training and validation images: from the file, from a look at the folder, or known of what ships with a library.
-
-    Raises:
-        ConfigError: what is written is not what is there, or "auto" and nobody has looked.
-    """
-    data, known = config.recipe.data, dict[str, int]()
+    known = dict[str, int]()
     if data.source == "digits":
-        if config.recipe.model.num_classes != DIGITS_CLASSES:
-            raise config.source.refusal(
-                "recipe.model.num_classes", f"the data has {DIGITS_CLASSES} classes", f"write {DIGITS_CLASSES}"
-            )
-        known = {"train_images": DIGITS_IMAGES["train"], "validation_images": DIGITS_IMAGES["validation"]}
+        known = dict(zip(written, (DIGITS_CLASSES, *DIGITS_IMAGES.values()), strict=True))
     elif contents is not None:
-        check_contents(config, contents)
-        known = {"train_images": contents.train_images, "validation_images": contents.validation_images}
+        counts = (len(contents.classes), contents.train_images, contents.validation_images)
+        known = dict(zip(written, counts, strict=True))
+    wrong = {key: actual for key, actual in known.items() if written[key] not in (actual, "auto")}
+    if wrong:
+        key, actual = next(iter(wrong.items()))
+        problem, remedy = f"the data has {actual}", f"write {', '.join(f'{key} {wrong[key]}' for key in wrong)}"
+        if contents is not None:
+            if key == "recipe.model.num_classes":
+                problem += f", with the fewest training images first {contents.name_classes()}"
+            if left_out := contents.name_left_out():
+                problem += f"; {left_out}"
+            # A folder of another level, or with one folder too many, would train, but on junk.
+            remedy = f"check the folder (--data); if it is the right one, {remedy}"
+        raise config.source.refusal(key, problem, remedy)
     sizes = []
-    for key in ("train_images", "validation_images"):
-        written = getattr(data, key)
-        if written != "auto" and written != known.get(key, written):
-            raise config.source.refusal(
-                f"recipe.data.{key}", f"the digits have {known[key]} of them", f'write {known[key]} or "auto"'
-            )
-        if written == "auto" and key not in known:
-            raise config.source.refusal(
-                f"recipe.data.{key}",
-                "only the folder tells how many there are",
-                "write the number, or give the folder by --data",
-            )
-        sizes.append(known[key] if written == "auto" else written)
+    for key in ("recipe.data.train_images", "recipe.data.validation_images"):
+        size = known.get(key, written[key])
+        if not isinstance(size, int):
+            problem = "only the folder tells how many there are"
+            raise config.source.refusal(key, problem, "write the number, or give the folder by --data")
+        sizes.append(size)
     return sizes[0], sizes[1]
 
 
 def _preprocessing(config: Config) -> tuple[tuple[tuple[int, int], ...], tuple[float, ...], tuple[float, ...]]:
-    """Image sizes, mean and std: as the file has them, as the weights were trained, or as is usual for the source."""
+    """Image sizes, mean and std: those of the file, else those of the weights, else the usual ones of the source."""
     data, weights = config.recipe.data, config.recipe.model.weights
     own: dict[str, Any] = {}
     if weights is not None:
@@ -446,7 +414,7 @@ def _preprocessing(config: Config) -> tuple[tuple[tuple[int, int], ...], tuple[f
     if not isinstance(size, (int, tuple)):
         raise config.source.refusal(
             "recipe.data.image_size",
-            "no config.json beside recipe.model.weights tells with which size they were trained",
+            "no config.json next to recipe.model.weights gives the size that they were trained with",
             "write a number of pixels",
         )
     mean = tuple(own.get("mean", usual_mean)) if data.mean == "auto" else data.mean
@@ -455,52 +423,44 @@ def _preprocessing(config: Config) -> tuple[tuple[tuple[int, int], ...], tuple[f
     return tuple(change for change in sizes if change[0] < config.recipe.schedule.epochs), mean, std
 
 
-def _rate_schedule(config: Config, timeline: Timeline) -> RateSchedule:
-    """The rate of every step, from the rules of ``recipe.schedule`` and what the file writes out itself."""
-    rules, batch = config.recipe.schedule, config.train_batch_size
-    written = config.scheduler.params
-    peak = scaled_rate(rules.reference_lr, rules.reference_batch_size, batch, rules.scaling_rule)
-    if rules.scaling_rule == "none":
-        # The file means what it says: a rate that is written out is the rate.
-        peaks = [rate for rate in (config.optimizer.params.lr, written.warmup_max_lr) if rate != "auto"]
-        peak = peaks[0] if peaks else peak
-    formula = f"{rules.reference_lr:g} × {batch} / {rules.reference_batch_size}"
-    rule = {
-        "linear": f"the linear rule gives {formula} = {peak:.7g}",
-        "sqrt": f"the square-root rule gives {rules.reference_lr:g} × √({batch} / {rules.reference_batch_size})"
-        f" = {peak:.7g}",
-        "none": f"the peak rate is {peak:.7g}",
+def scaling_words(config: Config) -> str:
+    """How the peak rate follows from the batch, to be appended to the rate."""
+    rules = config.recipe.schedule
+    ratio = f"{config.train_batch_size:,} / {rules.reference_batch_size:,}"
+    return {
+        "linear": f" = {rules.reference_lr:g} × {ratio} (linear scaling)",
+        "sqrt": f" = {rules.reference_lr:g} × √({ratio}) (square-root scaling)",
+        "none": " (not scaled)",
     }[rules.scaling_rule]
-    remedy = f'write "auto" or {peak:.7g}'
-    if rules.scaling_rule != "none":
-        remedy += ', or recipe.schedule.scaling_rule "none" if you mean it'
-    _check(config, "optimizer.params.lr", peak, rule, remedy)
-    _check(config, "scheduler.params.warmup_max_lr", peak, rule, remedy)
 
+
+def _rate_schedule(config: Config, timeline: Timeline) -> RateSchedule:
+    """The rate of every step, from the rules of ``recipe.schedule`` and the rates that the file writes."""
+    rules, written, batch = config.recipe.schedule, config.scheduler.params, config.train_batch_size
     start = rules.reference_lr
-    if rules.scaling_rule == "none" and written.warmup_min_lr != "auto":
-        start = written.warmup_min_lr
+    peak = scaled_rate(rules.reference_lr, rules.reference_batch_size, batch, rules.scaling_rule)
+    alternative = ', or recipe.schedule.scaling_rule "none" to keep it'
+    if rules.scaling_rule == "none":
+        rates = [rate for rate in (config.optimizer.params.lr, written.warmup_max_lr) if rate != "auto"]
+        peak = rates[0] if rates else peak
+        start = start if written.warmup_min_lr == "auto" else written.warmup_min_lr
+        alternative = ""
+    for key in ("optimizer.params.lr", "scheduler.params.warmup_max_lr"):
+        _check(config, key, peak, f"the peak rate is {peak:.7g}{scaling_words(config)}", alternative)
     # Only above the reference batch (§2.2), and only towards a higher rate.
     warms_up = rules.warmup != "none" and batch > rules.reference_batch_size and peak > start
     warmup_steps = timeline.steps(rules.warmup_epochs) if warms_up else 0
     if warmup_steps == 0:
         start = peak
-    _check(
-        config,
-        "scheduler.params.warmup_min_lr",
-        start,
-        f"this run starts at {start:.7g}"
-        + (", the reference rate" if warmup_steps else ", the peak rate, as it has no warmup"),
-        f'write "auto" or {start:.7g}',
-    )
+    which = "the reference rate" if warmup_steps else "the peak rate, as it has no warmup"
+    _check(config, "scheduler.params.warmup_min_lr", start, f"this run starts at {start:.7g}, {which}")
+    steps = f"{rules.warmup_epochs:g} epochs of {timeline.phases[0].steps_per_epoch} steps are {warmup_steps}"
     _check(
         config,
         "scheduler.params.warmup_num_steps",
         max(1, warmup_steps),
-        f"{rules.warmup_epochs:g} epochs of {timeline.phases[0].steps_per_epoch} steps are {warmup_steps}"
-        if warms_up
-        else "this run has no warmup",
-        f'write "auto" or {max(1, warmup_steps)}, or change recipe.schedule.warmup_epochs',
+        steps if warms_up else "this run has no warmup",
+        ", or change recipe.schedule.warmup_epochs",
     )
     if warmup_steps > timeline.total_steps:
         raise config.source.refusal(
@@ -512,16 +472,15 @@ def _rate_schedule(config: Config, timeline: Timeline) -> RateSchedule:
         raise config.source.refusal(
             "recipe.schedule.batch_size",
             f"the batch changes within the {rules.warmup_epochs:g} epochs of warmup",
-            'write later epochs, or for recipe.schedule.warmup "none": the rate follows the batch anyway',
+            'write later epochs, or recipe.schedule.warmup "none": the rate follows the batch anyway',
         )
-    decays_by_steps = rules.decay == "step"
     schedule = RateSchedule(
         start_rate=start,
         peak_rate=peak,
         warmup=rules.warmup if warmup_steps else "none",
         warmup_steps=warmup_steps,
         warmup_type=written.warmup_type,
-        milestones=tuple(timeline.steps(epoch) for epoch in rules.decay_epochs if decays_by_steps),
+        milestones=tuple(map(timeline.steps, rules.decay_epochs)) if rules.decay == "step" else (),
         decay_factor=rules.decay_factor,
         decay=rules.decay,
         final_rate=rules.final_lr,
@@ -529,16 +488,15 @@ def _rate_schedule(config: Config, timeline: Timeline) -> RateSchedule:
         scaling_rule=rules.scaling_rule,
         timeline=timeline,
     )
-    lowest = min(schedule.peak(batch) for batch in config.batches)
+    lowest = min(map(schedule.peak, config.batches))
     if rules.final_lr > lowest:
-        raise config.source.refusal(
-            "recipe.schedule.final_lr", f"the rate would rise from its peak of {lowest:.7g}", "write less than that"
-        )
+        problem = f"the rate would rise from its peak of {lowest:.7g}"
+        raise config.source.refusal("recipe.schedule.final_lr", problem, "write less than that")
     return schedule
 
 
 def _weight_decay(config: Config) -> float:
-    """λ for this global batch: of the rule, or as it is written where the rule leaves it alone."""
+    """The weight decay for this global batch, by the rule, or as written if the rule leaves it open."""
     rules, written = config.recipe.schedule, config.optimizer.params.weight_decay
     if rules.weight_decay_rule == "constant" and rules.reference_weight_decay is None and written != "auto":
         return written
@@ -546,25 +504,17 @@ def _weight_decay(config: Config) -> float:
     # The paper's constant (§5.1), or divided by kn / 256.
     by_batch = rules.weight_decay_rule == "inverse"
     decay = reference / (config.train_batch_size / rules.reference_batch_size) if by_batch else reference
-    _check(
-        config,
-        "optimizer.params.weight_decay",
-        decay,
-        f'weight_decay_rule "{rules.weight_decay_rule}" makes {decay:.7g} of {reference:g}',
-        f'write "auto" or {decay:.7g}, or change recipe.schedule.reference_weight_decay',
-    )
+    problem = f'weight_decay_rule "{rules.weight_decay_rule}" turns {reference:g} into {decay:.7g}'
+    alternative = ", or change recipe.schedule.reference_weight_decay"
+    _check(config, "optimizer.params.weight_decay", decay, problem, alternative)
     return decay
 
 
-def _check(config: Config, key: str, right: float, rule: str, remedy: str) -> None:
-    """Refuse a number that is written out under ``key`` and contradicts the rule."""
+def _check(config: Config, key: str, right: float, problem: str, alternative: str = "") -> None:
+    """Refuse a number that is written under ``key`` and differs from what its rule gives."""
     written: Any = config
     for part in key.split("."):
         written = getattr(written, part)
     if written != "auto" and not math.isclose(written, right, rel_tol=RATE_TOLERANCE):
-        raise config.source.refusal(key, rule, remedy)
-
-
-def _workers(source: str, cores_per_rank: int) -> int:
-    """Loader processes of a rank: its share of the cores but one; none for data that lies in memory."""
-    return max(1, min(16, cores_per_rank - 1)) if source in FOLDERS else 0
+        shown = right if isinstance(right, int) else f"{right:.7g}"
+        raise config.source.refusal(key, problem, f'write "auto" or {shown}{alternative}')

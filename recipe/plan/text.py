@@ -1,49 +1,47 @@
-"""The plan as people read it and as the JSON that repeats it."""
+"""The plan as text for people and as the JSON that repeats it."""
 
 import json
 import math
 from collections.abc import Sequence
 
-from recipe.config import Config, printable, trains_no_batchnorm
+from recipe.config import printable, trains_no_batchnorm
 from recipe.plan.cost import ModelFacts, shipped_facts
 from recipe.plan.layout import NO_BREAK, columns, counted, fields, wrap
 from recipe.plan.noise_scale import planned_measurements, too_few
-from recipe.plan.plan import ASSUMED_MICRO_BATCH, PIXEL_MEAN_STD, Plan
+from recipe.plan.plan import ASSUMED_MICRO_BATCH, PIXEL_MEAN_STD, Plan, scaling_words
 
 
 def plan_json(plan: Plan) -> str:
-    """The text of ``plan.json``: a DeepSpeed config that gives this run again on as many ranks."""
-    return json_text(plan.config)
-
-
-def json_text(config: Config) -> str:
-    """A config as the text of a file, with its defaults."""
-    return json.dumps(config.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False) + "\n"
+    """The text of ``plan.json``: a DeepSpeed config that repeats this run on the same number of ranks."""
+    config = plan.config.model_dump(mode="json", exclude_none=True)
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 def format_plan(plan: Plan, width: int | None = None) -> str:
-    """The plan as a block of lines of at most ``width`` characters, by default the terminal's."""
+    """The plan in lines of at most ``width`` characters, by default the terminal's width."""
     facts = shipped_facts(plan)
     return format_fields(plan, [*plan_fields(plan, facts), *(("note", note) for note in notes(plan, facts))], width)
 
 
 def plan_fields(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
-    """What a run will do, label and text; ``facts`` of the model, if they are known."""
+    """What a run will do, as pairs of label and text; ``facts`` are the model's, if known."""
+    ranks, accumulation = counted(plan.world_size, "rank"), counted(plan.accumulation, "accumulation step")
+    smoothing = plan.config.recipe.loss.label_smoothing
     texts = {
         "model": _model(plan, facts),
-        "global batch": _global_batch(plan),
+        "global batch": f"{plan.global_batch:,} = {ranks} × {accumulation} × micro-batch of {plan.micro_batch}",
         "data": _data(plan),
         "images": _images(plan),
         "image size": _image_sizes(plan),
         "steps": _steps(plan),
         "batch schedule": _batch_schedule(plan),
-        "peak rate": _peak_rate(plan),
+        "peak rate": f"{plan.schedule.peak_rate:.6g}{scaling_words(plan.config)}",
         "warmup": _warmup(plan),
         "decay": _decay(plan),
         "rate at step": ", ".join(f"{step:,}:{NO_BREAK}{rate:.5g}" for step, rate in rates(plan)),
         "optimizer": _optimizer(plan),
         "weight decay": _weight_decay(plan, facts),
-        "loss": _loss(plan),
+        "loss": f"cross entropy, labels smoothed by {smoothing:g}" if smoothing else "",
         "weight average": _weight_average(plan),
         "local SGD": _local_sgd(plan),
         "checkpoints": _checkpoints(plan),
@@ -59,20 +57,20 @@ def format_fields(plan: Plan, rows: Sequence[tuple[str, str]], width: int | None
 
 
 def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
-    """What a person should know before the run starts; ``facts`` of the model, if they are known."""
+    """What to know before the run starts; ``facts`` are the model's, if known."""
     found = _batchnorm_notes(plan, facts)
     if plan.assumes_micro_batch:
         found.append(
-            f'max_micro_batch_size is "auto": a run finds what fits the GPU (on a CPU it takes 32); this plan assumes '
-            f"up to {ASSUMED_MICRO_BATCH}"
+            f'max_micro_batch_size is "auto": the run finds the largest micro-batch that fits the GPU (32 on a CPU); '
+            f"this plan assumes up to {ASSUMED_MICRO_BATCH}"
         )
     if plan.config.recipe.model.gradient_checkpointing:
-        found.append("with gradient checkpointing activations take less memory and steps more time than this plan says")
+        found.append("with gradient checkpointing, activations take less memory and steps more time than estimated")
     found += _weights_notes(plan) + _rate_notes(plan)
     if plan.precision == "bf16" and plan.accumulation >= 64:
         found.append(
-            f"bf16 gradients of {plan.accumulation} accumulation steps are summed in bf16, with 8 bits of precision; "
-            "more GPUs or a larger micro-batch sum fewer"
+            f"bf16 gradients of {plan.accumulation} accumulation steps are summed in bf16, which has 8 bits of "
+            "precision; with more GPUs or a larger micro-batch there are fewer to sum"
         )
     measured = plan.config.recipe.noise_scale
     few = too_few(planned_measurements(plan.total_steps, measured.every_steps), plan.total_steps, measured.every_steps)
@@ -80,14 +78,15 @@ def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
         found.append(f"noise scale: {few}")
     if max(plan.config.batches) > 8192 and plan.config.optimizer.type == "SGD":
         found.append(
-            "beyond 8k the paper's error rises: 24.79 % at 16k, 27.55 % at 32k, 33.96 % at 64k (Figure 1); there the "
-            "literature took LARS, a polynomial decay and label smoothing, as resnet50_lars_b32k.json does, or LAMB"
+            "beyond 8k the paper's error rises: 24.79 % at 16k, 27.55 % at 32k, 33.96 % at 64k (Figure 1); for such "
+            "batches the literature uses LARS, a polynomial decay and label smoothing, as in resnet50_lars_b32k.json, "
+            "or LAMB"
         )
     return found
 
 
 def _has_batchnorm(plan: Plan, facts: ModelFacts | None) -> bool | None:
-    """Whether the plan's model has batch norm that is trained; None where that is not known."""
+    """Whether the model trains batch norm; None if that is not known."""
     if facts is not None:
         return facts.batchnorm_layers > 0
     model = plan.config.recipe.model
@@ -98,105 +97,95 @@ def _batchnorm_notes(plan: Plan, facts: ModelFacts | None) -> list[str]:
     has_batchnorm, found = _has_batchnorm(plan, facts), []
     if has_batchnorm is False:
         return []
-    statistics = plan.config.statistics
+    statistics, images = plan.config.statistics, plan.batchnorm_images
     if plan.assumes_micro_batch and not isinstance(statistics, int):
         found.append(
-            f'"statistics": "{statistics}" makes the training depend on the micro-batch, and "auto" that on the GPU; '
-            "a number of images (the paper's 32) does not"
+            f'with "statistics": "{statistics}" the training depends on the micro-batch, which "auto" makes depend on '
+            "the GPU; with a number of images (the paper's 32) it does not"
         )
-    over = plan.batchnorm_images
-    if over < 16:
-        found.append(f"batch norm's statistics come from only {over} images; the paper used 32 (section 2.3)")
-    elif over > 64:
+    if images < 16:
+        found.append(f"batch norm's statistics come from only {images} images; the paper used 32 (section 2.3)")
+    elif images > 64:
         found.append(
-            f"batch norm's statistics come from {over:,} images; the paper used 32 (section 2.3), as "
-            '"statistics": 32 does'
+            f"batch norm's statistics come from {images:,} images; the paper used 32 (section 2.3), as does "
+            '"statistics": 32'
         )
     return found if has_batchnorm else [f"if the model has batch norm: {note}" for note in found]
 
 
 def _weights_notes(plan: Plan) -> list[str]:
-    """What a plan cannot know of weights that are fetched when the run starts."""
+    """What a plan cannot know about weights that are downloaded when the run starts."""
     model, usual = plan.config.recipe.model, PIXEL_MEAN_STD[plan.config.recipe.data.source]
-    is_fetched = model.starts_from is not None and (model.weights or "hf-hub:").startswith("hf-hub:")
-    if not is_fetched or (plan.mean, plan.std) != usual:
+    is_downloaded = model.starts_from is not None and (model.weights or "hf-hub:").startswith("hf-hub:")
+    if not is_downloaded or (plan.mean, plan.std) != usual:
         return []
     return [
-        f"mean and std are the usual ones; if {printable(str(model.starts_from))} was trained with others, which its "
-        "page on the hub and timm.get_pretrained_cfg tell, write them for recipe.data.mean and std"
+        f"mean and std are the usual ones; if {printable(str(model.starts_from))} was trained with others, set "
+        "recipe.data.mean and std to those that its page on the hub or timm.get_pretrained_cfg gives"
     ]
 
 
 def _rate_notes(plan: Plan) -> list[str]:
-    """What the paper found of rates and warmups that are not its own, all at 8k on ImageNet with ResNet-50."""
-    rules, optimizer, found = plan.config.recipe.schedule, plan.config.optimizer.type, list[str]()
+    """What the paper found about rates and warmups other than its own, all at 8k on ImageNet with ResNet-50."""
+    rules, schedule, optimizer = plan.config.recipe.schedule, plan.schedule, plan.config.optimizer.type
+    found = list[str]()
     if optimizer != "SGD" and rules.scaling_rule != "none":
         found.append(
-            f'the rate rules are SGD\'s, and {optimizer} takes other rates: recipe.schedule.scaling_rule "none" and '
-            "optimizer.params.lr write one"
+            f"the scaling rules are for SGD, and {optimizer} needs other rates: set recipe.schedule.scaling_rule to "
+            '"none" and optimizer.params.lr to a number'
         )
     if plan.global_batch <= rules.reference_batch_size or optimizer != "SGD":
         return found
     if rules.scaling_rule != "linear":
-        error = {"sqrt": "26.22", "none": "41.67"}[rules.scaling_rule]
-        how = {"sqrt": "scaled by the square root", "none": "not scaled"}[rules.scaling_rule]
+        how, error = {"sqrt": ("scaled by the square root", 26.22), "none": ("not scaled", 41.67)}[rules.scaling_rule]
         found.append(f"the rate is {how}: in the paper, {error} % error at 8k instead of 23.74 % (Table 2a)")
-    if plan.schedule.peak_rate <= rules.reference_lr:
+    if schedule.peak_rate <= rules.reference_lr:
         return found
-    if plan.schedule.warmup != "gradual":
-        error = {"constant": "25.88", "none": "24.84"}[plan.schedule.warmup]
-        how = {"constant": "a constant warmup", "none": "no warmup"}[plan.schedule.warmup]
+    if schedule.warmup != "gradual":
+        how, error = {"constant": ("a constant warmup", 25.88), "none": ("no warmup", 24.84)}[schedule.warmup]
         found.append(f"{how}: in the paper, {error} % error at 8k instead of 23.74 % (Table 1)")
     elif rules.warmup_epochs < 5:
         found.append(f"a warmup of {counted(rules.warmup_epochs, 'epoch')} is shorter than the paper's 5 (section 2.2)")
-    if plan.schedule.milestones and plan.schedule.milestones[0] < plan.schedule.warmup_steps:
-        found.append(f"the rate decays at step {plan.schedule.milestones[0]:,}, before the warmup ends: it has no peak")
+    if schedule.milestones and schedule.milestones[0] < schedule.warmup_steps:
+        found.append(f"the rate decays at step {schedule.milestones[0]:,}, before warmup ends: it never peaks")
     return found
 
 
 def _model(plan: Plan, facts: ModelFacts | None) -> str:
-    recipe = plan.config.recipe
-    n = plan.config.statistics
-    norm = {"global": "SyncBN over all ranks", "local": "batch norm over each rank's micro-batch"}
-    if isinstance(n, int):
-        where = (
-            f"{n // plan.micro_batch} ranks" if n > plan.micro_batch else f"{plan.micro_batch // n} in a micro-batch"
-        )
-        norm[str(n)] = f"batch norm over groups of {n} images ({where})"
-    batchnorm = norm[str(n)]
+    model, n = plan.config.recipe.model, plan.config.statistics
     has_batchnorm = _has_batchnorm(plan, facts)
+    if has_batchnorm is False:
+        batchnorm = "no batch norm" if model.freeze == "none" else "batch norm, if any, in evaluation mode"
+    elif isinstance(n, int):
+        ranks, groups = n // plan.micro_batch, plan.micro_batch // n
+        where = f"{groups} in a micro-batch" if groups else f"{ranks} ranks"
+        batchnorm = f"batch norm over groups of {n} images ({where})"
+    else:
+        batchnorm = {"global": "SyncBN over all ranks", "local": "batch norm over each rank's micro-batch"}[n]
     if has_batchnorm is None:
         batchnorm += ", if the model has batch norm"
-    elif not has_batchnorm:
-        batchnorm = "no batch norm" if recipe.model.freeze == "none" else "batch norm, if any, in evaluation mode"
-    return (
-        f"{printable(recipe.model.name)}, {recipe.model.num_classes} classes, {_size_range(plan)} px, "
-        f"{plan.precision}, {batchnorm}{_start(plan)}"
-        f"{', gradients checkpointed' if recipe.model.gradient_checkpointing else ''}"
-    )
-
-
-def _start(plan: Plan) -> str:
-    """What training starts from, and what of the model it leaves as it is."""
-    model = plan.config.recipe.model
-    if model.starts_from is None:
-        return ""
-    kept = ", all but the head frozen" if model.freeze == "backbone" else ""
-    return f", from {printable(model.starts_from)} (a head of another size is made anew){kept}"
-
-
-def _global_batch(plan: Plan) -> str:
-    ranks, steps = counted(plan.world_size, "rank"), counted(plan.accumulation, "accumulation step")
-    return f"{plan.global_batch:,} = {ranks} × {steps} × micro-batch of {plan.micro_batch}"
+    parts = [
+        printable(model.name),
+        f"{model.num_classes} classes",
+        f"{_size_range(plan)} px",
+        plan.precision,
+        batchnorm,
+    ]
+    if model.starts_from is not None:
+        parts.append(f"from {printable(model.starts_from)} (a head of another size is reinitialised)")
+    if model.freeze == "backbone":
+        parts.append("all but the head frozen")
+    if model.gradient_checkpointing:
+        parts.append("gradient checkpointing")
+    return ", ".join(parts)
 
 
 def _data(plan: Plan) -> str:
     data = plan.config.recipe.data
     where = f"{data.source} in {printable(data.path)}" if data.path else data.source
-    where += (
-        f" (short side {data.pack_short_side}{', raw pixels' if data.pack_raw else ''})" if data.pack_short_side else ""
-    )
-    share = f" (a share of {data.validation_share:g})" if data.validation_share is not None else ""
+    if data.pack_short_side:
+        where += f" (short side {data.pack_short_side}{', raw pixels' if data.pack_raw else ''})"
+    share = f" (a fraction of {data.validation_share:g})" if data.validation_share is not None else ""
     found = [f"{where}: {plan.train_images:,} training images, {plan.validation_images:,} for validation{share}"]
     if plan.contents is not None:
         found += [plan.contents.name_imbalance(), plan.contents.name_left_out()]
@@ -214,11 +203,11 @@ def _images(plan: Plan) -> str:
     }[data.crop]
     workers = f"{counted(plan.workers, 'loader process', 'es')} per rank" if plan.workers else "no loader processes"
     if plan.assumes_workers:
-        workers = "loader processes: a rank's share of the cores less one"
+        workers = "loader processes: one less than a rank's share of the cores"
     decoded = {"cpu": "", "gpu": ", decoded by nvJPEG", "dali": ", decoded by DALI"}[data.decoder]
-    held = ", all held on the device" if data.on_device else ""
+    held = ", all kept on the device" if data.on_device else ""
     mixed = ", ".join(
-        f"{name} in {100 * mix.probability:g} % of the steps (α = {mix.alpha:g})"
+        f"{name} in {100 * mix.probability:g} % of steps (α = {mix.alpha:g})"
         for name, mix in (("mixup", data.mixup), ("CutMix", data.cutmix))
         if mix.probability
     )
@@ -238,7 +227,7 @@ def _size_range(plan: Plan) -> str:
 
 
 def _image_sizes(plan: Plan) -> str:
-    """The sizes by epoch, and that of validation, where there are several."""
+    """The sizes by epoch and in validation; "" if there is only one size."""
     (_, first), *later = plan.image_sizes
     if not later and plan.validation_image_size == first:
         return ""
@@ -256,11 +245,11 @@ def _steps(plan: Plan) -> str:
     if not plan.left_over_images:
         return steps
     most = "up to " if later else ""
-    return f"{steps}; {most}{counted(plan.left_over_images, 'image')} dropped per epoch, others each time"
+    return f"{steps}; {most}{counted(plan.left_over_images, 'image')} dropped per epoch, different ones each time"
 
 
 def _batch_schedule(plan: Plan) -> str:
-    """The later global batches, each with what follows from it."""
+    """The later global batches with their accumulation steps and peak rates; "" if the batch does not change."""
     return "; ".join(
         f"{phase.global_batch:,} from epoch {phase.first_epoch} (step {phase.first_step:,}) on, by "
         f"{counted(plan.accumulation_of(phase), 'accumulation step')}: peak rate "
@@ -269,26 +258,14 @@ def _batch_schedule(plan: Plan) -> str:
     )
 
 
-def _peak_rate(plan: Plan) -> str:
-    rules, peak = plan.config.recipe.schedule, f"{plan.schedule.peak_rate:.6g}"
-    ratio = f"{plan.global_batch:,} / {rules.reference_batch_size:,}"
-    match rules.scaling_rule:
-        case "linear":
-            return f"{peak} = {rules.reference_lr:g} × {ratio} (linear scaling)"
-        case "sqrt":
-            return f"{peak} = {rules.reference_lr:g} × √({ratio}) (square-root scaling)"
-        case _:
-            return f"{peak} (not scaled)"
-
-
 def _warmup(plan: Plan) -> str:
     rules, schedule = plan.config.recipe.schedule, plan.schedule
     if schedule.warmup == "none":
         if rules.warmup == "none":
             return "none"
         if plan.global_batch > rules.reference_batch_size:
-            return f"none: it starts at {schedule.start_rate:g}, and the peak rate is not above that"
-        return f"none: it is for batches above {rules.reference_batch_size:,}"
+            return f"none: the peak rate is not above {schedule.start_rate:g}, where warmup would start"
+        return f"none: only batches above {rules.reference_batch_size:,} warm up"
     duration = f"{counted(schedule.warmup_steps, 'step')} ({counted(rules.warmup_epochs, 'epoch')})"
     if schedule.warmup == "constant":
         return f"constant: {schedule.start_rate:.6g} for {duration}, then {schedule.peak_rate:.6g}"
@@ -307,11 +284,11 @@ def _decay(plan: Plan) -> str:
     reached = ", ".join(f"epoch {epoch:g} (step {step:,})" for epoch, step in turns if step < plan.total_steps)
     late = ", ".join(f"{epoch:g}" for epoch, step in turns if step >= plan.total_steps)
     text = f"× {rules.decay_factor:g} at {reached}" if reached else "none within the run"
-    return text + (f"; epoch {late} lies beyond it" if late else "")
+    return text + (f"; epoch {late} is after its end" if late else "")
 
 
 def rates(plan: Plan) -> list[tuple[int, float]]:
-    """Steps and their rates: the first and last, half-way down a curve, before and after whatever changes the rate."""
+    """Pairs of step and rate: first, last, half-way down a curve, and around every change of the rate."""
     steps = {0, 1, plan.total_steps - 1}
     if plan.schedule.has_curve:
         steps.add((plan.schedule.warmup_steps + plan.total_steps) // 2)
@@ -322,33 +299,20 @@ def rates(plan: Plan) -> list[tuple[int, float]]:
 
 
 def _optimizer(plan: Plan) -> str:
-    clipping = plan.config.gradient_clipping
-    clipped = f"gradients clipped to norm {clipping:g}" if clipping else "no gradient clipping"
-    return f"{optimizer_words(plan.config)}, {clipped}"
-
-
-def optimizer_words(config: Config) -> str:
-    """The optimizer and what it has beside rate and weight decay."""
-    params = config.optimizer.params
-    match config.optimizer.type:
-        case "SGD":
-            return f"SGD, momentum {params.momentum:g}{', Nesterov' if params.nesterov else ''}"
-        case "LARS":
-            return f"LARS, momentum {params.momentum:g}, trust coefficient {params.trust_coefficient:g}"
-        case "LAMB":
-            return "LAMB"
+    params, clipping = plan.config.optimizer.params, plan.config.gradient_clipping
+    optimizer = {
+        "SGD": f"SGD, momentum {params.momentum:g}{', Nesterov' if params.nesterov else ''}",
+        "LARS": f"LARS, momentum {params.momentum:g}, trust coefficient {params.trust_coefficient:g}",
+        "LAMB": "LAMB",
+    }[plan.config.optimizer.type]
+    return f"{optimizer}, {f'gradients clipped to norm {clipping:g}' if clipping else 'no gradient clipping'}"
 
 
 def _weight_decay(plan: Plan, facts: ModelFacts | None) -> str:
     decayed = f"{facts.decayed_parameters:,} " if facts else ""
     undecayed = f"{facts.undecayed_parameters:,} " if facts else "the "
-    which = "batch-norm parameters and biases" if facts and facts.batchnorm_layers else "others, as norms and biases"
-    return f"{plan.weight_decay:.6g} on {decayed}convolution and linear weights; none on {undecayed}{which}"
-
-
-def _loss(plan: Plan) -> str:
-    smoothing = plan.config.recipe.loss.label_smoothing
-    return f"cross entropy, labels smoothed by {smoothing:g}" if smoothing else ""
+    others = "batch-norm parameters and biases" if facts and facts.batchnorm_layers else "other parameters"
+    return f"{plan.weight_decay:.6g} on {decayed}convolution and linear weights; none on {undecayed}{others}"
 
 
 def _weight_average(plan: Plan) -> str:
@@ -357,7 +321,7 @@ def _weight_average(plan: Plan) -> str:
         return ""
     images = math.log(0.5) / math.log(decay)
     step = f"{decay**plan.global_batch:.6g} per step of {plan.global_batch:,}"
-    return f"decay {decay!r} per image, {step}: an image's weights count half after {images:,.0f} more"
+    return f"decay {decay!r} per image, {step}: weights count half after {images:,.0f} more images"
 
 
 def _local_sgd(plan: Plan) -> str:
@@ -366,10 +330,10 @@ def _local_sgd(plan: Plan) -> str:
         return "" if local.steps is None else "no effect on a single rank"
     since = ""
     if local.after_epoch:
-        since = f"from epoch {local.after_epoch} (step {plan.timeline.steps(local.after_epoch):,}) on "
+        since = f"from epoch {local.after_epoch} (step {plan.timeline.steps(local.after_epoch):,}) on, "
     return (
         f"{since}each rank steps alone; weights are averaged every {counted(local.steps, 'step')} and at the end of "
-        "each epoch. On another number of ranks it is another training"
+        "each epoch. The training depends on the number of ranks"
     )
 
 

@@ -139,16 +139,16 @@ def test_the_summary_in_words() -> None:
     # (1 + 2000 / 4000) / (1 + 2000 / 8000) = 1.2 of the steps, half as many images each.
     assert in_words(found(2000.4), 8000, 1_281_167, 14_040) == [
         "about 2,000 images at the end: the gradient of such a batch is half signal, half noise",
-        "your batch of 8,000 is well above it: one of 4,000 would come as far with about 120 % of the steps and 60 % "
-        "of the images",
+        "your batch of 8,000 is well above it: one of 4,000 would reach the same loss with about 120 % of the steps "
+        "and 60 % of the images",
     ]
     # (1 + 1536 / 1024) / (1 + 1536 / 512) = 0.625
     told = {"measurements": 80, "last_step": 79, "lowest": 93.2, "highest": 1600.0, "every_steps": 1}
     assert in_words(found(1536.0, **told), 512, 1442, 80) == [
         "about 1,500 images at the end: the gradient of such a batch is half signal, half noise",
         "more than the 1,442 training images: by this measure no batch is too large",
-        "your batch of 512 is well below it: one of 1,024 would come as far with about 62 % of the steps and 125 % "
-        "of the images",
+        "your batch of 512 is well below it: one of 1,024 would reach the same loss with about 62 % of the steps "
+        "and 125 % of the images",
         "80 measurements, the last at step 79; 93 to 1,600 images from the 20th on",
     ]
     assert "of 720 is well below it: one of 360" in in_words(found(1536.0), 720, 1439, 80)[2]  # 1,440 would not fit

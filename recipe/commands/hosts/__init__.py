@@ -85,7 +85,7 @@ def _launch(
     if arguments.config:
         config = read_config(arguments.config, overrides(arguments))
         source = config.recipe.data
-        plan = make_plan(config, world_size, look=look if source.is_to_be_counted else None)
+        plan = make_plan(config, world_size, look=look if source.needs_counting else None)
         precision, config_path, name = plan.precision, str(arguments.config), arguments.config.stem
         special = {"source", "pack_short_side", "pack_raw", "validation_share"}
         data = {"folder": source.path} | source.model_dump(include=special)

@@ -147,7 +147,7 @@ def read_study(path: Path, world_size: int, data: str | None = None, cores_per_r
             for override in overrides:
                 apply_override(raw, override, name)
             parsed = parse_config(raw, name)
-            looks = look if parsed.recipe.data.is_to_be_counted else None
+            looks = look if parsed.recipe.data.needs_counting else None
             plan = make_plan(parsed, world_size, cores_per_rank, looks)
             if cores_per_rank is not None:
                 overrides.append(f"recipe.data.workers={plan.workers}")
