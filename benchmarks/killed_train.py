@@ -146,7 +146,7 @@ if __name__ == "__main__":
 
     if get_accelerator().device_name() == "cpu":
         # Where it is slow, it is right all the same.
-        train.cpu_may_know_fp16 = get_accelerator().is_fp16_supported = lambda: True
+        get_accelerator().is_fp16_supported = lambda: True
     if os.environ.get("KILL_AT"):
         name, count, who, signal_name = f"{os.environ['KILL_AT']} KILL".split()[:4]
         if os.environ.get("RANK", "0") == who.replace("group", "0"):

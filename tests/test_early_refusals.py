@@ -6,10 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from recipe.commands.pack.command import pack
-from recipe.train import cpu_may_know_fp16
 from tests.data.images import write_folder
 from tests.launch import DIGITS, ROOT, environment
 
@@ -79,20 +76,6 @@ def test_the_folder_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
     assert not output.parent.exists()
-
-
-@pytest.mark.skipif(cpu_may_know_fp16(), reason="the CPU knows fp16")
-def test_fp16_without_a_gpu_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
-    run = ("recipe/train.py", "--deepspeed_config", DIGITS, "--output", str(tmp_path / "run"))
-    done = without_torch(tmp_path, *run, "--set=fp16.enabled=true", CUDA_VISIBLE_DEVICES="")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "fp16.enabled = true: there is no GPU, and the CPU does not support it; write" in done.stderr
-    on_gpu = data(tmp_path).replace('"image_size"', '"decoder": "gpu", "image_size"')
-    done = without_torch(tmp_path, *run, *TWO_CLASSES, on_gpu, CUDA_VISIBLE_DEVICES="")
-    assert 'recipe.data.decoder = "gpu": there is no CUDA GPU; write "cpu", or "dali"' in done.stderr
-    # Where a GPU may be there, torch is asked.
-    elsewhere = without_torch(tmp_path, *run, "--set=fp16.enabled=true", DS_ACCELERATOR="xpu")
-    assert "it was imported" in elsewhere.stderr
 
 
 def test_a_plan_counts_what_auto_leaves_open_and_looks_where_it_is_told(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from .history import (
 )
 from .locking import (
     LOCK as LOCK,
-    claim as claim,
     is_locked as is_locked,
     lock as lock,
 )
@@ -30,9 +29,7 @@ from .resume import (
     check_data as check_data,
     choose_start as choose_start,
     differing_keys as differing_keys,
-    is_complete as is_complete,
     is_same_training as is_same_training,
     leaves as leaves,
     stated as stated,
-    unused_data as unused_data,
 )

@@ -272,11 +272,11 @@ def test_a_complete_pack_is_left_as_it_is_and_another_is_refused(
         ("images", "images", "DST {root}/images lies in SRC"),
         ("images", ".", "DST {root} holds file, images, link, and no pack; name a new or empty folder"),
         ("images", "link/pack", "DST {root}/link/pack lies in SRC"),
-        ("images", "file", "DST {root}/file: {root}/file is no folder; remove it, or name another"),
+        ("images", "file", "DST {root}/file: cannot write to {root}/file (File exists); name another folder"),
         (
             "images",
             "/proc/pack",
-            "DST /proc/pack: no folder can be made in /proc (No such file or directory); name",
+            "DST /proc/pack: cannot write to /proc (No such file or directory); name",
         ),
     ],
 )

@@ -554,7 +554,7 @@ def test_a_study_resumes_after_sigterm_and_after_a_kill(tmp_path: Path) -> None:
     assert first.returncode == 143, said
     for line in ("1 of 3: short, seed 0 …\n", "[1/3] short, seed 0: failed: ", "[2/3] wild, seed 0: diverged"):
         assert f"\n{line}" in said
-    assert re.search(r"^recipe: short, seed 0 failed: .*\.lock: Is a directory.*launch\.log", said, re.MULTILINE)
+    assert re.search(r"^recipe: short, seed 0 failed: .*\.lock \(Is a directory\).*launch\.log", said, re.MULTILINE)
     assert "\n- wild, seed 0: diverged: the loss of step " in said
     assert f"In {output}: results.md, results.csv\n" in said
     (row,) = read_rows(output, "long")

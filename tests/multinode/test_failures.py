@@ -121,7 +121,7 @@ def test_data_that_does_not_come(two_hosts: Cluster, tmp_path: Path, image_confi
         started = time.monotonic()
         printed = the_end(process, started)
     assert re.fullmatch(
-        r"rank (\d) on node-\1 failed at step \d+: TimeoutError: no images have come from the data for [89] s",
+        r"rank (\d) on node-\1 failed at step \d+: TimeoutError: no images from the data loader for [89] s",
         last_word(printed),
     ), printed
     nothing_is_left(two_hosts, started)

@@ -601,7 +601,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "recipe: name a command; the list above has all of them"),
+        ((), "recipe: name a command; see the list above"),
         (("eval",), "recipe: there is no command 'eval'; did you mean evaluate?"),
         (("hots",), "recipe: there is no command 'hots'; did you mean hosts?"),
         (("plan", "x.json", "--worldsize=8"), "unrecognized arguments: --worldsize=8; did you mean --world-size?"),
@@ -659,7 +659,7 @@ def test_an_answer_that_cannot_be_written_is_one_line_and_no_success(
         )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line == "recipe: standard output cannot be written: No space left on device; the answer is not whole"
+    assert line == "recipe: standard output cannot be written: No space left on device; the answer is incomplete"
 
 
 def test_a_plan_imports_neither_torch_nor_deepspeed() -> None:
