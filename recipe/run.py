@@ -101,7 +101,7 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
 def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, Any]:
     """Train to the end, from the newest checkpoint if there is one; return the content of ``summary.json``.
 
-    ``watch`` is told the current step, monitors the wait for data, and is closed when training is over.
+    ``watch`` gets the current step, monitors the wait for data, and is closed when training is over.
 
     Raises:
         one of ``KNOWN_FAILURES``: its message says what to do.

@@ -1,4 +1,4 @@
-"""Signals and clocks on real ranks: all agree after the step; a second signal ends the process at once."""
+"""Requests by signals and by the clock. Runs that are signalled are tested in tests/checkpoints/test_kills.py."""
 
 import ctypes
 import os
@@ -19,34 +19,12 @@ import torch
 from recipe.distributed import agreement
 from recipe.distributed.agreement import SAME_REQUEST_SECONDS, Requests
 from recipe.distributed.launcher import open_process
-from recipe.distributed.signals import Interrupted, listen, outlive_readers
+from recipe.distributed.signals import listen, outlive_readers
 from recipe.engine.start import join_process_group
 from tests.launch import ROOT, environment, wait_until
 from tests.ranks import fork, run_ranks
 
 TIMEOUT = timedelta(seconds=60)
-
-
-def _signalled(rank: int, world_size: int, signum: int) -> list[tuple[int, bool]]:
-    agreed = []
-    with Requests(None, TIMEOUT) as requests:
-        loader = os.fork()  # it holds copies of all open files
-        if loader == 0:
-            time.sleep(600)
-            os._exit(0)
-        for step in range(4):
-            if (rank, step) == (1, 2):
-                os.kill(os.getpid(), signum)
-                time.sleep(0.5)  # another thread handles it
-            agreed.append(requests.agree())
-    os.kill(loader, signal.SIGKILL)
-    os.waitpid(loader, 0)
-    return agreed
-
-
-def test_all_ranks_learn_of_a_signal_to_one_after_the_same_step() -> None:
-    signum = signal.SIGTERM
-    assert run_ranks(2, _signalled, signum) == [[(0, False), (0, False), (signum, False), (signum, False)]] * 2
 
 
 def _clocked(rank: int, world_size: int) -> list[bool]:
@@ -63,24 +41,6 @@ def _clocked(rank: int, world_size: int) -> list[bool]:
 
 def test_rank_0s_clock_asks_for_checkpoints() -> None:
     assert run_ranks(2, _clocked) == [[False, True, True, False]] * 2
-
-
-def _watched(rank: int, world_size: int) -> list[int]:
-    seen: list[int] = []
-    with Requests(None, TIMEOUT) as requests:
-        try:
-            for item in requests.watched(range(5)):
-                seen.append(item)
-                if (rank, item) == (0, 1):
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    time.sleep(0.5)
-        except Interrupted as end:
-            seen.append(end.exit_code)
-    return seen
-
-
-def test_signal_ends_a_validation_before_the_same_batch_on_all_ranks() -> None:
-    assert run_ranks(2, _watched) == [[0, 1, 143]] * 2
 
 
 def _held(folder: Path, launcher: int | None) -> None:

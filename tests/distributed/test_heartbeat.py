@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,7 +16,6 @@ import torch.distributed as dist
 
 from recipe.distributed import heartbeat
 from recipe.distributed.heartbeat import FAILED, GRACE_SECONDS, LOOK_EVERY_SECONDS, Watch, is_cause
-from recipe.distributed.launcher import open_process
 from recipe.distributed.rendezvous import meet
 from recipe.engine.start import join_process_group
 from tests.distributed.test_rendezvous import free_port
@@ -45,20 +42,17 @@ FATES: dict[str, Callable[[Watch], Any]] = {
     "hangs": lambda watch: os.kill(os.getpid(), signal.SIGSTOP),
     "gets no data": lambda watch: list(watch.awaited(_images())),
     "is busy": lambda watch: time.sleep(100),
-    "is done": lambda watch: (watch.close(), dist.barrier(), os._exit(0)),
 }
 
 
-def _rank(folder: Path, fate: str, others: str, who: tuple[int, ...], timeout_seconds: int, launcher: int) -> None:
+def _rank(folder: Path, fate: str, others: str, who: tuple[int, ...], timeout_seconds: int) -> None:
     rank, timeout = int(os.environ["RANK"]), timedelta(seconds=timeout_seconds)
     if fate == "raises a known error":
         heartbeat.GRACE_SECONDS = 30.0  # all ranks are alive, but may answer slowly on a busy machine
     meeting = meet({"host": os.environ.get("HOST", f"host-{rank}")}, timedelta(seconds=60))
     join_process_group(torch.device("cpu"), timeout, meeting.group_store)
     dist.barrier()
-    process = open_process(launcher)
-    assert process is not None
-    with Watch(meeting, timeout, {launcher: process}, (ValueError,)) as watch:
+    with Watch(meeting, timeout, {}, (ValueError,)) as watch:
         watch.step = STEP
         (folder / f"ready-{rank}").touch()
         wait_until((folder / "go").exists)
@@ -80,13 +74,12 @@ class Ranks:
         others: str = "",
         ranks: int = 2,
         timeout_seconds: int = 60,
-        launcher: int = os.getpid(),
         **variables: str,
     ) -> None:
         self.folder = folder
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCH_CPP_LOG_LEVEL": "ERROR"}
         of_all = environment(WORLD_SIZE=str(ranks), LOCAL_RANK="0", DS_ACCELERATOR="cpu") | address | variables
-        arguments = (folder, fate, others, who, timeout_seconds, launcher)
+        arguments = (folder, fate, others, who, timeout_seconds)
         self.processes: list[BaseProcess] = [
             fork(folder / str(rank), of_all | {"RANK": str(rank)}, _rank, *arguments) for rank in range(ranks)
         ]
@@ -199,21 +192,6 @@ def test_hanging_data_loader_ends_its_rank_before_the_others_time_out(tmp_path: 
     assert re.fullmatch(
         r"recipe: rank 1 on host-1 failed at step 3: TimeoutError: no images from the data loader for [67] s\n", told
     )
-
-
-def test_finished_ranks_are_not_missed(tmp_path: Path) -> None:
-    ranks = Ranks(tmp_path, "is done", 0, 1)
-    ranks.go()
-    assert ranks.ends() == [(0, ""), (0, "")]
-
-
-def test_rank_ends_with_its_launcher(tmp_path: Path) -> None:
-    """A killed launcher forwards nothing, so the rank sends itself SIGTERM, on which a run saves and ends."""
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as launcher:
-        ranks = Ranks(tmp_path, "is busy", 0, ranks=1, launcher=launcher.pid)
-        ranks.go()
-        launcher.kill()
-    assert ranks.ends() == [(-signal.SIGTERM, "recipe: rank 0: the launcher is gone\n")]
 
 
 def test_lost_ranks_are_not_a_cause() -> None:
