@@ -146,7 +146,7 @@ if __name__ == "__main__":
 
     if get_accelerator().device_name() == "cpu":
         # fp16 is slow on some CPUs, but still correct.
-        train.cpu_may_know_fp16 = get_accelerator().is_fp16_supported = lambda: True
+        train.cpu_may_support_fp16 = get_accelerator().is_fp16_supported = lambda: True
     if os.environ.get("KILL_AT"):
         name, count, who, signal_name = f"{os.environ['KILL_AT']} KILL".split()[:4]
         if os.environ.get("RANK", "0") == who.replace("group", "0"):

@@ -1,13 +1,12 @@
-"""A run in the order in which it happens: its parts are made and checked, it trains, it is summed up."""
+"""A run from top to bottom: its parts are created and checked, it trains, and it is summarised."""
 
 import json
 import os
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import deepspeed
 import torch
@@ -18,7 +17,7 @@ from recipe import checkpoints, data, reporting
 from recipe.checkpoints import CHECKPOINTS, PLAN, CheckpointError, Data, History, Resume, Start, manifest
 from recipe.config import ConfigError
 from recipe.data import BadImageError, Samples, SyntheticImages, WorkerError
-from recipe.distributed import Interrupted, Meeting, Requests, Watch, end_at_once, take_by, versions
+from recipe.distributed import Interrupted, Meeting, Requests, Watch, versions
 from recipe.engine import (
     MicroBatchError,
     NoImageError,
@@ -42,13 +41,13 @@ from recipe.model import average_running_statistics, build_model, check_image_si
 from recipe.plan import Plan, format_plan, plan_json
 from recipe.reporting import SUMMARY, OutputError, Telemetry
 
-# Their messages say all that a person needs.
+# Their messages are enough for a user, without a traceback.
 KNOWN_FAILURES = (BadImageError, CheckpointError, FloatingPointError, MicroBatchError, OutputError, WorkerError)
 
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run, checked and ready, before any rank has met another."""
+    """The checked parts of a run, before the ranks' rendezvous."""
 
     plan: Plan
     output: Path
@@ -57,11 +56,11 @@ class Run:
     samples: tuple[Samples, Samples] | SyntheticImages
     data: Data
     start: Start
-    undo: ExitStack
-    """what takes back the folders and the lock, for ranks that do not train after all"""
+    lock: IO[str] | None
+    """rank 0's lock on the output folder, held while the file is open"""
 
     def facts(self) -> dict[str, str]:
-        """What must be the same on all ranks; see ``recipe.distributed.own_facts``."""
+        """The facts that must be equal on all ranks; see ``recipe.distributed.own_facts``."""
         plan, found = self.plan, self.start.checkpoints
         return {
             "config": plan.config.source.text,
@@ -72,49 +71,50 @@ class Run:
 
 
 def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = False) -> Run:
-    """Check what the plan needs of this machine, and make the parts.
+    """Create the parts of a run, lock its folder, and choose the checkpoints to resume from.
 
     Raises:
-        ValueError: a device without the precision, data that cannot be read, a model that does not fit the data, an
-            output folder that holds another training, or cannot be made.
+        ValueError: the device does not support the precision, the data cannot be read, the model does not fit the data,
+            or the output folder belongs to a different run, is in use, or cannot be created.
     """
     recipe, section = plan.config.recipe, plan.config.recipe.data.model_dump()
-    with ExitStack() as undo:
-        if (os.environ.get("RANK") or "0") == "0":
-            # First of all: another run that is about to end changes which checkpoints are there.
-            claimed = undo.enter_context(checkpoints.claim(output))
-            take_by(lambda signum, sender: end_at_once(signum, sender, claimed.close))
+    try:
+        device = choose_device(plan.precision)
+        view: dict[str, Any] = {"classes": recipe.model.num_classes, "seed": recipe.seed}
+        samples = data.open_samples(section, **view, device=device, workers=plan.workers)
+        described = Data(**data.describe_data(samples))
+        model = build_model(seed=recipe.seed, statistics=recipe.batchnorm.statistics, **recipe.model.model_dump())
+        check_image_sizes(model, plan.image_sizes, plan.validation_image_size, plan.batchnorm_images)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        # Device, data and model know the key and the value, but not the file.
+        raise ValueError(f"{plan.config.source.file}: {error}") from error
+    # Before looking for checkpoints: until it ends, another run may add and remove some.
+    lock = checkpoints.lock(output) if (os.environ.get("RANK") or "0") == "0" else None
+    try:
         start = checkpoints.choose_start(plan, output, resume, accept_changes, has_summary=(output / SUMMARY).exists())
-        try:
-            device = choose_device(plan.precision)
-            view: dict[str, Any] = {"classes": recipe.model.num_classes, "seed": recipe.seed}
-            samples = data.open_samples(section, **view, device=device, workers=plan.workers)
-            described = Data(**data.describe_data(samples))
-            model = build_model(seed=recipe.seed, statistics=recipe.batchnorm.statistics, **recipe.model.model_dump())
-            check_image_sizes(model, plan.image_sizes, plan.validation_image_size, plan.batchnorm_images)
-        except ConfigError:
-            raise
-        except ValueError as error:
-            # Device, data and model know the key and the value, but not the file.
-            raise ValueError(f"{plan.config.source.file}: {error}") from error
         checkpoints.check_data(start, described, output, accept_changes)
-        model = model.double() if plan.precision == "fp64" else model
-        return Run(plan, output, device, model, samples, described, start, undo.pop_all())
+    except ValueError:
+        checkpoints.unlock(output, lock)
+        raise
+    model = model.double() if plan.precision == "fp64" else model
+    return Run(plan, output, device, model, samples, described, start, lock)
 
 
 def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, Any]:
-    """Train from the newest checkpoint, or from the start, to the end; return the content of ``summary.json``.
+    """Train to the end, from the newest checkpoint if there is one; return the content of ``summary.json``.
 
-    ``watch`` is told of each step, waits for the data with the loop, and is closed when training is over.
+    ``watch`` gets the current step, monitors the wait for data, and is closed when training is over.
 
     Raises:
         one of ``KNOWN_FAILURES``: its message says what to do.
-        Interrupted: a signal asked for the end, and the run is saved.
+        Interrupted: a signal ended the run, which is saved.
     """
     started, output, config, recipe = time.monotonic(), run.output, run.plan.config, run.plan.config.recipe
-    # What these turn on, DeepSpeed reports through its own log.
+    # DeepSpeed reports these through its own log.
     set_loudness(bool(verbose or config.wall_clock_breakdown or config.memory_breakdown or config.dump_state))
-    reporting.make_folder(output / CHECKPOINTS)  # a host may have a disk of its own
+    reporting.make_folder(output / CHECKPOINTS)  # on every host, in case the folder is not shared
 
     # The engine
     choose_kernels(tf32=recipe.precision is None, cudnn_benchmark=recipe.cudnn_benchmark)
@@ -130,7 +130,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     step_locally(engine, recipe.local_sgd.steps, plan.is_local, plan.equal_after)
     loss_function = training_loss(engine.module, **recipe.loss.model_dump(), compiled=recipe.compile)
 
-    # Where it starts, and what it writes
+    # The starting point and the output
     history, messages = checkpoints.load_run(engine, plan, run.start)
     if history is None:
         history = History(decoded_by_pil=data.decoded_beforehand(run.samples) if dist.get_rank() == 0 else 0)
@@ -177,11 +177,11 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
             telemetry.start_clock()
 
         def expect_step() -> None:
-            # What the model draws itself, as dropout does, is drawn again after a resume. The data does not need it.
+            # Dropout and the like draw from torch's generator; seeded per step, they draw the same after a resume.
             torch.manual_seed(data.derive_seed("layers", recipe.seed, engine.global_steps, dist.get_rank()))
             watch.step = engine.global_steps
             if plan.timeline.place(engine.global_steps + 1)[1] == 0:
-                validation_loader.begin()  # its first images are read while the epoch's last step runs
+                validation_loader.begin()  # reads its first images during the epoch's last step
 
         try:
             while True:
@@ -195,7 +195,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
                         result = evaluate(engine, batches, run.device)
                     except NoImageError as error:
                         save_now()
-                        raise BadImageError(f"{error}; what was trained is saved: the same command resumes") from None
+                        raise BadImageError(f"{error}; progress is saved: the same command resumes") from None
                     history.add(result)
                     history.validations.append(telemetry.validation(result, engine.global_steps - 1))
                     save_now(result.top1_to_keep)
@@ -228,7 +228,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
             validation_loader.close()
             telemetry.close()
 
-    # What it came to
+    # The summary
     read_overflows(engine)
     history.seconds += time.monotonic() - started
     summary = reporting.summarise(

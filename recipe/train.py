@@ -1,4 +1,4 @@
-"""Train what a config says: the script that the ``deepspeed`` launcher starts on every rank."""
+"""The training script, which the ``deepspeed`` launcher starts on every rank."""
 
 import argparse
 import gc
@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Started as a file, Python puts this folder first on its path, where our modules would shadow others' names.
+    # A script's own folder comes first on Python's path, where our modules would shadow others of the same name.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipe.config import Config, Distributed, printable, read_config
@@ -39,15 +39,14 @@ from recipe.reporting import Parser, format_summary, read_summary
 COMPLETE, REFUSED = 0, 2
 OTHER_RANKS_WAIT_SECONDS = 15.0
 AFTER_RANK_0_SECONDS = 2.0
-MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+MONITOR_PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}  # the others' are dependencies
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Plan, check, train.
+    """Plan, check and train.
 
     Returns:
-        0 if the run is complete, 2 if the input was refused, 130, 143 or 129 if SIGINT, SIGTERM or SIGHUP ended it,
-        else 1.
+        0 if the run is complete, 2 if the input was refused, 130, 143 or 129 after SIGINT, SIGTERM or SIGHUP, else 1.
     """
     try:
         outlive_readers()
@@ -59,11 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """``main`` behind the command line.
-
-    Raises:
-        Interrupted: a signal asked for the end.
-    """
+    """Plan, check and train as the parsed command line says; return the exit code, or raise ``Interrupted``."""
     placement = Placement()
     try:
         placement = find_placement(os.environ)
@@ -72,31 +67,31 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         return refuse(error, placement.rank, arguments.verbose)
     rank, world_size, cores = placement.rank, placement.world_size, cores_per_rank(placement)
-    # Before the imports, which take a while: a launcher that is gone by then could not be found.
+    # Before the slow imports, during which the launcher may go away.
     command = find_command() if rank == 0 else None
     above = [] if placement.launcher is None else [os.getppid()]
     above += [] if command is None else [command.pid]
     launchers = {pid: process for pid in above if (process := open_process(pid)) is not None}
     output = arguments.output or Path("runs", arguments.deepspeed_config.stem)
-    see_the_same = placement.ranks_here == world_size  # the same file and folder
+    one_host = placement.ranks_here == world_size  # all ranks read the same files, and refuse the same
     plan, checked, refusal = None, None, None
     try:
         config = read_config(arguments.deepspeed_config, overrides(arguments))
         check_machine(config)
-        # The first rank of a host looks while the others import, and what it keeps of a large folder serves them.
-        looks = placement.local_rank == 0 or config.recipe.data.needs_counting
-        plan = make_plan(config, world_size, cores, look if looks else None)
+        # The first rank of a host indexes the data folder while the others import torch, and then use its index.
+        indexes = placement.local_rank == 0 or config.recipe.data.needs_counting
+        plan = make_plan(config, world_size, cores, look if indexes else None)
         if rank == 0 and not plan.assumes_micro_batch:
             print(format_plan(plan), flush=True)
     except ValueError as error:
-        if see_the_same:
+        if one_host:
             return refuse(error, rank, arguments.verbose)
         refusal = error
-    # torch and DeepSpeed take seconds to import; a mistake that shows without them need not wait. What they make stays:
-    # to look through it for garbage takes a tenth of these seconds, and would take as long now and then in training.
+    # torch and DeepSpeed take seconds to import, so everything that can be refused without them has been. Their objects
+    # live as long as the process; collecting garbage among them slows the import by a tenth, and training now and then.
     gc.disable()
     set_up_torch(cores)
-    from recipe.checkpoints import is_complete, unused_data
+    from recipe.checkpoints import unlock, unused_data
     from recipe.distributed import FAILED, DisagreementError, MeetingError, Watch, meet, own_facts
     from recipe.reporting import LOG
     from recipe.run import KNOWN_FAILURES, prepare, train
@@ -104,10 +99,10 @@ def run(arguments: argparse.Namespace) -> int:
     gc.freeze()
     gc.enable()
     try:
-        if plan is not None and not looks:
+        if plan is not None and not indexes:
             plan = make_plan(config, world_size, cores, look)
     except ValueError as error:
-        if see_the_same:
+        if one_host:  # the first rank has refused the same
             return refuse(error, rank, arguments.verbose)
         plan, refusal = None, error
     try:
@@ -118,37 +113,36 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         if world_size == 1:
             return refuse(error, rank, arguments.verbose)
-        # The other ranks may see nothing wrong, and must not wait for this one.
-        refusal = error
+        refusal = error  # other ranks may find nothing wrong, and must not wait for this one
     settings = Distributed() if plan is None else plan.config.recipe.distributed
     timeout = timedelta(seconds=settings.timeout_seconds)
     try:
         meeting = meet(own_facts(refusal, **({} if checked is None else checked.facts())), timeout)
     except (DisagreementError, MeetingError) as error:
         if checked is not None:
-            checked.undo.close()
+            unlock(output, checked.lock)
         if isinstance(error, DisagreementError):
             return refuse_together(error, rank)
         cause = f"{refusal}; and {error}" if refusal is not None else f"{type(error).__name__}: {error}"
         say(f"rank {rank} on {socket.gethostname()} failed: {cause}")
         return FAILED
-    assert checked is not None, "ranks that refuse do not meet"
-    summary = read_summary(output) if is_complete(checked.plan, checked.start) else None
+    assert checked is not None, "meet() raises if any rank refuses"
+    summary = read_summary(output) if checked.start.is_complete(checked.plan) else None
     if summary is None:
         known = () if arguments.verbose else KNOWN_FAILURES
         with Watch(meeting, timeout, launchers, known, output / LOG) as watch:
             summary = train(checked, meeting, watch, arguments.verbose)
     elif rank == 0:
-        trained = f"{output} is complete already{unused_data(checked.plan, checked.start)}, and nothing was trained"
-        print(printable(f"{trained}; another --output trains it anew"))
+        unused = unused_data(checked.plan, checked.start)
+        print(printable(f"{output} is already complete{unused}, and nothing was trained; use another --output"))
     if rank == 0:
         print("\n" + format_summary(summary, output, checked.plan), flush=True)
     return COMPLETE
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line: where things lie and what of the config to override; all else stands in the config."""
-    parser = Parser(prog="recipe/train.py", description="Train what a config says.")
+    """Parse the command line: paths and overrides; everything else is in the config."""
+    parser = Parser(prog="recipe/train.py", description="Train as a config says.")
     parser.add_argument("--deepspeed_config", type=Path, required=True, help="a JSON of ds_configs/")
     parser.add_argument("--output", type=Path, help="folder of the run (default: runs/<config name>)")
     parser.add_argument("--data", help="folder of the data; stands for --set recipe.data.path=…")
@@ -162,29 +156,29 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="resume from the newest checkpoint: if there is one, never, or fail without one (default: auto)",
     )
     parser.add_argument("--accept-changes", action="store_true", help="resume from another config's checkpoints")
-    parser.add_argument("--verbose", action="store_true", help="show all that DeepSpeed says, and tracebacks")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher gives it
+    parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's own messages, and tracebacks")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
     return parser.parse_args(argv)
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
-    """What the command line changes in the config, as ``KEY=VALUE``."""
+    """The command line's overrides of the config, as ``KEY=VALUE``."""
     data = [] if arguments.data is None else [f"recipe.data.path={json.dumps(arguments.data)}"]
     return [*arguments.set, *data]
 
 
 def cores_per_rank(placement: Placement) -> int:
-    """This rank's share of the CPU cores that the process may use."""
+    """This rank's share of the CPU cores that the process is allowed to use."""
     allowed = len(os.sched_getaffinity(0))
-    # Slurm may have bound each rank to its own share, which is not to be shared again.
+    # Slurm may have bound each rank to its share already.
     return min(allowed, placement.cores) if placement.cores else max(1, allowed // placement.ranks_here)
 
 
 def check_machine(config: Config) -> None:
-    """Refuse what this machine lacks, as far as that shows without torch.
+    """Refuse what this machine certainly lacks, as far as that can be known without torch.
 
     Raises:
-        ConfigError: a package that is not installed, fp16 or a decoder that needs the GPU that is not there.
+        ConfigError: a monitor's package is not installed, or fp16 or the decoder needs a GPU and there is none.
     """
     for monitor, package in MONITOR_PACKAGES.items():
         if getattr(config, monitor).enabled and importlib.util.find_spec(package) is None:
@@ -197,7 +191,7 @@ def check_machine(config: Config) -> None:
         return
     if config.recipe.data.decoder == "gpu":
         raise config.source.refusal("recipe.data.decoder", "there is no CUDA GPU", 'write "cpu", or "dali"')
-    if config.precision == "fp16" and not cpu_may_know_fp16():
+    if config.precision == "fp16" and not cpu_may_support_fp16():
         raise config.source.refusal(
             "fp16.enabled",
             "there is no GPU, and the CPU does not support it",
@@ -206,15 +200,16 @@ def check_machine(config: Config) -> None:
 
 
 def lacks_gpu() -> bool:
-    """Whether torch will certainly find no GPU; where that is doubtful, it is torch's to say."""
-    devices = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of CUDA, of CUDA in WSL 2, of ROCm
+    """Whether torch will certainly find no GPU; in case of doubt, torch is asked later."""
+    devices = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # CUDA, CUDA in WSL 2, ROCm
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    elsewhere = os.environ.get("DS_ACCELERATOR", "cpu") not in ("cpu", "cuda")
-    return platform.machine() == "x86_64" and not elsewhere and (hidden or not any(map(os.path.exists, devices)))
+    other_accelerator = os.environ.get("DS_ACCELERATOR", "cpu") not in ("cpu", "cuda")
+    is_missing = hidden or not any(map(os.path.exists, devices))
+    return platform.machine() == "x86_64" and not other_accelerator and is_missing
 
 
-def cpu_may_know_fp16() -> bool:
-    """Whether the CPU has the instructions that oneDNN, which computes for torch, asks for (AVX512-FP16)."""
+def cpu_may_support_fp16() -> bool:
+    """Whether the CPU may have the instructions that torch's oneDNN kernels need (AVX512-FP16)."""
     try:
         return "avx512_fp16" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -222,28 +217,27 @@ def cpu_may_know_fp16() -> bool:
 
 
 def set_up_torch(cores: int | None = None) -> None:
-    """Say to torch and DeepSpeed what they read once, when they are imported: threads and accelerator.
+    """Set what torch and DeepSpeed read only at import, threads and accelerator, and import torch.
 
-    ``cores`` is this rank's share, by the environment unless told.
+    ``cores`` is this rank's share of the CPU cores (default: as the environment says).
     """
     # OpenMP's threads wait for each other by spinning. On an idle machine that is faster (1.5 times for the digits),
-    # but where anything else wants a core they spin through whole time slices, and training takes 20 times as long.
+    # but if another process wants a core, they spin through whole time slices and training takes 20 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Where another rank is gone, torch's C++ parts would print pages of their own call stack, as warnings.
+    # If another rank is gone, torch's C++ code would print pages of call stacks as warnings.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found no other
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
         if not os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(cores or cores_per_rank(find_placement(os.environ)))
 
 
 def refuse(refusal: ValueError, rank: int, verbose: bool) -> int:
-    """Say on one line why the run does not start."""
+    """Print on one line why the run does not start; every rank on the host finds the same."""
     if rank != 0:
-        # Every rank finds the same; the launcher ends the others when the first one exits, and rank 0 shall speak.
-        time.sleep(OTHER_RANKS_WAIT_SECONDS)
+        time.sleep(OTHER_RANKS_WAIT_SECONDS)  # the launcher ends the other ranks once rank 0 has reported and exited
     if verbose:
         traceback.print_exception(refusal)
     say(str(refusal))
@@ -251,7 +245,7 @@ def refuse(refusal: ValueError, rank: int, verbose: bool) -> int:
 
 
 def refuse_together(disagreement: ValueError, rank: int) -> int:
-    """Say, once a host, why the ranks that have met do not train."""
+    """Print, once per host, why the ranks do not train after their rendezvous."""
     if rank != 0:
         time.sleep(AFTER_RANK_0_SECONDS)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:

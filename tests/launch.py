@@ -1,4 +1,4 @@
-"""Starts real training runs, by the ``deepspeed`` CLI or their ranks alone, and reads what they leave."""
+"""Starts real training runs, with the ``deepspeed`` CLI or as bare ranks, and reads their output."""
 
 import atexit
 import fcntl
@@ -29,33 +29,33 @@ SIX_STEPS = (
     "--set=recipe.schedule.epochs=3",
     "--set=recipe.schedule.warmup_epochs=1",
     "--set=recipe.schedule.decay_epochs=[2]",
-    # With seed 0 two maxima of the first max-pooling are other pixels in fp32 than in fp64.
+    # With seed 0, two maxima of the first max-pooling are different pixels in fp32 and fp64.
     "--set=recipe.seed=1",
 )  # of the digits config
 SHORT = (*SIX_STEPS, "--set=recipe.data.image_size=16")
 
 
 def command(*arguments: str, ranks: int = 1, launcher: bool = False, script: str = "recipe/train.py") -> list[str]:
-    """The command line of a run on ``ranks`` ranks, by ``deepspeed`` or without a launcher."""
+    """The command line of a run on ``ranks`` ranks, with ``deepspeed`` or without a launcher."""
     return (deepspeed_command if launcher else direct_command)(ranks, script, *arguments)
 
 
 def train(
     *arguments: str, ranks: int = 1, launcher: bool = False, script: str = "recipe/train.py", **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end; give its exit code and output. Without the launcher the ranks have torch imported already."""
+    """Run to the end; return exit code and output. Without the launcher, ranks are forks that have torch imported."""
     if launcher:
         words = command(*arguments, ranks=ranks, launcher=True, script=script)
         return subprocess.run(
             words, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=300, check=False
         )
-    return forked(_run_script, [script, *arguments], ranks, variables)
+    return forked(run_script, [script, *arguments], ranks, variables)
 
 
 def module(
     name: str, *arguments: str, ranks: int = 1, cwd: Path = ROOT, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """``python -m name`` to the end; its processes have torch imported already."""
+    """Run ``python -m name`` to the end, in forks that have torch imported."""
     return forked(functools.partial(_run_module, cwd), [name, *arguments], ranks, variables)
 
 
@@ -68,7 +68,7 @@ def forked(
     ranks: int = 1,
     variables: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Call ``function(words)`` on every rank, to the end; give the exit code and the output, as of a program."""
+    """Run ``function(words)`` on every rank to the end; return exit code and output as for a program."""
     of_all = environment(**(meeting_place(ranks) if ranks > 1 else {}) | dict(variables or {}))
     with tempfile.TemporaryDirectory() as folder:
         processes = []
@@ -90,7 +90,8 @@ def forked(
     return subprocess.CompletedProcess(words, failed[-1] if failed else 0, stdout, stderr)
 
 
-def _run_script(words: list[str]) -> None:
+def run_script(words: list[str]) -> None:
+    """Run the script ``words[0]`` with these arguments, as Python would."""
     os.chdir(ROOT)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
@@ -105,14 +106,14 @@ def _run_module(cwd: Path, words: list[str]) -> None:
 def train_ok(
     *arguments: str, ranks: int = 1, launcher: bool = False, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """``train``, insisting that the run is complete."""
+    """``train``, asserting that the run completes."""
     done = train(*arguments, ranks=ranks, launcher=launcher, **variables)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    """Wait for something that other processes bring about."""
+    """Wait for a condition that other processes bring about."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -121,37 +122,38 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
 
 
 def open_terminal(columns: int) -> tuple[int, int]:
-    """A terminal of that width: the descriptor that its screen is read from, and the one that programs write to."""
+    """A terminal of that width: the descriptor to read its screen from, and the one that programs write to."""
     screen, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("4H", 40, columns, 0, 0))
     return screen, side
 
 
 def shown_on(screen: int) -> str:
-    """All that was written to a terminal, when the last program has closed it; one read gives what has arrived."""
+    """Everything written to a terminal until the last program has closed it."""
     shown = b""
-    with suppress(OSError):  # Linux's word for: the other side has closed
+    with suppress(OSError):  # how Linux reports that the other side is closed
         while chunk := os.read(screen, 65536):
             shown += chunk
     os.close(screen)
     return shown.decode()
 
 
-def complete_run(output: Path) -> None:
-    """Put there a complete run of the six steps of ``SHORT``, with its newest two checkpoints and the best."""
-    shutil.copytree(_short_run(), output, dirs_exist_ok=True)
+def complete_run(output: Path) -> str:
+    """Copy a complete run of ``SHORT``, with its newest two checkpoints and the best; return what it printed."""
+    run, printed = _short_run()
+    shutil.copytree(run, output, dirs_exist_ok=True)
+    return printed
 
 
 @functools.cache
-def _short_run() -> Path:
+def _short_run() -> tuple[Path, str]:
     output = Path(tempfile.mkdtemp(), "run")
     atexit.register(shutil.rmtree, output.parent)
-    train_ok("--deepspeed_config", DIGITS, "--output", str(output), *SHORT)
-    return output
+    return output, train_ok("--deepspeed_config", DIGITS, "--output", str(output), *SHORT).stdout
 
 
 def events(output: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl`` of one kind, "step" or "validation"."""
+    """The events of one kind, "step" or "validation", in ``metrics.jsonl``."""
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 

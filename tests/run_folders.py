@@ -1,4 +1,4 @@
-"""Folders as runs leave them, written by hand."""
+"""Output folders of runs, written by hand."""
 
 import json
 from collections.abc import Iterable
@@ -30,7 +30,7 @@ def plan(**values: Any) -> dict[str, Any]:
 
 
 def step(number: int, loss: float | None, steps_per_epoch: int = 4, **values: Any) -> dict[str, Any]:
-    """A step's line of ``metrics.jsonl``."""
+    """A step event of ``metrics.jsonl``."""
     return {
         "event": "step",
         "step": number,
@@ -46,7 +46,7 @@ def step(number: int, loss: float | None, steps_per_epoch: int = 4, **values: An
 
 
 def validation(number: int, top1: float, loss: float | None = 1.0) -> dict[str, Any]:
-    """The line of a validation after step ``number``."""
+    """The validation event after step ``number``."""
     return {"event": "validation", "step": number, "epoch": 0, "top1": top1, "top5": 99.0, "loss": loss, "count": 9}
 
 
@@ -57,7 +57,7 @@ def write_run(
     summary: dict[str, Any] | None = None,
     unfinished_line: str = "",
 ) -> Path:
-    """Write the folder; ``summary`` holds what its summary.json says otherwise than usual, None for no such file."""
+    """Write the folder; ``summary`` overrides values of summary.json (None: there is no such file)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.json").write_text(json.dumps(of_plan or plan()))
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events) + unfinished_line)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from recipe.commands.pack.command import pack
-from recipe.train import cpu_may_know_fp16
+from recipe.train import cpu_may_support_fp16
 from tests.data.images import write_folder
 from tests.launch import DIGITS, ROOT, environment
 
@@ -81,7 +81,7 @@ def test_folder_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     assert not output.parent.exists()
 
 
-@pytest.mark.skipif(cpu_may_know_fp16(), reason="the CPU knows fp16")
+@pytest.mark.skipif(cpu_may_support_fp16(), reason="the CPU knows fp16")
 def test_fp16_without_a_gpu_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     run = ("recipe/train.py", "--deepspeed_config", DIGITS, "--output", str(tmp_path / "run"))
     done = without_torch(tmp_path, *run, "--set=fp16.enabled=true", CUDA_VISIBLE_DEVICES="")

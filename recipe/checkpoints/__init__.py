@@ -1,6 +1,6 @@
-"""Saves, finds, verifies and resumes; one run at a time per output folder.
+"""Saving, finding, verifying and resuming checkpoints; a lock that allows one run at a time per output folder.
 
-May import ``engine`` and ``model``, and ``plan`` and ``config`` for the comparison of two trainings.
+May import ``engine`` and ``model``, and ``plan`` and ``config`` to compare the configurations of two runs.
 """
 
 import lazy_loader

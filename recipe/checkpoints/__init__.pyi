@@ -7,9 +7,9 @@ from .history import (
 )
 from .locking import (
     LOCK as LOCK,
-    claim as claim,
     is_locked as is_locked,
     lock as lock,
+    unlock as unlock,
 )
 from .manifest import (
     CHECKPOINTS as CHECKPOINTS,
@@ -30,7 +30,6 @@ from .resume import (
     check_data as check_data,
     choose_start as choose_start,
     differing_keys as differing_keys,
-    is_complete as is_complete,
     is_same_training as is_same_training,
     leaves as leaves,
     stated as stated,

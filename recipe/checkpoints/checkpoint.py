@@ -1,4 +1,4 @@
-"""Save the engine's state as a checkpoint, and load the newest that is whole and can be loaded."""
+"""Saves the engine's state as a checkpoint, and loads the newest one that is intact."""
 
 import errno
 import os
@@ -22,15 +22,15 @@ from recipe.engine import read_overflows
 UNFINISHED = ".unfinished"
 OF_RANK = "rank-{:05d}.pt"
 
-# What DeepSpeed pickles into the shards of ZeRO stages 1 to 3; plain tensors and containers suffice at stage 0.
+# DeepSpeed pickles these classes into the shards of ZeRO stages 1 to 3; stage 0 has only tensors and containers.
 ZERO_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
-# How torch reports a full disk: by an unexpected position in the file, and the source file that noticed it.
+# torch reports a full disk as an unexpected position in the file, and names the source file that noticed it.
 TORCH_CANNOT_WRITE = ("inline_container", "PytorchStreamWriter")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message names it and says what is known of the cause."""
+    """A checkpoint cannot be written or read; the message names it and the cause."""
 
 
 def save(
@@ -44,13 +44,13 @@ def save(
     data: manifest.Data | None = None,
     own_state: Any = None,
 ) -> Path:
-    """Write the state of ``engine`` and ``client_state`` (plain values and tensors) below ``folder``. A collective.
+    """Write the state of ``engine`` and ``client_state`` (plain values and tensors) to ``folder``. A collective.
 
-    ``top1`` is that of its validation, in per cent, ``plan`` the text of its ``plan.json``, ``own_state`` what this
-    rank has that others have not, or None; for the others see ``Checkpoint``.
+    ``plan`` is the text of ``plan.json``, ``own_state`` the state that only this rank has, if any; for ``top1``,
+    ``training_sha256`` and ``data`` see ``Checkpoint``. Returns the path of the checkpoint.
 
     Raises:
-        CheckpointError: it could not be written; the older ones are as they were.
+        CheckpointError: it could not be written; older checkpoints are untouched.
     """
     read_overflows(engine)
     tag = f"step-{engine.global_steps:08d}"
@@ -69,8 +69,7 @@ def save(
             head |= {"world_size": dist.get_world_size(), "data": data and data.model_dump()}
             manifest.complete(unfinished / tag, head)
             manifest.publish(unfinished / tag, folder / tag)
-            # And with it the script that DeepSpeed adds for ZeRO shards: no code in checkpoints.
-            shutil.rmtree(unfinished)
+            shutil.rmtree(unfinished)  # and with it the script that DeepSpeed adds to ZeRO shards
     except (OSError, RuntimeError) as error:
         if not isinstance(error, OSError) and not any(word in str(error) for word in TORCH_CANNOT_WRITE):
             raise
@@ -80,7 +79,7 @@ def save(
             manifest.clear(unfinished)
         raise CheckpointError(
             f"{folder / tag} could not be written, with {free / 2**20:,.0f} MiB free on its disk: {error}; "
-            f"{'make room' if no_room else 'fix it'}, and the same command resumes from the newest that is whole"
+            f"{'make room' if no_room else 'fix it'}, and the same command resumes from the newest intact one"
         ) from error
     dist.barrier()
     return folder / tag
@@ -89,13 +88,12 @@ def save(
 def load_newest(
     engine: DeepSpeedEngine, checkpoints: Sequence[Checkpoint]
 ) -> tuple[Checkpoint | None, dict[str, Any], list[str]]:
-    """Put ``engine`` into the state of the first of ``checkpoints`` that is whole and can be loaded, on every rank.
+    """Load the first intact one of ``checkpoints`` into ``engine``, on every rank, and set newer ones aside.
 
-    Newer ones are set aside, unless none is whole. Returns the checkpoint (None if none is whole), its client
-    state, and a message for each that was left aside.
+    Returns the checkpoint (None if none is intact), its client state, and a message for each that was skipped.
 
     Raises:
-        CheckpointError: those that are whole cannot be loaded.
+        CheckpointError: intact checkpoints cannot be loaded.
     """
     messages: list[str] = []
     tried = False
@@ -107,7 +105,7 @@ def load_newest(
             tried = True
             try:
                 client_state = _load(engine, checkpoint.path)
-            except Exception as error:  # whatever is in the file: an older checkpoint may do
+            except Exception as error:  # whatever is in the file, an older checkpoint may load
                 problem = [f"it cannot be loaded: {type(error).__name__}: {error}"]
             problems = [problem[0]] * dist.get_world_size()
             dist.all_gather_object(problems, problem[0])
@@ -115,14 +113,14 @@ def load_newest(
         if problem == [None]:
             set_aside(checkpoints[: len(messages)])
             return checkpoint, client_state, messages
-        messages.append(f"checkpoint {checkpoint.path} is left aside: {problem[0]}")
-    if tried:  # and the engine holds parts of it
+        messages.append(f"checkpoint {checkpoint.path} is skipped: {problem[0]}")
+    if tried:  # the engine may hold parts of it
         raise CheckpointError(f"no checkpoint can be loaded: {'; '.join(messages)}")
     return None, {}, messages
 
 
 def load_own(found: Checkpoint, device: torch.device) -> Any:
-    """This rank's ``own_state`` as ``save`` got it; None where there is none, or as many ranks have not written it."""
+    """Load this rank's ``own_state``; None if there is none, or another number of ranks wrote it."""
     name = OF_RANK.format(dist.get_rank())
     if name not in found.files or found.world_size != dist.get_world_size():
         return None
@@ -130,14 +128,14 @@ def load_own(found: Checkpoint, device: torch.device) -> Any:
 
 
 def set_aside(checkpoints: Sequence[Checkpoint]) -> None:
-    """Rename checkpoints that are of no use, so that they are not found; every rank calls it."""
+    """Rename unusable checkpoints so that they are not found. Every rank calls it, rank 0 does it."""
     if dist.get_rank() == 0:
         for checkpoint in checkpoints:
             manifest.set_aside(checkpoint)
 
 
 def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
-    # DeepSpeed reads with weights_only=False, which would run code from a file; torch lets the environment insist.
+    # DeepSpeed loads with weights_only=False, which could run code from a file; this variable overrides it.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     with torch.serialization.safe_globals(ZERO_CLASSES):
         try:
@@ -145,6 +143,6 @@ def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
         except pickle.UnpicklingError:
             raise CheckpointError("it holds more than tensors and plain values, which could run code") from None
     if path is None:
-        raise CheckpointError("DeepSpeed finds none in it")
+        raise CheckpointError("DeepSpeed finds no checkpoint in it")
     engine.lr_scheduler.step(engine.global_steps)
     return client_state

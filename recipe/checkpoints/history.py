@@ -1,4 +1,4 @@
-"""What a run has done so far, and how it is saved and restored."""
+"""The history of a run, saved with every checkpoint and restored when the run resumes."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -19,11 +19,11 @@ from recipe.plan import NoiseScale, Plan, plan_json
 
 @dataclass
 class History:
-    """What a run has done so far; it is saved with every checkpoint, and a resumed run adds to it.
+    """What a run has done so far, over all launches.
 
-    ``validations`` are the validation lines of ``metrics.jsonl``; ``seconds`` is the wall time of all launches;
-    ``noise_scale`` holds its moving averages; ``decoded_by_pil`` counts the images of all ranks for which the slower
-    decoder was needed, on rank 0 up to the last save, on the others since.
+    ``validations`` are the validation lines of ``metrics.jsonl``; ``seconds`` is the wall time; ``decoded_by_pil``
+    counts the images that needed the slower decoder: on rank 0 those of all ranks up to the last save, plus its own
+    since; on other ranks only their own since the last save.
     """
 
     validations: list[dict[str, Any]] = field(default_factory=list)
@@ -34,16 +34,16 @@ class History:
 
     @property
     def validated_steps(self) -> int:
-        """The steps that were done when the model was last validated."""
+        """The number of steps done at the last validation."""
         return int(self.validations[-1]["step"]) + 1 if self.validations else 0
 
     def add(self, passed: Step | Validation) -> None:
-        """Count the images of a step or a validation that were bad or needed the slower decoder."""
+        """Record which images of a step or validation were bad, and how many needed the slower decoder."""
         self.bad_images |= set(passed.bad_images)
         self.decoded_by_pil += passed.decoded_by_pil
 
     def gather(self, device: torch.device, names_too: bool) -> None:
-        """Gather what each rank knows only of itself. A collective."""
+        """Combine the ranks' counts of images, and their names of bad images if ``names_too``. A collective."""
         if names_too:
             names: list[set[str]] = [set() for _ in range(dist.get_world_size())]
             dist.all_gather_object(names, self.bad_images)
@@ -53,15 +53,15 @@ class History:
         self.decoded_by_pil = int(decoded_by_pil) if dist.get_rank() == 0 else 0
 
     def state(self, seconds_since: float) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
+        """The history as plain values; ``seconds_since`` is the wall time of this launch."""
         return asdict(self) | {"bad_images": sorted(self.bad_images), "seconds": self.seconds + seconds_since}
 
 
 def load_run(engine: DeepSpeedEngine, plan: Plan, start: Start) -> tuple[History | None, list[str]]:
-    """Load the newest checkpoint that is whole; return its history (None without one) and messages.
+    """Load the newest intact checkpoint; return its history (None without one) and messages to print.
 
     Raises:
-        CheckpointError: those that are whole cannot be loaded, or none is and the run must resume.
+        CheckpointError: intact checkpoints cannot be loaded, or none is intact and the run must resume.
     """
     if not start.checkpoints:
         return None, list(start.messages)
@@ -69,9 +69,9 @@ def load_run(engine: DeepSpeedEngine, plan: Plan, start: Start) -> tuple[History
     messages = [*start.messages, *problems]
     if loaded is None:
         if start.must_resume:
-            raise CheckpointError(f"--resume must: no checkpoint is whole: {'; '.join(messages)}")
+            raise CheckpointError(f"--resume must: no checkpoint is intact: {'; '.join(messages)}")
         checkpoint.set_aside(start.checkpoints)
-        return None, [*messages, "no whole checkpoint is left: training starts over"]
+        return None, [*messages, "no intact checkpoint is left: training starts over"]
     restore_running_averages(engine.module, state["running_averages"])
     decoded_by_pil = state["decoded_by_pil"] if dist.get_rank() == 0 else 0
     average = average_of(engine)
@@ -102,12 +102,11 @@ def save_run(
 ) -> None:
     """Write a checkpoint, then remove those that the config does not keep. The engine is left as it was.
 
-    ``seconds`` is the wall time of this launch so far; ``top1`` the accuracy of these weights, None where they have not
-    been validated.
+    ``seconds`` is the wall time of this launch so far, ``top1`` the accuracy of these weights if they were validated.
     """
     recipe = plan.config.recipe
     history.gather(engine.device, names_too=recipe.data.on_bad_image == "skip")
-    # DeepSpeed writes rank 0's running averages. Their mean is of use; training continues with each rank's own.
+    # DeepSpeed saves rank 0's running averages: here the mean over ranks. Training continues with each rank's own.
     own, average, local = gather_running_averages(engine.module), average_of(engine), local_steps_of(engine)
     averaged = {} if average is None else {"average": average.state()}
     average_running_statistics(engine.module)

@@ -1,8 +1,8 @@
-"""Checkpoints on the disk: manifest and name, and how to tell a whole one from a damaged one.
+"""Checkpoints on disk: their names and manifests, and how a complete one is told from a damaged one.
 
-A checkpoint is a folder ``checkpoints/step-<steps done>/``: what DeepSpeed saved, the plan that it was trained by, and
-``manifest.json`` with the size and SHA-256 of every other file. It is written under another name and renamed when all
-of it is on the disk, so that a folder of that name is whole.
+A checkpoint is a folder ``checkpoints/step-<steps done>/`` with DeepSpeed's files, the plan of the run, and
+``manifest.json``, which lists the size and SHA-256 of every other file. It is written under a temporary name and
+renamed once everything is on the disk, so a folder with its final name is complete.
 """
 
 import hashlib
@@ -17,29 +17,29 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 CHECKPOINTS, PLAN, MANIFEST = "checkpoints", "plan.json", "manifest.json"
-REPLACED = ".replaced"  # behind the name of a checkpoint that gives way to another of the same step
-ASIDE = ".aside"  # behind the name of one that turned out to be damaged
+REPLACED = ".replaced"  # suffix of a checkpoint while a new one of the same step takes its name
+ASIDE = ".aside"  # suffix of a checkpoint that turned out to be unusable
 
 
 class File(BaseModel, frozen=True, strict=True):
-    """A file of a checkpoint as it was written."""
+    """A checkpoint file as it was written."""
 
     size: int = Field(alias="bytes")
     sha256: str
 
 
 class Data(BaseModel, frozen=True, strict=True):
-    """What a run trains on: the names of the classes, in the order of their numbers, and a digest of the images."""
+    """The data a run trains on: its class names in the order of their indices, and a digest of the images."""
 
     classes: list[str]
     digest: str
 
 
 class Checkpoint(BaseModel, frozen=True, strict=True, allow_inf_nan=False):
-    """A checkpoint that was written to its end: ``step`` updates done, ``top1`` in per cent if it was validated.
+    """The manifest of a complete checkpoint.
 
-    ``training_sha256`` tells trainings apart (see ``resume``); ``world_size`` ranks wrote it, trained on
-    ``data`` (None: by a version that did not say).
+    ``step`` is the number of updates done, ``top1`` the validation accuracy in per cent (None if not validated),
+    ``training_sha256`` a digest of the configuration (see ``resume``), ``world_size`` the number of ranks.
     """
 
     path: Path = Path()
@@ -52,7 +52,7 @@ class Checkpoint(BaseModel, frozen=True, strict=True, allow_inf_nan=False):
 
 
 def complete(written: Path, head: dict[str, Any]) -> None:
-    """Add the manifest, and sync all files to the disk."""
+    """Add the manifest and flush all files to the disk."""
     files = {
         str(file.relative_to(written)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         for file in sorted(written.rglob("*"))
@@ -64,7 +64,7 @@ def complete(written: Path, head: dict[str, Any]) -> None:
 
 
 def publish(whole: Path, name: Path) -> None:
-    """Rename a whole checkpoint to ``name``. At every moment either it or the one that it replaces can be found."""
+    """Rename a complete checkpoint to ``name``. At any moment either it or the one it replaces can be found."""
     replaced = name.with_name(name.name + REPLACED)
     if os.path.lexists(name):
         clear(replaced)
@@ -84,19 +84,19 @@ def clear(path: Path) -> None:
 
 
 def find(folder: Path) -> list[Checkpoint]:
-    """The checkpoints below ``folder`` whose manifests can be read, the newest first; their files are not looked at."""
+    """The checkpoints in ``folder`` that have a readable manifest, newest first. Their files are not verified."""
     found = [checkpoint for path in folder.glob(f"step-*/{MANIFEST}") if (checkpoint := _read(path)) is not None]
     return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.path.suffix != REPLACED), reverse=True)
 
 
 def unreadable(folder: Path) -> list[Path]:
-    """Those below ``folder`` with a manifest that cannot be read."""
+    """The checkpoints in ``folder`` whose manifest cannot be read."""
     manifests = folder.glob(f"step-*/{MANIFEST}")
     return sorted(path.parent for path in manifests if path.parent.suffix != ASIDE and _read(path) is None)
 
 
 def set_aside(checkpoint: Checkpoint) -> None:
-    """Rename a checkpoint that is of no use, so that it is not found: it must not be counted as one to keep."""
+    """Rename an unusable checkpoint so that it is not found, and does not count as one of those to keep."""
     aside = checkpoint.path.with_name(checkpoint.path.name + ASIDE)
     with suppress(OSError):
         shutil.rmtree(aside, ignore_errors=True)
@@ -104,7 +104,7 @@ def set_aside(checkpoint: Checkpoint) -> None:
 
 
 def damage(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with the files of ``checkpoint``, or None if each is as it was written."""
+    """Describe the first file that differs from the manifest; None if all files are intact."""
     for name, written in checkpoint.files.items():
         file = checkpoint.path / name
         try:
@@ -120,47 +120,40 @@ def damage(checkpoint: Checkpoint) -> str | None:
 
 
 def prune(folder: Path, keep_last: int, keep_best: bool) -> None:
-    """Remove all but the newest ``keep_last`` checkpoints and, if asked, the one of the best top-1 accuracy."""
+    """Remove all checkpoints but the newest ``keep_last`` and, with ``keep_best``, the most accurate one."""
     checkpoints = find(folder)
     kept = {checkpoint.path for checkpoint in checkpoints[:keep_last]}
-    best_one = best(checkpoints)
-    if keep_best and best_one is not None:
-        kept.add(best_one.path)
+    if keep_best and (most_accurate := best_path(folder)) is not None:
+        kept.add(most_accurate)
     for checkpoint in checkpoints:
         if checkpoint.path not in kept:
             remove(checkpoint.path)
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; at no moment can its remains be taken for one. What cannot be removed does not end a run."""
+    """Remove a checkpoint; what is left of it is never taken for a checkpoint. Failing to remove it ends no run."""
     with suppress(OSError):
         if checkpoint.is_symlink():
             checkpoint.unlink()
             return
-        # Without its manifest it is no checkpoint any more, however far the removal gets.
+        # Without its manifest it is not a checkpoint, even if the removal is interrupted.
         (checkpoint / MANIFEST).unlink()
         shutil.rmtree(checkpoint)
 
 
-def best(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
-    """The validated checkpoint of the best top-1 accuracy; see ``best_first``."""
-    return next(iter(best_first(checkpoints)), None)
-
-
 def best_path(folder: Path) -> Path | None:
-    """Where the ``best`` of a folder's checkpoints lies."""
-    found = best(find(folder))
-    return None if found is None else found.path
+    """The path of the checkpoint with the best top-1 accuracy; None if none was validated."""
+    return next((checkpoint.path for checkpoint in best_first(find(folder))), None)
 
 
 def best_first(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Those that were validated, by top-1 accuracy; among equals the latest first, which was trained for longer."""
+    """The validated checkpoints, by descending top-1 accuracy; of equally accurate ones the newest first."""
     validated = [checkpoint for checkpoint in checkpoints if checkpoint.top1 is not None]
     return sorted(validated, key=lambda checkpoint: (checkpoint.top1, checkpoint.step), reverse=True)
 
 
 def _read(path: Path) -> Checkpoint | None:
-    """The checkpoint of a manifest; None if that is torn, of other types, or under a name that is not its own."""
+    """Parse a manifest; None if it is torn, has wrong types, or belongs to a folder of another step."""
     try:
         found = Checkpoint.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):

@@ -1,4 +1,4 @@
-"""Where a run starts: at step 0, or from the checkpoints in its output folder, if they are of the same training."""
+"""Decides where a run starts: at step 0, or from checkpoints of the same run in its output folder."""
 
 import hashlib
 import json
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipe.checkpoints.manifest import CHECKPOINTS, MANIFEST, PLAN, Checkpoint, Data, find, unreadable
-from recipe.config import trains_no_batchnorm
+from recipe.config import ConfigError, parse_json, read_text, trains_no_batchnorm
 from recipe.plan import Plan, plan_json
 
-# A resumed run may differ in these keys: they say where and how it runs, not what is trained.
+# A resumed run may change these keys: they say where and how it runs, not what it trains.
 FREE_TO_CHANGE = (
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
@@ -39,7 +39,7 @@ FREE_TO_CHANGE = (
     "recipe.noise_scale",
     "recipe.distributed",
 )
-# Steps are counted in these: with another value the same number of steps is another place in the data.
+# These define what a step is: with other values, the same step number is a different position in the data.
 NEVER_TO_CHANGE = ("train_batch_size", "recipe.schedule.batch_size", "recipe.data.train_images")
 
 Resume = Literal["auto", "never", "must"]
@@ -47,9 +47,9 @@ Resume = Literal["auto", "never", "must"]
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoints that a run may resume from, the newest first (none: it starts over), and the newest one's plan.
+    """The checkpoints a run can resume from, newest first (none: it starts at step 0), and the plan of the newest.
 
-    ``messages`` are to be printed before training.
+    ``messages`` are printed before training.
     """
 
     checkpoints: tuple[Checkpoint, ...] = ()
@@ -57,19 +57,19 @@ class Start:
     messages: tuple[str, ...] = ()
     must_resume: bool = False
 
+    def is_complete(self, plan: Plan) -> bool:
+        """Whether all steps of ``plan`` are done."""
+        return bool(self.checkpoints) and self.checkpoints[0].step >= plan.total_steps
+
     def micro_batch_on(self, world_size: int) -> int | None:
-        """The micro-batch of the newest checkpoint, if it was trained on as many ranks."""
+        """The micro-batch of the newest checkpoint; None if it was trained on another number of ranks."""
         size = (self.earlier_plan or {}).get("train_micro_batch_size_per_gpu")
         same_ranks = bool(self.checkpoints) and self.checkpoints[0].world_size == world_size
         return size if same_ranks and isinstance(size, int) else None
 
 
 def check_data(start: Start, data: Data, output: Path, accept_changes: bool) -> None:
-    """Refuse images of other classes, or of other names, than those that the newest checkpoint was trained on.
-
-    Raises:
-        ValueError: they are others, and ``accept_changes`` does not insist.
-    """
+    """Refuse data whose classes or image names differ from those of the newest checkpoint, unless accepted."""
     before = start.checkpoints[0].data if start.checkpoints else None
     if before is None or before == data or accept_changes:
         return
@@ -82,28 +82,23 @@ def check_data(start: Start, data: Data, output: Path, accept_changes: bool) -> 
     )
 
 
-def is_complete(plan: Plan, start: Start) -> bool:
-    """Whether nothing is left to train."""
-    return bool(start.checkpoints) and start.checkpoints[0].step >= plan.total_steps
-
-
 def unused_data(plan: Plan, start: Start) -> str:
-    """What to say of a folder of images that a complete run was not trained on, as a part of a sentence."""
+    """A remark, as part of a sentence, if a complete run was trained on another folder than the one named now."""
     before, now = leaves(start.earlier_plan or {}).get("recipe.data.path"), plan.config.recipe.data.path
     if before is None or now is None or os.path.realpath(before) == os.path.realpath(now):
         return ""
-    return f" (on {before}; {now} was not looked at)"
+    return f" (on {before}; {now} was not used)"
 
 
 def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool, has_summary: bool = False) -> Start:
-    """Decide by what is in the folder ``output``; ``has_summary`` says whether it holds a ``summary.json``.
+    """Choose the checkpoints in ``output`` to resume from; ``has_summary``: it contains a ``summary.json``.
 
     Raises:
-        ValueError: checkpoints of another training, of other ranks under ZeRO, where there should be none, or none
-            where there should be some.
+        ValueError: the checkpoints belong to a different run, or to another number of ranks under ZeRO; there are some
+            despite ``--resume never``, or none despite ``--resume must``.
     """
     folder = output / CHECKPOINTS
-    messages = [f"checkpoint {path} is left aside: its {MANIFEST} cannot be read" for path in unreadable(folder)]
+    messages = [f"checkpoint {path} is skipped: its {MANIFEST} cannot be read" for path in unreadable(folder)]
     now = json.loads(plan_json(plan))
     compared = [(checkpoint, *_compare(checkpoint, now, accept_changes)) for checkpoint in find(folder)]
     if not compared:
@@ -115,17 +110,17 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool,
     if resume == "never":
         raise ValueError(f"--resume never: {output} holds checkpoints; name another --output, or remove it")
 
-    usable = [(checkpoint, differences) for checkpoint, differences, why_not in compared if why_not is None]
-    _, differences, why_not = compared[0]
-    counted = _counted_otherwise(differences)
-    if why_not is not None and (counted or not accept_changes or not usable):
+    usable = [(checkpoint, differences) for checkpoint, differences, problem in compared if problem is None]
+    _, differences, problem = compared[0]
+    redefined = _redefined_steps(differences)
+    if problem is not None and (redefined or not accept_changes or not usable):
         raise ValueError(
-            f"{output} holds another training: {', '.join(differences)}"
-            f"{'; its steps are counted in it, so that it cannot be resumed' if counted else ''}; name another "
-            f"--output for this one{'' if counted or accept_changes else ', or insist with --accept-changes'}"
+            f"{output} belongs to a different run: {', '.join(differences)}"
+            f"{'; its steps are counted in it, so it cannot be resumed' if redefined else ''}; name another --output "
+            f"for this one{'' if redefined or accept_changes else ', or insist with --accept-changes'}"
         )
     messages += [
-        f"checkpoint {checkpoint.path} is left aside: {why_not}" for checkpoint, _, why_not in compared if why_not
+        f"checkpoint {checkpoint.path} is skipped: {problem}" for checkpoint, _, problem in compared if problem
     ]
     newest, changes = usable[0]
     if changes:
@@ -133,8 +128,8 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool,
     stage = plan.config.zero_optimization.stage if plan.config.zero_optimization is not None else 0
     if stage and newest.world_size != plan.world_size:
         raise ValueError(
-            f"{newest.path} was written by {newest.world_size} ranks, and ZeRO stage {stage} loads it on as many only; "
-            f"start {newest.world_size} ranks instead of {plan.world_size}, or name another --output"
+            f"{newest.path} was written by {newest.world_size} ranks, and ZeRO stage {stage} can only load it on as "
+            f"many; start {newest.world_size} ranks instead of {plan.world_size}, or name another --output"
         )
     if newest.step > plan.total_steps:
         raise ValueError(
@@ -143,19 +138,19 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool,
         )
     try:
         earlier_plan = _plan_of(newest)
-    except ValueError:
-        earlier_plan = None  # it is damaged, and an older one is taken
+    except ConfigError:
+        earlier_plan = None  # the checkpoint is damaged, and an older one will be loaded
     return Start(tuple(checkpoint for checkpoint, _ in usable), earlier_plan, tuple(messages), resume == "must")
 
 
 def training_sha256(plan: dict[str, Any]) -> str:
-    """A digest of the keys that say what is trained: where it is the same, so is the training; else plans tell."""
+    """A digest of what is trained; if two differ, ``differing_keys`` says whether that matters."""
     trained = sorted((key, value) for key, value in stated(plan).items() if not _is_free_to_change(key))
     return hashlib.sha256(json.dumps(trained).encode()).hexdigest()
 
 
 def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """``key was a, is b`` for each key of two plans that says another training."""
+    """``key was a, is b`` for each key that changes what is trained between two plans."""
     old, new = stated(before), stated(now)
     return [
         f"{key} was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"
@@ -165,15 +160,15 @@ def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def stated(plan: dict[str, Any]) -> dict[str, Any]:
-    """The dotted keys of a plan with their values, without what is disabled or as without the key."""
+    """The values of a plan by dotted key, without disabled sections, which are the same as absent ones."""
     on = {key: value for key, value in plan.items() if not (isinstance(value, dict) and value.get("enabled") is False)}
     return leaves(on)
 
 
 def is_same_training(key: str, before: Any, now: Any) -> bool:
-    """Whether two values of a dotted key of a plan differ at most in where or how a run runs."""
+    """Whether changing a plan's dotted key from ``before`` to ``now`` leaves unchanged what is trained."""
     if key == "recipe.data.source" and {before, now} == {"imagefolder", "pack"}:
-        return True  # the same images in the same order, unless a pack has another short side
+        return True  # the same images in the same order, unless the pack has another short side
     return before == now or _is_free_to_change(key)
 
 
@@ -182,7 +177,7 @@ def _is_free_to_change(key: str) -> bool:
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a plan by dotted keys."""
+    """The values of a plan by dotted key."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -190,57 +185,50 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def batchnorm_images(plan: dict[str, Any]) -> int | None:
-    """The images per batch norm statistic; None if the plan does not say, or no batch norm is trained."""
+    """The images per batch norm statistic; None if the plan does not say, or trains no batch norm."""
     keys = leaves(plan)
     if trains_no_batchnorm(str(keys.get("recipe.model.name")), str(keys.get("recipe.model.freeze"))):
         return None
     statistics, accumulation = keys.get("recipe.batchnorm.statistics"), keys.get("gradient_accumulation_steps")
-    if statistics == "global":  # those of a micro-batch of every rank
+    if statistics == "global":  # the micro-batches of all ranks
         return int(keys["train_batch_size"]) // accumulation if isinstance(accumulation, int) and accumulation else None
     found = keys.get("train_micro_batch_size_per_gpu") if statistics == "local" else statistics
     return found if isinstance(found, int) else None
 
 
 def statistics_change(plan: Plan, start: Start) -> list[str]:
-    """A message, if other ranks or another micro-batch change the images that batch norm averages over."""
+    """A warning if another number of ranks or micro-batch changes the images per batch norm statistic."""
     statistics = plan.config.recipe.batchnorm.statistics
     before, now = (batchnorm_images(of) for of in (start.earlier_plan or {}, json.loads(plan_json(plan))))
     if isinstance(statistics, int) or before is None or before == now:
         return []
     return [
-        f'batch norm\'s statistics ("{statistics}") now come from {now} images, before from {before}: the training '
-        "changes; with a number of images for recipe.batchnorm.statistics it would not"
+        f'batch norm\'s statistics ("{statistics}") now come from {now} images, before from {before}. This changes '
+        "the training; a number of images for recipe.batchnorm.statistics avoids it"
     ]
 
 
 def _compare(checkpoint: Checkpoint, now: dict[str, Any], accept_changes: bool) -> tuple[list[str], str | None]:
-    """How the training of ``checkpoint`` differs, and why no run may resume from it (None if it may)."""
+    """How the configuration of ``checkpoint`` differs, and why it cannot be resumed from (None if it can)."""
     if checkpoint.training_sha256 == training_sha256(now):
         return [], None
     try:
         before = _plan_of(checkpoint)
-    except ValueError as error:
-        silent = f"{checkpoint.path / PLAN} does not tell"
-        return [f"what, {silent} ({error})"], f"{silent} what it is of ({error})"
+    except ConfigError as error:
+        problem = f"{checkpoint.path / PLAN} cannot be read ({error.problem})"
+        return [f"the differences are unknown, because {problem}"], problem
     differences = differing_keys(before, now)
     if differences and not accept_changes:
-        return differences, "it is of another config, and --accept-changes was not given"
-    counted = _counted_otherwise(differences)
-    return differences, f"its steps are counted in another {', '.join(counted)}" if counted else None
+        return differences, "its config differs, and --accept-changes was not given"
+    redefined = _redefined_steps(differences)
+    return differences, f"its steps are counted in a different {', '.join(redefined)}" if redefined else None
 
 
-def _counted_otherwise(differences: list[str]) -> list[str]:
+def _redefined_steps(differences: list[str]) -> list[str]:
     return [text for text in differences if text.startswith(NEVER_TO_CHANGE)]
 
 
 def _plan_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The plan that a checkpoint was trained by, or ``ValueError``."""
-    try:
-        plan: dict[str, Any] = json.loads((checkpoint.path / PLAN).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(error.strerror) from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(plan, dict):
-        raise ValueError("no JSON object")
-    return plan
+    """The plan that a checkpoint was trained with, or ``ConfigError``."""
+    path = checkpoint.path / PLAN
+    return parse_json(read_text(path, "*"), str(path))

@@ -1,6 +1,6 @@
-"""Ranks and hosts: which rank this is, whether the ranks agree, whether one has failed or a signal has come.
+"""Ranks and hosts: finding this rank, the rendezvous, agreement between ranks, failure detection, and signals.
 
-May import torch.distributed and the reader of ``config``, for hostfiles and what the launcher was given.
+May import torch.distributed, and the reader of ``config`` for hostfiles and launcher arguments.
 """
 
 import lazy_loader

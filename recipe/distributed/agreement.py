@@ -1,7 +1,7 @@
-"""Requests to end (a signal) or to write a checkpoint (the clock), on which the ranks agree after each step.
+"""Requests to stop (a signal) or to write a checkpoint (the clock), on which the ranks agree after each step.
 
-After a signal the current step is finished and saved; a second one ends the process at once. It may reach one rank
-only, and the ranks' clocks differ.
+They need to agree because a signal may reach only one rank, and because their clocks differ. After a signal the current
+step is finished and saved; a second signal ends the process at once.
 """
 
 import os
@@ -20,21 +20,21 @@ import torch.distributed as dist
 from recipe.distributed.launcher import kills_late_ranks
 from recipe.distributed.signals import Interrupted, end_at_once, ignore, listen, say, take_by
 
-# One request may reach a rank several times: from the terminal, from a launcher, from a pkill.
+# The same request may reach a rank several times: from the terminal, from a launcher, from a pkill.
 SAME_REQUEST_SECONDS = 2.0
-# Less than the 30 s after which DeepSpeed's launcher kills a rank that it has asked to end.
+# Less than the 30 s after which DeepSpeed's launcher kills a rank that it has sent SIGTERM.
 LAUNCHER_LIVES_SECONDS = 20.0
 
 T = TypeVar("T")
 
 
 class Requests:
-    """Collects, during training, what a user, a scheduler or the clock asks for.
+    """Collects requests from users, schedulers and the clock during training.
 
     Args:
         save_every: The time between two checkpoints, by rank 0's clock.
-        timeout: Time within which all ranks must have agreed.
-        launchers: The processes on this machine that started this rank, each with its descriptor of ``open_process``.
+        timeout: The time within which all ranks must agree.
+        launchers: The processes on this machine that started this rank, each with its ``open_process`` descriptor.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Requests:
         self._signum = 0
         self._signalled_at = 0.0
         self._outliving: threading.Timer | None = None
-        # Over gloo: with NCCL each step would wait for the device.
+        # With NCCL instead of gloo, each step would wait for the device.
         self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     def __enter__(self) -> Self:
@@ -57,13 +57,13 @@ class Requests:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A run that has failed, or was saved, reports it and ends; a signal must not interrupt that.
+        # A run that failed or was saved reports it and ends; a signal must not interrupt that.
         take_by(end_at_once if kind is None else ignore)
         if self._outliving is not None:
             self._outliving.cancel()
 
     def agree(self) -> tuple[int, bool]:
-        """Agree on the signal that any rank received (0: none) and whether a checkpoint is due by rank 0's clock."""
+        """Return the signal that any rank has received (0: none), and whether rank 0's clock asks for a checkpoint."""
         due = self._save_every is not None and time.monotonic() - self._saved_at >= self._save_every.total_seconds()
         if dist.get_world_size() == 1:
             return self._signum, due
@@ -74,7 +74,7 @@ class Requests:
         return signum, bool(save)
 
     def watched(self, items: Iterable[T]) -> Iterator[T]:
-        """Pass ``items`` on; raise ``Interrupted`` on all ranks between two of them once one has received a signal."""
+        """Yield ``items``; once any rank has received a signal, raise ``Interrupted`` on all ranks before the next."""
         for item in items:
             yield item
             signum, _ = self.agree()
@@ -89,8 +89,8 @@ class Requests:
         name, now = signal.Signals(signum).name, time.monotonic()
         if sender in self._launchers and self._outliving is None and kills_late_ranks(sender):
             self._outlive(sender)
-        # A hangup is no second request: a terminal that closes ends the launcher too, and both may be reported. Nor is
-        # what a launcher passes on, to one rank after the other, or what the watch sends when the launcher is gone.
+        # A hangup is not a second request: a terminal that closes also ends the launcher, and both may be reported.
+        # Nor is a SIGTERM that a launcher forwards, or that the watch sends when the launcher is gone.
         if self._signum in (0, signal.SIGHUP):
             self._signum, self._signalled_at = signum, now
             if dist.get_rank() == 0:
@@ -102,7 +102,7 @@ class Requests:
             os._exit(128 + signum)
 
     def _outlive(self, launcher: int) -> None:
-        """End the launcher, which would kill this rank, if the current step takes that long."""
+        """Kill the launcher, before it kills this rank, if the current step takes that long."""
 
         def end() -> None:
             with suppress(ProcessLookupError):

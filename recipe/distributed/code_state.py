@@ -1,4 +1,4 @@
-"""Which code and which packages a process runs, found without importing them."""
+"""The code and package versions that a process runs, found without importing them."""
 
 import hashlib
 import platform
@@ -6,7 +6,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("deepspeed", "torch", "torchvision", "timm")
-MISSING = "missing"
 
 
 def code_sha256() -> str:
@@ -19,11 +18,11 @@ def code_sha256() -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that affect training; ``MISSING`` for what is not installed."""
+    """The versions of Python and of the packages that affect training; "missing" if a package is not installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
-            found[package] = MISSING
+            found[package] = "missing"
     return found

@@ -1,10 +1,9 @@
-"""Reads DeepSpeed's two files about hosts, the hostfile and ``.deepspeed_env``, more strictly than DeepSpeed does.
+"""Reads DeepSpeed's hostfile and ``.deepspeed_env`` more strictly than DeepSpeed does.
 
-DeepSpeed's pattern for ``host slots=n`` matches the beginning of a line only, so that ``slots=1x`` is one slot, and
-``slots=0`` a host without a rank; and without the file it trains on this machine alone. Of ``.deepspeed_env`` it writes
-``export NAME=value;`` for each line into a command for the hosts' shells: a line without "=" ends the launch with a
-traceback, and after ``# A=1`` all that follows is a comment to the shell, so that no rank starts and the launch reports
-success.
+DeepSpeed matches ``host slots=n`` at the start of a line only: ``slots=1x`` is one slot, and ``slots=0`` a host without
+a rank. If the hostfile is missing, it trains on this machine alone. Each line of ``.deepspeed_env`` becomes
+``export NAME=value;`` in a command for the hosts' shells. A line without "=" ends the launch with a traceback; a line
+``# A=1`` turns the rest of the command into a comment, so that no rank starts and the launch reports success.
 """
 
 import os
@@ -14,16 +13,16 @@ from pathlib import Path
 
 from recipe.config import ABSENT, ConfigError, read_text
 
-# A name reaches ssh and pdsh as an argument: a leading "-" would be an option; pdsh expands "," and "[1-4]",
-# and takes what stands before ":" for a way to connect ("exec:" runs the command on this machine).
+# ssh and pdsh get the name as an argument: a leading "-" would be an option; pdsh expands "," and "[1-4]", and takes
+# a prefix before ":" as a connection type ("exec:" runs the command on this machine).
 _HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(?P<name>[A-Za-z0-9_][A-Za-z0-9._-]*)")
 _ENTRY = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>[0-9]{1,6})\s*(#.*)?")
-# A shell acts on " $ ` \ within the double quotes that DeepSpeed writes and keeps '; pdsh expands "%h".
+# DeepSpeed writes the value in double quotes, within which a shell expands " $ ` \ and keeps '; pdsh expands "%h".
 _VARIABLE = re.compile(r"""\s*(?P<name>[A-Za-z_][A-Za-z0-9_]*)\s*=\s*(?P<value>[^"$`\\'%]*)""")
 
 
 def read_hostfile(path: Path | str) -> Mapping[str, int]:
-    """Hosts and their slots, one rank per slot, in the file's order, which is the order of the ranks."""
+    """Hosts and their slots, one rank per slot; the file's order is the order of the ranks."""
     hosts: dict[str, int] = {}
     line_of: dict[str, int] = {}
     for number, line in enumerate(read_text(Path(path), "*").split("\n"), start=1):
@@ -51,19 +50,19 @@ def read_hostfile(path: Path | str) -> Mapping[str, int]:
 
 
 def count_slots(hosts: Mapping[str, int]) -> int:
-    """The number of slots, and so of ranks that the launcher starts."""
+    """The number of slots, which is the number of ranks that the launcher starts."""
     return sum(hosts.values())
 
 
 def deepspeed_env_files() -> list[Path]:
-    """The ``.deepspeed_env`` files that DeepSpeed would read, in its order; those that are there."""
+    """The existing ``.deepspeed_env`` files that DeepSpeed reads, in its order."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     files = dict.fromkeys((Path.home() / name, Path.cwd() / name))
     return [file for file in files if file.is_file()]
 
 
 def read_deepspeed_env(files: Iterable[Path]) -> tuple[dict[str, str], list[ConfigError]]:
-    """The variables that reach the ranks as they are written, and what is wrong with the other lines."""
+    """The variables that reach the ranks unchanged, and a refusal for each other line."""
     variables: dict[str, str] = {}
     refusals = []
     for file in files:

@@ -1,12 +1,12 @@
-"""What started this process: its rank, by the environment, and the ``deepspeed`` command, by the processes above it.
+"""Finds this process's rank in the environment, and the ``deepspeed`` command among its ancestors.
 
 torchrun and DeepSpeed's own launcher set torch's variables (RANK …). ``mpirun`` and ``srun``, which DeepSpeed's
-``--launcher openmpi`` and ``slurm`` call, have their own: one that reads only torch's runs alone on each host.
+``--launcher openmpi`` and ``slurm`` call, set their own; a script that ignores them would train alone on each host.
 
-DeepSpeed ignores a missing hostfile, starts the ranks of a single other host on this machine, and does not check
-``--num_gpus`` against the slots. It passes its scripts neither the hostfile nor the filters, but its process is an
-ancestor of the ranks on this machine, or the parent of the ``pdsh`` that starts them by ssh. Where no such process is
-visible (rank 0 on another machine, another launcher), nothing is checked.
+DeepSpeed ignores a missing hostfile, starts the ranks of a single remote host on this machine, and does not check
+``--num_gpus`` against the slots. It passes neither hostfile nor filters to its scripts, but its process is an ancestor
+of the ranks on this machine, or the parent of the ``pdsh`` that starts them by ssh. If no such process is visible
+(rank 0 on another machine, another launcher), nothing is checked.
 """
 
 import os
@@ -25,14 +25,14 @@ from recipe.config import ABSENT, ConfigError, read_text
 from recipe.distributed.hostfile import count_slots, read_hostfile
 
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-# The variables of rank, world size, local rank and local world size. mpirun may itself be started by srun, once per
-# host, and comes first.
+# The variables of rank, world size, local rank and local world size. OpenMPI comes before Slurm, because srun may start
+# mpirun once per host.
 LAUNCHERS = {
     "the launcher": TORCH,
     "OpenMPI": tuple(f"OMPI_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     "MVAPICH2": tuple(f"MV2_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    # A batch script, too, has SLURM_PROCID and SLURM_NTASKS, but is no rank: only a step has SLURM_STEP_NUM_TASKS.
+    # A batch script also has SLURM_PROCID and SLURM_NTASKS but is not a rank: only a step has SLURM_STEP_NUM_TASKS.
     # SLURM_GTIDS lists the ranks on this host.
     "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_GTIDS"),
 }
@@ -41,7 +41,7 @@ FILTERS = ("include", "exclude", "num_nodes", "num_gpus")
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a rank runs. ``launcher`` is None without one; ``cores`` is what it has reserved for each rank."""
+    """Where a rank runs. ``launcher`` is None without one; ``cores`` is the number it has reserved per rank."""
 
     launcher: str | None = None
     rank: int = 0
@@ -51,19 +51,15 @@ class Placement:
     cores: int | None = None
 
     def variables(self) -> dict[str, str]:
-        """The variables in which torch and DeepSpeed look for the placement."""
+        """The environment variables from which torch and DeepSpeed read the placement."""
         if self.launcher is None:
             return {}
         own = (self.rank, self.world_size, self.local_rank, self.ranks_here)
-        # DeepSpeed reads LOCAL_SIZE; without it, it asks numactl for the cores, again and again.
+        # Without LOCAL_SIZE, DeepSpeed keeps asking numactl for the cores.
         return dict(zip((*TORCH, "LOCAL_SIZE"), map(str, (*own, self.ranks_here)), strict=True))
 
     def check_address(self, environ: Mapping[str, str]) -> None:
-        """Refuse ranks without the address of the rendezvous.
-
-        Raises:
-            ValueError: MASTER_ADDR or MASTER_PORT is missing.
-        """
+        """Refuse ranks that have no rendezvous address."""
         absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
         if self.launcher is not None and absent:
             raise ValueError(
@@ -74,12 +70,11 @@ class Placement:
 
 
 def find_placement(environ: Mapping[str, str]) -> Placement:
-    """The placement of a process with this environment; torch's own variables win where several launchers set theirs.
+    """The placement of a process with this environment; torch's own variables take precedence over a launcher's.
 
-    Raises:
-        ValueError: a launcher's variables that are incomplete; a number that is none, or out of bounds.
+    A launcher's variables are refused if they are incomplete, not numbers, or out of bounds.
     """
-    # Torch's first two suffice, of one rank per host; DeepSpeed's launcher calls the last one LOCAL_SIZE.
+    # With one rank per host, torch's first two are enough; DeepSpeed's launcher calls the last one LOCAL_SIZE.
     given = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": environ.get("LOCAL_SIZE") or "1"}
     given |= {name: value for name, value in environ.items() if value}
     incomplete = ""
@@ -102,19 +97,19 @@ def _placement(launcher: str, names: tuple[str, ...], given: Mapping[str, str]) 
     texts = [str(len(given[name].split(","))) if name == "SLURM_GTIDS" else given[name] for name in names]
     for name, text in zip(names, texts, strict=True):
         if not text.isdecimal():
-            raise ValueError(f"{name}={text} is not the number of a rank or of ranks")
+            raise ValueError(f"{name}={text} is not a rank or a number of ranks")
     rank, world_size, local_rank, ranks_here = map(int, texts)
     if rank >= world_size:
-        raise ValueError(f"{names[0]}={rank} with {names[1]}={world_size}: ranks count from 0, up to the number less 1")
+        raise ValueError(f"{names[0]}={rank} with {names[1]}={world_size}: ranks count from 0 to {world_size - 1}")
     cores = int(given["SLURM_CPUS_PER_TASK"]) if launcher == "Slurm" and "SLURM_CPUS_PER_TASK" in given else None
     if launcher != "the launcher" and world_size == 1:
-        return Placement(cores=cores)  # a single task, as of an interactive srun, is a run of its own
+        return Placement(cores=cores)  # a single task, as in an interactive srun, runs alone
     return Placement(launcher, rank, world_size, local_rank, ranks_here, cores)
 
 
 @dataclass(frozen=True)
 class Command:
-    """A running ``deepspeed`` command: its process, its arguments, and the folder it was started in."""
+    """A running ``deepspeed`` command: its process, its arguments, and its working directory."""
 
     pid: int
     arguments: tuple[str, ...]
@@ -136,15 +131,11 @@ def find_command() -> Command | None:
 
 
 def check_ranks(command: Command, world_size: int) -> None:
-    """Refuse a launch that started other ranks than its hostfile promises. Imports DeepSpeed, to read its arguments.
-
-    Raises:
-        ConfigError: no such hostfile; a single host that is another machine; other ranks than slots; a bad line.
-    """
+    """Refuse a launch whose ranks do not match its hostfile. Imports DeepSpeed to parse its arguments."""
     from deepspeed.launcher.runner import DLTS_HOSTFILE, parse_args
 
     try:
-        with redirect_stderr(StringIO()):  # it may be another program of that name
+        with redirect_stderr(StringIO()):  # it may be another program with that name
             asked = parse_args(list(command.arguments))
     except SystemExit:
         return
@@ -156,7 +147,7 @@ def check_ranks(command: Command, world_size: int) -> None:
         try:
             read_text(hostfile, "*")
         except ConfigError as error:
-            problem = f"{error.problem}; DeepSpeed passes that over and trains on this machine alone"
+            problem = f"{error.problem}; DeepSpeed ignores that and trains on this machine alone"
             raise refusal(problem, error.remedy) from None
     hosts = read_hostfile(hostfile)
     slots = count_slots(hosts)
@@ -166,29 +157,30 @@ def check_ranks(command: Command, world_size: int) -> None:
         raise refusal(
             f"{slots} slots on {len(hosts)} hosts, but DeepSpeed started {world_size} "
             f"rank{'' if world_size == 1 else 's'}{filters and f', by {filters}'}",
-            "write into the hostfile what you mean, and launch without --num_gpus, --num_nodes, --include, --exclude",
+            "write the hosts and slots you want into the hostfile, and launch without --num_gpus, --num_nodes, "
+            "--include, --exclude",
         )
     (first, *others) = hosts
     if not others and not asked.force_multi and not is_this_machine(first.rpartition("@")[2]):
         raise refusal(
-            f"its only host, {first}, is another machine than this one, {socket.gethostname()}, on which DeepSpeed "
-            "starts the ranks of a single host",
+            f"its only host, {first}, is not this machine, {socket.gethostname()}, but DeepSpeed starts the ranks of a "
+            "single host on this machine",
             "start deepspeed there, or give it --force_multi",
         )
 
 
 def open_process(pid: int) -> int | None:
-    """A descriptor that becomes readable when the process ends, even before its parent has waited for it."""
+    """A descriptor that becomes readable when the process ends, even before its parent has reaped it; None if gone."""
     try:
         return os.pidfd_open(pid)
-    except OSError:  # it is gone already, or Linux is older than 5.3
+    except OSError:  # the process is gone, or Linux is older than 5.3
         return None
 
 
 def kills_late_ranks(pid: int) -> bool:
-    """Whether a process is DeepSpeed's launcher on one host, which kills ranks that outlive its SIGTERM by 30 s.
+    """Whether a process is DeepSpeed's launcher on a host, which kills ranks 30 s after it has sent them SIGTERM.
 
-    So does torchrun's agent, but after a time that can be set, and it holds the store that the ranks need.
+    torchrun's agent does so too, but its delay can be configured, and it holds the store that the ranks need.
     """
     with suppress(psutil.Error):
         return "deepspeed.launcher.launch" in _words(psutil.Process(pid))
@@ -196,7 +188,7 @@ def kills_late_ranks(pid: int) -> bool:
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether a host's name or address is one of this machine's."""
+    """Whether a host name or address belongs to this machine."""
     try:
         addresses = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
     except OSError:
@@ -216,7 +208,7 @@ def _words(process: psutil.Process) -> list[str]:
 
 
 def _command(process: psutil.Process) -> Command | None:
-    """A process, if its command line is that of ``deepspeed``."""
+    """The ``deepspeed`` command that a process runs, if it runs one."""
     words = _words(process)
     if words and Path(words[0]).name.startswith("python"):
         words = list(dropwhile(lambda word: word.startswith("-"), words[1:]))

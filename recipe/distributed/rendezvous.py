@@ -1,7 +1,7 @@
-"""The ranks' rendezvous: they compare what they would train; either all train, or none does and one reports why.
+"""The ranks' rendezvous: they compare what they are about to train, and either all of them train or none does.
 
-It takes place at a store before there is a process group: ranks with other files, versions or devices, or of which one
-has found something wrong, would hang in the group's first collective.
+It uses a store, before there is a process group: if ranks differ in files, versions or devices, or one of them refuses
+the run, the group's first collective would hang.
 """
 
 import json
@@ -21,33 +21,33 @@ from torch.distributed import DistError, PrefixStore, Store
 from recipe.distributed.code_state import code_sha256, versions
 
 ASK_EVERY_SECONDS = 0.1
-FAREWELL_SECONDS = 5.0  # for which rank 0, whose process holds the store, waits for the others to have read
+FAREWELL_SECONDS = 5.0  # how long rank 0, whose process holds the store, waits for the others to read its verdict
 
 Facts = dict[str, str]
-"""What a rank brings to the rendezvous: its ``host``, the ``refusal`` if it has found something wrong, and the rest."""
+"""A rank's report to the rendezvous: its ``host``, its ``refusal`` if it has one, and the keys of ``OBJECTIONS``."""
 
-# What must be the same on all ranks, in the order in which it is compared, and the objection where it is not.
+# The facts that must be equal on all ranks, in the order of comparison, and the objection if they are not.
 OBJECTIONS = {
-    "code": "run different code of recipe/; bring the checkouts to one state",
-    "data": "would take {other} and {first}; give all hosts the same data and config",
+    "code": "run different code in recipe/; bring the checkouts to the same state",
+    "data": "see different data: {other} and {first}; give all hosts the same data and config",
     "config": "read different configs; copy one file to all hosts",
     "versions": "have different versions: {other} and {first}; install the same",
-    "device": "would train on {other} and {first}; check the GPUs and the drivers, or leave the host out",
+    "device": "would train on {other} and {first}; check GPUs and drivers, or leave the host out",
     "checkpoint": "see different checkpoints in the output folder: {other} and {first}; share one --output",
 }
 
 
 class MeetingError(RuntimeError):
-    """The ranks could not meet; the message says where, and what may be the cause."""
+    """The rendezvous failed; the message gives its address and a likely cause."""
 
 
 class DisagreementError(ValueError):
-    """A rank refuses the run, or the ranks would train different things; the message is the same on all."""
+    """A rank refuses the run, or the ranks would train different things; all ranks get the same message."""
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """A rendezvous that succeeded: ``hosts`` has the name of each rank's host; ``name`` is unique to it."""
+    """A successful rendezvous: ``hosts`` lists the host of each rank; ``name`` is unique to this rendezvous."""
 
     store: Store
     name: str
@@ -55,18 +55,13 @@ class Meeting:
     hosts: tuple[str, ...]
 
     @property
-    def world_size(self) -> int:
-        """The number of ranks."""
-        return len(self.hosts)
-
-    @property
     def group_store(self) -> Store:
-        """Where the process group exchanges addresses; torchrun's store still holds those of ranks it has ended."""
+        """A store for the process group's addresses: torchrun's own still holds those of an earlier launch."""
         return PrefixStore(f"group/{self.name}", self.store)
 
 
 def own_facts(refusal: Exception | None, **facts: str) -> Facts:
-    """What this rank brings to the rendezvous: ``facts`` of its run, by the names in ``OBJECTIONS``, or its refusal."""
+    """This rank's facts for the rendezvous: ``facts`` about its run, by the keys of ``OBJECTIONS``, or its refusal."""
     own = {
         "host": socket.gethostname(),
         "code": code_sha256(),
@@ -76,13 +71,13 @@ def own_facts(refusal: Exception | None, **facts: str) -> Facts:
 
 
 def meet(own: Facts, timeout: timedelta) -> Meeting:
-    """Meet the ranks of the environment (RANK, WORLD_SIZE, MASTER_ADDR …); without one there is a single rank.
+    """Rendezvous with the ranks that RANK, WORLD_SIZE, MASTER_ADDR … describe; without them this is the only rank.
 
     Raises:
-        DisagreementError: a rank refuses, or they differ in what must be the same.
-        MeetingError: the port is taken, or a rank does not come in time; all that have come say which.
+        DisagreementError: a rank refuses, or the ranks' facts differ.
+        MeetingError: the port is taken, or a rank does not arrive in time; those that did all say which.
     """
-    use_an_own_address()
+    _describe_single_rank()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     deadline = time.monotonic() + timeout.total_seconds()
     try:
@@ -91,7 +86,7 @@ def meet(own: Facts, timeout: timedelta) -> Meeting:
     except DistError as error:
         cause = str(error).splitlines()[0]
         raise MeetingError(
-            f"the ranks could not meet at {_address()}: {cause}; a second run on a machine needs a port of its own: "
+            f"the rendezvous at {_address()} failed: {cause}; a second run on the same machine needs its own port: "
             "deepspeed --master_port 29501 …"
         ) from error
     if verdict["absent"] is not None:
@@ -102,7 +97,7 @@ def meet(own: Facts, timeout: timedelta) -> Meeting:
 
 
 def open_store(timeout: timedelta, holds_it: bool) -> Store:
-    """A connection to the store at MASTER_ADDR and MASTER_PORT; ``holds_it`` makes it, unless torchrun's agent has."""
+    """Connect to the store at MASTER_ADDR:MASTER_PORT; ``holds_it`` creates it, unless torchrun's agent holds it."""
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
@@ -113,8 +108,8 @@ def open_store(timeout: timedelta, holds_it: bool) -> Store:
     )
 
 
-def use_an_own_address() -> None:
-    """Without a launcher's environment, as in ``python recipe/train.py …``, describe a launch of a single rank."""
+def _describe_single_rank() -> None:
+    """Without a launcher, as in ``python recipe/train.py …``, set the variables of a single rank on a free port."""
     if not os.environ.get("RANK"):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
@@ -123,7 +118,7 @@ def use_an_own_address() -> None:
 
 
 def objection_of(everyone: Sequence[Facts]) -> str | None:
-    """Why the ranks must not train together: what the lowest rank refuses, else the first difference; or None."""
+    """Why the ranks must not train together: the lowest rank's refusal, else the first difference; None if they may."""
     first = everyone[0]
     for rank, other in enumerate(everyone):
         if "refusal" in other:
@@ -138,14 +133,14 @@ def objection_of(everyone: Sequence[Facts]) -> str | None:
 
 
 def _gather(own: Facts, store: Store, rank: int, world_size: int, deadline: float) -> dict[str, Any]:
-    """Rank 0's verdict on what the ranks brought along: ``name``, ``hosts``, ``objection`` and who is ``absent``."""
-    # Rank 0 calls, and answers those that have heard it. A store may hold what an earlier launch left (torchrun's
-    # outlives its ranks), and a rank of another run may come late, to a port that is taken: neither gets in.
+    """Exchange facts; return rank 0's verdict: ``name``, ``hosts``, ``objection`` and a message on ``absent`` ranks."""
+    # Rank 0 publishes a random call and answers the ranks that repeat it. That excludes keys that an earlier launch
+    # left (torchrun's store outlives its ranks), and ranks of another run that use the same port by mistake.
     nonce = secrets.token_hex(8)
     if rank != 0:
         call = ""
         while not store.check([f"verdict/{nonce}"]):
-            # Rank 0, whose time is over first, says who has not come.
+            # Rank 0 gives up first, and says which rank is missing.
             if time.monotonic() > deadline + FAREWELL_SECONDS:
                 raise MeetingError(_late("rank 0 has not answered"))
             time.sleep(ASK_EVERY_SECONDS)
@@ -163,7 +158,7 @@ def _gather(own: Facts, store: Store, rank: int, world_size: int, deadline: floa
     nonces = [facts.pop("nonce") for facts in brought.values()]
     everyone = [own, *brought.values()]
     verdict = {"name": nonce, "hosts": [other["host"] for other in everyone]}
-    verdict["absent"] = _late(f"{name_ranks(missing)} of {world_size} did not come") if missing else None
+    verdict["absent"] = _late(f"{name_ranks(missing)} of {world_size} did not arrive") if missing else None
     verdict["objection"] = None if missing else objection_of(everyone)
     for other in nonces:
         store.set(f"verdict/{other}", json.dumps(verdict))
@@ -172,14 +167,14 @@ def _gather(own: Facts, store: Store, rank: int, world_size: int, deadline: floa
 
 
 def _wait(store: Store, keys: list[str], seconds: float) -> None:
-    with suppress(DistError):  # the time is over
+    with suppress(DistError):  # a timeout
         store.wait(keys, timedelta(seconds=seconds))
 
 
 def _late(problem: str) -> str:
     return (
-        f"{problem} at {_address()} in time; python -m recipe hosts HOSTFILE finds out why, or raise "
-        "recipe.distributed.timeout_seconds where hosts start slowly"
+        f"{problem} at {_address()} in time; python -m recipe hosts HOSTFILE finds out why; if hosts start slowly, "
+        "raise recipe.distributed.timeout_seconds"
     )
 
 
@@ -188,7 +183,7 @@ def _address() -> str:
 
 
 def name_ranks(ranks: Sequence[int], hosts: Sequence[str] | Mapping[int, str] | None = None) -> str:
-    """Ranks in words: "rank 3 on node-1", "ranks 2, 3 on node-1" or, of more than eight, the first eight."""
+    """Ranks in words: "rank 3 on node-1", "ranks 2, 3 on node-1"; of more than eight, only the first eight."""
     shown = ", ".join(map(str, ranks[:8])) + (" …" if len(ranks) > 8 else "")
     named = f"rank{'s' if len(ranks) > 1 else ''} {shown}"
     if hosts is None:

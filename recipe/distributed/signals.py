@@ -1,7 +1,7 @@
-"""SIGTERM (a scheduler), SIGINT (Ctrl-C) and SIGHUP (the terminal is gone), handled by a thread that waits for them.
+"""SIGTERM (a scheduler), SIGINT (Ctrl-C) and SIGHUP (the terminal is gone), handled by a dedicated thread.
 
-A Python handler runs only when the main thread comes back from C, where it may be waiting for a rank that is gone, and
-does not learn who sent the signal.
+A Python signal handler runs only when the main thread returns from C, where it may be waiting for a rank that is gone,
+and it does not learn who sent the signal.
 """
 
 import io
@@ -11,7 +11,6 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from recipe.config import printable
@@ -20,11 +19,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 UNKNOWN_SENDER = -1
 
 Taker = Callable[[int, int], None]
-"""Gets the number of a signal and the process that sent it: 0 for the kernel, as where Ctrl-C was typed."""
+"""Called with the signal number and the sender's process ID, which is 0 for the kernel, as when Ctrl-C is typed."""
 
 
 class Interrupted(BaseException):
-    """A signal asked for the end. Not an ``Exception``, so that code that handles failures does not catch it."""
+    """A signal asked the run to end. Not an ``Exception``, so code that handles failures does not catch it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -36,20 +35,18 @@ class Interrupted(BaseException):
         return 128 + self.signum
 
 
-def end_at_once(signum: int, sender: int, undo: Callable[[], None] = lambda: None) -> None:
-    """End the process: before training, and after it, there is nothing to finish, but something to ``undo``.
+def end_at_once(signum: int, sender: int) -> None:
+    """End the process: before and after training there is nothing to finish.
 
-    Not by an exception: raised during the import of a library, it may be caught as a failure of that library.
+    This does not raise: during a library's import an exception could be caught as a failure of that library.
     """
-    with suppress(OSError):
-        undo()
     if os.environ.get("RANK", "0") == "0":
         say(f"{signal.Signals(signum).name}: ended at once; the same command resumes")
     os._exit(128 + signum)
 
 
 def ignore(signum: int, sender: int) -> None:
-    """A signal during the process's end must not change its exit code: the launcher passes on what a group received."""
+    """Ignore a signal, so that it does not change the exit code of a process that is already ending."""
 
 
 _take: Taker = end_at_once
@@ -57,9 +54,9 @@ _listens = False
 
 
 def listen() -> None:
-    """Have a thread handle the signals from here on, at first by ``end_at_once``.
+    """Start the thread that handles signals, at first with ``end_at_once``.
 
-    To be called before other threads start: an existing one would let them through to a Python handler.
+    Call this before other threads start: a thread that exists already would receive the signals itself.
     """
     global _listens
     if _listens:
@@ -79,28 +76,28 @@ def listen() -> None:
 
 
 def take_by(taker: Taker) -> None:
-    """Let ``taker`` handle the signals."""
+    """Make ``taker`` handle signals from now on."""
     global _take
     _take = taker
 
 
 def heeded() -> list[signal.Signals]:
-    """The signals that ask for the end: not SIGHUP where nohup has set it to be ignored."""
+    """The signals that ask a run to end; without SIGHUP if it is ignored, as under nohup."""
     return [s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
 
 
 def say(message: str) -> None:
-    """Print a message on one line of standard error; on a terminal wrapped at its width, in place of a progress bar."""
+    """Print a message to stderr: one line, or on a terminal wrapped at its width and in place of a progress bar."""
     text = f"recipe: {printable(message)}"
     if sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
-        text = "\r\x1b[2K" + "\n".join(lines)  # back to the beginning of the line, and erase it
+        text = "\r\x1b[2K" + "\n".join(lines)  # return to the start of the line and erase it
     print(text, file=sys.stderr, flush=True)
 
 
 class _Outlived(io.FileIO):
-    """Standard output or error whose reader may go away before the process ends: what cannot be written is dropped."""
+    """stdout or stderr whose reader may go away before the process ends: output that cannot be written is dropped."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -110,9 +107,9 @@ class _Outlived(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """Keep printing from failing when the terminal is gone, or the same Ctrl-C has ended a ``tee``.
+    """Keep printing from failing when the terminal is gone, or when the same Ctrl-C has ended a ``tee``.
 
-    That holds for all that Python writes, including what libraries print, log and warn about.
+    This covers everything that Python writes, including libraries' logs and warnings.
     """
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)

@@ -154,7 +154,7 @@ def test_invalid_input_is_refused_on_one_line(run: Path, folder: Path, tmp_path:
         ([str(run), "--data", str(unsplit)], f"has neither val/ nor test/ beside train/; name {unsplit}/train, or"),
         ([str(run), "--data", str(tmp_path / "none")], "there is no folder"),
         ([str(odd)], "label_names are not the names of 10 classes; export the run again"),
-        ([str(run), "--output", str(full)], "No space left on device: what was being written is not whole; make room"),
+        ([str(run), "--output", str(full)], "No space left on device: the output is incomplete; make room"),
     ):
         done = recipe("evaluate", *arguments)
         assert done.returncode == 2, done.stdout
@@ -168,7 +168,7 @@ def test_a_failed_rendezvous_is_reported_on_one_line(run: Path) -> None:
         variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         done = recipe("evaluate", str(run), **variables)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"recipe: the ranks could not meet at 127.0.0.1:{port}: ")
+    assert done.stderr.startswith(f"recipe: the rendezvous at 127.0.0.1:{port} failed: ")
     assert len(done.stderr.splitlines()) == 1
 
 

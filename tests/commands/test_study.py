@@ -476,7 +476,7 @@ def test_study_resumes_after_a_signal(tmp_path: Path) -> None:
     assert first.returncode == 143, said
     for line in ("1 of 3: short, seed 0 …\n", "[1/3] short, seed 0: failed: ", "[2/3] wild, seed 0: diverged"):
         assert f"\n{line}" in said
-    assert re.search(r"^recipe: short, seed 0 failed: .*\.lock: Is a directory.*launch\.log", said, re.MULTILINE)
+    assert re.search(r"^recipe: short, seed 0 failed: .*\.lock \(Is a directory\).*launch\.log", said, re.MULTILINE)
     (row,) = read_rows(output, "long")
     done = steps_done(long)
     assert f"\n- long, seed 0: interrupted: {row['reason']}\n" in said

@@ -29,6 +29,6 @@ def test_image_that_cannot_be_read_to_its_end_is_reported_before_the_timeout(tmp
     assert done.returncode == 1, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("recipe: ")]
     assert re.fullmatch(
-        r"recipe: rank \d on \S+ failed at step \d+: TimeoutError: no images have come from the data for [89] s",
+        r"recipe: rank \d on \S+ failed at step \d+: TimeoutError: no images from the data loader for [89] s",
         said[-1],
     ), done.stderr

@@ -1,4 +1,4 @@
-"""Signals and clocks, on real ranks: what one of them gets, all know after the step; a second signal ends at once."""
+"""Requests by signals and by the clock. Runs that are signalled are tested in tests/checkpoints/test_kills.py."""
 
 import ctypes
 import os
@@ -14,13 +14,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from recipe.distributed import agreement
 from recipe.distributed.agreement import SAME_REQUEST_SECONDS, Requests
 from recipe.distributed.launcher import open_process
-from recipe.distributed.signals import Interrupted, listen, outlive_readers
+from recipe.distributed.signals import listen, outlive_readers
 from recipe.engine.start import join_process_group
 from tests.launch import ROOT, environment, wait_until
 from tests.ranks import fork, run_ranks
@@ -28,30 +27,8 @@ from tests.ranks import fork, run_ranks
 TIMEOUT = timedelta(seconds=60)
 
 
-def _signalled(rank: int, world_size: int, signum: int) -> list[tuple[int, bool]]:
-    agreed = []
-    with Requests(None, TIMEOUT) as requests:
-        loader = os.fork()  # it holds a copy of all that is open here
-        if loader == 0:
-            time.sleep(600)
-            os._exit(0)
-        for step in range(4):
-            if (rank, step) == (1, 2):
-                os.kill(os.getpid(), signum)
-                time.sleep(0.5)  # the signal is another thread's to take
-            agreed.append(requests.agree())
-    os.kill(loader, signal.SIGKILL)
-    os.waitpid(loader, 0)
-    return agreed
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_all_ranks_learn_of_a_signal_to_one_after_the_same_step(signum: int) -> None:
-    assert run_ranks(2, _signalled, signum) == [[(0, False), (0, False), (signum, False), (signum, False)]] * 2
-
-
 def _clocked(rank: int, world_size: int) -> list[bool]:
-    """Rank 1's clock asks at once and always, rank 0's when it has slept."""
+    """Rank 1's clock always asks, rank 0's once it has slept."""
     due = []
     with Requests(timedelta(seconds=0 if rank else 1), TIMEOUT) as requests:
         for pause in (0, 1.1, 0):
@@ -66,26 +43,8 @@ def test_rank_0s_clock_asks_for_checkpoints() -> None:
     assert run_ranks(2, _clocked) == [[False, True, True, False]] * 2
 
 
-def _watched(rank: int, world_size: int) -> list[int]:
-    seen: list[int] = []
-    with Requests(None, TIMEOUT) as requests:
-        try:
-            for item in requests.watched(range(5)):
-                seen.append(item)
-                if (rank, item) == (0, 1):
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    time.sleep(0.5)
-        except Interrupted as end:
-            seen.append(end.exit_code)
-    return seen
-
-
-def test_a_signal_ends_a_validation_between_the_same_batches_on_all_ranks() -> None:
-    assert run_ranks(2, _watched) == [[0, 1, 143]] * 2
-
-
 def _held(folder: Path, launcher: int | None) -> None:
-    """A rank in a step that does not end; by ``folder``/again it signals itself, as the watch does."""
+    """A rank in a step that does not end; once ``folder``/again exists it signals itself, as the watch does."""
     listen()
     outlive_readers()
     agreement.LAUNCHER_LIVES_SECONDS = 1.0
@@ -99,7 +58,7 @@ def _held(folder: Path, launcher: int | None) -> None:
     threading.Thread(target=signal_itself, daemon=True).start()
     with Requests(None, TIMEOUT, {} if launcher is None or process is None else {launcher: process}):
         (folder / "ready").touch()
-        # As in a collective whose other ranks are gone: this thread comes back from C for no signal.
+        # As in a collective whose other ranks are gone, no signal makes this thread return from C.
         c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
         c.pthread_mutex_lock(mutex)
         c.pthread_mutex_lock(mutex)
@@ -118,7 +77,7 @@ def exit_code(process: BaseProcess) -> int | None:
     return process.exitcode
 
 
-def test_a_second_signal_ends_the_process_at_once_wherever_it_is(tmp_path: Path) -> None:
+def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     process, pid = start(tmp_path, _held, None)
     for _ in range(2):  # Ctrl-C comes twice: from the terminal and from the launcher
         os.kill(pid, signal.SIGINT)
@@ -132,10 +91,7 @@ def test_a_second_signal_ends_the_process_at_once_wherever_it_is(tmp_path: Path)
     assert "rank 0: a second signal, SIGTERM: ended at once" in said
 
 
-@pytest.mark.parametrize(("again", "code"), [("INT", 130), ("TERM", 143)])
-def test_what_the_launcher_passes_on_and_the_watch_sends_is_no_second_signal(
-    tmp_path: Path, again: str, code: int
-) -> None:
+def test_sigterm_from_the_launcher_or_the_watch_is_not_a_second_signal(tmp_path: Path) -> None:
     process, pid = start(tmp_path, _held, os.getpid())  # this test is the launcher
     os.kill(pid, signal.SIGINT)
     time.sleep(SAME_REQUEST_SECONDS + 0.5)
@@ -143,11 +99,11 @@ def test_what_the_launcher_passes_on_and_the_watch_sends_is_no_second_signal(
     (tmp_path / "again").touch()
     time.sleep(1)
     assert process.is_alive()
-    subprocess.run(["bash", "-c", f"kill -{again} {pid}; true"], check=True)
-    assert exit_code(process) == code
+    subprocess.run(["bash", "-c", f"kill -TERM {pid}; true"], check=True)
+    assert exit_code(process) == 143
 
 
-def test_a_hangup_and_a_request_to_end_are_one_request(tmp_path: Path) -> None:
+def test_hangup_and_sigterm_count_as_one_request(tmp_path: Path) -> None:
     process, pid = start(tmp_path, _held, None)
     for signum in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
         os.kill(pid, signum)
@@ -160,8 +116,8 @@ def test_a_hangup_and_a_request_to_end_are_one_request(tmp_path: Path) -> None:
 LAUNCHER = "import os, time; os.kill(int(input()), 15); time.sleep(60)"
 
 
-def test_a_step_that_takes_longer_than_the_launcher_waits_outlives_it(tmp_path: Path) -> None:
-    """DeepSpeed's launcher kills after 30 s what has not ended by its SIGTERM; here the rank is faster."""
+def test_rank_in_a_long_step_kills_its_launcher(tmp_path: Path) -> None:
+    """Before the launcher kills the rank, as DeepSpeed's does 30 s after its SIGTERM."""
     words = [sys.executable, "-c", LAUNCHER, "deepspeed.launcher.launch"]
     with subprocess.Popen(words, stdin=subprocess.PIPE, text=True) as launcher:
         process, pid = start(tmp_path, _held, launcher.pid)
@@ -170,11 +126,6 @@ def test_a_step_that_takes_longer_than_the_launcher_waits_outlives_it(tmp_path: 
     assert process.is_alive()
     process.kill()
     process.join()
-
-
-def test_the_end_by_a_signal_is_no_failure() -> None:
-    assert [Interrupted(signum).exit_code for signum in (2, 15, 1)] == [130, 143, 129]
-    assert not isinstance(Interrupted(2), Exception)
 
 
 def _at_a_terminal(folder: Path, terminal: str) -> None:
@@ -193,7 +144,7 @@ def _at_a_terminal(folder: Path, terminal: str) -> None:
         (folder / "answer").write_text(str(signum))
 
 
-def test_a_hangup_asks_for_the_end_and_takes_the_screen_along(tmp_path: Path) -> None:
+def test_hangup_ends_the_run_although_its_screen_is_gone(tmp_path: Path) -> None:
     screen, side = pty.openpty()
     process, _ = start(tmp_path, _at_a_terminal, os.ttyname(side))
     os.close(side)
@@ -211,7 +162,7 @@ print(*(s.name for s in heeded()))
 """
 
 
-def test_under_nohup_a_hangup_asks_for_nothing() -> None:
+def test_hangup_is_ignored_under_nohup() -> None:
     done = subprocess.run(
         ["nohup", sys.executable, "-c", NOHUP], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )

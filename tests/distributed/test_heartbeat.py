@@ -1,10 +1,8 @@
-"""One rank fails, and all end soon; what failed first is reported once."""
+"""If one rank fails, all end soon, and the first failure is reported once."""
 
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,7 +16,6 @@ import torch.distributed as dist
 
 from recipe.distributed import heartbeat
 from recipe.distributed.heartbeat import FAILED, GRACE_SECONDS, LOOK_EVERY_SECONDS, Watch, is_cause
-from recipe.distributed.launcher import open_process
 from recipe.distributed.rendezvous import meet
 from recipe.engine.start import join_process_group
 from tests.distributed.test_rendezvous import free_port
@@ -37,28 +34,25 @@ def _images() -> Any:
     time.sleep(100)
 
 
-# What one of the ranks does; the others are in a collective meanwhile, or busy with something else.
+# What some of the ranks do, while the others are in a collective or busy.
 FATES: dict[str, Callable[[Watch], Any]] = {
-    "raises what is known": lambda watch: _raise(ValueError("no such image")),
-    "raises what is not known": lambda watch: _raise(KeyError("x")),
+    "raises a known error": lambda watch: _raise(ValueError("no such image")),
+    "raises an unknown error": lambda watch: _raise(KeyError("x")),
     "is killed": lambda watch: os.kill(os.getpid(), signal.SIGKILL),
     "hangs": lambda watch: os.kill(os.getpid(), signal.SIGSTOP),
     "gets no data": lambda watch: list(watch.awaited(_images())),
     "is busy": lambda watch: time.sleep(100),
-    "is done": lambda watch: (watch.close(), dist.barrier(), os._exit(0)),
 }
 
 
-def _rank(folder: Path, fate: str, others: str, who: tuple[int, ...], timeout_seconds: int, launcher: int) -> None:
+def _rank(folder: Path, fate: str, others: str, who: tuple[int, ...], timeout_seconds: int) -> None:
     rank, timeout = int(os.environ["RANK"]), timedelta(seconds=timeout_seconds)
-    if fate == "raises what is known":
-        heartbeat.GRACE_SECONDS = 30.0  # nobody is gone here: on a busy machine ranks may be slow to answer
+    if fate == "raises a known error":
+        heartbeat.GRACE_SECONDS = 30.0  # all ranks are alive, but may answer slowly on a busy machine
     meeting = meet({"host": os.environ.get("HOST", f"host-{rank}")}, timedelta(seconds=60))
     join_process_group(torch.device("cpu"), timeout, meeting.group_store)
     dist.barrier()
-    process = open_process(launcher)
-    assert process is not None
-    with Watch(meeting, timeout, {launcher: process}, (ValueError,)) as watch:
+    with Watch(meeting, timeout, {}, (ValueError,)) as watch:
         watch.step = STEP
         (folder / f"ready-{rank}").touch()
         wait_until((folder / "go").exists)
@@ -70,7 +64,7 @@ def _rank(folder: Path, fate: str, others: str, who: tuple[int, ...], timeout_se
 
 
 class Ranks:
-    """Ranks that have met and wait for ``go``, in processes of their own."""
+    """Processes that have met as ranks and wait for ``go``."""
 
     def __init__(
         self,
@@ -80,13 +74,12 @@ class Ranks:
         others: str = "",
         ranks: int = 2,
         timeout_seconds: int = 60,
-        launcher: int = os.getpid(),
         **variables: str,
     ) -> None:
         self.folder = folder
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCH_CPP_LOG_LEVEL": "ERROR"}
         of_all = environment(WORLD_SIZE=str(ranks), LOCAL_RANK="0", DS_ACCELERATOR="cpu") | address | variables
-        arguments = (folder, fate, others, who, timeout_seconds, launcher)
+        arguments = (folder, fate, others, who, timeout_seconds)
         self.processes: list[BaseProcess] = [
             fork(folder / str(rank), of_all | {"RANK": str(rank)}, _rank, *arguments) for rank in range(ranks)
         ]
@@ -99,7 +92,7 @@ class Ranks:
         return [(self.folder / f"{rank}.stderr").read_text() for rank in range(len(self.processes))]
 
     def ends(self, *of: int) -> list[tuple[int | None, str]]:
-        """Exit codes and what was said, of all ranks or of some, that end by themselves."""
+        """Exit codes and stderr of all ranks, once those in ``of`` (default: all) have ended."""
         try:
             for rank in of or range(len(self.processes)):
                 self.processes[rank].join(60)
@@ -112,24 +105,24 @@ class Ranks:
 
 
 @pytest.mark.parametrize("who", [0, 1])
-def test_a_failure_is_reported_by_its_rank_alone(tmp_path: Path, who: int) -> None:
-    ranks = Ranks(tmp_path, "raises what is known", who, others="is busy", ranks=3)
+def test_failure_is_reported_by_its_rank_only(tmp_path: Path, who: int) -> None:
+    ranks = Ranks(tmp_path, "raises a known error", who, others="is busy", ranks=3)
     ranks.go()
     told = f"recipe: rank {who} on host-{who} failed at step 3: ValueError: no such image\n"
     assert ranks.ends() == [(FAILED, told if rank == who else "") for rank in range(3)]
 
 
-def test_of_ranks_that_raise_together_one_reports(tmp_path: Path) -> None:
-    ranks = Ranks(tmp_path, "raises what is known", 0, 1)
+def test_only_one_of_two_failing_ranks_reports(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, "raises a known error", 0, 1)
     ranks.go()
     ends = ranks.ends()
     assert [code for code, _ in ends] == [FAILED, FAILED]
     assert re.fullmatch(r"recipe: rank [01] on host-[01] failed at step 3: .*\n", "".join(said for _, said in ends))
 
 
-def test_a_rank_that_knows_the_cause_waits_for_a_store_that_does_not_answer(tmp_path: Path) -> None:
-    """Longer than the grace: its host may be busy. Rank 0, which is in no collective, would never hear of it."""
-    ranks = Ranks(tmp_path, "raises what is known", 1, others="is busy")
+def test_rank_that_knows_the_cause_waits_for_the_store(tmp_path: Path) -> None:
+    """For longer than ``GRACE_SECONDS``: rank 0, which is not in a collective, would not learn of it otherwise."""
+    ranks = Ranks(tmp_path, "raises a known error", 1, others="is busy")
     store = ranks.processes[0].pid
     assert store is not None
     os.kill(store, signal.SIGSTOP)
@@ -140,8 +133,8 @@ def test_a_rank_that_knows_the_cause_waits_for_a_store_that_does_not_answer(tmp_
     assert ranks.ends() == [(FAILED, ""), (FAILED, told)]
 
 
-def test_what_is_not_known_comes_with_its_traceback(tmp_path: Path) -> None:
-    ranks = Ranks(tmp_path, "raises what is not known", 1)
+def test_unknown_error_is_shown_with_its_traceback(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, "raises an unknown error", 1)
     ranks.go()
     (_, first), (code, second) = ranks.ends()
     assert (code, first) == (FAILED, "")
@@ -149,22 +142,20 @@ def test_what_is_not_known_comes_with_its_traceback(tmp_path: Path) -> None:
     assert second.endswith("recipe: rank 1 on host-1 failed at step 3: KeyError: 'x'\n")
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_rank_that_is_killed_is_named_by_the_others(tmp_path: Path, who: int) -> None:
-    ranks = Ranks(tmp_path, "is killed", who)
+def test_killed_rank_is_named_by_another(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, "is killed", 1)
     ranks.go()
-    found = ranks.ends()
-    assert found[who] == (-signal.SIGKILL, "")
-    code, said = found[1 - who]
-    assert code == FAILED
+    (code, said), killed = ranks.ends()
+    assert (code, killed) == (FAILED, (-signal.SIGKILL, ""))
     assert said.startswith(
-        f"recipe: rank {who} on host-{who} ended without a word at step 3: killed (out of memory?), or the host is "
-        f"gone or cut off; rank {1 - who} saw "
+        "recipe: rank 1 on host-1 ended without a word at step 3: killed (out of memory?), or the host is gone or cut "
+        "off; rank 0 saw "
     )
     assert said.count("\n") == 1
 
 
-def test_rank_0_is_named_by_one_of_those_that_are_left_on_its_host(tmp_path: Path) -> None:
+def test_killed_rank_0_is_named_once_per_host(tmp_path: Path) -> None:
+    """With it goes the store."""
     ranks = Ranks(tmp_path, "is killed", 0, ranks=3, HOST="one")
     ranks.go()
     *_, (code, said), (other_code, silent) = ranks.ends()
@@ -173,18 +164,18 @@ def test_rank_0_is_named_by_one_of_those_that_are_left_on_its_host(tmp_path: Pat
     assert silent == ""
 
 
-def test_a_store_that_goes_away_with_torchruns_agent_ends_all_ranks(tmp_path: Path) -> None:
-    """Rank 0 too, which does not hold the store then, even where it is the only rank of its host."""
+def test_all_ranks_end_if_torchruns_store_goes_away(tmp_path: Path) -> None:
+    """This includes rank 0, which does not hold the store in this case, even if it is alone on its host."""
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     of_agent = {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    # On a busy machine the store may be gone before a rank watches it; torch then tries for twice the timeout.
+    # On a busy machine the store may go away before a rank connects to it; torch then tries for twice the timeout.
     ranks = Ranks(tmp_path, "is busy", 0, 1, timeout_seconds=30, **of_agent)
     ranks.go()
     del agent
     assert [code for code, _ in ranks.ends()] == [FAILED, FAILED]
 
 
-def test_a_rank_that_hangs_is_named_once_the_timeout_has_passed(tmp_path: Path) -> None:
+def test_hanging_rank_is_named_after_the_timeout(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, "hangs", 1, timeout_seconds=8)
     ranks.go()
     (code, said), _ = ranks.ends(0)
@@ -193,32 +184,17 @@ def test_a_rank_that_hangs_is_named_once_the_timeout_has_passed(tmp_path: Path) 
     assert "Timed out waiting 8000ms" in said
 
 
-def test_data_that_does_not_come_ends_the_rank_before_the_others_timeout(tmp_path: Path) -> None:
+def test_hanging_data_loader_ends_its_rank_before_the_others_time_out(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, "gets no data", 1, timeout_seconds=8)
     ranks.go()
     found, (code, told) = ranks.ends()
     assert (found, code) == ((FAILED, ""), FAILED)
     assert re.fullmatch(
-        r"recipe: rank 1 on host-1 failed at step 3: TimeoutError: no images have come from the data for [67] s\n", told
+        r"recipe: rank 1 on host-1 failed at step 3: TimeoutError: no images from the data loader for [67] s\n", told
     )
 
 
-def test_a_rank_that_is_done_is_not_missed(tmp_path: Path) -> None:
-    ranks = Ranks(tmp_path, "is done", 0, 1)
-    ranks.go()
-    assert ranks.ends() == [(0, ""), (0, "")]
-
-
-def test_a_rank_ends_with_its_launcher(tmp_path: Path) -> None:
-    """Killed, the launcher passes nothing on: its rank gets SIGTERM, which a run takes as a polite end."""
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as launcher:
-        ranks = Ranks(tmp_path, "is busy", 0, ranks=1, launcher=launcher.pid)
-        ranks.go()
-        launcher.kill()
-    assert ranks.ends() == [(-signal.SIGTERM, "recipe: rank 0: the launcher is gone\n")]
-
-
-def test_what_others_have_caused_is_no_cause() -> None:
+def test_lost_ranks_are_not_a_cause() -> None:
     with pytest.raises(ValueError, match="Default process group") as caught:
         dist.all_reduce(torch.ones(1))
     assert not is_cause(caught.value)

@@ -19,6 +19,8 @@ def hostfile(tmp_path: Path) -> HostfileOf:
     return write
 
 
+NO_ENTRY = ("not a host and its slots", 'write "host slots=4"')
+NO_NAME = ("not a host name", "write letters, digits")
 GOOD = [
     ("worker-1 slots=8", {"worker-1": 8}, 8),
     ("worker-1 slots=8\nworker-2 slots=4\n", {"worker-1": 8, "worker-2": 4}, 12),
@@ -33,50 +35,40 @@ GOOD = [
 
 
 @pytest.mark.parametrize(("text", "hosts", "ranks"), GOOD)
-def test_reads_hosts_in_order(hostfile: HostfileOf, text: str, hosts: dict[str, int], ranks: int) -> None:
-    found = read_hostfile(hostfile(text))
-    assert list(found.items()) == list(hosts.items())
-    assert count_slots(found) == ranks
-
-
-def test_agrees_with_deepspeed_on_what_is_right(hostfile: HostfileOf) -> None:
+def test_reads_hosts_in_order_as_deepspeed_does(
+    hostfile: HostfileOf, text: str, hosts: dict[str, int], ranks: int
+) -> None:
     from deepspeed.launcher.runner import fetch_hostfile
 
-    for text, _, _ in GOOD:
-        path = hostfile(text)
-        assert list(read_hostfile(path).items()) == list(fetch_hostfile(str(path)).items())
+    path = hostfile(text)
+    assert list(read_hostfile(path).items()) == list(hosts.items()) == list(fetch_hostfile(str(path)).items())
+    assert count_slots(read_hostfile(path)) == ranks
 
 
 @pytest.mark.parametrize(
     ("line", "problem", "remedy"),
     [
         ("w slots=0", "no slots", "write slots=1 or more"),
-        ("w slots=1x", "not a host and its slots", 'write "host slots=4"'),
-        ("w slots=4 max_slots=8", "not a host and its slots", 'write "host slots=4"'),
-        ("w slots=4,", "not a host and its slots", 'write "host slots=4"'),
-        ("w slots=-1", "not a host and its slots", 'write "host slots=4"'),
-        ("w slots=\u0664", "not a host and its slots", 'write "host slots=4"'),
+        ("w slots=1x", *NO_ENTRY),
+        ("w slots=4 max_slots=8", *NO_ENTRY),
+        ("w slots=-1", *NO_ENTRY),
+        ("w slots=\u0664", *NO_ENTRY),
         ("w slots = 4", "not a host and its slots", 'without spaces around "="'),
-        ("w slots=", "not a host and its slots", 'write "host slots=4"'),
-        ("w slots=" + "9" * 5000, "not a host and its slots", 'write "host slots=4"'),
-        ("w", "not a host and its slots", 'write "host slots=4"'),
-        ("w 4", "not a host and its slots", 'write "host slots=4"'),
-        ("w:4", "not a host and its slots", 'write "host slots=4"'),
-        ("slots=4", "not a host and its slots", 'write "host slots=4"'),
-        ("w SLOTS=4", "not a host and its slots", 'write "host slots=4"'),
-        ("-oProxyCommand=x slots=1", "not a host name", "write letters, digits"),
-        ("a@-oProxyCommand=x slots=1", "not a host name", "write letters, digits"),
-        ("-a@w slots=1", "not a host name", "write letters, digits"),
-        ("a@b@w slots=1", "not a host name", "write letters, digits"),
-        ("w;reboot slots=1", "not a host name", "write letters, digits"),
-        ("$(reboot) slots=1", "not a host name", "write letters, digits"),
-        ("w[1-4] slots=1", "not a host name", "write letters, digits"),
-        ("w1,w2 slots=1", "not a host name", "write letters, digits"),
-        ("exec:w slots=1", "not a host name", "write letters, digits"),
+        ("w slots=" + "9" * 5000, *NO_ENTRY),
+        ("w", *NO_ENTRY),
+        ("w:4", *NO_ENTRY),
+        ("w SLOTS=4", *NO_ENTRY),
+        ("-oProxyCommand=x slots=1", *NO_NAME),
+        ("a@-oProxyCommand=x slots=1", *NO_NAME),
+        ("-a@w slots=1", *NO_NAME),
+        ("a@b@w slots=1", *NO_NAME),
+        ("$(reboot) slots=1", *NO_NAME),
+        ("w[1-4] slots=1", *NO_NAME),
+        ("w1,w2 slots=1", *NO_NAME),
+        ("exec:w slots=1", *NO_NAME),
         ("fe80::1 slots=1", "not a host name", "give an IPv6 address a name"),
-        ("wörker slots=1", "not a host name", "write letters, digits"),
-        ("first slots=2", "the host of line 2", "write one line per host, with all of its slots"),
-        ("FIRST slots=2", "the host of line 2", "write one line per host"),
+        ("wörker slots=1", *NO_NAME),
+        ("FIRST slots=2", "the host of line 2", "write one line per host, with all of its slots"),
         ("ada@first slots=2", "the host of line 2", "write one line per host"),
     ],
 )
@@ -115,7 +107,7 @@ def test_refuses_a_missing_file_and_a_folder(hostfile: HostfileOf) -> None:
         read_hostfile(folder)
 
 
-def test_reads_what_deepspeed_carries(tmp_path: Path) -> None:
+def test_reads_variables(tmp_path: Path) -> None:
     file = tmp_path / "env"
     file.write_text("GLOO_SOCKET_IFNAME=eth0\n NCCL_DEBUG = INFO \nA=b=c\nWORDS=two words\nEMPTY=\n")
     variables, refusals = read_deepspeed_env([file])
@@ -128,7 +120,7 @@ def test_reads_what_deepspeed_carries(tmp_path: Path) -> None:
     "line",
     ["", "# A=1", "export A=1", "A", "=1", "A;reboot=1", 'A="1"', "A='1'", "A=$HOME", "A=`reboot`", "A=50%h", "A=\\n"],
 )
-def test_names_a_line_that_would_not_reach_the_ranks(tmp_path: Path, line: str) -> None:
+def test_refuses_a_line_that_would_not_reach_the_ranks_unchanged(tmp_path: Path, line: str) -> None:
     file = tmp_path / "env"
     file.write_text(f"FIRST=1\n{line}\nLAST=1\n")
     variables, (refusal,) = read_deepspeed_env([file])
@@ -137,7 +129,7 @@ def test_names_a_line_that_would_not_reach_the_ranks(tmp_path: Path, line: str) 
     assert "not NAME=value as it reaches the ranks" in str(refusal)
 
 
-def test_an_empty_file_and_one_that_cannot_be_read(tmp_path: Path) -> None:
+def test_empty_and_unreadable_env_files(tmp_path: Path) -> None:
     empty, bad = tmp_path / "empty", tmp_path / "bad"
     empty.touch()
     bad.write_bytes(b"A=\xff\n")
@@ -146,7 +138,7 @@ def test_an_empty_file_and_one_that_cannot_be_read(tmp_path: Path) -> None:
     assert [refusal.file for refusal in refusals] == [str(bad)]
 
 
-def test_takes_the_files_that_deepspeed_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finds_the_env_files_that_deepspeed_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home, folder = tmp_path / "home", tmp_path / "project"
     for place in (home, folder):
         place.mkdir()

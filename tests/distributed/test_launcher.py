@@ -1,4 +1,4 @@
-"""What started a process: its rank is found in each launcher's variables, and DeepSpeed's command line above it."""
+"""A process's rank is found in its launcher's variables, and DeepSpeed's command line among its ancestors."""
 
 import socket
 import subprocess
@@ -45,7 +45,7 @@ SRUN_ONCE_A_HOST = SRUN | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SL
     [TORCHRUN, DEEPSPEED, OPENMPI, MPICH, SRUN, OPENMPI | SRUN_ONCE_A_HOST, TORCHRUN | SRUN_ONCE_A_HOST],
     ids=["torchrun", "deepspeed", "openmpi", "mpich", "srun", "mpirun in a Slurm job", "srun torchrun"],
 )
-def test_a_rank_is_found_in_the_variables_of_each_launcher(environ: dict[str, str]) -> None:
+def test_rank_is_read_from_each_launchers_variables(environ: dict[str, str]) -> None:
     place = find_placement(environ)
     assert (place.rank, place.world_size, place.local_rank, place.ranks_here) == (3, 4, 1, 2)
     assert place.variables() == TORCHRUN | {"LOCAL_SIZE": "2"}
@@ -57,7 +57,7 @@ def test_a_rank_is_found_in_the_variables_of_each_launcher(environ: dict[str, st
     [{}, {"RANK": "", "WORLD_SIZE": ""}, BATCH_SCRIPT, SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}],
     ids=["nothing", "empty", "batch script", "a single task"],
 )
-def test_a_process_that_is_alone(environ: dict[str, str]) -> None:
+def test_single_process(environ: dict[str, str]) -> None:
     place = find_placement(environ)
     assert (place.rank, place.world_size, place.ranks_here) == (0, 1, 1)
     assert place.variables() == {}
@@ -65,9 +65,10 @@ def test_a_process_that_is_alone(environ: dict[str, str]) -> None:
     assert place.launcher is None
 
 
-def test_one_rank_a_host_needs_no_local_rank() -> None:
+def test_defaults_and_precedence() -> None:
     place = find_placement({"RANK": "1", "WORLD_SIZE": "2"})
-    assert (place.local_rank, place.ranks_here) == (0, 1)
+    assert (place.local_rank, place.ranks_here) == (0, 1)  # one rank per host
+    assert find_placement(SRUN_ONCE_A_HOST | {"PMI_RANK": "1", "PMI_SIZE": "2"}).launcher == "Slurm"  # Slurm's own PMI2
 
 
 @pytest.mark.parametrize(
@@ -82,8 +83,8 @@ def test_one_rank_a_host_needs_no_local_rank() -> None:
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, "as by Slurm, but not SLURM_LOCALID, SLURM_GTIDS"),
         ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "as by MPICH, but not MPI_LOCALRANKID, MPI_LOCALNRANKS"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 with WORLD_SIZE=2: ranks count from 0"),
-        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 is not the number of a rank"),
-        (TORCHRUN | {"LOCAL_RANK": "one"}, "LOCAL_RANK=one is not the number of a rank"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 is not a rank"),
+        (TORCHRUN | {"LOCAL_RANK": "one"}, "LOCAL_RANK=one is not a rank"),
     ],
 )
 def test_incomplete_variables_are_refused(environ: dict[str, str], message: str) -> None:
@@ -97,29 +98,24 @@ def test_ranks_without_a_rendezvous_address_are_refused(environ: dict[str, str])
         find_placement(environ).check_address(environ)
 
 
-def test_cores_that_slurm_has_set_apart_are_not_shared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_reserved_by_slurm_are_not_divided_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(12))
     assert cores_per_rank(find_placement(SRUN)) == 6
     assert cores_per_rank(find_placement(OPENMPI)) == 6
     assert cores_per_rank(Placement()) == 12
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(6))
-    assert cores_per_rank(find_placement(SRUN)) == 6  # bound to its own
+    assert cores_per_rank(find_placement(SRUN)) == 6  # bound to its own cores
     assert cores_per_rank(find_placement(OPENMPI)) == 3
 
 
-@pytest.mark.parametrize("variables", [OPENMPI | {"OMPI_COMM_WORLD_RANK": "0"}, {"RANK": "0"}])
-def test_a_run_with_incomplete_variables_does_not_start(variables: dict[str, str]) -> None:
-    """On N hosts these would otherwise be N runs of one rank each."""
+def test_run_with_incomplete_variables_does_not_start() -> None:
+    """Otherwise N hosts would start N runs of one rank each."""
+    variables = OPENMPI | {"OMPI_COMM_WORLD_RANK": "0"}
     command = [sys.executable, "recipe/train.py", "--deepspeed_config", DIGITS]
     done = subprocess.run(command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("recipe: ")
     assert len(done.stderr.splitlines()) == 1
-
-
-def test_slurms_pmi2_is_slurms() -> None:
-    slurm = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURM_GTIDS": "1"}
-    assert find_placement(slurm | {"PMI_RANK": "1", "PMI_SIZE": "2"}).launcher == "Slurm"
 
 
 CHILD = (
@@ -132,8 +128,8 @@ def launch(folder: Path, *arguments: str) -> Command:
     return Command(1, (*arguments, "train.py"), folder)
 
 
-def test_the_command_is_found_above(tmp_path: Path) -> None:
-    """Through the process between, and with what comes before the launcher's name and behind the script's."""
+def test_command_is_found_among_the_ancestors(tmp_path: Path) -> None:
+    """Through a process in between; with Python's options before the command, and the script's own after it."""
     command = tmp_path / "deepspeed"
     between = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {CHILD!r}])"
     command.write_text(
@@ -148,23 +144,21 @@ def test_the_command_is_found_above(tmp_path: Path) -> None:
     assert found == f"({pid}, {tuple(arguments)})"
 
 
-def test_without_the_launcher_nothing_is_known() -> None:
+def test_no_command_is_found_without_the_launcher() -> None:
     assert find_command() is None
 
 
-def test_a_hostfile_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_hostfile(tmp_path: Path) -> None:
     (tmp_path / "cluster").write_text("a slots=1\n")
     with pytest.raises(ConfigError) as caught:
         check_ranks(launch(tmp_path, "--hostfile", "clutser"), 1)
     message = str(caught.value)
-    assert message.startswith(
-        "clutser: no such file or directory; DeepSpeed passes that over and trains on this machine"
-    )
+    assert message.startswith("clutser: no such file or directory; DeepSpeed ignores that and trains on this machine")
     assert f"did you mean {tmp_path / 'cluster'}?" in message
 
 
 @pytest.mark.parametrize("arguments", [(), ("--no such option",)])
-def test_without_a_hostfile_and_in_another_program_nothing_is_checked(tmp_path: Path, arguments: tuple) -> None:
+def test_nothing_is_checked_without_a_hostfile_or_in_another_program(tmp_path: Path, arguments: tuple) -> None:
     check_ranks(launch(tmp_path, *arguments), 4)
 
 
@@ -182,11 +176,11 @@ def test_without_a_hostfile_and_in_another_program_nothing_is_checked(tmp_path: 
         ("a slots=2\nb slots=2x\n", "", 4, 'line 2 = "b slots=2x": not a host and its slots'),
         ("localhost slots=2\n", "", 2, None),
         ("me@localhost slots=2\n", "", 2, None),
-        ("192.0.2.7 slots=2\n", "", 2, "its only host, 192.0.2.7, is another machine than this one"),
+        ("192.0.2.7 slots=2\n", "", 2, "its only host, 192.0.2.7, is not this machine, "),
         ("192.0.2.7 slots=2\n", "--force_multi", 2, None),
     ],
 )
-def test_ranks_are_those_of_the_hostfile(
+def test_ranks_must_match_the_hostfile(
     tmp_path: Path, text: str, filters: str, world_size: int, message: str | None
 ) -> None:
     (tmp_path / "cluster").write_text(text)

@@ -1,4 +1,4 @@
-"""Ranks that would not train the same thing find out before they train."""
+"""Ranks that would not train the same thing find out before training."""
 
 import os
 import socket
@@ -22,8 +22,8 @@ FACTS = {
 }
 
 REMEDY = (
-    "in time; python -m recipe hosts HOSTFILE finds out why, or raise recipe.distributed.timeout_seconds where hosts "
-    "start slowly"
+    "in time; python -m recipe hosts HOSTFILE finds out why; if hosts start slowly, raise "
+    "recipe.distributed.timeout_seconds"
 )
 
 
@@ -42,12 +42,12 @@ def _meet(rank: int, world_size: int, port: int, brought: dict[int, Facts]) -> t
     return meeting.hosts
 
 
-def test_ranks_that_agree_know_each_others_hosts() -> None:
+def test_ranks_that_agree_learn_each_others_hosts() -> None:
     brought = {rank: FACTS | {"host": f"node-{rank // 2}"} for rank in range(4)}
     assert run_ranks(4, _meet, free_port(), brought) == [("node-0", "node-0", "node-1", "node-1")] * 4
 
 
-def test_a_rank_that_refuses_is_heard_by_all() -> None:
+def test_all_ranks_get_the_refusal_of_one() -> None:
     brought = {0: FACTS, 1: FACTS | {"host": "node-1", "device": "", "refusal": "no data"}}
     assert run_ranks(2, _meet, free_port(), brought) == ["rank 1 on node-1: no data"] * 2
 
@@ -60,15 +60,15 @@ def test_a_rank_that_refuses_is_heard_by_all() -> None:
             "rank 1 on node-1 and rank 0 on node-0 read different configs; copy one file to all hosts",
         ),
         (
-            {"config": "x", "data": "6 + 4 images"},  # what "auto" counts stands in the config that is compared
-            "would take 6 + 4 images and 6 + 6 images; give all hosts the same data and config",
+            {"config": "x", "data": "6 + 4 images"},  # with "auto", the counts are part of the config
+            "see different data: 6 + 4 images and 6 + 6 images; give all hosts the same data and config",
         ),
         (
             {"code": "x"},
-            "rank 1 on node-1 and rank 0 on node-0 run different code of recipe/; bring the checkouts",
+            "rank 1 on node-1 and rank 0 on node-0 run different code in recipe/; bring the checkouts",
         ),
         ({"versions": "torch 2.11.0"}, "have different versions: torch 2.11.0 and torch 2.15.0; install the same"),
-        ({"device": "cuda"}, "would train on cuda and cpu; check the GPUs and the drivers"),
+        ({"device": "cuda"}, "would train on cuda and cpu; check GPUs and drivers"),
         (
             {"checkpoint": "step-00000004"},
             "see different checkpoints in the output folder: step-00000004 and none; share one --output",
@@ -77,12 +77,12 @@ def test_a_rank_that_refuses_is_heard_by_all() -> None:
         ({"host": "node-2"}, None),
     ],
 )
-def test_what_ranks_must_have_in_common(change: dict[str, str], objection: str | None) -> None:
+def test_facts_that_must_be_equal(change: dict[str, str], objection: str | None) -> None:
     found = objection_of([FACTS, FACTS | {"host": "node-1"} | change])
     assert found is None if objection is None else objection in str(found)
 
 
-def test_rank_0s_own_refusal_comes_first_and_as_it_is() -> None:
+def test_rank_0s_refusal_comes_first_and_unchanged() -> None:
     assert objection_of([FACTS | {"refusal": "a lock"}, FACTS | {"refusal": "no room"}]) == "a lock"
 
 
@@ -96,7 +96,7 @@ def _one_stays_away(rank: int, world_size: int, port: int) -> str | None:
 
 
 def _again(rank: int, world_size: int, port: int) -> list[tuple[str, ...]]:
-    """Twice at one store, as torchrun's agent keeps it; ranks have other hosts the second time, and rank 0 is late."""
+    """Meet twice at one store, as torchrun's agent keeps it; the second time with other hosts and a late rank 0."""
     import torch.distributed as dist
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -112,19 +112,19 @@ def _again(rank: int, world_size: int, port: int) -> list[tuple[str, ...]]:
     return [first.hosts, second.hosts]
 
 
-def test_ranks_meet_anew_at_a_store_that_outlived_them() -> None:
+def test_second_rendezvous_at_the_same_store() -> None:
     assert run_ranks(2, _again, free_port()) == [[("node-0", "node-0"), ("node-0", "node-1")]] * 2
 
 
-def test_ranks_that_do_not_come_are_named() -> None:
+def test_missing_ranks_are_named() -> None:
     port = free_port()
     remedy = f"at 127.0.0.1:{port} {REMEDY}"
-    told = f"rank 1 of 3 did not come {remedy}"
+    told = f"rank 1 of 3 did not arrive {remedy}"
     assert run_ranks(3, _one_stays_away, port) == [told, None, told]
 
 
 def _a_stranger_comes(rank: int, world_size: int, port: int) -> tuple[str, ...] | str:
-    """Rank 2 is rank 1 of another run, whose port is this one's."""
+    """Rank 2 plays rank 1 of another run that uses the same port."""
     import torch.distributed as dist
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
@@ -141,7 +141,7 @@ def _a_stranger_comes(rank: int, world_size: int, port: int) -> tuple[str, ...] 
     return meeting.hosts
 
 
-def test_a_rank_of_another_run_gets_no_answer() -> None:
+def test_rank_of_another_run_gets_no_answer() -> None:
     port = free_port()
     assert run_ranks(3, _a_stranger_comes, port) == [
         ("node-0", "node-0"),
@@ -150,7 +150,7 @@ def test_a_rank_of_another_run_gets_no_answer() -> None:
     ]
 
 
-def test_the_codes_digest_follows_the_code(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_digest_changes_with_the_code(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
     for name in ("code_state.py", "data/loader.py"):
         (tmp_path / name).write_text("a = 1\n")
@@ -171,5 +171,5 @@ def test_the_codes_digest_follows_the_code(tmp_path, monkeypatch: pytest.MonkeyP
         (list(range(9)), ["a"] * 9, "ranks 0, 1, 2, 3, 4, 5, 6, 7 … on a"),
     ],
 )
-def test_ranks_for_people(ranks: list[int], hosts: list[str] | None, named: str) -> None:
+def test_ranks_in_words(ranks: list[int], hosts: list[str] | None, named: str) -> None:
     assert name_ranks(ranks, hosts) == named

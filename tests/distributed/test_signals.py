@@ -1,6 +1,6 @@
-"""A signal before training, or after it, ends the process at once; what prints outlives who reads it.
+"""A signal before or after training ends the process at once; printing survives the loss of its reader.
 
-What a launch does in training stands in test_polite_end.py.
+Signals during training are in test_polite_end.py and tests/checkpoints/test_kills.py.
 """
 
 import os
@@ -16,25 +16,25 @@ from tests.launch import ROOT, open_terminal, shown_on
 PROGRAM = """
 import os, signal, sys, time
 from recipe.distributed.signals import listen
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # in case the tests run under nohup
 listen()
 try:
     os.kill(os.getpid(), signal.Signals[sys.argv[1]])
     time.sleep(10)
-except BaseException:  # as in the import of a library, which takes it for a failure of its own
-    print("lived on", flush=True)
+except BaseException:  # as a library may do during its import
+    print("survived", flush=True)
 """
 
 
 @pytest.mark.parametrize(("name", "exit_code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
-def test_a_signal_before_training_ends_the_process_whoever_catches_exceptions(name: str, exit_code: int) -> None:
+def test_signal_before_training_ends_the_process_even_if_exceptions_are_caught(name: str, exit_code: int) -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM, name], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == exit_code
     assert done.stdout == ""
     assert done.stderr == f"recipe: {name}: ended at once; the same command resumes\n"
 
 
-def test_on_a_terminal_a_message_takes_the_place_of_a_bar_and_fits_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_message_replaces_a_progress_bar_and_is_wrapped_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     screen, side = open_terminal(columns=30)
     monkeypatch.setenv("TERM", "xterm")
     with os.fdopen(side, "w") as terminal, monkeypatch.context() as patched:
@@ -63,7 +63,7 @@ Path(sys.argv[1]).write_text("saved")
 """
 
 
-def test_whatever_prints_outlives_who_reads_it(tmp_path: Path) -> None:
+def test_printing_survives_the_loss_of_its_reader(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", PRINTING, str(tmp_path / "answer")],
         cwd=ROOT,

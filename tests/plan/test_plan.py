@@ -568,7 +568,7 @@ def run_command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "recipe: name a command; the list above has all of them"),
+        ((), "recipe: name a command; see the list above"),
         (("eval",), "recipe: there is no command 'eval'; did you mean evaluate?"),
         (("plan", "x.json", "--worldsize=8"), "unrecognized arguments: --worldsize=8; did you mean --world-size?"),
         (("plan", "ds_configs/digits_b512.json", "--world-size", "3"), "the nearest that can: 510 or 513"),
@@ -589,7 +589,7 @@ def test_full_disk_behind_standard_output_is_an_error(tmp_path: Path, command: s
         done = run_command(*words, stdout=full, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
     assert done.returncode == 2
     assert done.stderr == (
-        "recipe: standard output cannot be written: No space left on device; the answer is not whole\n"
+        "recipe: standard output cannot be written: No space left on device; the answer is incomplete\n"
     )
 
 
