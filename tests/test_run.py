@@ -52,7 +52,7 @@ NOWHERE = (
             "recipe.data.validation_image_size = 256: the model does not accept images of this size",
         ),
         (['recipe.model.name="resnet5O"'], 'recipe.model.name = "resnet5O": timm has no such model; did you mean'),
-        (["recipe.model.num_classes=11"], "recipe.model.num_classes = 11: the data has 10 classes; write 10"),
+        (["recipe.model.num_classes=11"], "recipe.model.num_classes = 11: the data has 10; write"),
         ([NOWHERE], "recipe.data.path: there is no folder nowhere"),
         # test_resnet halves an image five times.
         (
