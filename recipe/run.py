@@ -17,7 +17,7 @@ from torch import nn
 from recipe import checkpoints, data, reporting
 from recipe.checkpoints import CHECKPOINTS, PLAN, CheckpointError, Data, History, Resume, Start, manifest
 from recipe.config import ConfigError
-from recipe.data import BadImageError, Samples, SyntheticImages, WorkerError
+from recipe.data import BadImageError, Samples, WorkerError
 from recipe.distributed import Interrupted, Meeting, Requests, Watch, end_at_once, take_by, versions
 from recipe.engine import (
     MicroBatchError,
@@ -54,7 +54,7 @@ class Run:
     output: Path
     device: torch.device
     model: nn.Module
-    samples: tuple[Samples, Samples] | SyntheticImages
+    samples: tuple[Samples, Samples]
     data: Data
     start: Start
     undo: ExitStack

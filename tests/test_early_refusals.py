@@ -64,7 +64,7 @@ def test_the_folder_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
         "num_classes 3, recipe.data.train_images 7, recipe.data.validation_images 5\n",
         data(level): f"num_classes = 2: the data has 1, {first} photos (6); {check} recipe.model.num_classes 1\n",
         data(packed, source="pack", validation=7): f"validation_images = 7: the data has 6; {check} recipe.data.val",
-        data(folder, source="pack"): f"recipe.data.path: {folder} holds no whole pack",
+        data(folder, source="pack"): f"recipe.data.path: {folder} is not a complete pack",
         "--set=wandb.enabled=true": "wandb.enabled = true: the package wandb is not installed; pip install wandb",
     }
     output = tmp_path / "runs/refused"
