@@ -215,7 +215,7 @@ def make_loops(arguments: argparse.Namespace, accumulation: int, device: torch.d
 def synthetic_batches(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> list[Batch]:
     """The micro-batches of a step, different for every rank and micro-step."""
     size, count = arguments.image_size, arguments.micro_batch
-    batches = []
+    batches: list[Batch] = []
     for micro_step in range(accumulation):
         seed = micro_step * dist.get_world_size() + dist.get_rank()
         loader = TrainLoader(

@@ -133,7 +133,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     # Where it starts, and what it writes
     history, messages = checkpoints.load_run(engine, plan, run.start)
     if history is None:
-        history = History(decoded_by_pil=data.decoded_beforehand(run.samples) if dist.get_rank() == 0 else 0)
+        history = History(decoded_by_pil=0 if dist.get_rank() else sum(part.decoded_by_pil for part in run.samples))
         messages += reporting.set_former_run_aside(output) if dist.get_rank() == 0 else []
     if dist.get_rank() == 0:
         reporting.remove_summary(output)

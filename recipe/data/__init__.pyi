@@ -48,7 +48,6 @@ from .pack_format import (
 from .sampler import Keys as Keys, epoch_permutation as epoch_permutation
 from .seeds import derive_seed as derive_seed
 from .sources import (
-    decoded_beforehand as decoded_beforehand,
     describe_data as describe_data,
     open_datasets as open_datasets,
     open_loaders as open_loaders,

@@ -4,7 +4,7 @@ import errno
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, NotRequired, Self, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -30,18 +30,16 @@ _MOST_BAD_IN_A_ROW = 100
 """More unreadable images in a row mean a failed disk, not a data set with a few bad files."""
 
 
-class Sizes(NamedTuple):
-    """Pixels per side of the samples, S."""
+class Sizes:
+    """Pixels per side of the samples, S: one training size or (epoch, S from then on) in ascending order from epoch 0.
 
-    training: Sequence[tuple[int, int]]
-    """(epoch, S from then on) in ascending order, from epoch 0"""
-    validation: int
+    The validation size defaults to the last training size.
+    """
 
-    @classmethod
-    def of(cls, training: int | Sequence[tuple[int, int]], validation: int | None) -> Self:
-        """Return the sizes for one training size or several; validation defaults to the last of them."""
-        changes = ((0, training),) if isinstance(training, int) else training
-        return cls(changes, validation or changes[-1][1])
+    def __init__(self, training: int | Sequence[tuple[int, int]], validation: int | None = None) -> None:
+        self.training = ((0, training),) if isinstance(training, int) else tuple(training)
+        self.validation = validation or self.training[-1][1]
+        self.largest = max(self.validation, *(size for _, size in self.training))
 
     def at(self, epoch: int | None) -> int:
         """Return S in a training epoch, or in validation for None."""
@@ -49,17 +47,13 @@ class Sizes(NamedTuple):
             return self.validation
         return next(size for first_epoch, size in reversed(self.training) if first_epoch <= epoch)
 
-    @property
-    def largest(self) -> int:
-        return max(self.validation, *(size for _, size in self.training))
-
 
 class Options(TypedDict):
     """The arguments that all data sets take."""
 
     image_size: int | Sequence[tuple[int, int]]
     validation_image_size: NotRequired[int | None]
-    """see ``Sizes.of``"""
+    """see ``Sizes``"""
     crop: Crop
     """how training images are cropped; validation follows it"""
     flip: bool
@@ -147,7 +141,7 @@ class ImageDataset(Samples):
         digest = hashlib.sha256(np.asarray(labels, np.int64).data)
         digest.update(names[names != 0])
         self.digest = digest.hexdigest()
-        self.sizes = Sizes.of(options["image_size"], options.get("validation_image_size"))
+        self.sizes = Sizes(options["image_size"], options.get("validation_image_size"))
         self.crop = options["crop"]
         self._flip = options["flip"]
         self._augment = options.get("augment")

@@ -33,9 +33,8 @@ class Encoded(NamedTuple):
     views: Tensor
     """int64 (m, 9): a ``View`` for each, or zeros if a worker has decoded it"""
     epoch: int | None
-    """see ``Keys``"""
     indices: Tensor
-    """int64 (m,): see ``Keys``"""
+    """int64 (m,)"""
 
 
 class EncodedImages(Samples):

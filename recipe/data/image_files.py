@@ -17,8 +17,7 @@ class ImageFiles(ImageDataset):
         self._folder = folder
 
     def file(self, index: int) -> bytes:
-        with open(self._folder.path(index), "rb") as file:
-            return file.read()
+        return Path(self._folder.path(index)).read_bytes()
 
     def name(self, index: int) -> str:
         return printable(self._folder.path(index))

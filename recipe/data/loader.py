@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import connection, queues
 from types import TracebackType
-from typing import Any, NoReturn, TypedDict, TypeVar, Unpack
+from typing import Any, NoReturn, TypeVar, Unpack
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -46,34 +46,30 @@ class WorkerError(RuntimeError):
     """Worker processes have died or lack resources; the message names the remedy."""
 
 
-class LoaderOptions(TypedDict):
-    """The arguments that both loaders take."""
-
-    workers: int
-    """processes that read images; with 0, this process reads them"""
-    device: torch.device | str
-    """the device of the batches"""
-    dtype: torch.dtype
-    """the dtype of the images"""
-    mean: Sequence[float]
-    """the pixel mean of each of the 3 channels, from 0 to 1"""
-    std: Sequence[float]
-    """the standard deviation of each channel, on the same scale"""
-
-
 class _Loader:
     """The worker processes and the upload to the device, shared by training and validation.
 
-    Its batches raise ``BadImageError`` if an image cannot be read and is not to be skipped, and ``WorkerError`` if a
-    worker process has died or lacks resources.
+    ``workers`` processes read the images, or this process if it is 0; ``mean`` and ``std`` of the 3 channels are on a
+    scale from 0 to 1. Batches raise ``BadImageError`` if an image cannot be read and is not to be skipped, and
+    ``WorkerError`` if a worker process has died or lacks resources.
     """
 
-    def __init__(self, dataset: Samples, sampler: Sampler[Keys], **options: Unpack[LoaderOptions]) -> None:
-        self._device = torch.device(options["device"])
-        self._normalise = Normalise(options["mean"], options["std"], device=self._device, dtype=options["dtype"])
+    def __init__(
+        self,
+        dataset: Samples,
+        sampler: Sampler[Keys],
+        *,
+        workers: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self._device = torch.device(device)
+        self._normalise = Normalise(mean, std, device=self._device, dtype=dtype)
         self._dataset = dataset
         self._sampler = sampler
-        self._workers = options["workers"]
+        self._workers = workers
         self._begun: Iterator[HostBatch] | None = None
         self._loader = self._new_loader()
 
@@ -209,25 +205,22 @@ def ahead_in_a_thread(source: Iterator[S], start: Callable[[S], T], depth: int) 
 
 
 class TrainLoader(_Loader):
-    """Yields a rank's training batches; see ``Split`` and ``LoaderOptions`` for the arguments."""
+    """Yields a rank's training batches, as divided by ``Split``."""
 
     def __init__(
         self,
         dataset: Samples,
         *,
-        global_batch: int,
-        micro_batch: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        batch_changes: Sequence[tuple[int, int]] = (),
-        **options: Unpack[LoaderOptions],
+        workers: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        mean: Sequence[float],
+        std: Sequence[float],
+        **split: Unpack[Split],
     ) -> None:
-        split = Split(global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size, seed=seed)
-        split["batch_changes"] = batch_changes
         self._order = TrainSampler(len(dataset), **split)
         self._begun_at = (0, 0)
-        super().__init__(dataset, self._order, **options)
+        super().__init__(dataset, self._order, workers=workers, device=device, dtype=dtype, mean=mean, std=std)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -251,9 +244,7 @@ class TrainLoader(_Loader):
 class ValidationLoader(_Loader):
     """Yields a rank's share of the validation data."""
 
-    def __init__(
-        self, dataset: Samples, *, micro_batch: int, rank: int, world_size: int, **options: Unpack[LoaderOptions]
-    ) -> None:
+    def __init__(self, dataset: Samples, *, micro_batch: int, rank: int, world_size: int, **options: Any) -> None:
         sampler = ValidationSampler(len(dataset), micro_batch=micro_batch, rank=rank, world_size=world_size)
         super().__init__(dataset, sampler, **options)
 

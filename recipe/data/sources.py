@@ -151,11 +151,6 @@ def describe_data(samples: tuple[Samples, Samples]) -> dict[str, Any]:
     return {"classes": samples[0].class_names, "digest": " ".join(part.digest for part in samples).strip()}
 
 
-def decoded_beforehand(samples: tuple[Samples, Samples]) -> int:
-    """Return the number of images that PIL decoded while they were loaded into memory."""
-    return sum(part.decoded_by_pil for part in samples)
-
-
 def open_loaders(
     samples: tuple[Samples, Samples],
     *,

@@ -25,7 +25,7 @@ class SyntheticImages(Samples):
     ) -> None:
         self._length, self._classes, self._seed, self._device = length, classes, seed, device
         self.class_names, self.digest = [], ""
-        self._sizes = Sizes.of(image_size, validation_image_size)
+        self._sizes = Sizes(image_size, validation_image_size)
         self._pixels = torch.empty(0)
 
     def __len__(self) -> int:

@@ -225,7 +225,7 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, capsys: pytest.CaptureFixtur
     text = header.read_text()
     header.write_text(text.replace('"images": 6', '"images": 7'))
     assert main(["--verify", str(tmp_path / "pack")]) == 1
-    assert f"damaged: {tmp_path}/pack/train/images.npy: not the index of 7 images of 2" in capsys.readouterr().out
+    assert f"damaged: {tmp_path}/pack/train/images.npy: not the index of the 7 images of 2" in capsys.readouterr().out
     header.write_text(text)
     shard = tmp_path / "pack/val/00000.tar"
     content = bytearray(shard.read_bytes())

@@ -98,15 +98,6 @@ def test_missing_raw_pixels_are_noticed(raw, tmp_path):
         sample(train, (0, 3))
 
 
-@pytest.mark.parametrize("configured", [False, True])
-def test_a_pack_of_a_different_kind_than_configured_is_refused(packed, raw, configured):
-    with pytest.raises(
-        ValueError, match=rf"pack_raw = {str(configured).lower()}: .* is a pack of (raw pixels|image files),"
-    ):
-        open_datasets("pack", packed if configured else raw, 16, "none", False, 0, "skip", pack_raw=configured)
-    open_datasets("pack", raw if configured else packed, 16, "none", False, 0, "skip", pack_raw=configured)
-
-
 def test_names_contain_shard_and_original_on_a_single_line(packed):
     train, validation = open_as("pack", packed)
     shard = packed / "train" / "00000.tar"
@@ -218,23 +209,30 @@ def test_a_source_that_does_not_match_the_folder_is_refused(folder, packed):
         open_as("pack", folder)
 
 
-def test_images_smaller_than_validation_resizes_them_are_refused(packed, tmp_path):
+@pytest.mark.parametrize(
+    ("making", "options", "message"),
+    [
+        ({"short_side": 0}, {"pack_short_side": 352}, "pack_short_side = 352: .* of short side 0, .*write 0,"),
+        ({"short_side": 352}, {"pack_short_side": 0}, "pack_short_side = 0: .* of short side 352, .*write 352,"),
+        ({"raw": False}, {"pack_raw": True}, "pack_raw = true: .* is a pack of image files, .*write false,"),
+        ({"raw": True}, {"pack_raw": False}, "pack_raw = false: .* is a pack of raw pixels, .*write true,"),
+        (
+            {"short_side": 255},
+            {"image_size": 224, "crop": "random_resized"},
+            "short side 255, but validation at 224 px resizes to 256; recreate the pack with --short-side 256",
+        ),
+    ],
+)
+def test_a_pack_that_does_not_match_the_config_is_refused(packed, tmp_path, making, options, message):
     shutil.copytree(packed, tmp_path / "pack")
-    change(tmp_path / "pack/pack.json", making__short_side=255)
-    with pytest.raises(ValueError, match=r"short side 255, but validation at 224 px resizes to 256; recreate the"):
-        open_as("pack", tmp_path / "pack", image_size=224)
-    open_as("pack", tmp_path / "pack", image_size=224, crop="none")
-    change(tmp_path / "pack/pack.json", making__short_side=256)
-    open_as("pack", tmp_path / "pack", image_size=224)
+    change(tmp_path / "pack/pack.json", **{f"making__{key}": value for key, value in making.items()})
+    options = {"image_size": 16, "crop": "none", "flip": False, "seed": 0, "on_bad_image": "skip"} | options
+    with pytest.raises(ValueError, match=message):
+        open_datasets("pack", tmp_path / "pack", **options)
 
 
-@pytest.mark.parametrize(("short_side", "configured"), [(0, 352), (352, 0), (352, 320)])
-def test_a_pack_of_a_different_short_side_than_configured_is_refused(packed, tmp_path, short_side, configured):
-    shutil.copytree(packed, tmp_path / "pack")
-    change(tmp_path / "pack/pack.json", making__short_side=short_side)
-    opening = ("pack", tmp_path / "pack", 16, "none", False, 0, "skip")
-    with pytest.raises(
-        ValueError, match=rf"_side = {configured}: .* of short side {short_side}, .*write {short_side},"
-    ):
-        open_datasets(*opening, configured)
-    open_datasets(*opening, short_side)
+def test_a_pack_that_matches_the_config_is_opened(packed, raw):
+    for path, short_side in ((packed, 0), (raw, 24)):
+        matching = {"pack_short_side": short_side, "pack_raw": path == raw}
+        # Validation at 21 px resizes to 24.
+        open_datasets("pack", path, 21, "random_resized", False, 0, "skip", **matching)
