@@ -14,7 +14,6 @@ from torch import Tensor
 _DEEP_GREY_FORMATS = ("PNG", "PPM")  # formats whose 32-bit integers hold 16 bits, from 0 to 65,535
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _JPEG = b"\xff\xd8"
-_JPEG_END = b"\xff\xd9"
 
 
 class DecodingError(ValueError):
@@ -45,7 +44,7 @@ def decode(file: bytes) -> Decoded:
     progressive and grey ones. PIL decodes whatever it does not support, such as CMYK, or rejects. PIL also decides what
     is damaged, and what has so many pixels that it may be an attack.
     """
-    if _plain_size(file):
+    if jpeg_size(file, ("YCbCr", "Gray", "RGB")):
         try:
             return Decoded(torch.from_numpy(simplejpeg.decode_jpeg(file, colorspace="RGB")))
         except MemoryError:
@@ -69,12 +68,8 @@ def decode(file: bytes) -> Decoded:
         raise DecodingError(str(error) or type(error).__name__) from error
 
 
-def plain_jpeg_size(file: bytes) -> tuple[int, int] | None:
-    """Return (height, width) of a YCbCr or grey JPEG with an end marker as its last bytes, None for other files."""
-    return _plain_size(file, ("YCbCr", "Gray")) if file.endswith(_JPEG_END) else None
-
-
-def _plain_size(file: bytes, colour_spaces: Sequence[str] = ("YCbCr", "Gray", "RGB")) -> tuple[int, int] | None:
+def jpeg_size(file: bytes, colour_spaces: Sequence[str]) -> tuple[int, int] | None:
+    """Return (height, width) of a JPEG in one of these colour spaces within PIL's pixel limit, None for other files."""
     if not file.startswith(_JPEG):
         return None
     try:

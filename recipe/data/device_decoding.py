@@ -14,7 +14,7 @@ from torch import Tensor
 from recipe.data.augment import View, cut
 from recipe.data.batch import HostBatch
 from recipe.data.datasets import ImageDataset, Sample, Samples, collate
-from recipe.data.decoding import plain_jpeg_size
+from recipe.data.decoding import jpeg_size
 from recipe.data.sampler import PADDING, Keys
 
 Decoder = Callable[[Sequence[Tensor], Sequence[View], int], Sequence[Tensor]]
@@ -115,6 +115,11 @@ class EncodedImages(Samples):
                 return [None]
             half = len(files) // 2
             return self._decoded(files[:half], views[:half], size) + self._decoded(files[half:], views[half:], size)
+
+
+def plain_jpeg_size(file: bytes) -> tuple[int, int] | None:
+    """Return (height, width) of a YCbCr or grey JPEG that ends with its end marker, None for other files."""
+    return jpeg_size(file, ("YCbCr", "Gray")) if file.endswith(b"\xff\xd9") else None
 
 
 def open_decoder(name: Literal["gpu", "dali"], device: torch.device, *, threads: int) -> Decoder:

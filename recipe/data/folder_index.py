@@ -61,9 +61,9 @@ def list_imagefolder(path: Path, validation_share: float | None = None) -> tuple
     classes differ.
     """
     if not path.is_dir():
-        raise ValueError(f"there is no folder {path}; it should hold train/ and val/")
+        raise ValueError(f"there is no folder {path}; it should contain train/ and val/")
     if (path / HEADER).is_file():
-        raise ValueError(f'{path} holds a pack of images; write "source": "pack"')
+        raise ValueError(f'{path} contains a pack of images; write "source": "pack"')
     held_out = held_out_folder(path)
     if validation_share is not None:
         if held_out is not None:
@@ -71,7 +71,7 @@ def list_imagefolder(path: Path, validation_share: float | None = None) -> tuple
         return split(list_classes(path / "train" if (path / "train").is_dir() else path), validation_share)
     if not (path / "train").is_dir():
         raise ValueError(
-            f"{path} has no folder train/; it should hold train/ and val/, each with one folder per class, or one "
+            f"{path} has no folder train/; it should contain train/ and val/, each with one folder per class, or one "
             "folder per class itself and recipe.data.validation_share 0.1 to validate on a tenth of the images"
         )
     if held_out is None:
@@ -129,7 +129,7 @@ def hold_out(
     held_out = np.zeros(len(names), np.bool_)
     for name, images in zip(classes, np.split(order, ends[:-1]), strict=True):
         if len(images) == 1:
-            raise ValueError(printable(f"{where} holds a single image of {name}, which cannot be split; add some"))
+            raise ValueError(printable(f"{where} has a single image of {name}, which cannot be split; add some"))
         held_out[images[: max(1, min(len(images) - 1, round(share * len(images))))]] = True
     return held_out
 
@@ -146,9 +146,9 @@ def list_classes(root: Path) -> FolderIndex:
     except OSError as error:
         raise ValueError(printable(f"{root} cannot be listed: {error}")) from error
     if not folder.classes:
-        raise ValueError(f"{root} holds no class; it should hold one folder per class")
+        raise ValueError(f"{root} has no classes; it should contain one folder per class")
     if empty := {name for name, count in zip(folder.classes, folder.counts, strict=True) if count == 0}:
-        raise ValueError(printable(f"{root} holds no image of {_some(empty)}; fill or remove these folders"))
+        raise ValueError(printable(f"{root} has no images of {_some(empty)}; fill or remove these folders"))
     return folder
 
 

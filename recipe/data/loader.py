@@ -109,21 +109,21 @@ class _Loader:
             # The workers start with the signals blocked, so that none arrives before they are set up.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
             try:
-                with self._clear_failures():
+                with self._explained_failures():
                     return iter(self._loader)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _batches(self) -> Iterator[Batch]:
         host_batches, self._begun = self._begun or self.host_batches(), None
-        with self._clear_failures():
+        with self._explained_failures():
             if self._device.type == "cuda":
                 yield from self._uploaded(host_batches)
             else:
                 yield from map(self.on_device, host_batches)
 
     @contextmanager
-    def _clear_failures(self) -> Iterator[None]:
+    def _explained_failures(self) -> Iterator[None]:
         try:
             yield
         except BadImageError as error:

@@ -267,7 +267,7 @@ def test_a_complete_pack_is_left_as_it_is_and_another_is_refused(
 @pytest.mark.parametrize(
     ("source", "destination", "message"),
     [
-        ("nowhere", "pack", "there is no folder {root}/nowhere; it should hold train/ and val/"),
+        ("nowhere", "pack", "there is no folder {root}/nowhere; it should contain train/ and val/"),
         ("images", "images/pack", "DST {root}/images/pack lies in SRC {root}/images; name a folder outside of it"),
         ("images", "images", "DST {root}/images lies in SRC"),
         ("images", ".", "DST {root} holds file, images, link, and no pack; name a new or empty folder"),

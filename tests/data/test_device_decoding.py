@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from recipe.data import BadImageError, EncodedImages, open_datasets, open_decoder
-from recipe.data.decoding import UNREADABLE, decode, plain_jpeg_size
-from recipe.data.device_decoding import NvJpeg
+from recipe.data.decoding import UNREADABLE, decode
+from recipe.data.device_decoding import NvJpeg, plain_jpeg_size
 from recipe.data.resizing import _resized_in_float as resized_in_float, resize
 from tests.data.images import CPU, STD, Pictures, assert_same, load, picture, pixels
 

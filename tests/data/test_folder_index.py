@@ -157,5 +157,5 @@ def test_a_share_of_each_class_is_held_out_by_name_alone(tmp_path):
         list_imagefolder(tmp_path, 0.1)
     (tmp_path / "val").rmdir()
     touch(tmp_path / "train", "owl/0.png")
-    with pytest.raises(ValueError, match="holds a single image of owl, which cannot be split"):
+    with pytest.raises(ValueError, match="has a single image of owl, which cannot be split"):
         list_imagefolder(tmp_path, 0.1)

@@ -13,12 +13,10 @@ import torch
 
 from recipe.commands.export import data_name
 from recipe.commands.hosts import probe
-from recipe.data import BadImageError, EncodedImages, HeldImages, Keys, list_imagefolder, look
-from recipe.data.augment import cut
-from recipe.data.decoding import decode
+from recipe.data import BadImageError, Keys, list_imagefolder, look
 from recipe.data.huggingface_index import list_huggingface
 from recipe.data.sources import open_datasets, open_validation
-from tests.data.images import CPU, assert_same, load, picture, spoil, write_folder, write_kinds
+from tests.data.images import assert_same, load, spoil, write_folder, write_kinds
 from tests.launch import DIGITS
 from tests.test_early_refusals import without_torch
 
@@ -108,32 +106,10 @@ def test_samples_are_bit_identical_to_the_folders(
     assert str(error.value).startswith(f"{path}: train[2] (2.jpg): not a readable image")
 
 
-def plain(dataset: Any, training: bool) -> Any:
-    return dataset
-
-
-def held(dataset: Any, training: bool) -> Any:
-    return HeldImages(dataset, CPU, training=training)
-
-
-def encoded(dataset: Any, training: bool) -> Any:
-    def decoder(files: list[torch.Tensor], views: list[Any], size: int) -> list[torch.Tensor]:
-        return [cut(decode(bytes(file)).pixels, view, size) for file, view in zip(files, views, strict=True)]
-
-    return EncodedImages(dataset, decoder, CPU)
-
-
-@pytest.mark.parametrize("way", [plain, held, encoded])
-def test_batches_are_the_folders_on_every_way_to_the_device(tmp_path: Path, way: Callable[[Any, bool], Any]) -> None:
-    folder = write_folder(tmp_path / "images", images=9)
-    for part in ("train", "val"):
-        spoil(folder / part / "c0/2.jpg", "truncated")
-        picture(5).save(folder / part / "c1/1.jpg", "PNG")
-    path, batches = save(of_folder(folder), tmp_path / "hub"), []
-    for source, where, workers in (("huggingface", path, 2), ("imagefolder", folder, 0)):
-        train, validation = open_as(source, where, crop="padded")
-        batches.append(load((way(train, True), way(validation, False)), workers=workers))
-    assert_same(*batches)
+def test_workers_read_the_same_batches_as_from_the_folder(folder: Path, tmp_path: Path) -> None:
+    path = save(of_folder(folder), tmp_path / "hub")
+    ours = load(open_as("huggingface", path), workers=2)
+    assert_same(ours, load(open_as("imagefolder", folder)))
 
 
 def test_a_share_of_each_class_is_held_out_by_row(tmp_path: Path) -> None:
@@ -220,7 +196,7 @@ REFUSED: list[tuple[dict[str, datasets.Dataset], float | None, str]] = [
     ({"validation": rows([0])}, None, r" has no split train, only validation$"),
     ({"train": rows([0])}, None, r" has no split validation or val or test; write recipe.data.validation_share 0.1$"),
     ({"train": rows([0]), "test": rows([0])}, 0.1, r" has a split test; remove recipe.data.validation_share$"),
-    ({"train": rows([0, 1, 1])}, 0.5, r": train holds a single image of cat, which cannot be split; add some$"),
+    ({"train": rows([0, 1, 1])}, 0.5, r": train has a single image of cat, which cannot be split; add some$"),
     (
         {"train": rows([0, 1]), "test": rows([-1, -1])},
         None,

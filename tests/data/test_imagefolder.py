@@ -120,11 +120,11 @@ def test_unsuitable_folders_are_refused(tmp_path):
     (tmp_path / "train").mkdir()
     assert f"{tmp_path} has neither val/ nor test/" in refusal()
     (tmp_path / "val").mkdir()
-    assert f"{tmp_path / 'train'} holds no class" in refusal()
+    assert f"{tmp_path / 'train'} has no classes" in refusal()
     for label in range(8):
         (tmp_path / "train" / f"c{label}").mkdir()
     (tmp_path / "train" / "c0" / "readme.txt").touch()
-    assert f"{tmp_path / 'train'} holds no image of c0, c1, c2, c3, c4 and 3 more" in refusal()
+    assert f"{tmp_path / 'train'} has no images of c0, c1, c2, c3, c4 and 3 more" in refusal()
 
 
 @pytest.mark.parametrize(("here", "there"), [("train", "val"), ("val", "train")])

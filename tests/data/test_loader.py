@@ -152,12 +152,8 @@ def test_a_batch_holds_the_samples_of_its_keys():
 def test_a_sample_is_the_same_for_every_split_and_worker_count():
     whole = images(train_loader(Pictures(), micro_batch=8).epoch(1))
     for world_size, micro_batch, workers in [(1, 2, 0), (1, 4, 2), (2, 4, 0), (2, 2, 2), (4, 1, 0)]:
-        of_ranks = [
-            train_loader(Pictures(), rank=rank, world_size=world_size, micro_batch=micro_batch, workers=workers).epoch(
-                1
-            )
-            for rank in range(world_size)
-        ]
+        options = {"world_size": world_size, "micro_batch": micro_batch, "workers": workers}
+        of_ranks = [train_loader(Pictures(), rank=rank, **options).epoch(1) for rank in range(world_size)]
         together = images(batch for round_of_ranks in zip(*of_ranks, strict=True) for batch in round_of_ranks)
         assert torch.equal(together, whole), (world_size, micro_batch, workers)
 
@@ -292,12 +288,7 @@ except WorkerError as error:
 
 
 @pytest.mark.parametrize(
-    ("shell", "message"),
-    [
-        ("ulimit -n 24", NO_FILES),
-        ("mount -t tmpfs -o size=300k tmpfs /dev/shm", NO_SPACE),
-    ],
-    ids=["files", "shared memory"],
+    ("shell", "message"), [("ulimit -n 24", NO_FILES), ("mount -t tmpfs -o size=300k tmpfs /dev/shm", NO_SPACE)]
 )
 def test_a_lack_of_files_or_shared_memory_is_named_with_a_remedy(shell, message):
     unshare = ["unshare", "--mount"] if shell.startswith("mount") else []

@@ -203,7 +203,7 @@ def test_too_many_open_files_do_not_blame_the_pack(packed, monkeypatch):
 
 
 def test_a_source_that_does_not_match_the_folder_is_refused(folder, packed):
-    with pytest.raises(ValueError, match='holds a pack of images; write "source": "pack"'):
+    with pytest.raises(ValueError, match='contains a pack of images; write "source": "pack"'):
         open_as("imagefolder", packed)
     with pytest.raises(ValueError, match=r'is not a complete pack.*write "source": "imagefolder"'):
         open_as("pack", folder)
