@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.report import add_json, context, heading, made_folder, positive, write
-from recipe.data import SyntheticLoader
+from recipe.data import SyntheticImages, TrainLoader
 from recipe.model import build_model, parameter_groups
 from recipe.plan import RateSchedule
 from recipe.train import set_up_torch
@@ -88,16 +88,15 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         config[arguments.precision] = {"enabled": True}
     rate = RateSchedule(0.01, 0.01, "none", 0, "linear", (), 0.1)
     engine = start_engine(model, parameter_groups(model, 1e-4), config, rate)
-    loader = SyntheticLoader(
-        train_images=arguments.batch * (arguments.saves + 1),
-        validation_images=1,
-        classes=CLASSES,
-        image_size=arguments.image_size,
+    images = arguments.batch * (arguments.saves + 1)
+    loader = TrainLoader(
+        SyntheticImages(images, classes=CLASSES, image_size=arguments.image_size, seed=0, device=device),
         global_batch=arguments.batch,
         micro_batch=arguments.batch,
         rank=0,
         world_size=1,
         seed=0,
+        workers=0,
         device=device,
         dtype=next(engine.module.parameters()).dtype,
         mean=(0.5,) * 3,

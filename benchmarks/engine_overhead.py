@@ -41,7 +41,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import SGD, Optimizer
 
 from benchmarks.report import add_json, at_least, context, heading, positive, write
-from recipe.data import Batch, SyntheticLoader
+from recipe.data import Batch, SyntheticImages, TrainLoader
 from recipe.model import build_model, parameter_groups
 from recipe.plan import RateSchedule
 from recipe.train import set_up_torch
@@ -214,27 +214,25 @@ def make_loops(arguments: argparse.Namespace, accumulation: int, device: torch.d
 
 def synthetic_batches(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> list[Batch]:
     """The micro-batches of one step, different for each rank and micro-step."""
-    world_size = dist.get_world_size()
-    return [
-        next(
-            SyntheticLoader(
-                train_images=arguments.micro_batch * world_size,
-                validation_images=1,
-                classes=CLASSES,
-                image_size=arguments.image_size,
-                global_batch=arguments.micro_batch * world_size,
-                micro_batch=arguments.micro_batch,
-                rank=dist.get_rank(),
-                world_size=world_size,
-                seed=micro_step,
-                device=device,
-                dtype=DTYPES[arguments.precision],
-                mean=(0.5,) * 3,
-                std=(0.25,) * 3,
-            ).epoch(0)
+    size, count = arguments.image_size, arguments.micro_batch
+    batches: list[Batch] = []
+    for micro_step in range(accumulation):
+        seed = micro_step * dist.get_world_size() + dist.get_rank()
+        loader = TrainLoader(
+            SyntheticImages(count, classes=CLASSES, image_size=size, seed=seed, device=device),
+            global_batch=count,
+            micro_batch=count,
+            rank=0,
+            world_size=1,
+            seed=0,
+            workers=0,
+            device=device,
+            dtype=DTYPES[arguments.precision],
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
         )
-        for micro_step in range(accumulation)
-    ]
+        batches += loader.epoch(0)
+    return batches
 
 
 def recipe_loop(

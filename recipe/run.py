@@ -16,7 +16,7 @@ from torch import nn
 from recipe import checkpoints, data, reporting
 from recipe.checkpoints import CHECKPOINTS, PLAN, CheckpointError, Data, History, Resume, Start, manifest
 from recipe.config import ConfigError
-from recipe.data import BadImageError, Samples, SyntheticImages, WorkerError
+from recipe.data import BadImageError, Samples, WorkerError
 from recipe.distributed import Interrupted, Meeting, Requests, Watch, versions
 from recipe.engine import (
     MicroBatchError,
@@ -53,7 +53,7 @@ class Run:
     output: Path
     device: torch.device
     model: nn.Module
-    samples: tuple[Samples, Samples] | SyntheticImages
+    samples: tuple[Samples, Samples]
     data: Data
     start: Start
     lock: IO[str] | None
@@ -133,7 +133,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     # The starting point and the output
     history, messages = checkpoints.load_run(engine, plan, run.start)
     if history is None:
-        history = History(decoded_by_pil=data.decoded_beforehand(run.samples) if dist.get_rank() == 0 else 0)
+        history = History(decoded_by_pil=0 if dist.get_rank() else sum(part.decoded_by_pil for part in run.samples))
         messages += reporting.set_former_run_aside(output) if dist.get_rank() == 0 else []
     if dist.get_rank() == 0:
         reporting.remove_summary(output)

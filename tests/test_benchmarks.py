@@ -51,7 +51,7 @@ from tests.launch import ROOT, forked, module, train_ok
         ),
         (on_device, "--batches 0", "argument --batches: expected a whole number from 1 to"),
         (on_device, "--config {folder}/no.json", "{folder}/no.json"),
-        (on_device, "--data {folder}/no", "there is no folder {folder}/no; it should hold train/ and val/"),
+        (on_device, "--data {folder}/no", "there is no folder {folder}/no; it should contain train/ and val/"),
         (
             on_device,
             "--data {folder}/two",

@@ -58,13 +58,13 @@ def test_folder_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     left_out, first = "left out: 2 .gif, 1 .heic", "with the fewest training images first"
     check = "check the folder (--data); if it is the right one, write"
     cases = {
-        data(tmp_path / "nowhere"): f"recipe.data.path: there is no folder {tmp_path}/nowhere; it should hold train/ ",
+        data(tmp_path / "nowhere"): f"recipe.data.path: there is no folder {tmp_path}/nowhere; it should contain",
         data(folder, train=7): f"train_images = 7: the data has 6; {left_out}; {check} recipe.data.train_images 6\n",
         data(junk): f"num_classes = 2: the data has 3, {first} backup (1), cat (3), dog (3); {check} recipe.model."
         "num_classes 3, recipe.data.train_images 7, recipe.data.validation_images 5\n",
         data(level): f"num_classes = 2: the data has 1, {first} photos (6); {check} recipe.model.num_classes 1\n",
         data(packed, source="pack", validation=7): f"validation_images = 7: the data has 6; {check} recipe.data.val",
-        data(folder, source="pack"): f"recipe.data.path: {folder} holds no whole pack",
+        data(folder, source="pack"): f"recipe.data.path: {folder} is not a complete pack",
         "--set=wandb.enabled=true": "wandb.enabled = true: the package wandb is not installed; pip install wandb",
     }
     output = tmp_path / "runs/refused"

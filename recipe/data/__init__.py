@@ -1,7 +1,7 @@
 """Data sets, the deterministic sampler, augmentation, decoding and the loaders.
 
-What a sample looks like is a function of (seed, epoch, index), never of rank or worker. Takes plain values, never the
-configuration. May import torch, torchvision and the reader of ``config``, for the files that describe a pack.
+A sample is a function of (seed, epoch, index), never of rank or worker. This package takes plain values, never the
+config. It may import torch, torchvision, and the reader of ``config`` for the files that describe a pack.
 """
 
 import lazy_loader

@@ -2,10 +2,14 @@ from .augment import View as View, draw_views as draw_views, evaluation_short_si
 from .batch import Batch as Batch
 from .contents import look as look
 from .datasets import BadImageError as BadImageError, ImageDataset as ImageDataset, Samples as Samples
-from .decoders import NvJpeg as NvJpeg, open_decoder as open_decoder
 from .decoding import UNREADABLE as UNREADABLE, decode as decode
+from .device_decoding import (
+    Decoder as Decoder,
+    EncodedImages as EncodedImages,
+    NvJpeg as NvJpeg,
+    open_decoder as open_decoder,
+)
 from .digits import open_digits as open_digits
-from .encoded import Decoder as Decoder, EncodedImages as EncodedImages
 from .folder_index import (
     IMG_EXTENSIONS as IMG_EXTENSIONS,
     FolderIndex as FolderIndex,
@@ -13,9 +17,8 @@ from .folder_index import (
     list_imagefolder as list_imagefolder,
 )
 from .held import HeldImages as HeldImages
-from .huggingface import HubImages as HubImages
 from .huggingface_index import is_hub_name as is_hub_name
-from .imagefolder import ImageFiles as ImageFiles
+from .image_files import ImageFiles as ImageFiles
 from .loader import (
     PREFETCHED as PREFETCHED,
     TrainLoader as TrainLoader,
@@ -45,7 +48,6 @@ from .pack_format import (
 from .sampler import Keys as Keys, epoch_permutation as epoch_permutation
 from .seeds import derive_seed as derive_seed
 from .sources import (
-    decoded_beforehand as decoded_beforehand,
     describe_data as describe_data,
     open_datasets as open_datasets,
     open_loaders as open_loaders,
@@ -53,7 +55,4 @@ from .sources import (
     open_validation as open_validation,
     recognise as recognise,
 )
-from .synthetic import (
-    SyntheticImages as SyntheticImages,
-    SyntheticLoader as SyntheticLoader,
-)
+from .synthetic import SyntheticImages as SyntheticImages

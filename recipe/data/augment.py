@@ -1,37 +1,41 @@
-"""From pixels to the square that is trained or evaluated on: pure functions of uint8 tensors (height, width, 3)."""
+"""From an image to the square that is trained or evaluated on, and random erasing of that square."""
 
 import math
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from recipe.data.batch import Batch
 from recipe.data.resizing import resize
+from recipe.data.sampler import Keys
 from recipe.data.seeds import derive_seed, uniform
 
 Crop = Literal["random_resized", "padded", "none"]
-"""What is cut out of a training image.
+"""How training images are cropped.
 
-``random_resized``: a random part of random shape (scale and aspect-ratio augmentation, Goyal et al. §5.1).
+``random_resized``: a random box (scale and aspect-ratio augmentation, Goyal et al. §5.1).
 ``padded``: a shift by up to ``image_size // 8`` pixels over a black border (4 at 32 pixels, as for CIFAR).
 ``none``: the whole image.
 """
 
 _AREA, _ERASED_AREA = (0.08, 1.0), (0.02, 1 / 3)
-"""Of a box, as a share of the image."""
+"""Range of a box's area, as a share of the image."""
 _WIDEST, _ERASED_WIDEST = 4 / 3, 1 / 0.3
-"""Width ÷ height of a box, at most; at least it is the inverse."""
+"""Largest ratio of a box's width to its height; the smallest is its inverse."""
 _TRIES = 10
 
-# Which of a sample's numbers decides what, whatever the crop.
+# How a sample's random numbers are used; the positions are the same for every crop.
 _AREAS, _RATIOS, _CORNER, _CHANCE = slice(_TRIES), slice(_TRIES, 2 * _TRIES), slice(2 * _TRIES, 2 * _TRIES + 2), 22
 _NUMBERS = 23
 
 
 class View(NamedTuple):
-    """What is taken out of an image: a box of it, resized, and of that a square window; all in pixels.
+    """A box of an image, the size to which it is resized, and a square window of the result, in pixels.
 
-    Beyond the border of the resized box the window is black. Of a batch the views are int64 (m, 9), a row for each.
+    The window is black outside the resized box. The views of a batch are int64 (m, 9), one row per image.
     """
 
     top: int
@@ -43,62 +47,58 @@ class View(NamedTuple):
     window_top: int = 0
     window_left: int = 0
     mirrored: int = 0
-    """1 where the device is to mirror it"""
+    """1 if the device mirrors the image"""
 
 
-def sample_numbers(seed: int, epoch: int, indices: Tensor) -> Tensor:
-    """Return the random numbers of samples, float64 (m, 23) from 0 to below 1, on the device of ``indices``.
+def sample_numbers(purpose: str, seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """Return random numbers for samples, float64 (m, 23) in [0, 1), on the device of ``indices``.
 
-    They belong to seed, epoch and index: the same on any rank, in any worker and in any batch.
+    They depend on purpose, seed, epoch and index alone, not on rank, worker or batch.
     """
-    return _numbers("augmentation", seed, epoch, indices)
-
-
-def _numbers(purpose: str, seed: int, epoch: int, indices: Tensor) -> Tensor:
-    places = torch.arange(_NUMBERS, device=indices.device)
-    return uniform(derive_seed(purpose, seed, epoch), indices[:, None] * _NUMBERS + places)
+    positions = torch.arange(_NUMBERS, device=indices.device)
+    return uniform(derive_seed(purpose, seed, epoch), indices[:, None] * _NUMBERS + positions)
 
 
 def random_resized_boxes(numbers: Tensor, sizes: Tensor) -> Tensor:
-    """Return a box in each image of ``sizes`` (height, width), drawn as torchvision's ``RandomResizedCrop`` draws them.
+    """Return a box in each image of ``sizes`` (height, width), drawn as by torchvision's ``RandomResizedCrop``.
 
     ``sizes`` and the boxes are int64 (m, 2) and (m, 4): top, left, height, width; ``numbers`` is float64 (m, 23).
 
-    Boxes are the same to the pixel on every device and in every batch, because no last bit is left to a library. Of
-    sums, products and quotients IEEE 754 prescribes it; each is an operation of its own, so that none is fused, and
-    none divides by a constant, which torch's CUDA kernel would replace by its inverse. A Padé approximant, for these
-    ratios less than 2e-9 off, stands for the exponential. Square roots, which MKL leaves an ulp off now and then, are
-    needed in whole pixels only, and these are found by comparing squares.
+    The boxes are the same to the pixel on every device and in every batch, because no result depends on a library's
+    rounding. IEEE 754 defines sums, products and quotients to the last bit. Each is an operation of its own, so none is
+    fused, and none divides by a constant, which torch's CUDA kernel would replace with a multiplication. A Padé
+    approximant, less than 2e-9 off for these ratios, replaces the exponential. Square roots, which MKL sometimes
+    rounds wrongly by one ulp, are only needed in whole pixels, and these are found by comparing squares.
     """
     sizes = sizes.double()
     height, width = sizes.split(1, dim=1)
-    heights, widths = _tried_sides(numbers, height * width, _AREA, _WIDEST)
+    heights, widths = _candidate_sides(numbers, height * width, _AREA, _WIDEST)
     fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
-    fitting, tried = _first_that_fits(heights, widths, fits)
-    # If none does, the largest part of the image within the bounds of the ratio, its centre.
-    boxes = torch.where(fitting, tried, torch.minimum(sizes, (sizes.flip(1) * _WIDEST).round()))
+    any_fits, sides = _first_that_fits(heights, widths, fits)
+    # If none fits: the largest centred box whose ratio is within the bounds.
+    boxes = torch.where(any_fits, sides, torch.minimum(sizes, (sizes.flip(1) * _WIDEST).round()))
     margins = sizes - boxes
-    corners = torch.where(fitting, numbers[:, _CORNER] * (margins + 1), margins * 0.5).floor()
+    corners = torch.where(any_fits, numbers[:, _CORNER] * (margins + 1), margins * 0.5).floor()
     return torch.cat([corners, boxes], dim=1).long()
 
 
 def erased_boxes(seed: int, epoch: int, indices: Tensor, image_size: int, probability: float) -> Tensor:
-    """Return a box to erase in each image, as timm's ``RandomErasing`` draws them, or an empty one.
+    """Return the box to erase in each image, drawn as by timm's ``RandomErasing``; empty if nothing is erased.
 
-    Boxes are int64 (m, 4): top, left, height, width. They belong to seed, epoch and index, int64 (m,).
+    Boxes are int64 (m, 4): top, left, height, width. They depend on seed, epoch and index alone.
     """
-    numbers = _numbers("erasing", seed, epoch, indices)
-    heights, widths = _tried_sides(numbers, image_size**2, _ERASED_AREA, _ERASED_WIDEST)
-    fitting, sides = _first_that_fits(heights, widths, (heights < image_size) & (widths < image_size))
+    numbers = sample_numbers("erasing", seed, epoch, indices)
+    heights, widths = _candidate_sides(numbers, image_size**2, _ERASED_AREA, _ERASED_WIDEST)
+    any_fits, sides = _first_that_fits(heights, widths, (heights < image_size) & (widths < image_size))
     corners = (numbers[:, _CORNER] * (image_size - sides + 1)).floor()
-    is_erased = fitting & (numbers[:, _CHANCE, None] < probability)
+    is_erased = any_fits & (numbers[:, _CHANCE, None] < probability)
     return (torch.cat([corners, sides], dim=1) * is_erased).long()
 
 
-def _tried_sides(
+def _candidate_sides(
     numbers: Tensor, image_area: Tensor | int, share: tuple[float, float], widest: float
 ) -> tuple[Tensor, Tensor]:
-    """Heights and widths of the boxes to try, (m, 10) each."""
+    """Return the heights and widths, (m, 10) each, of the boxes to try."""
     area = image_area * (share[0] + (share[1] - share[0]) * numbers[:, _AREAS])
     # The logarithm of the ratio is uniform from -log(widest) to log(widest).
     x = 2 * math.log(widest) * (numbers[:, _RATIOS] - 0.5)
@@ -108,25 +108,25 @@ def _tried_sides(
 
 
 def _first_that_fits(heights: Tensor, widths: Tensor, fits: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether there is a box that fits, (m, 1), and the first one's height and width, (m, 2)."""
+    """Return whether any box fits, (m, 1), and the height and width of the first one that does, (m, 2)."""
     first = fits.byte().argmax(1, keepdim=True)
     return fits.any(1, keepdim=True), torch.cat([heights.gather(1, first), widths.gather(1, first)], dim=1)
 
 
 def _rounded_root(squares: Tensor) -> Tensor:
-    """The square roots, rounded to whole numbers; the squares of halves below 2^25 are exact."""
-    below = (squares.sqrt() - 1).floor().clamp(min=0)  # by up to two
+    """Return the square roots, rounded to whole numbers; squares of half-integers below 2^25 are exact."""
+    below = (squares.sqrt() - 1).floor().clamp(min=0)  # too small by up to two
     return below + ((below + 0.5).square() <= squares) + ((below + 1.5).square() <= squares)
 
 
 def draw_views(
     seed: int, epoch: int, indices: Tensor, sizes: Tensor, *, image_size: int, crop: Crop, flip: bool
 ) -> Tensor:
-    """Return what an epoch sees of the images at ``indices``, int64 (m,), of ``sizes`` (height, width), int64 (m, 2).
+    """Return the views of training images at ``indices``, int64 (m,), with ``sizes`` (height, width), int64 (m, 2).
 
     ``flip`` mirrors half of them.
     """
-    numbers = sample_numbers(seed, epoch, indices)
+    numbers = sample_numbers("augmentation", seed, epoch, indices)
     views = torch.zeros(len(indices), len(View._fields), dtype=torch.int64, device=indices.device)
     views[:, 2:4] = sizes
     views[:, 4:6] = image_size
@@ -141,25 +141,25 @@ def draw_views(
 
 
 def padded_margin(image_size: int) -> int:
-    """Return the pixels by which a ``padded`` crop is shifted at most."""
+    """Return the largest shift of a ``padded`` crop, in pixels."""
     return image_size // 8
 
 
 def evaluation_short_side(image_size: int, crop: Crop) -> int:
-    """Return the short side, in pixels, to which ``evaluation_view`` resizes an image before it cuts."""
+    """Return the short side, in pixels, to which ``evaluation_view`` resizes an image before cropping."""
     return round(image_size * 256 / 224) if crop == "random_resized" else image_size
 
 
 def evaluation_view(height: int, width: int, *, image_size: int, crop: Crop) -> View:
-    """Return what evaluation sees of an image of (height, width) pixels.
+    """Return the view that evaluation takes of an image of (height, width) pixels.
 
-    After ``random_resized`` training it is the centre of the image resized to a short side of 256/224 of
-    ``image_size`` (the paper's 224 of 256); else the whole image.
+    After ``random_resized`` training, that is the centre of the image resized to a short side of 256/224 of
+    ``image_size`` (the paper's 224 of 256), otherwise the whole image.
     """
     if crop != "random_resized":
         return View(0, 0, height, width, image_size, image_size)
     short_side = evaluation_short_side(image_size, crop)
-    # As torchvision's Resize and CenterCrop count: the long side is cut off, the margin rounded.
+    # Like torchvision's Resize and CenterCrop: the long side is truncated, the margin rounded.
     resized_height, resized_width = (
         int(short_side * side / min(height, width)) if side > min(height, width) else short_side
         for side in (height, width)
@@ -169,15 +169,37 @@ def evaluation_view(height: int, width: int, *, image_size: int, crop: Crop) -> 
 
 
 def cut(pixels: Tensor, view: View, image_size: int) -> Tensor:
-    """Return the view of an image, uint8 (image_size, image_size, 3). Mirroring is left to the device."""
+    """Return the view of an image, uint8 (image_size, image_size, 3), not yet mirrored."""
     box = pixels[view.top : view.top + view.height, view.left : view.left + view.width]
-    rows = range(max(0, view.window_top), min(view.window_top + image_size, view.resized_height))
-    columns = range(max(0, view.window_left), min(view.window_left + image_size, view.resized_width))
     resized = resize(box, view.resized_height, view.resized_width)
-    window = resized[rows.start : rows.stop, columns.start : columns.stop]
-    if window.shape[:2] == (image_size, image_size):
-        return window
-    top, left = max(0, -view.window_top), max(0, -view.window_left)
-    padded = window.new_zeros(image_size, image_size, 3)
-    padded[top : top + window.shape[0], left : left + window.shape[1]] = window
-    return padded
+    bottom, right = view.window_top + image_size, view.window_left + image_size
+    # Negative padding crops.
+    columns = (-view.window_left, right - view.resized_width)
+    rows = (-view.window_top, bottom - view.resized_height)
+    return F.pad(resized, (0, 0, *columns, *rows))
+
+
+@dataclass(frozen=True)
+class Erasing:
+    """Random erasing on the device (Zhong et al. 2020): fills a box of some training images with the mean colour."""
+
+    probability: float
+    seed: int
+
+    def erase(self, batch: Batch, keys: Keys) -> Batch:
+        """Return the batch, whose samples are those of ``keys``, with boxes erased."""
+        assert keys.epoch is not None, "validation erases nothing"
+        indices, size = torch.from_numpy(keys.indices), batch.images.shape[-1]
+        boxes = erased_boxes(self.seed, keys.epoch, indices, size, self.probability)
+        return replace(batch, images=fill_boxes(batch.images, boxes.to(batch.images.device, non_blocking=True)))
+
+
+def fill_boxes(images: Tensor, boxes: Tensor) -> Tensor:
+    """Set a box of each image, (m, 3, S, S), to 0, which is the mean colour after normalisation.
+
+    ``boxes`` is int64 (m, 4): top, left, height, width.
+    """
+    along = torch.arange(images.shape[-1], device=images.device)
+    top, left, height, width = boxes[:, :, None].unbind(1)
+    rows, columns = (top <= along) & (along < top + height), (left <= along) & (along < left + width)
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)

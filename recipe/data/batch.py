@@ -1,4 +1,4 @@
-"""What the loop gets, and the last step on the way: mirroring and normalisation on the device."""
+"""Batches, on their way from a worker and on the device, and their normalisation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class HostBatch(NamedTuple):
-    """What a worker sends: a NamedTuple, because DataLoader pins its tensors."""
+    """A batch as a worker sends it; a NamedTuple, because DataLoader pins the tensors of one."""
 
     images: Any
-    """What the data set makes uint8 (m, S, S, 3) of, on the device."""
+    """whatever ``Samples.on_device`` turns into uint8 (m, S, S, 3)"""
     labels: Tensor
     weights: Tensor
     mirrored: Tensor
@@ -25,22 +25,22 @@ class Batch:
     """A micro-batch of m samples on the device."""
 
     images: Tensor
-    """(m, 3, S, S), normalised; channels_last on CUDA."""
+    """(m, 3, S, S), normalised; channels_last on CUDA"""
     labels: Tensor
-    """int64 (m,), or where images are mixed probabilities (m, classes)."""
+    """int64 (m,), or probabilities (m, classes) if images are mixed"""
     weights: Tensor
-    """float32 (m,): 1 for a sample that counts, 0 for one that only fills a place."""
+    """float32 (m,): 1 for a sample that counts, 0 for padding"""
     bad_images: tuple[str, ...] = ()
-    """Files that could not be read and that were replaced or left out."""
+    """unreadable files, which were replaced or left out"""
     decoded_by_pil: int = 0
-    """Images for which the slower decoder was needed."""
+    """number of images decoded by PIL, the slower decoder"""
 
 
 class Normalise:
-    """Mirrors uint8 images and maps them to ``(x / 255 - mean) / std`` per colour channel, in ``dtype`` on ``device``.
+    """Mirrors uint8 images and maps them to ``(x / 255 - mean) / std`` per channel, in ``dtype`` on ``device``.
 
-    ``mean`` and ``std`` of the 3 channels are in units of the full range, 0 to 1. On CUDA one kernel does it all, by a
-    table of the 3 × 256 results: the same bits as on a CPU, whatever is fused.
+    On CUDA a single kernel does both with a lookup table of the 3 × 256 results, which makes them bit-identical to the
+    CPU's.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class Normalise:
             self._table = self.table().to(device)
 
     def __call__(self, images: Tensor, mirrored: Tensor) -> Tensor:
-        """Return images, uint8 (m, 3, S, S) and interleaved in memory, as (m, 3, S, S); ``mirrored`` is bool (m,)."""
-        # uint8 travels: a quarter of the bytes.
+        """Normalise uint8 (m, 3, S, S) with interleaved channels, mirroring where ``mirrored``, bool (m,), is true."""
+        # uint8 is uploaded: a quarter of the bytes of fp32.
         images = images.to(self._device, non_blocking=True)
         mirrored = mirrored.to(self._device, non_blocking=True)
         if self._device.type == "cuda":
-            # Imported here: Triton comes with torch for CUDA alone.
+            # Imported here, because only torch for CUDA comes with Triton.
             from recipe.data.fused_normalise import mirror_and_look_up
 
             return mirror_and_look_up(images, mirrored, self._table)
@@ -68,7 +68,7 @@ class Normalise:
         return self._normalised(images)
 
     def table(self) -> Tensor:
-        """Return what each value of each channel becomes, (3, 256)."""
+        """Return the normalised values, (3, 256), of every uint8 value in every channel."""
         return self._normalised(torch.arange(256).expand(3, 1, 256)).view(3, 256)
 
     def _normalised(self, images: Tensor) -> Tensor:

@@ -1,52 +1,36 @@
-"""Counts what lies in the folder of the data, for a plan, without torch."""
+"""Counts the images and classes of a data set for a plan, without torch."""
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 from recipe.config import Contents
 
 
 def look(source: str, path: str, validation_share: float | None = None) -> Contents:
-    """Count the images of an imagefolder, of a pack or of a data set of Hugging Face.
+    """Count the images of an imagefolder, a pack or a Hugging Face data set.
 
     Raises:
-        ValueError: there is no such folder, or it is not what ``source`` says.
+        ValueError: there is no such data, or it is not what ``source`` says.
     """
-    if source == "huggingface":
-        return _huggingface(path, validation_share)
-    return _pack(Path(path)) if source == "pack" else _imagefolder(Path(path), validation_share)
-
-
-def _imagefolder(path: Path, validation_share: float | None) -> Contents:
-    from recipe.data.folder_index import list_imagefolder  # numpy: not for a plan that looks at nothing
-
-    train, validation = list_imagefolder(path, validation_share)
-    left_out = Counter(train.left_out) + Counter(validation.left_out)
-    classes = _fewest_first(train.classes, train.counts.tolist())
-    return Contents(classes, len(train), len(validation), dict(left_out.most_common()))
-
-
-def _pack(path: Path) -> Contents:
+    # Imported here, because a plan that counts nothing need not wait for numpy.
     import numpy as np
 
+    from recipe.data.folder_index import list_imagefolder
+    from recipe.data.huggingface_index import list_huggingface
     from recipe.data.pack_format import open_index, read_header
 
-    header = read_header(path)
-    images, _ = open_index(path, header, header.train)
-    counts = np.bincount(images["label"], minlength=len(header.classes)).tolist()
-    return Contents(_fewest_first(header.classes, counts), header.train.images, header.validation.images)
-
-
-def _huggingface(path: str, validation_share: float | None) -> Contents:
-    import numpy as np
-
-    from recipe.data.huggingface_index import list_huggingface
-
-    train, validation = list_huggingface(path, validation_share)
-    counts = np.bincount(train.labels, minlength=len(train.classes)).tolist()
-    return Contents(_fewest_first(train.classes, counts), len(train), len(validation))
-
-
-def _fewest_first(classes: Sequence[str], counts: Sequence[int]) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted(zip(classes, counts, strict=True), key=lambda one: one[1]))
+    left_out: dict[str, int] = {}
+    if source == "pack":
+        header = read_header(Path(path))
+        labels = open_index(Path(path), header, header.train)[0]["label"]
+        classes, validation_images = header.classes, header.validation.images
+    elif source == "huggingface":
+        split, held_out = list_huggingface(path, validation_share)
+        labels, classes, validation_images = split.labels, tuple(split.classes), len(held_out)
+    else:
+        train, validation = list_imagefolder(Path(path), validation_share)
+        labels, classes, validation_images = train.labels, tuple(train.classes), len(validation)
+        left_out = dict((Counter(train.left_out) + Counter(validation.left_out)).most_common())
+    counts = np.bincount(labels, minlength=len(classes)).tolist()
+    fewest_first = sorted(zip(classes, counts, strict=True), key=lambda named: named[1])
+    return Contents(tuple(fewest_first), len(labels), validation_images, left_out)

@@ -1,10 +1,10 @@
-"""A data set is a function from keys to samples."""
+"""Data sets as functions from keys to samples."""
 
 import errno
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, NotRequired, Self, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -13,47 +13,39 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from recipe.config import printable
-from recipe.data.augment import Crop, View, cut, draw_views, evaluation_view
+from recipe.data.augment import Crop, Erasing, View, cut, draw_views, evaluation_view
 from recipe.data.auto_augment import AutoAugment
 from recipe.data.batch import HostBatch
 from recipe.data.decoding import UNREADABLE, Decoded, decode
-from recipe.data.erasing import Erasing
 from recipe.data.sampler import PADDING, Keys
 
 OnBadImage = Literal["stop", "skip"]
 
-_WHOLE_BYTES = 2**24
-"""Of decoded images that wait for the others with which their views are drawn."""
+_UNCUT_BYTES = 2**24
+"""Decoded images to keep in memory before their views are drawn together, in bytes."""
 
 _NO_NAMES = np.empty(0, np.uint8)
 
-_HOPELESS = 100
-"""So many unreadable images in a row are a disk that has gone, not a data set with a few bad files."""
+_MOST_BAD_IN_A_ROW = 100
+"""More unreadable images in a row mean a failed disk, not a data set with a few bad files."""
 
 
-class Sizes(NamedTuple):
-    """Pixels per side of samples, S."""
+class Sizes:
+    """Pixels per side of the samples, S: one training size or (epoch, S from then on) in ascending order from epoch 0.
 
-    training: Sequence[tuple[int, int]]
-    """(epoch, S from that on), the epochs rising from 0"""
-    validation: int
+    The validation size defaults to the last training size.
+    """
 
-    @classmethod
-    def of(cls, training: int | Sequence[tuple[int, int]], validation: int | None) -> Self:
-        """From one size or several, and that of validation, which by default is the last of them."""
-        changes = ((0, training),) if isinstance(training, int) else training
-        return cls(changes, validation or changes[-1][1])
+    def __init__(self, training: int | Sequence[tuple[int, int]], validation: int | None = None) -> None:
+        self.training = ((0, training),) if isinstance(training, int) else tuple(training)
+        self.validation = validation or self.training[-1][1]
+        self.largest = max(self.validation, *(size for _, size in self.training))
 
     def at(self, epoch: int | None) -> int:
-        """Return S in an epoch; in validation for None."""
+        """Return S in a training epoch, or in validation for None."""
         if epoch is None:
             return self.validation
         return next(size for first_epoch, size in reversed(self.training) if first_epoch <= epoch)
-
-    @property
-    def all(self) -> set[int]:
-        """Every S."""
-        return {self.validation, *(size for _, size in self.training)}
 
 
 class Options(TypedDict):
@@ -61,18 +53,18 @@ class Options(TypedDict):
 
     image_size: int | Sequence[tuple[int, int]]
     validation_image_size: NotRequired[int | None]
-    """with the former: see ``Sizes.of``"""
+    """see ``Sizes``"""
     crop: Crop
-    """what training cuts out of an image; validation follows it"""
+    """how training images are cropped; validation follows it"""
     flip: bool
-    """whether training mirrors every other image"""
+    """whether half of the training images are mirrored"""
     augment: NotRequired[AutoAugment | None]
-    """what else is done to the images of training"""
+    """further augmentation of training images"""
     seed: int
     """with (epoch, index) the only source of randomness"""
     on_bad_image: NotRequired[OnBadImage]
-    """by default "stop", which raises ``BadImageError``; "skip" trains on the next readable image in data-set order,
-    with its own label, leaves a bad one out of validation, and names it in ``Sample.bad_image``"""
+    """By default "stop", which raises ``BadImageError``. "skip" trains on the next readable image in data-set order,
+    with its own label, leaves a bad image out of validation, and names it in ``Sample.bad_image``"""
 
 
 class Sample(NamedTuple):
@@ -82,56 +74,57 @@ class Sample(NamedTuple):
     """uint8 (S, S, 3), not yet mirrored"""
     label: int
     weight: float = 1.0
-    """0.0 for a blank that must not count."""
+    """0.0 for a blank that does not count"""
     mirrored: bool = False
-    """Whether the device is to mirror it."""
+    """whether the device has to mirror it"""
     bad_image: str = ""
-    """The file that could not be read and that this sample stands in for; "" if there is none."""
+    """the unreadable file that this sample replaces, or "" """
     by_pil: bool = False
-    """See ``Decoded``."""
+    """see ``Decoded``"""
 
 
 class BadImageError(ValueError):
     """An image that cannot be read; the message names the file and the remedy.
 
-    Takes the message alone, as DataLoader needs it to raise a worker's exception again in the main process.
+    It takes only the message, because DataLoader re-raises a worker's exception in the main process that way.
     """
 
 
 class Samples(Dataset[HostBatch], ABC):
-    """What a loader takes: batches by their keys in a worker, and their pixels on the device in the main process."""
+    """What a loader reads: batches in a worker, by their keys, completed on the device in the main process."""
 
     decoded_by_pil = 0
-    """Images that PIL has decoded beforehand; no batch counts them again."""
+    """images that PIL has already decoded, which no batch counts again"""
 
     class_names: list[str]
-    """What labels mean."""
+    """the names of the classes, by label"""
 
     digest: str
-    """Of every image's class and, where it is a file, its name, in data-set order; the same for a pack of a folder."""
+    """hash of every image's class and file name, if it has one, in data-set order; a folder and its pack share it"""
 
     erasing: Erasing | None = None
-    """What the loader erases of them in training."""
+    """random erasing, which the loader applies in training"""
 
     waits_for_device = False
-    """Whether ``on_device`` waits for the device, which the training then need not do: it gets a thread of its own."""
+    """whether ``on_device`` waits for the device; the loader then calls it in a thread, so that training need not"""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def __getitem__(self, keys: Keys) -> HostBatch:
-        """Return a batch as it travels; ``BadImageError`` where an image cannot be read and is not to be skipped."""
+        """Return a batch for the host; ``BadImageError`` if an image cannot be read and is not to be skipped."""
 
     def on_device(self, batch: HostBatch) -> HostBatch:
-        """Return the batch with images of uint8 (m, S, S, 3)."""
+        """Return the batch with its images as uint8 (m, S, S, 3)."""
         return batch
 
 
 class ImageDataset(Samples):
-    """Labelled images in files, by key; ``labels`` are the numbers of their classes, in data-set order.
+    """Labelled images in files, by key.
 
-    ``names`` are the files' names end to end, zero bytes aside.
+    ``labels`` are class numbers in data-set order; ``names`` are the concatenated file names, in which zero bytes do
+    not count.
     """
 
     def __init__(
@@ -141,14 +134,14 @@ class ImageDataset(Samples):
         names: npt.NDArray[np.uint8] = _NO_NAMES,
         **options: Unpack[Options],
     ) -> None:
-        # A tensor stays shared with forked workers; a list is copied by and by, as reference counts change.
+        # A tensor stays shared with forked workers; a list would gradually be copied as reference counts change.
         self.labels = torch.tensor(labels)
         self.class_names = list(map(printable, class_names))
         self.classes = len(class_names)
         digest = hashlib.sha256(np.asarray(labels, np.int64).data)
         digest.update(names[names != 0])
         self.digest = digest.hexdigest()
-        self.sizes = Sizes.of(options["image_size"], options.get("validation_image_size"))
+        self.sizes = Sizes(options["image_size"], options.get("validation_image_size"))
         self.crop = options["crop"]
         self._flip = options["flip"]
         self._augment = options.get("augment")
@@ -157,10 +150,10 @@ class ImageDataset(Samples):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Return what a message calls image ``index``."""
+        """Return the name of image ``index`` for messages."""
 
     def file(self, index: int) -> bytes:
-        """Return the file that holds image ``index``, where there is one; b"" where there is none."""
+        """Return the content of the file of image ``index``; empty if it has none."""
         return b""
 
     def decoded(self, index: int) -> Decoded:
@@ -168,12 +161,12 @@ class ImageDataset(Samples):
         return decode(self.file(index))
 
     def image(self, index: int) -> Decoded:
-        """Return image ``index``, whose pixels nobody changes, or raise ``BadImageError``."""
+        """Return image ``index``, whose pixels must not be modified, or raise ``BadImageError``."""
         try:
             return self.decoded(index)
         except UNREADABLE as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                raise  # the fault of the process, not of the image
+                raise  # the process has too many open files; the image is fine
             where, usual_remedy = self._where_and_remedy(index)
             remedy = getattr(error, "remedy", "") or usual_remedy
             raise BadImageError(
@@ -181,10 +174,10 @@ class ImageDataset(Samples):
             ) from error
 
     def _where_and_remedy(self, index: int) -> tuple[str, str]:
-        return self.name(index), "mend it"
+        return self.name(index), "fix it"
 
     def views(self, epoch: int | None, indices: Tensor, sizes: Tensor) -> Tensor:
-        """Return what training sees of images of ``sizes``, validation where ``epoch`` is None; see ``draw_views``."""
+        """Return the views of images of ``sizes`` in a training epoch, or in validation for None."""
         image_size = self.sizes.at(epoch)
         if epoch is None:
             views = [evaluation_view(*size, image_size=image_size, crop=self.crop) for size in sizes.tolist()]
@@ -199,28 +192,28 @@ class ImageDataset(Samples):
         return collate(samples, default_collate([sample.image for sample in samples]))
 
     def samples(self, epoch: int | None, indices: Sequence[int]) -> Iterator[Sample]:
-        """Yield the samples of training, or of validation where ``epoch`` is None, at ``indices``."""
-        first, whole, waiting_bytes = 0, [], 0
-        for after, index in enumerate(indices, 1):
-            whole.append(self._whole(index, epoch))
-            waiting_bytes += whole[-1].image.numel()
-            if after == len(indices) or waiting_bytes > _WHOLE_BYTES:
-                whole_sizes = torch.tensor([sample.image.shape[:2] for sample in whole])
-                # The random numbers are those of the image that was asked for, even where another one stands in for it.
-                asked_for = torch.tensor(indices[first:after])
-                views = [View(*row) for row in self.views(epoch, asked_for, whole_sizes).tolist()]
+        """Yield the samples at ``indices`` of a training epoch, or of validation for None."""
+        first, uncut, uncut_bytes = 0, [], 0
+        for end, index in enumerate(indices, 1):
+            uncut.append(self.uncut(epoch, index))
+            uncut_bytes += uncut[-1].image.numel()
+            if end == len(indices) or uncut_bytes > _UNCUT_BYTES:
+                uncut_sizes = torch.tensor([sample.image.shape[:2] for sample in uncut])
+                # Random numbers belong to the requested image, even if a different one replaces it.
+                requested = torch.tensor(indices[first:end])
+                views = [View(*row) for row in self.views(epoch, requested, uncut_sizes).tolist()]
                 size = self.sizes.at(epoch)
                 images: Iterator[Tensor] = (
-                    cut(sample.image, view, size) for sample, view in zip(whole, views, strict=True)
+                    cut(sample.image, view, size) for sample, view in zip(uncut, views, strict=True)
                 )
                 if epoch is not None and self._augment is not None:
-                    images = self._augment(images, epoch, asked_for)
-                for sample, view, image in zip(whole, views, images, strict=True):
+                    images = self._augment(images, epoch, requested)
+                for sample, view, image in zip(uncut, views, images, strict=True):
                     yield sample._replace(image=image, mirrored=bool(view.mirrored))
-                first, whole, waiting_bytes = after, [], 0
+                first, uncut, uncut_bytes = end, [], 0
 
-    def _whole(self, index: int, epoch: int | None) -> Sample:
-        """The sample with all of its image."""
+    def uncut(self, epoch: int | None, index: int) -> Sample:
+        """Return the sample of a training epoch, or of validation for None, with its whole image."""
         if index == PADDING:
             return self._blank()
         try:
@@ -233,9 +226,9 @@ class ImageDataset(Samples):
         return Sample(pixels, int(self.labels[source]), bad_image=bad_image, by_pil=by_pil)
 
     def readable_from(self, index: int) -> tuple[Decoded, int]:
-        """Return image ``index``, or where it is bad and may be skipped the next readable one, and its index."""
+        """Return image ``index`` and its index, or the next readable image if it is bad and may be skipped."""
         first: BadImageError | None = None
-        for offset in range(min(_HOPELESS, len(self))):
+        for offset in range(min(_MOST_BAD_IN_A_ROW, len(self))):
             source = (index + offset) % len(self)
             try:
                 return self.image(source), source
@@ -243,19 +236,19 @@ class ImageDataset(Samples):
                 if self._on_bad_image == "stop":
                     raise
                 first = first or error
-        assert first is not None, "there are images"
+        assert first is not None, "a data set has images"
         raise BadImageError(
             f"{self.name(index)}: cannot be read ({first.__cause__}), nor can any of the images that follow it"
         ) from first
 
     def _blank(self, bad_image: str = "") -> Sample:
-        """Only validation has some."""
+        """Return a validation sample that does not count."""
         image = torch.zeros(self.sizes.validation, self.sizes.validation, 3, dtype=torch.uint8)
         return Sample(image, 0, 0.0, bad_image=bad_image)
 
 
 def collate(samples: Sequence[Sample], images: Any) -> HostBatch:
-    """Return samples as they travel, with what makes their ``images`` on the device."""
+    """Return a batch of the samples, with ``images`` in whatever form ``Samples.on_device`` expects."""
     return HostBatch(
         images,
         torch.tensor([sample.label for sample in samples]),

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits: real, at hand, learnt by a small network in seconds."""
+"""scikit-learn's 1,797 handwritten digits: real data that ships with a package and trains in seconds."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,11 +15,11 @@ _CLASSES = 10
 
 
 class Digits(ImageDataset):
-    """Grey images, uint8 (n, 8, 8), enlarged once, to the largest size, and held in memory."""
+    """Grey images, uint8 (n, 8, 8), enlarged to the largest image size and held in memory."""
 
     def __init__(self, greys: np.ndarray, labels: np.ndarray, **options: Unpack[Options]) -> None:
         super().__init__(labels, [str(digit) for digit in range(_CLASSES)], **options)
-        size = (max(self.sizes.all),) * 2
+        size = (self.sizes.largest,) * 2
         enlarged = [np.array(Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR)) for grey in greys]
         self._images = torch.from_numpy(np.stack(enlarged)).unsqueeze(-1).expand(-1, -1, -1, 3).contiguous()
 
@@ -31,10 +31,9 @@ class Digits(ImageDataset):
 
 
 def open_digits(**options: Unpack[Options]) -> tuple[Digits, Digits]:
-    """Return (training, validation).
+    """Return (training, validation); every fifth image of each class, in file order, is for validation.
 
-    Every fifth image of each class, in the order of the file, is held out: each class in proportion, and no random
-    split that another version could draw otherwise.
+    This is stratified and, unlike a random split, does not depend on a library's version.
     """
     # Read without importing scikit-learn, which takes seconds.
     package = find_spec("sklearn")

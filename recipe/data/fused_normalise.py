@@ -1,4 +1,4 @@
-"""The way from uint8 to what the model sees in one pass over memory, a Triton kernel: CUDA only."""
+"""A Triton kernel that mirrors and normalises uint8 images in one pass over memory; CUDA only."""
 
 import torch
 import triton  # type: ignore[import-untyped]
@@ -9,9 +9,9 @@ _BLOCK = 1024
 
 
 def mirror_and_look_up(images: Tensor, mirrored: Tensor, table: Tensor) -> Tensor:
-    """Replace each value of uint8 (m, 3, S, S), channels_last, by its entry in a table, and mirror some of the images.
+    """Map uint8 (m, 3, S, S), channels_last, through ``table`` (3, 256), one row per channel, and mirror some images.
 
-    ``mirrored`` is bool (m,), ``table`` (3, 256), a row per colour channel. Returns channels_last of the table's dtype.
+    ``mirrored`` is bool (m,). The result is channels_last and has the table's dtype.
     """
     assert images.is_contiguous(memory_format=torch.channels_last), images.stride()
     result = torch.empty_like(images, dtype=table.dtype, memory_format=torch.channels_last)

@@ -1,8 +1,7 @@
-"""Small data sets that live on the device, decoded once: there a batch is drawn and cut, from its keys alone."""
+"""Small data sets decoded once and held on the device, where batches are drawn and cropped from their keys alone."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,23 +14,15 @@ from recipe.data.resizing import resize, resized_boxes
 from recipe.data.sampler import Keys
 
 _SHARE = 0.5
-"""Of the memory that is free; the rest is for training."""
-
-
-class Held(NamedTuple):
-    """The images of a batch."""
-
-    epoch: int | None
-    """as in ``Keys``"""
-    indices: Tensor
-    """int64 (m,): likewise"""
+"""Share of the free memory that images may take; the rest is for training."""
 
 
 class HeldImages(Samples):
-    """The images of a data set as one tensor on a device; every sample is that of the data set, to the bit.
+    """The images of a data set as one tensor on a device, from which every sample is bit-identical to the data set's.
 
-    All of it is read when this is made, on all cores. ``training`` tells whether training samples will be asked for, or
-    validation samples. The latter are held as they are seen, and the former where they are resized whole, to one size.
+    The constructor reads all images, on all cores. With ``training``, only training samples can be requested, otherwise
+    only validation samples. The latter are held as the model sees them, and so are training images, apart from shifts
+    and mirroring, if they are resized whole to a single size.
     """
 
     def __init__(self, dataset: ImageDataset, device: torch.device, *, training: bool) -> None:
@@ -39,32 +30,30 @@ class HeldImages(Samples):
         self.class_names, self.digest = dataset.class_names, dataset.digest
         self._is_resized = dataset.crop != "random_resized" and len(dataset.sizes.training) == 1
 
-        def read(index: int) -> tuple[Sample, int]:
-            """The sample, and the image that stands there, which is another where this one is bad."""
+        def read(index: int) -> Sample:
             if not training:
-                return next(dataset.samples(None, [index])), index
-            (pixels, by_pil), source = dataset.readable_from(index)
-            if self._is_resized:
-                pixels = resize(pixels, dataset.sizes.at(0), dataset.sizes.at(0))
-            bad_image = "" if source == index else dataset.name(index)
-            return Sample(pixels, int(dataset.labels[source]), bad_image=bad_image, by_pil=by_pil), source
+                return next(dataset.samples(None, [index]))
+            sample = dataset.uncut(0, index)
+            if not self._is_resized:
+                return sample
+            size = dataset.sizes.at(0)
+            return sample._replace(image=resize(sample.image, size, size))
 
-        first_sample, first_source = read(0)
-        first = first_sample.image
+        first = read(0).image
         _check_memory(len(dataset), first, device)
-        # Behind the last is a blank, at PADDING.
+        # The last row, at PADDING, is a blank.
         images = torch.zeros(len(dataset) + 1, *first.shape, dtype=torch.uint8)
         self._labels = torch.zeros(len(dataset) + 1, dtype=torch.int64)
         self._weights = torch.zeros(len(dataset) + 1)
         self._bad_images: dict[int, str] = {}
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-            for index, (sample, source) in enumerate(threads.map(read, range(len(dataset)))):
+            for index, sample in enumerate(threads.map(read, range(len(dataset)))):
                 if sample.image.shape != first.shape:
                     height, width = sample.image.shape[:2]
                     raise ValueError(
-                        f"recipe.data.on_device = true: {dataset.name(source)} has {height} × {width} pixels, "
-                        f"{dataset.name(first_source)} has {first.shape[0]} × {first.shape[1]}; random_resized crops "
-                        "on the device, and image sizes by epoch, need images of one size: write false"
+                        f"recipe.data.on_device = true: {dataset.name(index)} has {height} × {width} pixels, "
+                        f"{dataset.name(0)} has {first.shape[0]} × {first.shape[1]}; random_resized crops on the "
+                        "device, and image sizes by epoch, need images of one size: write false"
                     )
                 images[index], self._labels[index], self._weights[index] = sample[:3]
                 if sample.bad_image:
@@ -80,9 +69,7 @@ class HeldImages(Samples):
         indices = torch.from_numpy(keys.indices)
         bad_images = [self._bad_images[index] for index in keys.indices.tolist() if index in self._bad_images]
         mirrored = torch.zeros(len(indices), dtype=torch.bool)
-        return HostBatch(
-            Held(keys.epoch, indices), self._labels[indices], self._weights[indices], mirrored, bad_images, 0
-        )
+        return HostBatch((keys.epoch, indices), self._labels[indices], self._weights[indices], mirrored, bad_images, 0)
 
     def on_device(self, batch: HostBatch) -> HostBatch:
         epoch, indices = batch.images
@@ -99,7 +86,7 @@ class HeldImages(Samples):
 
 
 def _windows(images: Tensor, corners: Tensor, margin: int) -> Tensor:
-    """Shift each image: what lies at its corner (top, left) and is as large; black beyond its border."""
+    """Return the window of each image, black beyond its border, that starts at (top, left) and has the same size."""
     count, size = images.shape[:2]
     lines = F.pad(images, (0, 0, margin, margin, margin, margin)).flatten(2)
     windows = lines.unfold(1, size, 1).unfold(2, 3 * size, 3)
@@ -117,5 +104,5 @@ def _check_memory(count: int, first: Tensor, device: torch.device) -> None:
         height, width = first.shape[:2]
         raise ValueError(
             f"recipe.data.on_device = true: {count:,} images of {height} × {width} pixels take {needed / 1e9:,.1f} GB, "
-            f"of {free / 1e9:,.1f} GB that are free on {device}; at most half is for images: write false"
+            f"but only {free / 1e9:,.1f} GB are free on {device}, and images may take half of that: write false"
         )

@@ -1,8 +1,8 @@
-"""Mixup and CutMix on the device: pairs of neighbours in the global batch, mixed by what (seed, step) draw.
+"""Mixup and CutMix on the device, between pairs of neighbours in the global batch.
 
-A micro-batch of an even number of samples is a row of whole pairs, wherever it lies, so that every split into ranks and
-micro-batches mixes the same ones. The order of the samples is random, and with it who is whose neighbour. As in timm
-and torchvision all pairs of a step have one share and one box.
+A micro-batch with an even number of samples consists of whole pairs wherever it starts, so every split into ranks and
+micro-batches mixes the same pairs. The sample order is random, and so are the pairs. As in timm and torchvision, all
+pairs of a step share one ratio and one box, which are a function of (seed, step).
 """
 
 import math
@@ -20,21 +20,19 @@ from recipe.data.seeds import derive_seed
 
 @dataclass(frozen=True)
 class Mixed:
-    """How the pairs of a step are mixed: each sample keeps ``share`` of itself; ``box`` is what comes from the other.
-
-    ``box`` (top, left, bottom, right) is CutMix's, None for mixup.
-    """
+    """How the pairs of a step are mixed: each sample keeps ``share`` of itself."""
 
     share: float
     box: tuple[int, int, int, int] | None = None
+    """the box (top, left, bottom, right) that CutMix takes from the other sample; None for mixup"""
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mixes batches, and makes probabilities (m, classes) of their labels.
+    """Mixes batches and turns their labels into probabilities (m, classes).
 
-    ``mixup`` and ``cutmix`` are each the share of the steps that it mixes, and the α of the Beta(α, α) by which it
-    draws how much of a sample stays (Zhang et al. 2018, Yun et al. 2019).
+    ``mixup`` and ``cutmix`` are each (the share of steps to mix, the α of the Beta(α, α) from which the share of a
+    sample that is kept is drawn); Zhang et al. 2018, Yun et al. 2019.
     """
 
     mixup: tuple[float, float]
@@ -43,10 +41,7 @@ class Mixing:
     seed: int
 
     def mix(self, batches: Iterable[Batch], first_step: int, accumulation: int) -> Iterator[Batch]:
-        """The micro-batches of the run's optimizer steps from ``first_step`` on; as they are, where nothing mixes.
-
-        A step is of ``accumulation`` of them.
-        """
+        """Yield the micro-batches, ``accumulation`` per optimizer step from ``first_step`` on, mixed if configured."""
         mixes = self.mixup[0] + self.cutmix[0] > 0
         for number, batch in enumerate(batches):
             if mixes:
@@ -56,7 +51,7 @@ class Mixing:
                 yield batch
 
     def draw(self, step: int, size: int) -> Mixed:
-        """What is done to images of ``size`` pixels a side in an optimizer step of the run."""
+        """Return how an optimizer step of the run mixes images of ``size`` × ``size`` pixels."""
         rng = random.Random(derive_seed("mixing", self.seed, step))
         kind = rng.random()
         (mixup, alpha), (cutmix, cut_alpha) = self.mixup, self.cutmix
@@ -71,13 +66,13 @@ class Mixing:
 
 
 def open_mixing(section: Mapping[str, Any], classes: int, seed: int) -> Mixing:
-    """The mixing that ``recipe.data`` of a resolved config asks for, as a dict."""
+    """Return the mixing that ``recipe.data`` of a resolved config, as a dict, asks for."""
     mixup, cutmix = ((section[name]["probability"], section[name]["alpha"]) for name in ("mixup", "cutmix"))
     return Mixing(mixup, cutmix, classes, seed)
 
 
 def mix_neighbours(batch: Batch, how: Mixed, classes: int) -> Batch:
-    """The batch with samples 0 and 1, 2 and 3 … mixed, each with the other."""
+    """Return the batch with samples 0 and 1, 2 and 3, … mixed with each other."""
     images = batch.images
     order = torch.arange(len(images), device=images.device) ^ 1
     labels = F.one_hot(batch.labels, classes).to(torch.promote_types(images.dtype, torch.float32))

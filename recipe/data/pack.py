@@ -1,4 +1,4 @@
-"""The images of a pack, read at random from its shards: the same samples as from the folder that was packed."""
+"""The images of a pack, read at random from its shards, with the same samples as the folder that was packed."""
 
 import errno
 import json
@@ -19,28 +19,28 @@ from recipe.data.pack_format import HEADER, Header, Part, damage, open_index, re
 
 
 class PackedImages(ImageDataset):
-    """The images of one of the two parts of a pack; refuses a file that is missing or has another size."""
+    """The images of one part of a pack; raises a ValueError if a file is missing or has a different size."""
 
     def __init__(self, pack: Path, header: Header, part: Part, **options: Unpack[Options]) -> None:
         self._folder = pack / part.folder
         self._shards = [self._folder / shard.file for shard in part.shards]
         for path, shard in zip(self._shards, part.shards, strict=True):
             if problem := damage(path, shard):
-                raise ValueError(f"{path}: {problem}; copy it again, or make the pack anew")
-        # Mapped, and no Python objects in them: forked workers, and the other ranks of the host, share them.
+                raise ValueError(f"{path}: {problem}; copy it again, or recreate the pack")
+        # Memory-mapped and without Python objects, so forked workers and the host's other ranks share them.
         self._images, self._names = open_index(pack, header, part)
         self._raw = header.making.raw
         super().__init__(self._images["label"].astype(np.int64), header.classes, self._names, **options)
-        # Opened once and for all: on a network file system each opening would ask the server. Workers inherit them,
-        # and read at an offset of their own.
+        # Opened only once, because each opening on a network file system is a request to the server. Workers inherit
+        # the descriptors and pass an offset with each read.
         self._files: list[int] = []
         weakref.finalize(self, _close, self._files)
         for path in self._shards:
             try:
                 self._files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             except OSError as error:
-                lacks = error.errno in (errno.EMFILE, errno.ENFILE)
-                remedy = "raise ulimit -n: a pack's shards stay open" if lacks else "mend it, or make the pack anew"
+                too_many = error.errno in (errno.EMFILE, errno.ENFILE)
+                remedy = "raise ulimit -n: a pack's shards stay open" if too_many else "fix that, or recreate the pack"
                 raise ValueError(f"{path}: {error.strerror}; {remedy}") from error
 
     def file(self, index: int) -> bytes:
@@ -53,7 +53,7 @@ class PackedImages(ImageDataset):
         return Decoded(torch.from_numpy(self._content(index).reshape(height, width, 3)))
 
     def _content(self, index: int) -> npt.NDArray[np.uint8]:
-        # Read rather than mapped: a disk that fails is then an error with a name, and not the end of the process.
+        # Read, not mapped: a failing disk then raises an error instead of killing the process.
         row = self._images[index]
         content = np.empty(row["bytes"], np.uint8)
         read = os.preadv(self._files[row["shard"]], [content.data], int(row["offset"]))
@@ -65,12 +65,12 @@ class PackedImages(ImageDataset):
         row = self._images[index]
         return (
             f"{self.name(index)}, {row['bytes']:,} bytes at {row['offset']:,}",
-            f"python -m recipe pack --verify {self._folder.parent} tells whether the shard is damaged; pack a mended "
-            "folder anew",
+            f"python -m recipe pack --verify {self._folder.parent} tells whether the shard is damaged; if not, fix the "
+            "original and recreate the pack",
         )
 
     def name(self, index: int) -> str:
-        """Return the shard, and behind a colon the file that was packed, relative to the folder that was."""
+        """Return the shard and, after a colon, the original file, relative to the folder that was packed."""
         start = int(self._images[index - 1]["name_end"]) if index else 0
         original = os.fsdecode(self._names[start : int(self._images[index]["name_end"])].tobytes())
         return printable(f"{self._shards[self._images[index]['shard']]}: {os.path.join(self._folder.name, original)}")
@@ -79,38 +79,37 @@ class PackedImages(ImageDataset):
 def open_pack(
     path: str | Path, *, short_side: int | None = None, raw: bool | None = None, **options: Unpack[Options]
 ) -> tuple[PackedImages, PackedImages]:
-    """Return (training, validation) from the folder of a pack, in the order of the ImageFolder that was packed.
+    """Return (training, validation) of a pack, in the order of the ImageFolder that was packed.
 
-    Refuses a pack whose images have another short side than ``short_side``, where that is given, or a smaller one than
-    validation resizes them to, and where ``raw`` is given one of the other kind. It does not look at every byte, as
-    ``python -m recipe pack --verify`` does.
+    Raises a ValueError if the pack does not have the given ``short_side`` or kind (``raw`` or not), or if its images
+    are smaller than validation resizes them to. Unlike ``python -m recipe pack --verify``, it does not read every byte.
     """
     path = Path(path)
     if not (path / HEADER).is_file():
         raise ValueError(
-            f"recipe.data.path: {path} holds no whole pack, which has a {HEADER}; make one by python -m recipe pack, "
-            'or write "source": "imagefolder"'
+            f"recipe.data.path: {path} is not a complete pack, which has a {HEADER}; create one with python -m recipe "
+            'pack, or write "source": "imagefolder"'
         )
     header = read_header(path)
     packed_at = header.making.short_side
     if short_side is not None and short_side != packed_at:
         raise ValueError(
-            f"recipe.data.pack_short_side = {short_side}: {path} is a pack of short side {packed_at}, whose pixels are "
-            f"others; write {packed_at}, or name another pack"
+            f"recipe.data.pack_short_side = {short_side}: {path} is a pack of short side {packed_at}, so the pixels "
+            f"differ; write {packed_at}, or name a different pack"
         )
     if raw is not None and raw != header.making.raw:
         kind = "raw pixels" if header.making.raw else "image files"
         raise ValueError(
-            f"recipe.data.pack_raw = {json.dumps(raw)}: {path} is a pack of {kind}, whose pixels are others; write "
-            f"{json.dumps(header.making.raw)}, or name another pack"
+            f"recipe.data.pack_raw = {json.dumps(raw)}: {path} is a pack of {kind}, so the pixels differ; write "
+            f"{json.dumps(header.making.raw)}, or name a different pack"
         )
     train, validation = (PackedImages(path, header, part, **options) for part in header.parts)
     image_size = validation.sizes.validation
     needed = evaluation_short_side(image_size, options["crop"])
     if 0 < packed_at < needed:
         raise ValueError(
-            f"recipe.data.path: {path} is a pack of short side {packed_at}, but images of {image_size} px are "
-            f"validated at {needed}; pack anew with --short-side {needed} or more"
+            f"recipe.data.path: {path} is a pack of short side {packed_at}, but validation at {image_size} px resizes "
+            f"to {needed}; recreate the pack with --short-side {needed} or more"
         )
     return train, validation
 

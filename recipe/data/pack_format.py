@@ -1,15 +1,15 @@
-"""What a pack is on the disk: an ImageFolder in a few tar shards, and an index by which any image is one read.
+"""The files of a pack: an ImageFolder in a few tar shards, and an index that locates every image for a single read.
 
 | file | content |
 |---|---|
 | ``train/00000.tar``, … | WebDataset's convention: ``00000007.jpg`` (bytes of any image format) and ``00000007.cls`` |
 | ``train/00000.idx``, … | the shard's index as DALI's ``wds2idx`` writes it |
-| ``train/images.npy`` | ``IMAGE`` or ``RAW_IMAGE``, one for each image in the order of torchvision's ImageFolder |
-| ``train/names.npy`` | uint8, the original file names relative to ``train/``, end to end |
-| ``pack.json`` | ``Header``, written last: where it is, the pack is whole |
+| ``train/images.npy`` | ``IMAGE`` or ``RAW_IMAGE`` for each image, in the order of torchvision's ImageFolder |
+| ``train/names.npy`` | uint8, the original file names relative to ``train/``, concatenated |
+| ``pack.json`` | ``Header``, written last: a pack that has it is complete |
 
-Raw pixels are a ``00000007.npy`` in the place of the ``.jpg``. The validation images lie likewise in ``val/`` or
-``test/``. No array holds Python objects: reading runs no code.
+Raw pixels are ``00000007.npy`` instead of ``.jpg``. The validation images are stored likewise in ``val/`` or ``test/``.
+No array contains Python objects, so reading one runs no code.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ from recipe.config import Count, Section, Size, parse_json, read_text, validate
 HEADER, IMAGES, NAMES = "pack.json", "images.npy", "names.npy"
 
 IMAGE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("shard", "<u4"), ("label", "<u4"), ("name_end", "<u8")])
-"""Where an image lies: ``bytes`` from ``offset`` on in shard number ``shard``; its name ends at ``name_end``."""
+"""The location of an image: ``bytes`` from ``offset`` on in shard number ``shard``; its name ends at ``name_end``."""
 
 RAW_IMAGE = np.dtype([*IMAGE.descr, ("height", "<u4"), ("width", "<u4")])
-"""Where the pixels of an image lie, uint8 (height, width, 3), or with a height of 0 the bytes of one that is bad."""
+"""The location of an image's pixels, uint8 (height, width, 3), or, with height 0, of the bytes of a bad image."""
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Several = Field(strict=False)
@@ -36,7 +36,7 @@ Several = Field(strict=False)
 
 class File(Section):
     file: str = Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z._-]*$")
-    """the name of a file beside the others of its part"""
+    """the file name, in the folder of its part"""
     bytes: Size
     """its size in bytes, a whole number >= 0"""
     sha256: Sha256
@@ -45,7 +45,7 @@ class File(Section):
 
 class BadImage(Section):
     name: str
-    """the original file, relative to the folder that was packed, as a message shows it"""
+    """the original file, relative to the folder that was packed, with escapes for unprintable characters"""
     problem: str
     """why it could not be decoded"""
 
@@ -64,33 +64,33 @@ class Part(Section):
     bad_images: Annotated[tuple[BadImage, ...], Several]
     """a list of objects with name and problem: images that are in the pack and cannot be decoded"""
     kept_images: Annotated[tuple[BadImage, ...], Several] = ()
-    """a list of objects with name and problem: images that could not be made smaller, and are the original bytes"""
+    """a list of objects with name and problem: images that could not be made smaller and keep their original bytes"""
 
 
 class Making(Section):
-    """What decides on the bytes of a pack, besides the source's."""
+    """The settings and the source that determine the bytes of a pack."""
 
     version: Literal[1] = 1
-    """the format's version, 1; make the pack anew with this checkout"""
+    """the format's version, 1; recreate the pack with this checkout"""
     short_side: Size
-    """the short side in pixels to which larger images were resized, a whole number; 0: all are the original bytes"""
+    """the short side in pixels to which larger images were resized, a whole number; 0: all keep their original bytes"""
     raw: bool = False
-    """true or false: whether the images are pixels, and need no decoding"""
+    """true or false: whether the images are stored as pixels, which need no decoding"""
     jpeg_quality: Count = 92
-    """libjpeg's quality of the images that were resized, a whole number"""
+    """libjpeg's quality for resized images, a whole number"""
     jpeg_subsampling: str = "4:2:0"
-    """the chroma subsampling of the images that were resized, a string"""
+    """the chroma subsampling of resized images, a string"""
     pillow: str
     """the version of Pillow that resized and encoded, a string"""
     source_sha256: Sha256
-    """the SHA-256 of the source's file names, sizes and times of change"""
+    """the SHA-256 of the source's file names, sizes and modification times"""
 
 
 class Header(Section):
     making: Making
-    """an object with version, short_side and what else decides on the bytes"""
+    """an object with version, short_side and whatever else determines the bytes"""
     classes: Annotated[tuple[str, ...], Several]
-    """a list of the classes' names, as a message shows them, in the order of their numbers"""
+    """a list of the class names, with escapes for unprintable characters, in the order of their numbers"""
     train: Part
     """an object with folder, images, shards, indices and bad_images"""
     validation: Part
@@ -105,26 +105,26 @@ def read_header(pack: Path) -> Header:
     """Return the header of the pack in a folder."""
     path = pack / HEADER
     if not path.is_file():
-        raise ValueError(f"{pack} holds no whole pack, which has a {HEADER}; make one by python -m recipe pack")
+        raise ValueError(f"{pack} is not a complete pack, which has a {HEADER}; create one with python -m recipe pack")
     raw = parse_json(read_text(path, "*.json"), str(path))
-    header = validate(Header, raw, str(path), "make the pack anew with python -m recipe pack")
+    header = validate(Header, raw, str(path), "recreate the pack with python -m recipe pack")
     if header.train.folder != "train" or header.validation.folder == "train":
-        raise ValueError(f"{path}: train lies in train/, validation in val/ or test/; make the pack anew")
+        raise ValueError(f"{path}: train must be in train/, validation in val/ or test/; recreate the pack")
     return header
 
 
 def open_index(pack: Path, header: Header, part: Part) -> tuple[npt.NDArray, npt.NDArray]:
-    """Return (images, names) of a part, mapped into memory: the processes of a host share one copy of them."""
+    """Return (images, names) of a part, memory-mapped, so that the processes of a host share one copy."""
     folder, files, arrays = pack / part.folder, {file.file: file for file in part.indices}, []
     for name, dtype in ((IMAGES, RAW_IMAGE if header.making.raw else IMAGE), (NAMES, np.dtype(np.uint8))):
         if name not in files:
-            raise ValueError(f"{pack / HEADER}: {part.folder} has no {name}; make the pack anew")
+            raise ValueError(f"{pack / HEADER}: {part.folder} has no {name}; recreate the pack")
         problem = damage(folder / name, files[name], every_byte=True)
         if problem is None:
             array = np.load(folder / name, mmap_mode="r", allow_pickle=False)
             problem = f"an array of {array.dtype}" if array.dtype != dtype or array.ndim != 1 else None
         if problem is not None:
-            raise ValueError(f"{folder / name}: {problem}; copy it again, or make the pack anew")
+            raise ValueError(f"{folder / name}: {problem}; copy it again, or recreate the pack")
         arrays.append(array)
     images, names = arrays
     if (
@@ -134,8 +134,8 @@ def open_index(pack: Path, header: Header, part: Part) -> tuple[npt.NDArray, npt
         or [shard.file for shard in part.shards] != list(map(shard_name, range(int(images["shard"].max()) + 1)))
     ):
         raise ValueError(
-            f"{folder / IMAGES}: not the index of {part.images:,} images of {len(header.classes):,} classes in "
-            f"{len(part.shards)} shards, of which {HEADER} speaks; make the pack anew"
+            f"{folder / IMAGES}: not the index of the {part.images:,} images of {len(header.classes):,} classes in "
+            f"{len(part.shards)} shards that {HEADER} lists; recreate the pack"
         )
     return images, names
 
@@ -145,19 +145,19 @@ def shard_name(number: int) -> str:
 
 
 def describe(path: Path) -> File:
-    """Return what the header says of a file."""
+    """Return a file's entry in the header."""
     return File(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 def damage(path: Path, file: File, every_byte: bool = False) -> str | None:
-    """Return in words how a file differs from what was written, by its size or by every byte of it; None if nothing."""
+    """Return how a file's size, or with ``every_byte`` its content, differs from its entry in the header, or None."""
     try:
         size = path.stat().st_size
     except OSError as error:
         return error.strerror or str(error)
     if size != file.bytes:
-        return f"{size:,} bytes, of {file.bytes:,} that were written"
-    return "another SHA-256 than was written" if every_byte and sha256_of(path) != file.sha256 else None
+        return f"{size:,} bytes instead of {file.bytes:,}"
+    return "its SHA-256 differs from the original's" if every_byte and sha256_of(path) != file.sha256 else None
 
 
 def sha256_of(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Resizing as torchvision does it, whole or in part: bilinear with antialiasing, in uint8."""
+"""Bilinear resizing with antialiasing in uint8, as in torchvision, of one image or of boxes in a batch."""
 
 import math
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Resize uint8 (h, w, 3) as PIL does, bilinear with antialiasing; now and then a value differs by one."""
+    """Resize uint8 (h, w, 3) as PIL does, bilinear with antialiasing; a value occasionally differs by one."""
     if pixels.shape[:2] == (height, width):
         return pixels
-    planes = pixels.unsqueeze(0).permute(0, 3, 1, 2)  # in memory as it was: channels_last, which torch's kernel likes
+    planes = pixels.unsqueeze(0).permute(0, 3, 1, 2)  # still channels_last in memory, which torch's kernel prefers
     if pixels.device.type == "cpu":
         resized = F.interpolate(planes, (height, width), mode="bilinear", antialias=True)
     else:
@@ -20,17 +20,17 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def _resized_in_float(planes: Tensor, height: int, width: int) -> Tensor:
-    """As CUDA must, which has no such kernel for uint8."""
+    """Resize in fp32, because CUDA has no such kernel for uint8."""
     resized = F.interpolate(planes.float(), (height, width), mode="bilinear", antialias=True)
     return resized.round_().to(torch.uint8)
 
 
 def resized_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut a box out of each image and resize it to (size, size), with the values of torch's kernel for a CPU.
+    """Cut a box out of each image and resize it to (size, size), with the values of torch's CPU kernel.
 
     ``images`` is uint8 (m, height, width, 3), ``boxes`` int64 (m, 4): top, left, height, width, in pixels.
     """
-    # First along the rows, then along the columns, rounded to uint8 between.
+    # First along rows, then along columns, rounded to uint8 in between.
     first, weights, precision = _taps(boxes[:, 3], size, images.shape[2])
     images = _weighted(images.transpose(1, 2), boxes[:, 1, None] + first, weights, precision).transpose(1, 2)
     first, weights, precision = _taps(boxes[:, 2], size, images.shape[1])
@@ -38,7 +38,7 @@ def resized_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def _weighted(lines: Tensor, first: Tensor, weights: Tensor, precision: Tensor) -> Tensor:
-    """Sum up lines, uint8 (m, n, k, 3), as ``_taps`` says, into uint8 (m, S, k, 3)."""
+    """Return the weighted sums of lines, uint8 (m, n, k, 3), as uint8 (m, S, k, 3); see ``_taps``."""
     every = torch.arange(len(lines), device=lines.device)[:, None]
     sums = torch.zeros(*first.shape, *lines.shape[2:], dtype=torch.int32, device=lines.device)
     for tap in range(weights.shape[-1]):
@@ -48,10 +48,11 @@ def _weighted(lines: Tensor, first: Tensor, weights: Tensor, precision: Tensor) 
 
 
 def _taps(lengths: Tensor, size: int, longest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What each pixel of a resized line is the weighted sum of, as torch's ``UpSampleKernel.cpp`` computes it.
+    """Return the pixels and weights that make up each pixel of a resized line, as in torch's ``UpSampleKernel.cpp``.
 
-    Lines of ``lengths`` pixels, int64 (m,) and at most ``longest``, become ``size``, S, long. Returns the first pixel,
-    int64 (m, S); the weights from there on, int32 (m, S, taps), times 2 to the power of the precision, int32 (m,).
+    Lines of ``lengths`` pixels, int64 (m,) and at most ``longest``, are resized to ``size``, S, pixels. Returns the
+    first pixel, int64 (m, S); the weights from there on, int32 (m, S, taps), scaled by 2 to the power of the precision;
+    and the precision, int32 (m,).
     """
     scale = (lengths.double() / size)[:, None]
     support = scale.clamp(min=1.0)
@@ -65,9 +66,9 @@ def _taps(lengths: Tensor, size: int, longest: int) -> tuple[Tensor, Tensor, Ten
     for tap in range(taps):
         weight = (1 - ((first + tap - centre + 0.5) * inverse).abs()).clamp_(min=0)
         weights[:, :, tap] = torch.where(count > tap, weight, 0.0)
-        total += weights[:, :, tap]  # one after the other, to round as the kernel does
+        total += weights[:, :, tap]  # one at a time, to round as the kernel does
     weights /= total[:, :, None]
-    # The largest precision at which the largest weight is below 2^15 when rounded.
+    # The largest precision at which the largest weight still rounds to less than 2^15.
     mantissa, exponent = torch.frexp(weights.amax((1, 2)))
     precision = (15 - exponent - (mantissa * 2**15 >= 2**15 - 0.5).int()).clamp_(max=22)
     return first, (weights * (1 << precision)[:, None, None] + 0.5).int(), precision

@@ -1,4 +1,4 @@
-"""Which samples a rank sees, in which order: a function of (seed, epoch, step), split by arithmetic alone."""
+"""The order of samples on each rank, as a function of (seed, epoch, step)."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, NotRequired, TypedDict, Unpack
@@ -12,67 +12,64 @@ from torch.utils.data import Sampler
 from recipe.data.seeds import derive_seed
 
 PADDING = -1
-"""The index that stands where a validation batch is longer than the data; its sample has weight 0."""
+"""The index of a blank sample with weight 0, which fills a validation batch that extends past the data."""
 
 
 class Keys(NamedTuple):
-    """Which samples make a batch."""
+    """The epoch and sample indices of a batch."""
 
     epoch: int | None
-    """whose crops training takes; None for validation"""
+    """the training epoch, which seeds the crops; None for validation"""
     indices: npt.NDArray[np.int64]
-    """(m,), of numpy: a tensor would travel to a worker through a file of its own"""
+    """(m,), numpy because a tensor would reach a worker through a file of its own"""
 
 
 def epoch_permutation(seed: int, epoch: int, length: int) -> Tensor:
-    """Return the order of one epoch: a permutation of ``range(length)``, int64 of shape (length,)."""
+    """Return the sample order of an epoch: a permutation of ``range(length)`` as int64."""
     generator = torch.Generator().manual_seed(derive_seed("permutation", seed, epoch))
     return torch.randperm(length, generator=generator)
 
 
 class Split(TypedDict):
-    """How global batches are split into the micro-batches of the ranks."""
+    """How global batches are split into micro-batches and ranks."""
 
     global_batch: int
     """samples per step, over all ranks and accumulation rounds"""
     batch_changes: NotRequired[Sequence[tuple[int, int]]]
-    """(epoch, global batch from that on), the epochs rising; none: it is ``global_batch`` throughout"""
+    """(epoch, global batch from then on) in ascending order, if the batch size changes during the run"""
     micro_batch: int
-    """samples that a rank takes at once"""
+    """samples per rank and accumulation round"""
     rank: int
-    """this process, from 0"""
     world_size: int
-    """number of processes"""
     seed: int
     """seed of the permutations"""
 
 
 class TrainSampler(Sampler[Keys]):
-    """Yields, for one rank, the keys of one micro-batch after the other.
+    """Yields the keys of one rank's micro-batches.
 
-    Global step t of an epoch holds the samples ``permutation[t * B : (t + 1) * B]`` for the global batch B,
-    whatever the split; the samples after the last whole batch wait for another epoch's permutation.
+    Step t of an epoch holds ``permutation[t * B : (t + 1) * B]`` for the global batch B, however it is split. Samples
+    after the last full batch are left to other epochs.
     """
 
     def __init__(self, length: int, **split: Unpack[Split]) -> None:
         micro_batch, world_size = split["micro_batch"], split["world_size"]
         for _, batch in (changes := ((0, split["global_batch"]), *split.get("batch_changes", ()))):
             if batch % (world_size * micro_batch):
-                raise ValueError(f"global batch {batch} is no multiple of {world_size} ranks × {micro_batch} samples")
+                raise ValueError(f"global batch {batch} is not a multiple of {world_size} ranks × {micro_batch} images")
             if batch > length:
-                raise ValueError(f"global batch {batch} is larger than the data set ({length} samples)")
+                raise ValueError(f"global batch {batch} is larger than the data set ({length} images)")
         self._changes = changes
         self._length = length
         self._split = split
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Make the next pass that of ``epoch``, from step ``first_step`` of that epoch on."""
+        """Set the epoch of the next pass, and the step of that epoch at which it starts."""
         self._batch = next(batch for first_epoch, batch in reversed(self._changes) if first_epoch <= epoch)
         self.accumulation = self._batch // (self._split["world_size"] * self._split["micro_batch"])
         self.steps_per_epoch = self._length // self._batch
-        if not 0 <= first_step <= self.steps_per_epoch:
-            raise ValueError(f"first step {first_step} is not within an epoch of {self.steps_per_epoch} steps")
+        assert 0 <= first_step <= self.steps_per_epoch, (first_step, self.steps_per_epoch)
         self._epoch, self._first_step = epoch, first_step
 
     def __len__(self) -> int:
@@ -83,18 +80,17 @@ class TrainSampler(Sampler[Keys]):
         permutation = epoch_permutation(split["seed"], epoch, self._length).numpy()
         for step in range(self._first_step, self.steps_per_epoch):
             for accumulation in range(self.accumulation):
-                # The micro-batches of one accumulation round lie side by side across the ranks: n samples in
-                # a row are then on neighbouring ranks at the same moment, and batch norm over groups of n
-                # sees the same groups for every split into ranks, accumulation and micro-batch.
+                # The ranks' micro-batches of an accumulation round are adjacent. Batch norm over groups of n samples
+                # therefore sees the same groups for every split into ranks, accumulation and micro-batch.
                 start = step * self._batch + (accumulation * split["world_size"] + split["rank"]) * m
                 yield Keys(epoch, permutation[start : start + m])
 
 
 class ValidationSampler(Sampler[Keys]):
-    """Yields, for one rank, the keys of one batch after the other: over all ranks every sample once, in data-set order.
+    """Yields the keys of one rank's validation batches; over all ranks, every sample once, in data-set order.
 
-    Every rank gets the same number of batches, each of exactly ``micro_batch`` samples, so that no rank waits
-    for another in a collective; places beyond the data hold ``PADDING``.
+    Every rank gets the same number of batches of exactly ``micro_batch`` samples, so that no rank waits for another in
+    a collective. Positions past the data hold ``PADDING``.
     """
 
     def __init__(self, length: int, *, micro_batch: int, rank: int, world_size: int) -> None:

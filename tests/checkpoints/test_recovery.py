@@ -185,7 +185,7 @@ VAL_GOES_AWAY = """
 import sys
 
 from recipe.data.datasets import BadImageError
-from recipe.data.imagefolder import ImageFiles
+from recipe.data.image_files import ImageFiles
 from recipe.train import main
 
 read, seen = ImageFiles.image, []

@@ -11,24 +11,8 @@ from torchvision.datasets import ImageFolder, folder as torchvision_folder
 
 from recipe.data import IMG_EXTENSIONS, FolderIndex, index_folder, list_imagefolder
 
-# Spaces, line breaks, other alphabets, bytes that are no UTF-8 (as Python names them), hidden, and nearly an image.
-NAMES = [
-    "a",
-    "B",
-    "ä ö",
-    "日本",
-    "new\nline",
-    "\udcff\udc80",
-    "z\udcc3",
-    "-rf",
-    "a-b",
-    "a.b",
-    "~",
-    "'\"",
-    "😀",
-    "0 1",
-    "._x",
-]
+# Spaces, line breaks, other alphabets, bytes that are not UTF-8 (as Python represents them), and a hidden name.
+NAMES = ["a", "B", "ä ö", "日本", "new\nline", "\udcff\udc80", "z\udcc3", "-rf", "a.b", "'\"", "😀", "0 1", "._x"]
 ENDINGS = [".jpg", ".JPEG", ".png", ".webp", ".txt", ".jpg.txt", ""]
 
 
@@ -37,7 +21,7 @@ def content(index: FolderIndex):
 
 
 def torchvisions(root):
-    """What torchvision finds, but for what is hidden, and for what it finds again in a circle of links."""
+    """The images that torchvision finds, except hidden ones and those found again through a circular link."""
 
     def is_shown(path):
         path = path.removeprefix(str(root))
@@ -50,7 +34,7 @@ def torchvisions(root):
 
 
 def some_folder(root: Path, dice: random.Random) -> Path:
-    """Folders within folders, files of odd names, and links: to files, to folders, to nowhere, in a circle."""
+    """Nested folders, files with odd names, and links to files, to folders, to nowhere, and in a circle."""
     folders = [root / "class"]
     folders[0].mkdir(parents=True)
     for _ in range(dice.randint(3, 12)):
@@ -78,7 +62,7 @@ def some_folder(root: Path, dice: random.Random) -> Path:
     return root
 
 
-def test_it_lists_what_torchvision_finds(tmp_path):
+def test_the_images_are_torchvisions(tmp_path):
     for seed in range(20):
         root = str(some_folder(tmp_path / str(seed) / "images", random.Random(seed)))
         found = index_folder(root)
@@ -86,7 +70,7 @@ def test_it_lists_what_torchvision_finds(tmp_path):
         assert found.labels.dtype == found.counts.dtype == np.int64
 
 
-def test_hidden_files_do_not_count_and_files_of_other_kinds_are_counted(tmp_path):
+def test_hidden_files_are_ignored_and_other_kinds_are_counted(tmp_path):
     root = tmp_path / "images"
     touch(
         root,
@@ -107,19 +91,19 @@ def touch(root: Path, *files: str) -> None:
         (root / file).touch()
 
 
-def test_it_takes_the_extensions_of_torchvision_and_does_not_import_it():
+def test_extensions_are_torchvisions_without_importing_it():
     assert IMG_EXTENSIONS == torchvision_folder.IMG_EXTENSIONS
     program = "import recipe.data.folder_index, sys; print([name for name in sys.modules if name.startswith('torch')])"
     printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     assert printed == "[]\n"
 
 
-def test_links_are_followed_but_for_those_to_a_folder_that_they_lie_in(tmp_path):
+def test_links_are_followed_except_to_a_folder_that_contains_them(tmp_path):
     root = tmp_path / "images"
     touch(root, "a/1.jpg", "a/deep/er/3.jpg", "b/1.jpg")
     touch(tmp_path, "disk/1.jpg")
     links = {"a/circle": "a", "a/deep/er/up": "a/deep", "a/root": ".", "a/above": "..", "b/itself": "b/itself"}
-    # From one class into the other and back: the images of both are in each, but no image is twice in one.
+    # Links between two classes: each has the images of both, but none twice.
     for link, target in (links | {"above": "..", "a/to b": "b", "b/to a": "a", "linked": "../disk"}).items():
         (root / link).symlink_to(root / target)
     (root / "a/everything").symlink_to("/")
@@ -147,7 +131,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
         list_imagefolder(tmp_path)
 
 
-def test_a_share_of_each_class_is_held_out_by_the_names_alone(tmp_path):
+def test_a_share_of_each_class_is_held_out_by_name_alone(tmp_path):
     names = {name: [f"{name}/{number}.png" for number in range(count)] for name, count in (("cat", 20), ("dog", 3))}
     touch(tmp_path / "data", *names["cat"], *names["dog"])
     train, validation = list_imagefolder(tmp_path / "data", 0.1)
@@ -163,15 +147,15 @@ def test_a_share_of_each_class_is_held_out_by_the_names_alone(tmp_path):
     trained = [os.path.relpath(train.path(index), tmp_path / "data") for index in range(20)]
     assert trained == [name for name in sorted(names["cat"]) + names["dog"] if name not in by_hand]
     assert train.labels.tolist() == [0] * 18 + [1] * 2
-    # The same folder elsewhere, as another host mounts it, is split alike.
+    # The same folder elsewhere, as mounted on another host, is split in the same way.
     os.rename(tmp_path / "data", tmp_path / "train")
     again = list_imagefolder(tmp_path, 0.1)[1]
     assert {os.path.relpath(again.path(index), tmp_path / "train") for index in range(3)} == by_hand
 
     (tmp_path / "val").mkdir()
-    with pytest.raises(ValueError, match=r"val is there; remove recipe\.data\.validation_share"):
+    with pytest.raises(ValueError, match=r"val exists; remove recipe\.data\.validation_share"):
         list_imagefolder(tmp_path, 0.1)
     (tmp_path / "val").rmdir()
     touch(tmp_path / "train", "owl/0.png")
-    with pytest.raises(ValueError, match="holds a single image of owl, which cannot be split"):
+    with pytest.raises(ValueError, match="has a single image of owl, which cannot be split"):
         list_imagefolder(tmp_path, 0.1)

@@ -1,8 +1,7 @@
-"""A data set of Hugging Face gives the samples of a folder of the same files, and is refused where it will not do."""
+"""A Hugging Face data set gives the same samples as a folder of the same files, or is refused."""
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,19 @@ import torch
 
 from recipe.commands.export import data_name
 from recipe.commands.hosts import probe
-from recipe.data import BadImageError, EncodedImages, HeldImages, TrainLoader, ValidationLoader, list_imagefolder, look
-from recipe.data.augment import cut
-from recipe.data.decoding import decode
+from recipe.data import BadImageError, Keys, list_imagefolder, look
 from recipe.data.huggingface_index import list_huggingface
-from recipe.data.sampler import Keys
 from recipe.data.sources import open_datasets, open_validation
-from tests.data.images import MEAN, STD, assert_same, picture, write_folder
-from tests.data.test_imagefolder import spoil, write_kinds
-from tests.launch import DIGITS, events, train_ok
+from tests.data.images import assert_same, load, spoil, write_folder, write_kinds
+from tests.launch import DIGITS
 from tests.test_early_refusals import without_torch
 
-CPU = torch.device("cpu")
 IMAGE = {"bytes": b"", "path": None}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Nothing is left in the user's cache, and nobody looks on the hub."""
+    """Use neither the user's cache nor the hub."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -40,7 +34,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of every kind of image, one of which is none."""
+    """Two classes with every kind of image and a truncated one."""
     root = write_folder(tmp_path_factory.mktemp("images"), classes=1, images=4)
     for part in ("train", "val"):
         write_kinds(root / part / "kinds of images")
@@ -49,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(labels: list[int | None], names: tuple[str, ...] = ("cat", "dog"), **columns: Any) -> datasets.Dataset:
-    """A split of images that are empty files, with these labels; ``columns`` are features of further columns."""
+    """A split of empty image files with these labels; ``columns`` are the features of additional columns."""
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))} | columns
     values = {"image": IMAGE, **dict.fromkeys(columns, IMAGE)}
     content = {name: [values[name]] * len(labels) for name in features if name in values} | {"label": labels}
@@ -68,13 +62,13 @@ def of_folder(folder: Path) -> datasets.DatasetDict:
 
 
 def save(splits: datasets.DatasetDict, destination: Path) -> Path:
-    # What it was used as last is saved, too.
+    # The last output format is saved, too.
     splits.with_format("numpy").save_to_disk(destination)
     return destination
 
 
 def write_parquet(splits: datasets.DatasetDict, destination: Path) -> Path:
-    """As the hub lays it out."""
+    """Write the files as on the hub."""
     (destination / "data").mkdir(parents=True)
     for name, split in splits.items():
         for shard in range(2):
@@ -91,7 +85,7 @@ def open_as(source: str, path: Path, on_bad_image: str = "skip", crop: str = "ra
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_every_sample_is_the_folders_bit_for_bit(
+def test_samples_are_bit_identical_to_the_folders(
     folder: Path, tmp_path: Path, write: Callable[[datasets.DatasetDict, Path], Path]
 ) -> None:
     path = write(of_folder(folder), tmp_path / "hub")
@@ -112,95 +106,25 @@ def test_every_sample_is_the_folders_bit_for_bit(
     assert str(error.value).startswith(f"{path}: train[2] (2.jpg): not a readable image")
 
 
-def as_it_is(dataset: Any, training: bool) -> Any:
-    return dataset
-
-
-def held(dataset: Any, training: bool) -> Any:
-    return HeldImages(dataset, CPU, training=training)
-
-
-def encoded(dataset: Any, training: bool) -> Any:
-    def decoder(files: list[torch.Tensor], views: list[Any], size: int) -> list[torch.Tensor]:
-        return [cut(decode(bytes(file)).pixels, view, size) for file, view in zip(files, views, strict=True)]
-
-    return EncodedImages(dataset, decoder, CPU)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("way", [as_it_is, held, encoded])
-def test_batches_are_the_folders_on_every_rank_and_by_every_way_to_the_device(
-    tmp_path: Path, workers: int, way: Callable[[Any, bool], Any]
-) -> None:
-    folder = write_folder(tmp_path / "images", images=9)
-    for part in ("train", "val"):
-        spoil(folder / part / "c0/2.jpg", "truncated")
-        picture(5).save(folder / part / "c1/1.jpg", "PNG")
+def test_workers_read_the_same_batches_as_from_the_folder(folder: Path, tmp_path: Path) -> None:
     path = save(of_folder(folder), tmp_path / "hub")
-    common = {"micro_batch": 3, "world_size": 2, "device": "cpu", "dtype": torch.float32, "mean": MEAN, "std": STD}
-    batches: dict[str, list] = {}
-    for source, where, processes in (("huggingface", path, workers), ("imagefolder", folder, 0)):
-        train, validation = open_as(source, where, crop="padded")
-        for rank in (0, 1):
-            own = common | {"workers": processes, "rank": rank}
-            loaders = (
-                TrainLoader(way(train, True), global_batch=6, seed=0, **own),
-                ValidationLoader(way(validation, False), **own),
-            )
-            for passed in (loaders[0].epoch(1, first_step=1), loaders[1].batches()):
-                batches[source] = batches.get(source, []) + [
-                    b.__class__(**vars(b) | {"bad_images": ()}) for b in passed
-                ]
-            for loader in loaders:
-                loader.close()
-    assert len(batches["imagefolder"]) == 2 * (2 + 3)
-    assert_same(batches["huggingface"], batches["imagefolder"])
+    ours = load(open_as("huggingface", path), workers=2)
+    assert_same(ours, load(open_as("imagefolder", folder)))
 
 
-@pytest.mark.slow
-def test_training_from_it_is_training_from_the_folder_and_resumes(tmp_path: Path) -> None:
-    images = write_folder(tmp_path / "images", images=12)
-    picture(9).save(images / "train/c1/3.jpg", "PNG")
-    hub = write_parquet(of_folder(images), tmp_path / "hub")
-
-    def run(source: str, path: Path) -> None:
-        data = {"source": source, "path": str(path), "image_size": 32, "workers": 1}
-        train_ok(
-            *("--deepspeed_config", DIGITS, "--output", str(tmp_path / source)),
-            *("--set=train_batch_size=8", "--set=recipe.model.num_classes=2", "--set=recipe.schedule.epochs=2"),
-            *("--set=recipe.schedule.decay_epochs=[1]", "--set=recipe.schedule.warmup_epochs=0"),
-            f"--set=recipe.data={json.dumps(data)}",
-            HF_HOME=str(tmp_path / "home"),
-        )
-
-    run("imagefolder", images)
-    run("huggingface", hub)
-    shutil.rmtree(tmp_path / "huggingface/checkpoints/step-00000006")
-    run("huggingface", hub)
-    told, states = [], []
-    for source in ("imagefolder", "huggingface"):
-        lines = events(tmp_path / source, "step") + events(tmp_path / source, "validation")
-        told.append([(line["step"], line["loss"], line.get("top1")) for line in lines])
-        file = tmp_path / source / "checkpoints/step-00000006/mp_rank_00_model_states.pt"
-        states.append(torch.load(file, weights_only=True)["module"])
-    assert told[0] == told[1]
-    assert len(told[0]) == 8
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-def test_a_share_of_each_class_is_held_out_by_the_places_of_the_images(tmp_path: Path) -> None:
+def test_a_share_of_each_class_is_held_out_by_row(tmp_path: Path) -> None:
     labels = [0, 1, 1, 0, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1]
     rows(labels).save_to_disk(tmp_path / "hub")  # no DatasetDict
     train, validation = list_huggingface(str(tmp_path / "hub"), 0.3)
-    places = sorted(range(len(labels)), key=lambda place: hashlib.sha256(str(place).encode()).digest())
-    expected = [place for place in places if not labels[place]][:1] + [place for place in places if labels[place]][:3]
+    order = sorted(range(len(labels)), key=lambda row: hashlib.sha256(str(row).encode()).digest())
+    expected = [row for row in order if not labels[row]][:1] + [row for row in order if labels[row]][:3]
     assert validation.rows.tolist() == sorted(expected)
     assert sorted([*train.rows, *validation.rows]) == list(range(len(labels)))
     for part in (train, validation):
         assert part.labels.tolist() == [labels[row] for row in part.rows]
 
 
-def test_a_plan_counts_without_torch_and_says_what_is_missing(tmp_path: Path) -> None:
+def test_a_plan_counts_without_torch_and_names_a_missing_package(tmp_path: Path) -> None:
     hub = write_parquet(datasets.DatasetDict(train=rows([0, 1, 1, 1]), validation=rows([0, 1])), tmp_path / "hub")
     found = look("huggingface", str(hub))
     assert (found.classes, found.train_images, found.validation_images) == ((("cat", 1), ("dog", 3)), 4, 2)
@@ -217,11 +141,9 @@ def test_a_plan_counts_without_torch_and_says_what_is_missing(tmp_path: Path) ->
     )
 
 
-def test_a_name_without_a_folder_is_one_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_without_a_folder_is_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"^there is no folder own/cats, nor can such a data set be had from the hub: "
-    ):
+    with pytest.raises(ValueError, match=r"^there is no folder own/cats, nor can this name be loaded from the hub: "):
         list_huggingface("own/cats")
     with pytest.raises(ValueError, match=r"^there is no folder cats; a data set on the hub is called owner/name$"):
         list_huggingface("cats")
@@ -235,7 +157,7 @@ def test_a_name_without_a_folder_is_one_of_the_hub(tmp_path: Path, monkeypatch: 
     assert data_name("digits", None) == "digits"
 
 
-def test_what_is_evaluated_on_is_what_is_held_out_or_the_only_split(folder: Path, tmp_path: Path) -> None:
+def test_evaluation_uses_the_held_out_split_or_the_only_one(folder: Path, tmp_path: Path) -> None:
     common: dict[str, Any] = {"image_size": 16, "crop": "none", "on_bad_image": "skip"}
     splits = of_folder(folder)
     splits["train"].select([0]).save_to_disk(tmp_path / "one")
@@ -248,7 +170,7 @@ def test_what_is_evaluated_on_is_what_is_held_out_or_the_only_split(folder: Path
         assert np.array_equal(held_out.labels, splits["validation"].with_format(None)["label"][:])
 
 
-def test_an_image_may_be_a_file_elsewhere_or_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_can_be_a_separate_file_or_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common: dict[str, Any] = {"image_size": 16, "crop": "none", "on_bad_image": "stop"}
     named = open_validation(folder, "huggingface", **common)  # datasets lists a folder of images, too
     files = sorted(path.read_bytes() for path in (folder / "val").glob("*/*"))
@@ -274,7 +196,7 @@ REFUSED: list[tuple[dict[str, datasets.Dataset], float | None, str]] = [
     ({"validation": rows([0])}, None, r" has no split train, only validation$"),
     ({"train": rows([0])}, None, r" has no split validation or val or test; write recipe.data.validation_share 0.1$"),
     ({"train": rows([0]), "test": rows([0])}, 0.1, r" has a split test; remove recipe.data.validation_share$"),
-    ({"train": rows([0, 1, 1])}, 0.5, r": train holds a single image of cat, which cannot be split; add some$"),
+    ({"train": rows([0, 1, 1])}, 0.5, r": train has a single image of cat, which cannot be split; add some$"),
     (
         {"train": rows([0, 1]), "test": rows([-1, -1])},
         None,
@@ -284,12 +206,12 @@ REFUSED: list[tuple[dict[str, datasets.Dataset], float | None, str]] = [
     (
         {"train": rows([0], mask=datasets.Image()), "test": rows([0])},
         None,
-        r": the split train has 2 columns \(image, mask\) of type Image, and needs one; its columns are ",
+        r": the split train has 2 columns \(image, mask\) of type Image, but needs exactly one; its columns are ",
     ),
     (
         {"train": rows([0]).remove_columns("label"), "test": rows([0])},
         None,
-        r": the split train has no column of type ClassLabel, and needs one; its columns are image; ",
+        r": the split train has no column of type ClassLabel, but needs exactly one; its columns are image; ",
     ),
     (
         {"train": rows([0]), "test": rows([0], names=("dog", "cat"))},
@@ -300,7 +222,7 @@ REFUSED: list[tuple[dict[str, datasets.Dataset], float | None, str]] = [
 
 
 @pytest.mark.parametrize(("splits", "share", "message"), REFUSED)
-def test_what_will_not_do_is_refused(
+def test_unsuitable_data_sets_are_refused(
     tmp_path: Path, splits: dict[str, datasets.Dataset], share: float | None, message: str
 ) -> None:
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "hub")

@@ -11,35 +11,25 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from recipe.data import BadImageError, TrainLoader, ValidationLoader, WorkerError, open_datasets
+from recipe.data import BadImageError, WorkerError, open_datasets
 from recipe.data.batch import Normalise
 from recipe.data.loader import ahead, ahead_in_a_thread
-from recipe.data.sampler import PADDING, epoch_permutation
-from tests.data.images import MEAN, STD, Pictures, no_more_files, rng_states, sample, write_folder
+from recipe.data.sampler import epoch_permutation
+from tests.data.images import (
+    CPU,
+    MEAN,
+    STD,
+    Pictures,
+    no_more_files,
+    rng_states,
+    sample,
+    train_loader,
+    validation_loader,
+    write_folder,
+)
 
-CPU = torch.device("cpu")
-NO_FILES = r"reading images takes more open files than the \d+ that a process may have here: raise ulimit -n"
-NO_ROOM = r"the processes that read images find no room in /dev/shm, which has [\d,.]+ MiB: enlarge it \(docker .*=8g\)"
-
-
-def train_loader(dataset=None, *, rank=0, world_size=1, micro_batch=4, workers=0, global_batch=8, **kwargs):
-    options = {"device": "cpu", "dtype": torch.float32, "mean": MEAN, "std": STD, "seed": 1} | kwargs
-    return TrainLoader(
-        dataset or Pictures(),
-        global_batch=global_batch,
-        micro_batch=micro_batch,
-        rank=rank,
-        world_size=world_size,
-        workers=workers,
-        **options,
-    )
-
-
-def validation_loader(dataset, *, rank=0, world_size=1, micro_batch=4, workers=0):
-    options = {"device": "cpu", "dtype": torch.float32, "mean": MEAN, "std": STD}
-    return ValidationLoader(
-        dataset, micro_batch=micro_batch, rank=rank, world_size=world_size, workers=workers, **options
-    )
+NO_FILES = r"reading images takes more than the \d+ open files that a process can have here: raise ulimit -n"
+NO_SPACE = r"the loader processes have no space left in /dev/shm, which has [\d,.]+ MiB: enlarge it \(docker .*=8g\)"
 
 
 def images(batches) -> torch.Tensor:
@@ -64,7 +54,6 @@ def test_normalisation_is_torchvisions(dtype):
 FUSED = """
 import torch
 from recipe.data.batch import Normalise
-from recipe.data.loader import ahead, ahead_in_a_thread
 from recipe.data.fused_normalise import mirror_and_look_up
 from tests.data.images import MEAN, STD
 
@@ -79,18 +68,18 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
 """
 
 
-def test_the_kernel_for_cuda_gives_the_same_bits():
-    """By Triton's interpreter, which needs no GPU; several blocks, the last one not full."""
+def test_the_cuda_kernel_is_bit_identical():
+    """In Triton's interpreter, which needs no GPU, with several blocks, the last one partly filled."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-W", "ignore", "-c", FUSED], check=True, env=environment)
 
 
-def test_more_batches_are_started_than_are_asked_for():
+def test_batches_are_started_ahead():
     started = []
 
     def source():
         yield from range(5)
-        raise OSError("the disk is gone")
+        raise OSError("the disk has failed")
 
     batches = ahead(source(), lambda item: started.append(item) or item, depth=2)
     counts = []
@@ -100,22 +89,21 @@ def test_more_batches_are_started_than_are_asked_for():
             assert item == len(counts)
             counts.append(len(started))
 
-    with pytest.raises(OSError, match="gone"):
+    with pytest.raises(OSError, match="failed"):
         take_all()
-    # The first one is not kept waiting for others; what is there comes before the failure.
+    # The first does not wait for others; the failure comes after all batches before it.
     assert counts == [1, 3, 5, 5, 5]
-    assert list(ahead(iter("abc"), str.upper, depth=2)) == ["A", "B", "C"]
     assert list(ahead(iter("abc"), str.upper, depth=9)) == ["A", "B", "C"]
     assert list(ahead(iter(""), str.upper, depth=2)) == []
 
 
-def test_what_takes_long_is_begun_in_one_thread_of_its_own():
-    caller_goes_on, threads = threading.Event(), []
+def test_slow_starts_run_in_a_single_thread():
+    caller_continues, threads = threading.Event(), []
 
     def decode(item):
         threads.append(threading.get_ident())
         if item == 1:
-            assert caller_goes_on.wait(timeout=60), "the caller waits for what is begun ahead"
+            assert caller_continues.wait(timeout=60), "the caller waits for batches that are started ahead"
         if item == 3:
             raise BadImageError("3 is no image")
         return item * 10
@@ -126,7 +114,7 @@ def test_what_takes_long_is_begun_in_one_thread_of_its_own():
         for item in ahead_in_a_thread(iter(range(9)), decode, depth=2):
             taken.append(item)
             if item == 0:
-                caller_goes_on.set()
+                caller_continues.set()
 
     with pytest.raises(BadImageError, match="3 is no image"):
         take_all()
@@ -136,16 +124,16 @@ def test_what_takes_long_is_begun_in_one_thread_of_its_own():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_has_the_images_of_a_data_set_of_its_size(workers):
+def test_image_sizes_follow_the_epoch(workers):
     sizes = {0: 12, 1: 12, 2: 16, 5: 8, 6: 8}
     loader = train_loader(Pictures(image_size=((0, 12), (2, 16), (5, 8))), workers=workers)
     for epoch, size in sizes.items():
-        alone = train_loader(Pictures(image_size=size)).epoch(epoch, first_step=1)
-        assert torch.equal(images(loader.epoch(epoch, first_step=1)), images(alone))
+        expected = train_loader(Pictures(image_size=size)).epoch(epoch, first_step=1)
+        assert torch.equal(images(loader.epoch(epoch, first_step=1)), images(expected))
     loader.close()
 
 
-def test_a_batch_holds_what_the_keys_ask_for():
+def test_a_batch_holds_the_samples_of_its_keys():
     dataset = Pictures()
     order = epoch_permutation(1, 3, 23).tolist()
     batches = list(train_loader(dataset).epoch(3))
@@ -162,34 +150,33 @@ def test_a_batch_holds_what_the_keys_ask_for():
 
 
 def test_a_sample_is_the_same_for_every_split_and_worker_count():
-    whole = images(train_loader(micro_batch=8).epoch(1))
+    whole = images(train_loader(Pictures(), micro_batch=8).epoch(1))
     for world_size, micro_batch, workers in [(1, 2, 0), (1, 4, 2), (2, 4, 0), (2, 2, 2), (4, 1, 0)]:
-        of_ranks = [
-            train_loader(rank=rank, world_size=world_size, micro_batch=micro_batch, workers=workers).epoch(1)
-            for rank in range(world_size)
-        ]
+        options = {"world_size": world_size, "micro_batch": micro_batch, "workers": workers}
+        of_ranks = [train_loader(Pictures(), rank=rank, **options).epoch(1) for rank in range(world_size)]
         together = images(batch for round_of_ranks in zip(*of_ranks, strict=True) for batch in round_of_ranks)
         assert torch.equal(together, whole), (world_size, micro_batch, workers)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_epochs_differ_and_a_resumed_one_is_the_rest(workers):
-    source = train_loader(workers=workers)
+def test_epochs_differ_and_a_resumed_epoch_is_the_rest(workers):
+    source = train_loader(Pictures(), workers=workers)
     assert source.steps_per_epoch == 2
     first = images(source.epoch(0))
     second = images(source.epoch(1))
     assert not torch.equal(first, second)
     assert torch.equal(images(source.epoch(1, first_step=1)), second[8:])
     assert list(source.epoch(1, first_step=2)) == []
-    # An epoch that is left in the middle does not leak into the next one.
+    # An abandoned epoch does not leak into the next one.
     next(iter(source.epoch(0)))
     assert torch.equal(images(source.epoch(1)), second)
     source.close()
     assert torch.equal(images(source.epoch(0)), first)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("length", "world_size", "micro_batch"), [(23, 1, 4), (23, 2, 5), (7, 3, 4), (5, 2, 1)])
+@pytest.mark.parametrize(
+    ("length", "world_size", "micro_batch", "workers"), [(23, 1, 4, 2), (23, 2, 5, 0), (7, 3, 4, 2), (5, 2, 1, 0)]
+)
 def test_validation_counts_every_image_once(length, world_size, micro_batch, workers):
     dataset = Pictures(length)
     counted = []
@@ -207,15 +194,8 @@ def test_validation_counts_every_image_once(length, world_size, micro_batch, wor
     assert ours == sorted(image.flatten().tolist() for image in theirs)
 
 
-def test_padding_is_a_blank_that_does_not_count():
-    blank = sample(Pictures(), PADDING)
-    assert (blank.label, blank.weight, blank.bad_image) == (0, 0.0, "")
-    assert blank.image.shape == (16, 16, 3)
-    assert blank.image.dtype == torch.uint8
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_global_random_states_are_neither_read_nor_written(workers):
+def test_global_random_states_are_neither_read_nor_changed(workers):
     torch.manual_seed(0)
     train, validation = open_datasets("digits", None, 8, "random_resized", True, 0, "stop")
     before = rng_states()
@@ -227,7 +207,7 @@ def test_global_random_states_are_neither_read_nor_written(workers):
 
 
 class Noted(Pictures):
-    """Leaves a file where an image was read."""
+    """Creates a file for each image that is read."""
 
     def __init__(self, folder):
         super().__init__()
@@ -238,7 +218,7 @@ class Noted(Pictures):
         return super().image(index)
 
 
-def test_what_a_pass_begins_with_is_read_before_it_is_asked_for(tmp_path):
+def test_the_first_images_of_a_pass_are_read_ahead(tmp_path):
     train, validation = train_loader(Noted(tmp_path), workers=1), validation_loader(Noted(tmp_path), workers=1)
     expected = epoch_permutation(1, 4, 23).tolist()[8:12]
     for begin, indices in ((lambda: train.begin_epoch(4, 1), expected), (validation.begin, range(4))):
@@ -249,8 +229,8 @@ def test_what_a_pass_begins_with_is_read_before_it_is_asked_for(tmp_path):
         assert all((tmp_path / str(index)).exists() for index in indices)
         for file in tmp_path.iterdir():
             file.unlink()
-    plain = train_loader()
-    # What was begun is taken once; another place than was begun is a pass of its own.
+    plain = train_loader(Pictures())
+    # A pass that was started ahead is used once; any other epoch or step starts a new one.
     for place in ((4, 1), (4, 1), (3, 0)):
         assert torch.equal(images(train.epoch(*place)), images(plain.epoch(*place)))
     train.begin_epoch(4, 1)
@@ -263,7 +243,7 @@ def test_what_a_pass_begins_with_is_read_before_it_is_asked_for(tmp_path):
 
 
 class Deadly(Pictures):
-    """Its first image ends the process that reads it."""
+    """Ends the process that reads its first image."""
 
     def __init__(self, end):
         super().__init__()
@@ -278,14 +258,14 @@ class Deadly(Pictures):
     [
         (
             lambda: os.kill(os.getpid(), signal.SIGKILL),
-            r"a process that reads images was killed by SIGKILL \(out of memory\?\): take fewer of them",
+            r"a loader process was killed by SIGKILL \(out of memory\?\): use fewer of them",
         ),
-        (lambda: os._exit(3), "a process that reads images ended with exit code 3: take fewer of them"),
-        (lambda: os.kill(os.getpid(), signal.SIGBUS), NO_ROOM),
+        (lambda: os._exit(3), "a loader process ended with exit code 3: use fewer of them"),
+        (lambda: os.kill(os.getpid(), signal.SIGBUS), NO_SPACE),
     ],
     ids=["killed", "ended", "out of shared memory"],
 )
-def test_a_worker_that_dies_ends_the_run_where_its_batch_is_waited_for(end, message):
+def test_a_worker_that_dies_raises_where_its_batch_is_awaited(end, message):
     before = set(multiprocessing.active_children())
     source = train_loader(Deadly(end), workers=1)
     source.begin_epoch(0)
@@ -295,11 +275,11 @@ def test_a_worker_that_dies_ends_the_run_where_its_batch_is_waited_for(end, mess
         list(source.epoch(0))
 
 
-LACKING = """
+KEEP_BATCHES = """
 from recipe.data import WorkerError
-from tests.data.test_loader import Pictures, train_loader
+from tests.data.images import Pictures, train_loader
 try:
-    # The batches are kept, and with them their memory and their files.
+    # The list keeps the batches' memory and files in use.
     print(len(list(train_loader(Pictures(200), workers=2).epoch(0))))
 except WorkerError as error:
     print(error, flush=True)
@@ -308,50 +288,44 @@ except WorkerError as error:
 
 
 @pytest.mark.parametrize(
-    ("shell", "message"),
-    [
-        ("ulimit -n 16", NO_FILES),  # the workers start
-        ("ulimit -n 24", NO_FILES),  # and some batches come
-        ("mount -t tmpfs -o size=300k tmpfs /dev/shm", NO_ROOM),
-    ],
-    ids=["16 files", "24 files", "300 KiB"],
+    ("shell", "message"), [("ulimit -n 24", NO_FILES), ("mount -t tmpfs -o size=300k tmpfs /dev/shm", NO_SPACE)]
 )
-def test_where_files_or_shared_memory_are_scarce_the_remedy_is_named(shell, message):
+def test_a_lack_of_files_or_shared_memory_is_named_with_a_remedy(shell, message):
     unshare = ["unshare", "--mount"] if shell.startswith("mount") else []
     if unshare and subprocess.run([*unshare, "sh", "-c", shell], check=False, capture_output=True).returncode:
-        pytest.skip("no other /dev/shm can be mounted here")
-    command = [*unshare, "sh", "-c", f'{shell} && exec "$@"', "sh", sys.executable, "-c", LACKING]
+        pytest.skip("a separate /dev/shm cannot be mounted here")
+    command = [*unshare, "sh", "-c", f'{shell} && exec "$@"', "sh", sys.executable, "-c", KEEP_BATCHES]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 3, done
     assert re.fullmatch(f"{message}, or --set recipe.data.workers=0\n", done.stdout)
 
 
 @pytest.mark.parametrize("on_bad_image", ["stop", "skip"])
-def test_an_image_is_not_bad_where_the_process_may_open_no_more_files(tmp_path, on_bad_image):
+def test_an_image_is_not_bad_if_the_process_has_too_many_open_files(tmp_path, on_bad_image):
     train, _ = open_datasets("imagefolder", write_folder(tmp_path), 16, "none", False, 0, on_bad_image)
     with no_more_files(), pytest.raises(WorkerError, match=f"^{NO_FILES}$"):
         list(train_loader(train, global_batch=2, micro_batch=2).epoch(0))
 
 
-def test_close_ends_the_workers():
+def test_close_stops_the_workers():
     before = set(multiprocessing.active_children())
-    source = train_loader(workers=2)
+    source = train_loader(Pictures(), workers=2)
     list(source.epoch(0))
     assert len(set(multiprocessing.active_children()) - before) == 2
     source.close()
     assert set(multiprocessing.active_children()) == before
 
 
-def test_signals_of_others_do_not_end_the_workers():
-    """Ctrl-C and the launcher send them to the whole group; the main process decides when its workers end."""
-    source = train_loader(workers=2)
+def test_workers_ignore_signals_that_the_main_process_did_not_send():
+    """Ctrl-C and the launcher signal the whole process group; the main process decides when its workers exit."""
+    source = train_loader(Pictures(), workers=2)
     batches = source.epoch(0)
     seen = [next(batches)]
     workers = multiprocessing.active_children()
     for signum in ("INT", "TERM", "TERM"):
         subprocess.run(["kill", f"-{signum}", *(str(worker.pid) for worker in workers)], check=True)
     seen += batches
-    assert len(seen) == len(list(train_loader(workers=0).epoch(0)))
+    assert len(seen) == len(list(train_loader(Pictures()).epoch(0)))
     workers[0].terminate()
     workers[0].join(timeout=30)
     assert workers[0].exitcode == 0
@@ -360,10 +334,10 @@ def test_signals_of_others_do_not_end_the_workers():
 
 PROGRAM = """
 import multiprocessing, sys, threading, time, warnings
-from tests.data.test_loader import Pictures, train_loader, validation_loader
+from tests.data.images import Pictures, train_loader, validation_loader
 warnings.simplefilter("error")
 threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-train, validation = train_loader(workers=2), validation_loader(Pictures(), workers=1)
+train, validation = train_loader(Pictures(), workers=2), validation_loader(Pictures(), workers=1)
 list(validation.batches())
 batches = train.epoch(0)
 next(batches)
@@ -381,13 +355,13 @@ def start_program(seconds: float) -> subprocess.Popen:
     )
 
 
-def test_a_process_ends_without_noise_and_a_killed_one_takes_its_workers_along():
-    """Left in the middle of an epoch, with another thread running, where warnings are errors."""
+def test_a_process_exits_without_output_and_workers_exit_after_it_is_killed():
+    """In the middle of an epoch, with another thread running and warnings as errors."""
     quiet, killed = start_program(0), start_program(60)
     pids = [int(pid) for pid in killed.stdout.readline().split()]
     assert len(pids) == 3
     killed.kill()
-    # DataLoader's workers look for their parent every five seconds.
+    # DataLoader's workers check for their parent every five seconds.
     deadline = time.monotonic() + 60
     while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)

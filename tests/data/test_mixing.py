@@ -1,4 +1,4 @@
-"""Mixup and CutMix by hand, whatever the split of the batch."""
+"""Mixup and CutMix against hand-computed values, for every split of the batch."""
 
 import math
 from itertools import chain
@@ -18,18 +18,18 @@ def batch(images: Tensor, labels: list[int]) -> Batch:
 
 
 def plain(values: list[float]) -> Tensor:
-    """Images of one colour each."""
+    """Images of a single colour each."""
     return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 3, SIZE, SIZE)
 
 
-def test_mixup_blends_each_with_its_neighbour() -> None:
+def test_mixup_blends_neighbours() -> None:
     found = mix_neighbours(batch(plain([0.0, 1.0, 10.0, 20.0]), [0, 1, 2, 2]), Mixed(0.75), CLASSES)
     torch.testing.assert_close(found.images, plain([0.25, 0.75, 12.5, 17.5]))
     expected = [[0.75, 0.25, 0], [0.25, 0.75, 0], [0, 0, 1], [0, 0, 1]]
     torch.testing.assert_close(found.labels, torch.tensor(expected))
 
 
-def test_cutmix_puts_the_neighbours_box_in() -> None:
+def test_cutmix_inserts_a_box_of_the_neighbour() -> None:
     found = mix_neighbours(batch(plain([1.0, 2.0]), [0, 1]), Mixed(1 - 6 / 64, (1, 2, 3, 5)), CLASSES)
     for image, own, other in ((found.images[0], 1.0, 2.0), (found.images[1], 2.0, 1.0)):
         expected = torch.full((3, SIZE, SIZE), own)
@@ -43,7 +43,7 @@ def mixing(seed: int = 0) -> Mixing:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_every_split_mixes_the_same(dtype: torch.dtype) -> None:
+def test_every_split_is_mixed_the_same_way(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(6, 8, 3, SIZE, SIZE, generator=generator).to(dtype)  # six steps of eight samples
     labels = torch.randint(CLASSES, (6, 8), generator=generator).tolist()
@@ -56,30 +56,30 @@ def test_every_split_mixes_the_same(dtype: torch.dtype) -> None:
         for name in ("images", "labels"):
             joined = torch.cat([getattr(one, name) for one in found])
             assert torch.equal(joined, torch.cat([getattr(one, name) for one in whole])), (micro, name)
-    # A run that resumes three steps later, and images in the other memory format.
-    later = list(mixing().mix(map(batch, images[3:].to("cpu"), labels[3:]), 8, 1))
-    turned = mix_neighbours(
+    # A run that resumes three steps later, and channels_last images.
+    later = list(mixing().mix(map(batch, images[3:], labels[3:]), 8, 1))
+    channels_last = mix_neighbours(
         batch(images[0].to(memory_format=torch.channels_last), labels[0]), mixing().draw(5, SIZE), CLASSES
     )
     assert all(torch.equal(one.images, other.images) for one, other in zip(later, whole[3:], strict=True))
-    assert torch.equal(turned.images, whole[0].images)
-    assert turned.images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(channels_last.images, whole[0].images)
+    assert channels_last.images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_nothing_changes_where_nothing_mixes() -> None:
+def test_batches_are_unchanged_without_mixing() -> None:
     before = batch(plain([1.0, 2.0]), [0, 1])
     assert list(Mixing((0.0, 0.2), (0.0, 1.0), CLASSES, 0).mix([before], 0, 1)) == [before]
 
 
-def test_as_often_and_as_much_as_is_asked() -> None:
-    """Over many steps, within four standard errors; Beta(1, 1) has the mean ½, and a box at the border is cut off."""
+def test_mixing_has_the_configured_probabilities_and_shares() -> None:
+    """Over many steps, within four standard errors; Beta(α, α) has mean ½, and boxes are clipped at the border."""
     steps = 4000
     drawn = [mixing().draw(step, 224) for step in range(steps)]
     cut = [how for how in drawn if how.box is not None]
     blended = [how.share for how in drawn if how.box is None and how.share < 1]
     for count, probability in ((len(blended), 0.3), (len(cut), 0.5)):
         assert abs(count / steps - probability) < 4 * math.sqrt(probability * (1 - probability) / steps)
-    deviation = math.sqrt(0.25 / (2 * 0.2 + 1))  # of Beta(α, α): 1 / (4 (2α + 1)) is its variance
+    deviation = math.sqrt(0.25 / (2 * 0.2 + 1))  # the variance of Beta(α, α) is 1 / (4 (2α + 1))
     assert abs(sum(blended) / len(blended) - 0.5) < 4 * deviation / math.sqrt(len(blended))
     for how in cut:
         assert how.box is not None

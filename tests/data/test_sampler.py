@@ -3,37 +3,21 @@ import torch
 
 from recipe.data.sampler import PADDING, TrainSampler, ValidationSampler, epoch_permutation
 
-SPLITS = [
-    (1, 24),
-    (1, 8),
-    (1, 1),
-    (2, 12),
-    (2, 4),
-    (3, 8),
-    (4, 6),
-    (4, 3),
-    (8, 1),
-    (24, 1),
-]  # (ranks, micro-batch)
+# (ranks, micro-batch)
+SPLITS = [(1, 24), (1, 8), (1, 1), (2, 12), (2, 4), (3, 8), (4, 6), (4, 3), (8, 1), (24, 1)]
 
 
 def train_sampler(rank: int, world_size: int, micro_batch: int, *, length: int = 100, global_batch: int = 24):
-    return TrainSampler(
-        length,
-        global_batch=global_batch,
-        micro_batch=micro_batch,
-        rank=rank,
-        world_size=world_size,
-        seed=3,
-    )
+    split = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world_size": world_size}
+    return TrainSampler(length, **split, seed=3)
 
 
 def taken(sampler):
-    """The batches of a pass, each as (epoch, indices)."""
+    """The batches of a pass as (epoch, indices)."""
     return [(epoch, indices.tolist()) for epoch, indices in sampler]
 
 
-def test_a_permutation_of_every_sample_that_epoch_and_seed_decide():
+def test_epochs_and_seeds_have_permutations_of_their_own():
     first = epoch_permutation(0, 0, 1000)
     assert sorted(first.tolist()) == list(range(1000))
     assert torch.equal(first, epoch_permutation(0, 0, 1000))
@@ -41,12 +25,12 @@ def test_a_permutation_of_every_sample_that_epoch_and_seed_decide():
     assert not any(torch.equal(first, other) for other in others)
 
 
-def test_the_permutation_of_today_is_that_of_tomorrow():
-    """A run that is resumed with another version of anything must find the order it left."""
+def test_the_permutation_is_stable():
+    """A run that is resumed with different versions must see the same order."""
     assert epoch_permutation(0, 0, 10).tolist() == [6, 9, 8, 5, 1, 7, 3, 4, 0, 2]
 
 
-def test_a_table_by_hand(monkeypatch):
+def test_training_batches_by_hand(monkeypatch):
     """13 samples in order, 2 ranks × accumulation 2 × micro-batch 2 = 8; five samples are dropped."""
     monkeypatch.setattr("recipe.data.sampler.epoch_permutation", lambda seed, epoch, length: torch.arange(length))
     kwargs = {"length": 13, "global_batch": 8}
@@ -55,7 +39,7 @@ def test_a_table_by_hand(monkeypatch):
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), SPLITS)
-def test_every_split_holds_the_same_sequence_in_the_same_step(world_size, micro_batch):
+def test_every_split_has_the_same_sequence_in_the_same_step(world_size, micro_batch):
     permutation = epoch_permutation(3, 2, 100).tolist()
     batches = []
     for rank in range(world_size):
@@ -65,13 +49,13 @@ def test_every_split_holds_the_same_sequence_in_the_same_step(world_size, micro_
         assert len(batches[rank]) == len(sampler) == 4 * sampler.accumulation
         assert all((epoch, len(indices)) == (2, micro_batch) for epoch, indices in batches[rank])
 
-    # Round after round, rank after rank: more than the same set a step, the same neighbours.
+    # By round, then by rank: each step has the same samples in the same order.
     rounds = zip(*batches, strict=True)
     assert [index for of_ranks in rounds for _, indices in of_ranks for index in indices] == permutation[:96]
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 8), (2, 4), (4, 6)])
-def test_a_resumed_epoch_is_the_rest_of_the_whole_one(world_size, micro_batch):
+def test_a_resumed_epoch_is_the_rest_of_the_epoch(world_size, micro_batch):
     sampler = train_sampler(world_size - 1, world_size, micro_batch)
     sampler.set_epoch(1)
     whole = taken(sampler)
@@ -81,26 +65,23 @@ def test_a_resumed_epoch_is_the_rest_of_the_whole_one(world_size, micro_batch):
         assert taken(sampler) == whole[first_step * sampler.accumulation :]
 
 
-def test_train_sampler_refuses_what_does_not_divide():
-    with pytest.raises(ValueError, match="24 is no multiple of 5 ranks × 1 samples"):
+def test_batches_that_cannot_be_split_or_filled_are_refused():
+    with pytest.raises(ValueError, match="24 is not a multiple of 5 ranks × 1 images"):
         train_sampler(0, 5, 1)
-    with pytest.raises(ValueError, match=r"24 is larger than the data set \(23 samples\)"):
+    with pytest.raises(ValueError, match=r"24 is larger than the data set \(23 images\)"):
         train_sampler(0, 1, 1, length=23)
-    for first_step in (-1, 5):
-        with pytest.raises(ValueError, match=f"first step {first_step} is not within an epoch of 4 steps"):
-            train_sampler(0, 1, 1).set_epoch(0, first_step)
 
 
-def test_a_validation_table_by_hand():
+def test_validation_batches_by_hand():
     batches = [taken(ValidationSampler(7, micro_batch=2, rank=rank, world_size=3)) for rank in range(3)]
     indices = [[[0, 1], [6, -1]], [[2, 3], [-1, -1]], [[4, 5], [-1, -1]]]
     assert batches == [[(None, of_batch) for of_batch in of_rank] for of_rank in indices]
 
 
-@pytest.mark.parametrize("length", [1, 7, 30, 31, 97])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-@pytest.mark.parametrize("micro_batch", [1, 3, 8, 100])
-def test_validation_is_exact(length, world_size, micro_batch):
+@pytest.mark.parametrize("length", [1, 30, 97])
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+@pytest.mark.parametrize("micro_batch", [1, 3, 100])
+def test_validation_has_every_sample_once(length, world_size, micro_batch):
     samplers = [
         ValidationSampler(length, micro_batch=micro_batch, rank=rank, world_size=world_size)
         for rank in range(world_size)

@@ -104,7 +104,7 @@ def test_gradient_norms_equal_those_of_the_cpu(world_size: int, tmp_path: Path) 
 def _memory_formats(rank: int, world_size: int, precision: str) -> dict[str, tuple[str, bool, bool]]:
     """For each convolution and batch norm in a training step, its dtype and whether its output and the gradient of its
     output are channels_last."""
-    from recipe.data import SyntheticLoader
+    from recipe.data import SyntheticImages, TrainLoader
     from recipe.engine.loop import train_epoch
     from recipe.engine.start import join_process_group, start_engine
     from recipe.model.batchnorm import BatchNorm
@@ -138,16 +138,16 @@ def _memory_formats(rank: int, world_size: int, precision: str) -> dict[str, tup
     for name, module in engine.module.named_modules():
         if isinstance(module, (nn.Conv2d, BatchNorm)):
             module.register_forward_hook(look(name))
-    loader = SyntheticLoader(
-        train_images=8,
-        validation_images=1,
-        classes=10,
-        image_size=64,  # ends with 2 × 2 pixels; a single one would have both formats
+    # 2 × 2 pixels at the end: with one, every format would be both
+    images = SyntheticImages(8, classes=10, image_size=64, seed=0, device=torch.device("cuda"))
+    loader = TrainLoader(
+        images,
         global_batch=8,
         micro_batch=8,
         rank=rank,
         world_size=world_size,
         seed=0,
+        workers=0,
         device="cuda",
         dtype=next(engine.module.parameters()).dtype,
         mean=(0.5,) * 3,

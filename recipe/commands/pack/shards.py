@@ -203,7 +203,7 @@ def _write_shard(shard: Shard, making: Making) -> Record:
 
 def packed(original: bytes, making: Making) -> Packed:
     """Return an image as it is packed: its own bytes, a smaller JPEG, or its pixels."""
-    pixels = decode(original, making.short_side).pixels
+    pixels = decode(original).pixels
     resized = 0 < making.short_side < min(pixels.shape[:2])
     if not (resized or making.raw):
         return Packed(original)
