@@ -12,6 +12,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 _DEEP_GREY_FORMATS = ("PNG", "PPM")  # formats whose 32-bit integers hold 16 bits, from 0 to 65,535
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+"""Tags of a TIFF."""
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _JPEG = b"\xff\xd8"
 
@@ -95,7 +97,12 @@ def _decode_by_pil(file: bytes) -> Tensor:
 def _in_8_bits(image: Image.Image) -> Image.Image:
     """Scale grey images with more than 8 bits by the range of their type; PIL's own conversion clips at 255."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _DEEP_GREY_FORMATS):
-        grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # rounded to the nearest; 257 * 255 = 65,535
+        # A TIFF's tags say how many of the 16 bits it uses, and whether 0 is white; PIL ignores both here.
+        tags = getattr(image, "tag_v2", {})
+        white = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
+        grey = ((np.asarray(image).astype(np.uint32) * 255 + white // 2) // white).clip(0, 255)  # rounded to nearest
+        if tags.get(_PHOTOMETRIC) == 0:
+            grey = 255 - grey
         return Image.fromarray(grey.astype(np.uint8))
     if image.mode in ("I", "F"):
         kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"

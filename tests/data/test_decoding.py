@@ -72,6 +72,23 @@ def test_sixteen_bit_grey_is_scaled_to_eight_bits(form):
 
 
 @pytest.mark.parametrize(
+    ("bits", "photometric", "expected"), [(12, 1, [0, 128, 255]), (16, 0, [255, 247, 239]), (16, 1, [0, 8, 16])]
+)
+def test_grey_tiffs_are_scaled_by_the_range_in_their_tags(bits, photometric, expected):
+    """0, 2,048 and 4,095 are divided by 4,095 if 12 bits are used, else by 16 times as much."""
+    values = np.array([[0, 2048, 4095]], np.uint16)
+    file = bytearray(encoded(Image.fromarray(values), "TIFF"))
+    for tag, value in ((258, bits), (262, photometric)):
+        entry = file.index(tag.to_bytes(2, "little") + b"\x03\x00\x01\x00\x00\x00")  # one value of 16 bits
+        file[entry + 8 : entry + 10] = value.to_bytes(2, "little")
+    if bits == 12:  # three bytes hold two values
+        packed = b"".join(((a << 12) | b).to_bytes(3, "big") for a, b in ((0, 2048), (4095, 0)))
+        start = file.index(values.tobytes())
+        file[start : start + 6] = packed
+    assert decode(bytes(file)).pixels[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
     ("file", "problem"),
     [
         (b"", "the file is empty"),

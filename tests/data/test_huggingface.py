@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from recipe.data import BadImageError, Keys, list_imagefolder, look
 from recipe.data.huggingface_index import list_huggingface
 from recipe.data.sources import open_datasets, open_validation
 from tests.data.images import assert_same, load, spoil, write_folder, write_kinds
-from tests.launch import DIGITS
+from tests.launch import DIGITS, losses, train_ok
 from tests.test_early_refusals import without_torch
 
 IMAGE = {"bytes": b"", "path": None}
@@ -110,6 +111,29 @@ def test_workers_read_the_same_batches_as_from_the_folder(folder: Path, tmp_path
     path = save(of_folder(folder), tmp_path / "hub")
     ours = load(open_as("huggingface", path), workers=2)
     assert_same(ours, load(open_as("imagefolder", folder)))
+
+
+@pytest.mark.slow
+def test_run_from_parquet_equals_a_run_from_the_folder_and_resumes(tmp_path: Path) -> None:
+    images = write_folder(tmp_path / "images", images=12)
+    hub = write_parquet(of_folder(images), tmp_path / "hub")
+
+    def run(source: str, path: Path) -> list[float]:
+        data = {"source": source, "path": str(path), "image_size": 32, "workers": 1}
+        train_ok(
+            *("--deepspeed_config", DIGITS, "--output", str(tmp_path / source)),
+            *("--set=train_batch_size=8", "--set=recipe.model.num_classes=2", "--set=recipe.schedule.epochs=2"),
+            *("--set=recipe.schedule.decay_epochs=[1]", "--set=recipe.schedule.warmup_epochs=0"),
+            f"--set=recipe.data={json.dumps(data)}",
+            HF_HOME=str(tmp_path / "home"),
+        )
+        return losses(tmp_path / source)
+
+    expected = run("imagefolder", images)
+    assert len(expected) == 6
+    assert run("huggingface", hub) == expected
+    shutil.rmtree(tmp_path / "huggingface/checkpoints/step-00000006")
+    assert run("huggingface", hub) == expected
 
 
 def test_a_share_of_each_class_is_held_out_by_row(tmp_path: Path) -> None:
