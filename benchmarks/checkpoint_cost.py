@@ -73,10 +73,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds for a training step and for saving, checking and loading a checkpoint: median and maximum."""
     from recipe.checkpoints import checkpoint, manifest
-    from recipe.engine import join_process_group, set_loudness, start_engine, train_epoch
+    from recipe.engine import join_process_group, set_log_level, start_engine, train_epoch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    set_loudness(verbose=False)
+    set_log_level(verbose=False)
     join_process_group(device, timedelta(minutes=10))
     model = build_model(arguments.model, CLASSES, seed=0, statistics="local").to(device)
     config: dict[str, Any] = {

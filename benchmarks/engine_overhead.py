@@ -145,13 +145,13 @@ def _spawned_rank(rank: int, world_size: int, arguments: argparse.Namespace, fol
 def run_rank(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure every accumulation, as the rank given by the environment."""
     set_up_torch()
-    from recipe.engine import join_process_group, set_loudness
+    from recipe.engine import join_process_group, set_log_level
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    set_loudness(verbose=False)
+    set_log_level(verbose=False)
     join_process_group(device, TIMEOUT)
     results = [measure(arguments, accumulation, device) for accumulation in arguments.accumulation]
     dist.barrier()  # a rank that exits early makes gloo abort the others

@@ -93,12 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments, where = parse_arguments(words), context("benchmarks.gpu_throughput", words)
     set_up_torch()
-    from recipe.engine import join_process_group, set_loudness
+    from recipe.engine import join_process_group, set_log_level
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
         say("There is no GPU: this only checks that the program runs; the numbers mean nothing for one.")
-    set_loudness(verbose=False)
+    set_log_level(verbose=False)
     join_process_group(device, TIMEOUT)
     flops = flops_an_image(arguments.model, arguments.image_size)
     peak = arguments.peak_tflops or peak_tflops(where["hardware"].get("gpu", ""), arguments.precision)

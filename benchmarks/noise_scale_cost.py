@@ -44,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments, before = parse_arguments(words), context("benchmarks.noise_scale_cost", words)
     set_up_torch()
-    from recipe.engine import join_process_group, set_loudness
+    from recipe.engine import join_process_group, set_log_level
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    set_loudness(verbose=False)
+    set_log_level(verbose=False)
     join_process_group(device, TIMEOUT)
     results = [measure(arguments, accumulation, device) for accumulation in arguments.accumulation]
     rank, world_size = dist.get_rank(), dist.get_world_size()

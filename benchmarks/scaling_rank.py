@@ -37,9 +37,9 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from recipe.engine import join_process_group, set_loudness
+    from recipe.engine import join_process_group, set_log_level
 
-    set_loudness(verbose=False)
+    set_log_level(verbose=False)
     join_process_group(torch.device("cpu"), timedelta(minutes=5))
     found = {"link": measure_link(), "steps": measure_steps(arguments)}
     everyone: list[Any] = [None] * dist.get_world_size()

@@ -30,7 +30,7 @@ from recipe.engine import (
     listen_to_gradients,
     read_overflows,
     set_global_batch,
-    set_loudness,
+    set_log_level,
     settle_micro_batch,
     start_engine,
     step_locally,
@@ -113,7 +113,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     """
     started, output, config, recipe = time.monotonic(), run.output, run.plan.config, run.plan.config.recipe
     # DeepSpeed reports these through its own log.
-    set_loudness(bool(verbose or config.wall_clock_breakdown or config.memory_breakdown or config.dump_state))
+    set_log_level(bool(verbose or config.wall_clock_breakdown or config.memory_breakdown or config.dump_state))
     reporting.make_folder(output / CHECKPOINTS)  # on every host, in case the folder is not shared
 
     # The engine

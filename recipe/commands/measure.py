@@ -14,7 +14,7 @@ from torch import Tensor
 from recipe.commands.trained import Trained, validation_loader
 from recipe.data import ImageDataset, open_datasets, open_validation
 from recipe.distributed import MeetingError, meet, own_facts
-from recipe.engine import Batch, choose_device, evaluate, join_process_group, set_loudness
+from recipe.engine import Batch, choose_device, evaluate, join_process_group, set_log_level
 from recipe.model import check_image_size
 from recipe.reporting import Progress
 
@@ -62,7 +62,7 @@ def measure(
     Raises:
         ValueError: the data cannot be read or does not fit the model, or the rendezvous fails.
     """
-    set_loudness(verbose=False)
+    set_log_level(verbose=False)
     device = choose_device("fp32")
     size = image_size or trained.plan.validation_image_size
     dataset, shown = open_data(trained, data, size)

@@ -17,6 +17,6 @@ from .start import (
     deepspeed_config as deepspeed_config,
     join_process_group as join_process_group,
     set_global_batch as set_global_batch,
-    set_loudness as set_loudness,
+    set_log_level as set_log_level,
     start_engine as start_engine,
 )

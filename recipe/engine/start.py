@@ -191,7 +191,7 @@ def backward(engine: DeepSpeedEngine, loss: Tensor) -> None:
     engine.backward(loss)
 
 
-def set_loudness(verbose: bool) -> None:
+def set_log_level(verbose: bool) -> None:
     """Let DeepSpeed log everything, or only warnings."""
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     for handler in logger.handlers:

@@ -7,7 +7,7 @@ Imports no torch.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 # The decay of the moving averages per measurement: as accurate as the mean of (1 + decay) / (1 - decay) = 19 of them.
@@ -81,8 +81,8 @@ class NoiseScale:
         """The entry in ``summary.json``; None if nothing has been measured."""
         if not self.weight:
             return None
-        told = {key: value for key, value in asdict(self).items() if key not in ("variance", "norm_squared", "weight")}
-        return self.values() | told | {"every_steps": every_steps}
+        kept = {key: getattr(self, key) for key in ("measurements", "last_step", "lowest", "highest")}
+        return self.values() | kept | {"every_steps": every_steps}
 
 
 def planned_measurements(total_steps: int, every_steps: int) -> int:
@@ -105,8 +105,8 @@ def too_few(measurements: int, total_steps: int, every_steps: int) -> str | None
     return text
 
 
-def in_words(found: Mapping[str, Any], global_batch: int, train_images: int | None, total_steps: int) -> list[str]:
-    """Explain what a run's ``NoiseScale.summary``, of which earlier versions wrote less, means for its batch.
+def in_words(found: Mapping[str, Any], global_batch: int, train_images: int, total_steps: int) -> list[str]:
+    """Explain what a run's ``NoiseScale.summary`` means for its batch.
 
     In the model of the paper's section 2, training to a given loss takes 1 + B_simple / B times the steps of an
     infinite batch, and 1 + B / B_simple times the images of the smallest one.
@@ -119,25 +119,22 @@ def in_words(found: Mapping[str, Any], global_batch: int, train_images: int | No
     else:
         size = _two_digits(scale)
         lines.append(f"about {size} images at the end: the gradient of such a batch is half signal, half noise")
-        if train_images is not None and scale > train_images:
+        if scale > train_images:
             lines.append(f"more than the {train_images:,} training images: by this measure no batch is too large")
         lines.append(_beside(scale, global_batch, train_images))
-    if "measurements" in found:
-        number = found["measurements"]
-        text = f"{number:,} measurement{'' if number == 1 else 's'}, the last at step {found['last_step']:,}"
-        if found["lowest"] is not None:
-            text += f"; {_two_digits(found['lowest'])} to {_two_digits(found['highest'])} images from the {ENOUGH}th on"
-        lines.append(text)
-        few = too_few(number, total_steps, found["every_steps"])
-        lines += [] if few is None else [few]
-    return lines
+    number = found["measurements"]
+    text = f"{number:,} measurement{'' if number == 1 else 's'}, the last at step {found['last_step']:,}"
+    if found["lowest"] is not None:
+        text += f"; {_two_digits(found['lowest'])} to {_two_digits(found['highest'])} images from the {ENOUGH}th on"
+    few = too_few(number, total_steps, found["every_steps"])
+    return [*lines, text, *([] if few is None else [few])]
 
 
-def _beside(scale: float, batch: int, train_images: int | None) -> str:
+def _beside(scale: float, batch: int, train_images: int) -> str:
     """Compare the batch with B_simple, and say what twice or half of it would need."""
     where = "well below" if scale > 2 * batch else "well above" if scale < batch / 2 else "near"
-    fits = train_images is None or 2 * batch <= train_images
-    other = 2 * batch if batch == 1 or (scale >= batch and fits) else batch // 2
+    is_doubled = batch == 1 or (scale >= batch and 2 * batch <= train_images)
+    other = 2 * batch if is_doubled else batch // 2
     steps, images = (1 + scale / other) / (1 + scale / batch), (1 + other / scale) / (1 + batch / scale)
     return (
         f"your batch of {batch:,} is {where} it: one of {other:,} would reach the same loss with about "
