@@ -390,7 +390,7 @@ def sections_of(root: type[sections.Section]) -> Iterator[type[sections.Section]
 
 
 def test_every_key_of_the_recipe_has_a_docstring() -> None:
-    undocumented = {sections.DeepSpeedConfig, sections.ThroughputTimer}  # keys that are passed on as they are
+    undocumented = {Config, sections.ThroughputTimer}  # they have keys that are only passed on
     for section in {*sections_of(Config), *sections_of(StudyFile)} - undocumented:
         for name, field in section.model_fields.items():
             is_section = isinstance(field.annotation, type) and issubclass(field.annotation, sections.Section)
