@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import deepspeed
 import torch
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from recipe import checkpoints, data, reporting
-from recipe.checkpoints import CHECKPOINTS, PLAN, CheckpointError, Data, History, Resume, Start, manifest
+from recipe.checkpoints import CHECKPOINTS, PLAN, CheckpointError, Data, History, Lock, Resume, Start, manifest
 from recipe.config import ConfigError
 from recipe.data import BadImageError, Samples, WorkerError
 from recipe.distributed import Interrupted, Meeting, Requests, Watch, versions
@@ -56,8 +56,8 @@ class Run:
     samples: tuple[Samples, Samples]
     data: Data
     start: Start
-    lock: IO[str] | None
-    """rank 0's lock on the output folder, held while the file is open"""
+    lock: Lock | None
+    """rank 0's lock on the output folder"""
 
     def facts(self) -> dict[str, str]:
         """The facts that must be equal on all ranks; see ``recipe.distributed.own_facts``."""
@@ -91,12 +91,12 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
         # Device, data and model know the key and the value, but not the file.
         raise ValueError(f"{plan.config.source.file}: {error}") from error
     # Before looking for checkpoints: until it ends, another run may add and remove some.
-    lock = checkpoints.lock(output) if (os.environ.get("RANK") or "0") == "0" else None
+    lock = checkpoints.lock(output, subfolder=CHECKPOINTS) if (os.environ.get("RANK") or "0") == "0" else None
     try:
         start = checkpoints.choose_start(plan, output, resume, accept_changes, has_summary=(output / SUMMARY).exists())
         checkpoints.check_data(start, described, output, accept_changes)
     except ValueError:
-        checkpoints.unlock(output, lock)
+        checkpoints.unlock(lock)
         raise
     model = model.double() if plan.precision == "fp64" else model
     return Run(plan, output, device, model, samples, described, start, lock)

@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
         meeting = meet(own_facts(refusal, **({} if checked is None else checked.facts())), timeout)
     except (DisagreementError, MeetingError) as error:
         if checked is not None:
-            unlock(output, checked.lock)
+            unlock(checked.lock)
         if isinstance(error, DisagreementError):
             return refuse_together(error, rank)
         cause = f"{refusal}; and {error}" if refusal is not None else f"{type(error).__name__}: {error}"

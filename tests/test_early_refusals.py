@@ -56,13 +56,13 @@ def test_folder_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     write_folder(tmp_path / "images", classes=2, images=3)
     assert pack(tmp_path / "images", packed, 0) == 0
     left_out, first = "left out: 2 .gif, 1 .heic", "with the fewest training images first"
-    check = "check the folder (--data); if it is the right one, write"
+    check = "check the folder (--data); if it is the right one, set"
     cases = {
         data(tmp_path / "nowhere"): f"recipe.data.path: there is no folder {tmp_path}/nowhere; it should contain",
-        data(folder, train=7): f"train_images = 7: the data has 6; {left_out}; {check} recipe.data.train_images 6\n",
+        data(folder, train=7): f"train_images = 7: the data has 6; {left_out}; {check} recipe.data.train_images to 6\n",
         data(junk): f"num_classes = 2: the data has 3, {first} backup (1), cat (3), dog (3); {check} recipe.model."
-        "num_classes 3, recipe.data.train_images 7, recipe.data.validation_images 5\n",
-        data(level): f"num_classes = 2: the data has 1, {first} photos (6); {check} recipe.model.num_classes 1\n",
+        "num_classes to 3, recipe.data.train_images to 7, recipe.data.validation_images to 5\n",
+        data(level): f"num_classes = 2: the data has 1, {first} photos (6); {check} recipe.model.num_classes to 1\n",
         data(packed, source="pack", validation=7): f"validation_images = 7: the data has 6; {check} recipe.data.val",
         data(folder, source="pack"): f"recipe.data.path: {folder} is not a complete pack",
         "--set=wandb.enabled=true": "wandb.enabled = true: the package wandb is not installed; pip install wandb",

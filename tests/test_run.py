@@ -10,7 +10,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from recipe.checkpoints.locking import is_locked, lock
+from recipe.checkpoints.locking import is_locked, lock, unlock
 from recipe.config.schema import read_config
 from recipe.engine.device import choose_device
 from recipe.plan.plan import Plan, make_plan
@@ -52,7 +52,10 @@ NOWHERE = (
             "recipe.data.validation_image_size = 256: the model does not accept images of this size",
         ),
         (['recipe.model.name="resnet5O"'], 'recipe.model.name = "resnet5O": timm has no such model; did you mean'),
-        (["recipe.model.num_classes=11"], "recipe.model.num_classes = 11: the data has 10; write"),
+        (
+            ["recipe.model.num_classes=11"],
+            "recipe.model.num_classes = 11: the data has 10; set recipe.model.num_classes to 10",
+        ),
         ([NOWHERE], "recipe.data.path: there is no folder nowhere"),
         # test_resnet halves an image five times.
         (
@@ -72,22 +75,32 @@ def test_refusals_of_model_and_data_name_the_file(tmp_path: Path, overrides: lis
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("locked", "{root}/locked/.lock (Is a directory)"),
-        ("file", "{root}/file (File exists)"),
-        ("file/a/b", "{root}/file (Not a directory)"),
-        ("link/a", "{root}/link (File exists)"),
-        ("/proc/a/b", "/proc (No such file or directory)"),
-        ("a" * 300, "{root} (File name too long)"),
+        ("locked", "cannot write to {root}/locked/.lock (Is a directory); name another folder"),
+        ("file", "{root}/file is not a folder; remove it, or name another folder"),
+        ("file/a/b", "{root}/file is not a folder; remove it, or name another folder"),
+        ("link/a", "{root}/link is not a folder; remove it, or name another folder"),
+        ("used", "{root}/used/checkpoints is not a folder; remove it, or name another folder"),
+        ("/proc/a/b", "cannot write to /proc (No such file or directory); name another folder"),
+        ("a" * 300, "cannot write to {root} (File name too long); name another folder"),
     ],
 )
 def test_refusal_names_the_path_that_blocks_the_output(tmp_path: Path, output: str, message: str) -> None:
     (tmp_path / "locked/.lock").mkdir(parents=True)
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/checkpoints").touch()
     with pytest.raises(ValueError, match=r"^--output") as caught:
-        lock(tmp_path / output)
-    problem = f"cannot write to {message.format(root=tmp_path)}; name another folder"
-    assert str(caught.value) == f"--output {tmp_path / output}: {problem}"
+        lock(tmp_path / output, subfolder="checkpoints")
+    assert str(caught.value) == f"--output {tmp_path / output}: {message.format(root=tmp_path)}"
+
+
+def test_refused_run_removes_only_what_it_created(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    for output in ("own", "runs/new"):
+        with pytest.raises(ValueError, match="holds no checkpoint"):
+            prepare(plan(), tmp_path / output, "must")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["own"]
 
 
 def test_folder_is_locked_before_checkpoints_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +127,7 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     assert not is_locked(tmp_path)
-    lock(tmp_path).close()
+    unlock(lock(tmp_path))
     os.kill(child, signal.SIGKILL)
     process.stdout.close()
 

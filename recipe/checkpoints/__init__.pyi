@@ -7,6 +7,7 @@ from .history import (
 )
 from .locking import (
     LOCK as LOCK,
+    Lock as Lock,
     is_locked as is_locked,
     lock as lock,
     unlock as unlock,

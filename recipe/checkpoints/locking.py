@@ -3,42 +3,63 @@
 import fcntl
 import os
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 LOCK = ".lock"
 
 
-def lock(output: Path, argument: str = "--output") -> IO[str]:
-    """Create the folder ``output``, given as ``argument``, and lock it for as long as the returned file is open.
+@dataclass(frozen=True)
+class Lock:
+    """A lock on an output folder, held until it is closed or the process ends."""
+
+    file: IO[str]
+    created: tuple[Path, ...]
+    """the folders that were created for it, innermost first"""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def lock(output: Path, argument: str = "--output", subfolder: str = "") -> Lock:
+    """Create the folder ``output``, given as ``argument``, with a subfolder if named, and lock it.
 
     This is a POSIX lock: it ends with the process, however that ends, and forked loader processes do not inherit it.
 
     Raises:
         ValueError: another run is writing to the folder, or it cannot be created or written to.
     """
-    path = output / LOCK
+    path, folder = output / LOCK, output / subfolder
+    created = tuple(takewhile(lambda missing: not os.path.lexists(missing), (folder, *folder.parents)))
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a", encoding="utf-8")
     except OSError as error:
-        in_the_way = next(existing for existing in (path, *path.parents) if os.path.lexists(existing))
-        raise ValueError(
-            f"{argument} {output}: cannot write to {in_the_way} ({error.strerror}); name another folder"
-        ) from None
+        blocked = Path(error.filename)
+        in_the_way = next(existing for existing in (blocked, *blocked.parents) if os.path.lexists(existing))
+        problem = f"cannot write to {in_the_way} ({error.strerror}); name another folder"
+        if in_the_way != path and not in_the_way.is_dir():
+            problem = f"{in_the_way} is not a folder; remove it, or name another folder"
+        raise ValueError(f"{argument} {output}: {problem}") from None
     if not _acquire(file) or not _is_at(path, file):
         file.close()
         raise ValueError(f"another run is writing to {output}; wait for it, end it, or name another {argument}")
-    return file
+    return Lock(file, created)
 
 
-def unlock(output: Path, file: IO[str] | None) -> None:
-    """Remove the lock of a run that does not start after all, and the folder if it is empty; None: there is no lock."""
-    if file is not None:
-        (output / LOCK).unlink(missing_ok=True)
-        file.close()
-        with suppress(OSError):
-            output.rmdir()
+def unlock(lock: Lock | None) -> None:
+    """Release the lock of a run that does not start after all, and remove what was created for it."""
+    if lock is not None:
+        Path(lock.file.name).unlink(missing_ok=True)
+        lock.file.close()
+        with suppress(OSError):  # a folder may have been put to use meanwhile
+            for folder in lock.created:
+                folder.rmdir()
 
 
 def is_locked(output: Path) -> bool:

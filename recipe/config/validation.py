@@ -57,7 +57,7 @@ def _expected_keys(section: Any) -> str:
     if not (isinstance(section, type) and issubclass(section, Section)):
         return ""
     required = [name for name, field in section.model_fields.items() if field.is_required()]
-    return f"an object with {', '.join(required or section.model_fields)}"
+    return f"an object with {', '.join([*required, 'optional keys'] if required else section.model_fields)}"
 
 
 def _locate(loc: Key, raw: Any) -> tuple[Key, Any]:

@@ -381,7 +381,7 @@ def _data_set_sizes(config: Config, contents: Contents | None) -> tuple[int, int
     wrong = {key: actual for key, actual in known.items() if written[key] not in (actual, "auto")}
     if wrong:
         key, actual = next(iter(wrong.items()))
-        problem, remedy = f"the data has {actual}", f"write {', '.join(f'{key} {wrong[key]}' for key in wrong)}"
+        problem, remedy = f"the data has {actual}", f"set {', '.join(f'{key} to {wrong[key]}' for key in wrong)}"
         if contents is not None:
             if key == "recipe.model.num_classes":
                 problem += f", with the fewest training images first {contents.name_classes()}"

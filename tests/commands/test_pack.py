@@ -252,7 +252,7 @@ def test_complete_pack_is_not_changed(tmp_path: Path, capsys: pytest.CaptureFixt
         ("nowhere", "pack", "there is no folder {root}/nowhere; it should contain train/ and val/"),
         ("images", ".", "DST {root} holds file, images, link, and no pack; name a new or empty folder"),
         ("images", "link/pack", "DST {root}/link/pack is inside SRC {root}/images; name a folder outside of it"),
-        ("images", "file", "DST {root}/file: cannot write to {root}/file (File exists); name another folder"),
+        ("images", "file", "DST {root}/file: {root}/file is not a folder; remove it, or name another folder"),
     ],
 )
 def test_refusals(

@@ -182,7 +182,7 @@ LOCAL = {"recipe.local_sgd.steps": 8}
         ({"communication_data_type": "fp8"}, '= "fp8": not "fp32", "fp16" or "bf16"; expected the precision in'),
         ({"wall_clock_breakdown": None}, "= null: not a valid boolean; expected a valid boolean"),
         ({"optimizer": "SGD"}, '= "SGD": not a valid object; expected an object with type, params'),
-        ({"recipe.data": 1}, "= 1: not a valid object; expected an object with source, image_size"),
+        ({"recipe.data": 1}, "= 1: not a valid object; expected an object with source, image_size, optional keys"),
         ({"scheduler.params.warmup_type": "cosine"}, "DeepSpeed would only warn about any other value and use log"),
         ({"fp16.auto_cast": True}, "= true: not false; expected false: the training loop casts images"),
         ({"comms_logger.prof_ops": ["all_reduce", 1]}, "prof_ops[1] = 1: not a valid string; expected a valid string"),
@@ -298,7 +298,7 @@ def test_missing_keys_are_all_named_and_a_typo_comes_first() -> None:
     missing = refused({})
     assert str(missing).startswith("run.json: train_batch_size: missing; expected the global batch size: images per")
     assert missing.remedy.endswith("; also recipe (missing)")
-    assert refused({"train_batch_size": 8}).remedy == "expected an object with model, data, schedule"
+    assert refused({"train_batch_size": 8}).remedy == "expected an object with model, data, schedule, optional keys"
     raw = copy.deepcopy(SMALL)
     raw["train_btach_size"] = raw.pop("train_batch_size")
     assert refused(raw).key == "train_btach_size"
