@@ -15,7 +15,7 @@ from rich.text import Text
 ROOT = Path(__file__).parents[1]
 PICTURES = {
     "plan": ("python -m recipe plan ds_configs/resnet50_b8192.json --hostfile hostfiles/four_nodes_8gpu", ""),
-    "summary": ("python recipe/train.py --deepspeed_config ds_configs/digits_b512.json", "  trained"),
+    "summary": ("deepspeed -q recipe/train.py --deepspeed_config ds_configs/digits_b512.json", "  trained"),
 }
 """the command for each picture, and the text at which the drawn part of its output starts"""
 
@@ -23,7 +23,8 @@ PICTURES = {
 def main() -> int:
     """Run each command and write its picture; return 0, or the exit code of the first command that fails."""
     for name, (command, beginning) in PICTURES.items():
-        words = [sys.executable, *command.split()[1:]]
+        launcher, *arguments = command.split()
+        words = [str(Path(sys.executable).with_name(launcher)), *arguments]
         done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             return done.returncode
@@ -35,7 +36,7 @@ def main() -> int:
 
 def draw(command: str, output: str, name: str) -> str:
     """An SVG of a terminal with a command and its output; ``name`` makes its identifiers unique within a page."""
-    lines = [f"$ {command}", "", *output.expandtabs().strip("\n").splitlines()]
+    lines = [f"$ {command}", "", *output.expandtabs().strip("\n").splitlines(), ""]  # the last line would be cut off
     console = Console(record=True, width=max(map(len, lines)) + 1, file=io.StringIO(), highlight=False)
     console.print(Text("\n".join(lines), no_wrap=True))
     svg = console.export_svg(title="", unique_id=name)

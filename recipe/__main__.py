@@ -19,7 +19,7 @@ COMMANDS = {
     "compare": "show what differs between two runs, and from which step on",
     "study": "train variants of a config with several seeds, and compare them",
     "pack": "pack an image folder into a few large files, which load faster",
-    "evaluate": "measure a trained model's accuracy, confusion and calibration per class",
+    "evaluate": "measure a trained model's accuracy per class, confusion and calibration",
     "predict": "predict the most probable classes of image files",
     "keys": "list every key of a config and of a study, as tables",
     "export": "export a run's best weights for timm and model hubs, or as ONNX",

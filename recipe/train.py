@@ -143,11 +143,11 @@ def run(arguments: argparse.Namespace) -> int:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line: paths and overrides; everything else is in the config."""
     parser = Parser(prog="recipe/train.py", description="Train as a config says.")
-    parser.add_argument("--deepspeed_config", type=Path, required=True, help="a JSON of ds_configs/")
+    parser.add_argument("--deepspeed_config", type=Path, required=True, help="the config, such as those in ds_configs/")
     parser.add_argument("--output", type=Path, help="folder of the run (default: runs/<config name>)")
-    parser.add_argument("--data", help="folder of the data; stands for --set recipe.data.path=…")
+    parser.add_argument("--data", help="folder of the data; short for --set recipe.data.path=…")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one value of the config"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one value of the config; repeatable"
     )
     parser.add_argument(
         "--resume",
@@ -185,17 +185,17 @@ def check_machine(config: Config) -> None:
             raise config.source.refusal(
                 f"{monitor}.enabled",
                 f"the package {package} is not installed",
-                f"pip install {package}, or write false",
+                f"pip install {package}, or use false",
             )
     if not lacks_gpu():
         return
     if config.recipe.data.decoder == "gpu":
-        raise config.source.refusal("recipe.data.decoder", "there is no CUDA GPU", 'write "cpu", or "dali"')
+        raise config.source.refusal("recipe.data.decoder", "there is no CUDA GPU", 'use "cpu", or "dali"')
     if config.precision == "fp16" and not cpu_may_support_fp16():
         raise config.source.refusal(
             "fp16.enabled",
             "there is no GPU, and the CPU does not support it",
-            'write "fp16": {"enabled": false} to train in fp32, or run it on a GPU',
+            'use "fp16": {"enabled": false} to train in fp32, or run it on a GPU',
         )
 
 

@@ -55,14 +55,14 @@ def test_folder_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     packed = tmp_path / "packed"
     write_folder(tmp_path / "images", classes=2, images=3)
     assert pack(tmp_path / "images", packed, 0) == 0
-    left_out, first = "left out: 2 .gif, 1 .heic", "with the fewest training images first"
+    left_out, first = "left out: 2 .gif, 1 .heic", "classes (smallest first, with their training images:"
     check = "check the folder (--data); if it is the right one, set"
     cases = {
         data(tmp_path / "nowhere"): f"recipe.data.path: there is no folder {tmp_path}/nowhere; it should contain",
         data(folder, train=7): f"train_images = 7: the data has 6; {left_out}; {check} recipe.data.train_images to 6\n",
-        data(junk): f"num_classes = 2: the data has 3, {first} backup (1), cat (3), dog (3); {check} recipe.model."
+        data(junk): f"num_classes = 2: the data has 3 {first} backup (1), cat (3), dog (3)); {check} recipe.model."
         "num_classes to 3, recipe.data.train_images to 7, recipe.data.validation_images to 5\n",
-        data(level): f"num_classes = 2: the data has 1, {first} photos (6); {check} recipe.model.num_classes to 1\n",
+        data(level): f"num_classes = 2: the data has 1 {first} photos (6)); {check} recipe.model.num_classes to 1\n",
         data(packed, source="pack", validation=7): f"validation_images = 7: the data has 6; {check} recipe.data.val",
         data(folder, source="pack"): f"recipe.data.path: {folder} is not a complete pack",
         "--set=wandb.enabled=true": "wandb.enabled = true: the package wandb is not installed; pip install wandb",
@@ -86,10 +86,10 @@ def test_fp16_without_a_gpu_is_refused_before_torch_is_imported(tmp_path: Path) 
     run = ("recipe/train.py", "--deepspeed_config", DIGITS, "--output", str(tmp_path / "run"))
     done = without_torch(tmp_path, *run, "--set=fp16.enabled=true", CUDA_VISIBLE_DEVICES="")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "fp16.enabled = true: there is no GPU, and the CPU does not support it; write" in done.stderr
+    assert "fp16.enabled = true: there is no GPU, and the CPU does not support it; " in done.stderr
     on_gpu = data(tmp_path).replace('"image_size"', '"decoder": "gpu", "image_size"')
     done = without_torch(tmp_path, *run, *TWO_CLASSES, on_gpu, CUDA_VISIBLE_DEVICES="")
-    assert 'recipe.data.decoder = "gpu": there is no CUDA GPU; write "cpu", or "dali"' in done.stderr
+    assert 'recipe.data.decoder = "gpu": there is no CUDA GPU; use "cpu", or "dali"' in done.stderr
     # Only torch knows whether another accelerator supports fp16.
     elsewhere = without_torch(tmp_path, *run, "--set=fp16.enabled=true", DS_ACCELERATOR="xpu")
     assert "it was imported" in elsewhere.stderr
@@ -101,7 +101,7 @@ def test_plan_counts_images_in_the_given_folder(tmp_path: Path) -> None:
     (folder / "train/cat/README").touch()
     plan = ("-m", "recipe", "plan", DIGITS, *TWO_CLASSES)
     cases = [
-        (data(folder, train="auto"), (), 2, 'train_images = "auto": only the folder tells how many there are; write'),
+        (data(folder, train="auto"), (), 2, 'train_images = "auto": it is unknown until the folder is read; '),
         (data(Path("x"), train="auto", validation="auto"), ("--data", str(folder)), 0, "6 training images, 4 for "),
         (data(Path("x")), ("--data", str(folder)), 0, "left out: 1,200 .avif, 1 without an extension"),
         (data(Path("x")), ("--data", str(tmp_path)), 2, f"{tmp_path} has no folder train/"),

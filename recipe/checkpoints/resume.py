@@ -116,8 +116,8 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool,
     if problem is not None and (redefined or not accept_changes or not usable):
         raise ValueError(
             f"{output} belongs to a different run: {', '.join(differences)}"
-            f"{'; its steps are counted in it, so it cannot be resumed' if redefined else ''}; name another --output "
-            f"for this one{'' if redefined or accept_changes else ', or insist with --accept-changes'}"
+            f"{'; a run cannot resume with other steps' if redefined else ''}; name another --output"
+            f"{'' if redefined or accept_changes else ', or add --accept-changes'}"
         )
     messages += [
         f"checkpoint {checkpoint.path} is skipped: {problem}" for checkpoint, _, problem in compared if problem

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 RESULT, PER_CLASS, CONFUSION = "evaluation.json", "per_class.csv", "confusion"
 SHOWN_CLASSES = 15
 MOST_NAMED_CLASSES = 40  # on the axes of the confusion matrix; more labels would overlap
+MOST_NUMBERED_CLASSES = 20  # whose counts fit the cells of the confusion matrix
 COUNT = within(1, 1_000_000)
 
 
@@ -107,6 +108,10 @@ def draw_confusion(measured: "Measured", path: Path) -> None:
         names = [printable(name)[:24] for name in measured.classes]
         axes.set_xticks(range(classes), names, rotation=90)
         axes.set_yticks(range(classes), names)
+    if classes <= MOST_NUMBERED_CLASSES:
+        for row, column in np.ndindex(counts.shape):
+            colour = "white" if shares[row, column] > 50 else "black"
+            axes.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=colour)
     save_figure(figure, path)
 
 

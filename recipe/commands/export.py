@@ -45,7 +45,11 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"{arguments.run} is an export already; name the folder of the run")
     write(trained, output, with_onnx=with_onnx)
     files = (WEIGHTS, TIMM_CONFIG, CARD, ONNX) if with_onnx else (WEIGHTS, TIMM_CONFIG, CARD)
-    results = f"weights {progress(trained)}; {accuracy(trained)}", f"in {output}: {', '.join(files)}", load_line(output)
+    results = (
+        f"weights after {progress(trained)}; {accuracy(trained)}",
+        f"in {output}: {', '.join(files)}",
+        f"load them by {load_line(output)}",
+    )
     print("\n".join(map(printable, results)))
     return 0
 
@@ -126,7 +130,7 @@ def load_line(folder: Path) -> str:
 def progress(trained: "Trained") -> str:
     """How long the weights were trained."""
     plan, epochs = trained.plan, trained.plan.timeline.epochs_done(trained.step)
-    return f"after {trained.step:,} of {plan.total_steps:,} steps ({epochs:.4g} of {plan.epochs:,} epochs)"
+    return f"{trained.step:,} of {plan.total_steps:,} steps ({epochs:.4g} of {plan.epochs:,} epochs)"
 
 
 def accuracy(trained: "Trained") -> str:

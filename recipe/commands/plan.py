@@ -15,7 +15,9 @@ from recipe.reporting import Parser, within
 from recipe.train import overrides
 
 MEASURED_SPEED = {("resnet50", False): 5653.0, ("resnet50", True): 6490.0}
-"""images per second by model and ``recipe.compile``, in fp16 at 224 px: benchmarks/results/gpu_throughput_h200.md"""
+"""images per second by model and ``recipe.compile``, in fp16 at 224 px: benchmarks/results/gpu_throughput_h200.md
+
+The second was measured with ``recipe.cudnn_benchmark``, too."""
 
 # Assumed, not measured: a common network, and the memory of an H100.
 ASSUMED_GBIT_PER_SECOND = 100.0
@@ -38,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         found = [as_json(one) for one in answers]
         print(json.dumps(found[0] if len(found) == 1 else found, indent=2, ensure_ascii=False))
     else:
-        hint = "this is for one rank; for more, give --hostfile or --world-size"
+        hint = "this is for one rank; for more, use --hostfile or --world-size"
         print(format_answers(answers, [] if arguments.hostfile or arguments.world_size else [hint]), end="")
     for picture in draw_rates([one.plan for one in answers], arguments.plot) if arguments.plot else ():
         say(f"wrote {picture}")
@@ -55,7 +57,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     ranks.add_argument("--hostfile", help="plan for all slots of this DeepSpeed hostfile")
     ranks.add_argument("--world-size", type=within(1, 1_000_000), metavar="N", help="plan for N ranks (default: 1)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one value of the config"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one value of the config; repeatable"
     )
     parser.add_argument("--data", help="check the data in this folder, as a run would (default: no check)")
     positive = within(1e-3, 1e9)
@@ -72,11 +74,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help=f"Gbit/s per GPU in each direction (default: {ASSUMED_GBIT_PER_SECOND:g})",
     )
     parser.add_argument(
-        "--gpu-memory", type=positive, default=GPU_MEMORY_GIB, metavar="GIB", help="of one GPU (default: %(default)g)"
+        "--gpu-memory",
+        type=positive,
+        default=GPU_MEMORY_GIB,
+        metavar="GIB",
+        help="memory of one GPU (default: %(default)g)",
     )
-    parser.add_argument("--inspect", action="store_true", help="build the model and count: slower, as it imports torch")
+    parser.add_argument(
+        "--inspect", action="store_true", help="build the model and count its parameters (imports torch)"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rate over the epochs, as PNG and SVG")
-    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
     arguments = parser.parse_args(argv)
     if len(arguments.config) > 2:
         parser.error(f"expected one config or two, got {len(arguments.config)}")

@@ -78,7 +78,8 @@ def format_answers(answers: Sequence[Answer], hints: Sequence[str] = (), width: 
 def _cost(answer: Answer) -> list[tuple[str, str]]:
     """The estimated cost of the run, as pairs of label and text."""
     if answer.facts is None:
-        return [("cost", "not known for this model; --inspect builds it, without allocating memory, and counts")]
+        remedy = "--inspect checks its name, builds it without allocating memory, and counts"
+        return [("cost", f"not known for this model; {remedy}")]
     plan, facts = answer.plan, answer.facts
     return [
         ("batch norm", _batchnorm(plan, facts)),
@@ -117,6 +118,8 @@ def _memory(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> str:
         where = f"no micro-batch would fit {_size(gpu_bytes)}"
     elif parts.total > gpu_bytes:
         where = f"more than {_size(gpu_bytes)}, in which micro-batches of up to {largest:,} would fit"
+    elif largest * plan.world_size == plan.config.common_batch:
+        where = f"a rank's whole share of the batch, {largest:,} images, would fit {_size(gpu_bytes)}"
     else:
         where = f"micro-batches of up to {largest:,} would fit {_size(gpu_bytes)}"
     return f"{text}; {where}"
@@ -152,8 +155,8 @@ def _speed(plan: Plan, facts: ModelFacts, assumed: Answer) -> list[tuple[str, st
     return [
         (
             "speed",
-            f"{step}: {found.images_per_second:,.0f} images/s, efficiency {found.efficiency:.0%}; assuming "
-            f"{assumed.speed_source}{network} and data that is always ready",
+            f"{step}: {found.images_per_second:,.0f} images/s, efficiency {100 * found.efficiency:.0f}{NO_BREAK}%; "
+            f"assuming {assumed.speed_source}{network} and data that is always ready",
         ),
         (
             "time to train",

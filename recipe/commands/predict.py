@@ -27,7 +27,9 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m recipe predict", description="Print and write the most probable classes of images.")
     add_model_options(parser, "predictions")
     parser.add_argument("images", type=Path, nargs="+", metavar="FILE|DIR", help="image files, or folders of them")
-    parser.add_argument("--micro-batch", type=COUNT, default=64, metavar="N", help="images per forward pass (64)")
+    parser.add_argument(
+        "--micro-batch", type=COUNT, default=64, metavar="N", help="images per forward pass (default: 64)"
+    )
     arguments = parser.parse_args(argv)
     output: Path = arguments.output or default_output(arguments.model, "predictions")
     files = list(image_files(arguments.images))
@@ -36,7 +38,8 @@ def main(argv: Sequence[str]) -> int:
     trained = load(arguments)
     output.mkdir(parents=True, exist_ok=True)
     unreadable = _write(trained, files, output, micro_batch=arguments.micro_batch, workers=arguments.workers)
-    print(f"\n{len(files) - len(unreadable):,} of {len(files):,} images in {printable(str(output))}: {CSV}, {JSONL}")
+    classified = f"{len(files) - len(unreadable):,} of {len(files):,} images classified"
+    print(f"\n{classified}; results in {printable(str(output))}: {CSV}, {JSONL}")
     for file in unreadable:
         say(f"{file} could not be read")
     return 1 if unreadable else 0
@@ -75,6 +78,8 @@ def _write(trained: "Trained", files: Sequence[Path], output: Path, *, micro_bat
         rows.writerow(["file", *columns])
         for number, (file, best) in enumerate(zip(files, found, strict=True)):
             progress.add(1)
+            if number == SHOWN_FILES:
+                progress.say(f"… the rest are in {printable(str(output / CSV))}")
             if best is None:
                 unreadable.append(file)
                 continue
@@ -85,8 +90,6 @@ def _write(trained: "Trained", files: Sequence[Path], output: Path, *, micro_bat
             if number < SHOWN_FILES:
                 shown = ", ".join(f"{printable(name)} {100 * p:.1f} %" for name, p in best)
                 progress.say(f"{path}: {shown}")
-            elif number == SHOWN_FILES:
-                progress.say(f"… the others are in {printable(str(output / CSV))}")
     return unreadable
 
 

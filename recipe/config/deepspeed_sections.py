@@ -88,7 +88,7 @@ class OptimizerParams(Section):
 
     unsupported = {
         **_refused("dampening", "the recipe's momentum is the paper's, without dampening"),
-        **_refused("max_grad_norm", "DeepSpeed ignores it here", 'write "gradient_clipping" at the top level'),
+        **_refused("max_grad_norm", "DeepSpeed ignores it here", 'use "gradient_clipping" at the top level'),
     }
 
 
@@ -208,7 +208,7 @@ class ZeroOptimization(
         **_refused(
             "stage3_gather_fp16_weights_on_model_save",
             "DeepSpeed has renamed this key",
-            'write "stage3_gather_16bit_weights_on_model_save"',
+            'use "stage3_gather_16bit_weights_on_model_save"',
         ),
     }
 
@@ -329,13 +329,13 @@ class DeepSpeedConfig(Section):
             "sparse_attention sparse_gradients tensor_parallel use_data_before_expert_parallelism vocabulary_size "
             "weight_quantization"
         ),
-        **_refused("bfloat16", "DeepSpeed has renamed this key", 'write "bf16"'),
+        **_refused("bfloat16", "DeepSpeed has renamed this key", 'use "bf16"'),
         **_refused("dataloader_drop_last", "the recipe's own sampler handles the last batch"),
         **_refused("elasticity", "the plan already keeps the global batch on any number of GPUs"),
         **_refused(
             "torch_autocast",
             "under fp16 its checkpoints lack the loss scale, and it does not count skipped steps",
-            'write "fp16" or "bf16"',
+            'use "fp16" or "bf16"',
         ),
     }
 

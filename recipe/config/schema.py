@@ -485,11 +485,11 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
             yield f"{path}.{name}", f'the {kind} "{chosen}" does not use it', remedy
     if optimizer != "SGD" and zero.stage:
         problem = f"{by_zero} splits weights into parts, which do not have the norms of whole layers"
-        yield "optimizer.type", problem, 'write zero_optimization.stage 0, or "SGD"'
+        yield "optimizer.type", problem, 'use zero_optimization.stage 0, or "SGD"'
     if optimizer != "SGD" and params.weight_decay == 0:
-        yield "optimizer.params.weight_decay", f"{optimizer} has no trust ratio without it", "write a number > 0"
+        yield "optimizer.params.weight_decay", f"{optimizer} has no trust ratio without it", "use a number > 0"
     if optimizer == "SGD" and params.nesterov and params.momentum == 0:
-        yield "optimizer.params.momentum", "Nesterov momentum cannot be 0", 'write a number > 0, or "nesterov": false'
+        yield "optimizer.params.momentum", "Nesterov momentum cannot be 0", 'use a number > 0, or "nesterov": false'
     if config.fp16.enabled and config.bf16.enabled:
         yield "bf16.enabled", "fp16 is also enabled", "enable only one of them"
     if recipe.precision is not None and (config.fp16.enabled or config.bf16.enabled):
@@ -497,81 +497,81 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
     if recipe.precision == "fp64" and zero.stage:
         yield "recipe.precision", "a ZeRO stage is also enabled", "remove one of them"
     if recipe.compile and zero.stage == 3:
-        yield "recipe.compile", f"{by_zero} gathers weights layer by layer, between kernels", "write false"
+        yield "recipe.compile", f"{by_zero} gathers weights layer by layer, between kernels", "use false"
     if recipe.model.gradient_checkpointing and recipe.compile:
         problem = "recipe.compile decides itself what to recompute"
-        yield "recipe.model.gradient_checkpointing", problem, "write false for one of them"
+        yield "recipe.model.gradient_checkpointing", problem, "use false for one of them"
     if recipe.ema.decay is not None and zero.stage:
         problem = f"{by_zero} leaves no rank with the whole master weights to average"
-        yield "recipe.ema.decay", problem, "write null, or zero_optimization.stage 0"
+        yield "recipe.ema.decay", problem, "use null, or zero_optimization.stage 0"
     if recipe.local_sgd.steps is not None:
         yield from (("recipe.local_sgd.steps", *conflict) for conflict in _local_sgd_conflicts(config))
     if recipe.noise_scale.enabled and zero.stage:
         problem = f"{by_zero} leaves no rank with the whole mean gradient to take the norm of"
-        yield "recipe.noise_scale.enabled", problem, "write false, or zero_optimization.stage 0"
+        yield "recipe.noise_scale.enabled", problem, "use false, or zero_optimization.stage 0"
     if not zero.compute_grad_norm and zero.stage not in (1, 2):
-        yield "zero_optimization.compute_grad_norm", "only ZeRO stages 1 and 2 work without it", "write true"
+        yield "zero_optimization.compute_grad_norm", "only ZeRO stages 1 and 2 work without it", "use true"
     if data.source in FOLDERS and data.path is None:
-        yield "recipe.data.path", f"{FOLDERS[data.source]} has no default path", "write the path of the folder"
+        yield "recipe.data.path", f"{FOLDERS[data.source]} has no default path", "set it to the path of the folder"
     if data.source not in FOLDERS and data.path is not None:
-        yield "recipe.data.path", f"{data.source} data has no folder", 'remove it, or write "source": "imagefolder"'
+        yield "recipe.data.path", f"{data.source} data has no folder", 'remove it, or use "source": "imagefolder"'
     for name in ("pack_short_side", "pack_raw"):
         if data.source != "pack" and getattr(data, name):
-            yield f"recipe.data.{name}", f"{data.source} data is not a pack", 'remove it, or write "source": "pack"'
+            yield f"recipe.data.{name}", f"{data.source} data is not a pack", 'remove it, or use "source": "pack"'
     if data.decoder != "cpu" and data.pack_raw:
-        yield "recipe.data.decoder", "raw pixels need no decoder", 'write "cpu"'
+        yield "recipe.data.decoder", "raw pixels need no decoder", 'use "cpu"'
     if data.source not in ("imagefolder", "huggingface") and data.validation_share is not None:
         yield "recipe.data.validation_share", f"{data.source} data has its own validation images", "remove it"
     if data.source == "synthetic" and data.on_device:
         yield "recipe.data.on_device", "synthetic data is generated there", "remove it"
     if data.decoder != "cpu" and data.source not in FOLDERS:
-        yield "recipe.data.decoder", f"{data.source} data contains no JPEGs", 'write "cpu"'
+        yield "recipe.data.decoder", f"{data.source} data contains no JPEGs", 'use "cpu"'
     if data.decoder != "cpu" and data.on_device:
-        yield "recipe.data.decoder", "with on_device true, the CPU decodes all images once", 'write "cpu"'
+        yield "recipe.data.decoder", "with on_device true, the CPU decodes all images once", 'use "cpu"'
     if data.augment != "none" and data.on_device:
         problem = "with on_device true, no loader process sees the images"
-        yield "recipe.data.augment", problem, 'write "none", or on_device false'
+        yield "recipe.data.augment", problem, 'use "none", or on_device false'
     if data.augment != "none" and data.decoder != "cpu":
         problem = f'no loader process sees the images that the decoder "{data.decoder}" decodes'
-        yield "recipe.data.augment", problem, 'write "none", or the decoder "cpu"'
+        yield "recipe.data.augment", problem, 'use "none", or the decoder "cpu"'
     for name, value in ("augment", data.augment != "none"), ("random_erasing", data.random_erasing):
         if data.source == "synthetic" and value:
             yield f"recipe.data.{name}", "synthetic data is already random", "remove it"
     for name in ("train_images", "validation_images"):
         if data.source == "synthetic" and getattr(data, name) == "auto":
-            yield f"recipe.data.{name}", "synthetic data has no images to count", "write the number of images"
+            yield f"recipe.data.{name}", "synthetic data has no images to count", "set it to the number of images"
     if isinstance(data.image_size, tuple):
         epochs = [epoch for epoch, _ in data.image_size]
         if epochs != sorted({0, *epochs}):
-            yield "recipe.data.image_size", "the epochs do not rise from 0", "write each once, 0 first"
+            yield "recipe.data.image_size", "the epochs do not rise from 0", "list each once, 0 first"
     if data.mixup.probability + data.cutmix.probability > 1:
         problem = "together with mixup's it exceeds 1, and a step uses at most one of the two"
         yield "recipe.data.cutmix.probability", problem, "lower one of them"
     if recipe.model.weights is not None and "." in recipe.model.name:
         yield "recipe.model.weights", f"{recipe.model.name} names weights, too", "remove it, or the tag of the name"
     if recipe.model.freeze != "none" and recipe.model.starts_from is None:
-        yield "recipe.model.freeze", "random weights would stay random", 'write "none", or recipe.model.weights'
+        yield "recipe.model.freeze", "random weights would stay random", 'use "none", or recipe.model.weights'
     changed_in = [epoch for epoch, _ in schedule.batch_size or ()]
     if changed_in != sorted(set(changed_in)):
-        yield "recipe.schedule.batch_size", "the epochs do not rise", "write each once, the smallest first"
+        yield "recipe.schedule.batch_size", "the epochs do not rise", "list each once, the smallest first"
     if list(schedule.decay_epochs) != sorted(set(schedule.decay_epochs)):
-        yield "recipe.schedule.decay_epochs", "the numbers do not rise", "write each once, the smallest first"
+        yield "recipe.schedule.decay_epochs", "the numbers do not rise", "list each once, the smallest first"
     if schedule.batch_size and schedule.weight_decay_rule != "constant":
         problem = "the weight decay would change with the batch during the run"
-        yield "recipe.schedule.weight_decay_rule", problem, 'write "constant", or recipe.schedule.batch_size null'
+        yield "recipe.schedule.weight_decay_rule", problem, 'use "constant", or recipe.schedule.batch_size null'
 
 
 def _local_sgd_conflicts(config: Config) -> Iterator[tuple[str, str]]:
     """Problem and remedy of each setting that does not work if ranks step alone."""
     recipe, stage = config.recipe, config.zero_optimization.stage
     if stage:
-        yield f"ZeRO stage {stage} leaves no rank with the whole weights", "write null, or zero_optimization.stage 0"
+        yield f"ZeRO stage {stage} leaves no rank with the whole weights", "use null, or zero_optimization.stage 0"
     if config.fp16.enabled:
-        yield "each rank would arrive at its own loss scale", "write null, or train in bf16 or fp32"
+        yield "each rank would arrive at its own loss scale", "use null, or train in bf16 or fp32"
     if config.bf16.enabled and (config.bf16.check_grad_overflow or config.gradient_clipping):
-        remedy = "write null, or bf16.check_grad_overflow false and gradient_clipping 0"
+        remedy = "use null, or bf16.check_grad_overflow false and gradient_clipping 0"
         yield "a rank would skip a step that overflows while the others continue", remedy
     if recipe.ema.decay is not None:
-        yield "each rank would average its own weights", "write null, or recipe.ema.decay null"
+        yield "each rank would average its own weights", "use null, or recipe.ema.decay null"
     if recipe.noise_scale.enabled:
-        yield "there is no mean gradient to take the norm of", "write null, or recipe.noise_scale.enabled false"
+        yield "there is no mean gradient to take the norm of", "use null, or recipe.noise_scale.enabled false"

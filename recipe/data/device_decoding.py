@@ -125,7 +125,7 @@ def plain_jpeg_size(file: bytes) -> tuple[int, int] | None:
 def open_decoder(name: Literal["gpu", "dali"], device: torch.device, *, threads: int) -> Decoder:
     """Return a decoder that has successfully decoded an image; ``threads`` is the number of CPU threads for DALI."""
     if name == "gpu" and device.type != "cuda":
-        raise ValueError('recipe.data.decoder = "gpu": there is no CUDA GPU; write "cpu", or "dali"')
+        raise ValueError('recipe.data.decoder = "gpu": there is no CUDA GPU; use "cpu", or "dali"')
     file = simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))
     decoder: Decoder
     try:
@@ -139,10 +139,10 @@ def open_decoder(name: Literal["gpu", "dali"], device: torch.device, *, threads:
         decoder([torch.frombuffer(bytearray(file), dtype=torch.uint8)], [View(0, 0, 16, 16, 16, 16)], 16)
     except ImportError as error:
         remedy = "a different torchvision" if name == "gpu" else "nvidia-dali-cuda130"
-        raise ValueError(f'recipe.data.decoder = "{name}": {error}; pip install {remedy}, or write "cpu"') from error
+        raise ValueError(f'recipe.data.decoder = "{name}": {error}; pip install {remedy}, or use "cpu"') from error
     except RuntimeError as error:
         problem = " ".join(str(error).split())
-        raise ValueError(f'recipe.data.decoder = "{name}": it does not run here: {problem}; write "cpu"') from error
+        raise ValueError(f'recipe.data.decoder = "{name}": it does not run here: {problem}; use "cpu"') from error
     return decoder
 
 

@@ -63,7 +63,7 @@ def list_imagefolder(path: Path, validation_share: float | None = None) -> tuple
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}; it should contain train/ and val/")
     if (path / HEADER).is_file():
-        raise ValueError(f'{path} contains a pack of images; write "source": "pack"')
+        raise ValueError(f'{path} contains a pack of images; use "source": "pack"')
     held_out = held_out_folder(path)
     if validation_share is not None:
         if held_out is not None:
@@ -76,7 +76,7 @@ def list_imagefolder(path: Path, validation_share: float | None = None) -> tuple
         )
     if held_out is None:
         raise ValueError(
-            f"{path} has neither val/ nor test/ beside train/; add one, or write recipe.data.validation_share 0.1"
+            f"{path} has neither val/ nor test/ beside train/; add one, or set recipe.data.validation_share to 0.1"
         )
 
     train, validation = list_classes(path / "train"), list_classes(held_out)

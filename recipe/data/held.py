@@ -53,7 +53,7 @@ class HeldImages(Samples):
                     raise ValueError(
                         f"recipe.data.on_device = true: {dataset.name(index)} has {height} × {width} pixels, "
                         f"{dataset.name(0)} has {first.shape[0]} × {first.shape[1]}; random_resized crops on the "
-                        "device, and image sizes by epoch, need images of one size: write false"
+                        "device, and image sizes by epoch, need images of one size: use false"
                     )
                 images[index], self._labels[index], self._weights[index] = sample[:3]
                 if sample.bad_image:
@@ -104,5 +104,5 @@ def _check_memory(count: int, first: Tensor, device: torch.device) -> None:
         height, width = first.shape[:2]
         raise ValueError(
             f"recipe.data.on_device = true: {count:,} images of {height} × {width} pixels take {needed / 1e9:,.1f} GB, "
-            f"but only {free / 1e9:,.1f} GB are free on {device}, and images may take half of that: write false"
+            f"but only {free / 1e9:,.1f} GB are free on {device}, and images may take half of that: use false"
         )

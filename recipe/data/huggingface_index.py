@@ -75,7 +75,7 @@ def list_huggingface(path: str, validation_share: float | None = None) -> tuple[
         is_held_out = hold_out(train.classes, train.labels, names, validation_share, train.name)
         return train.part(~is_held_out), train.part(is_held_out)
     if held_out is None:
-        raise ValueError(f"{path} has no split {' or '.join(HELD_OUT)}; write recipe.data.validation_share 0.1")
+        raise ValueError(f"{path} has no split {' or '.join(HELD_OUT)}; set recipe.data.validation_share to 0.1")
     validation = _read_split(path, held_out, splits[held_out])
     if train.classes != validation.classes:
         raise ValueError(f"{path}: the classes of the splits train and {held_out} differ, in names or in order")

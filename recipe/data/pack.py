@@ -88,19 +88,19 @@ def open_pack(
     if not (path / HEADER).is_file():
         raise ValueError(
             f"recipe.data.path: {path} is not a complete pack, which has a {HEADER}; create one with python -m recipe "
-            'pack, or write "source": "imagefolder"'
+            'pack, or use "source": "imagefolder"'
         )
     header = read_header(path)
     packed_at = header.making.short_side
     if short_side is not None and short_side != packed_at:
         raise ValueError(
             f"recipe.data.pack_short_side = {short_side}: {path} is a pack of short side {packed_at}, so the pixels "
-            f"differ; write {packed_at}, or name a different pack"
+            f"differ; use {packed_at}, or name a different pack"
         )
     if raw is not None and raw != header.making.raw:
         kind = "raw pixels" if header.making.raw else "image files"
         raise ValueError(
-            f"recipe.data.pack_raw = {json.dumps(raw)}: {path} is a pack of {kind}, so the pixels differ; write "
+            f"recipe.data.pack_raw = {json.dumps(raw)}: {path} is a pack of {kind}, so the pixels differ; use "
             f"{json.dumps(header.making.raw)}, or name a different pack"
         )
     train, validation = (PackedImages(path, header, part, **options) for part in header.parts)

@@ -197,8 +197,8 @@ class Watch:
         # gloo's message, without the position in its source and the sentences that follow.
         seen = re.sub(r"\[/\S+\] ", "", seen).partition("\n")[0].partition(". ")[0]
         return (
-            f"{name_ranks(ranks, self._meeting.hosts)} ended without a word{self._at_step()}: killed (out of memory?), "
-            f"or the host is gone or cut off{seen and f'; rank {self._meeting.rank} saw {seen}'}"
+            f"{name_ranks(ranks, self._meeting.hosts)} exited without reporting an error{self._at_step()}: "
+            f"killed (out of memory?), or the host is gone or cut off{seen and f'; rank {self._meeting.rank} saw {seen}'}"
         )
 
     def _failure(self, text: str) -> str:

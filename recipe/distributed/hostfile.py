@@ -32,7 +32,7 @@ def read_hostfile(path: Path | str) -> Mapping[str, int]:
         match = _ENTRY.fullmatch(entry)
         name = match and _HOST.fullmatch(match["host"])
         if not match:
-            problem, remedy = "not a host and its slots", 'write "host slots=4", without spaces around "="'
+            problem, remedy = "not a host and its slots", 'use "host slots=4", without spaces around "="'
         elif not name:
             problem = "not a host name"
             remedy = "write letters, digits, and . _ - inside; give an IPv6 address a name"

@@ -27,7 +27,7 @@ def choose_device(precision: str) -> torch.device:
     if precision in supported and not supported[precision]():
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
         raise ValueError(
-            f'{precision}.enabled = true: {name} does not support it; write "{precision}": {{"enabled": false}} to '
+            f'{precision}.enabled = true: {name} does not support it; use "{precision}": {{"enabled": false}} to '
             "train in fp32, or run it on a GPU that supports it"
         )
     return device

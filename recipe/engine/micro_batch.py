@@ -30,7 +30,7 @@ class MicroBatchError(RuntimeError):
     def __init__(self, micro_batch: int, device: str, error: Exception) -> None:
         super().__init__(
             f"micro-batches of {micro_batch} images do not fit {device}: {error}; lower recipe.max_micro_batch_size, "
-            'or write "auto"'
+            'or use "auto"'
         )
 
 

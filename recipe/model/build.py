@@ -69,7 +69,7 @@ def build_model(
             model.set_grad_checkpointing()  # type: ignore[operator]
         except (AttributeError, AssertionError):
             raise ValueError(
-                f"recipe.model.gradient_checkpointing = true: timm's {name} does not support it; write false"
+                f"recipe.model.gradient_checkpointing = true: timm's {name} does not support it; use false"
             ) from None
     model = convert_batchnorm(model, statistics)
     if freeze == "backbone":

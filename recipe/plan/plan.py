@@ -159,7 +159,7 @@ def make_plan(
         raise config.source.refusal(
             "train_batch_size" if config.train_batch_size > train_images else "recipe.schedule.batch_size",
             f"the training set has {train_images:,} images",
-            f"write at most {train_images}",
+            f"use at most {train_images}",
         )
     timeline = Timeline.of(config.batch_changes, train_images, recipe.schedule.epochs)
     schedule = _rate_schedule(config, timeline)
@@ -238,8 +238,8 @@ def _check_statistics(config: Config, world_size: int, micro_batch: int) -> None
             "noise_scale.enabled",
             f"one rank takes the whole batch of {micro_batch} as one micro-batch, which leaves no second batch size to "
             "compare",
-            'write a train_micro_batch_size_per_gpu below that and gradient_accumulation_steps "auto", start more '
-            "ranks, or write false",
+            'use a train_micro_batch_size_per_gpu below that and gradient_accumulation_steps "auto", start more '
+            "ranks, or use false",
         ),
         # A rank's gradient then has large parts that cancel in the sum over all ranks: measured on the digits, two
         # ranks gave a variance of 1,749 where one gave 138.
@@ -247,19 +247,19 @@ def _check_statistics(config: Config, world_size: int, micro_batch: int) -> None
             measures and spans_ranks,
             "noise_scale.enabled",
             f"{spanning}so that a rank's gradient is not that of its own images",
-            f"write false, or {within_rank}",
+            f"use false, or {within_rank}",
         ),
         (
             recipe.local_sgd.steps is not None and spans_ranks,
             "local_sgd.steps",
             f"{spanning}so that they could not step alone",
-            f"write null, or {within_rank}",
+            f"use null, or {within_rank}",
         ),
         (
             recipe.ema.decay is not None and statistics == "local" and world_size > 1,
             "ema.decay",
             'with "local" statistics each rank has its own running averages, none of which fits the average weights',
-            'write null, or for recipe.batchnorm.statistics "global" or a number of images',
+            'use null, or for recipe.batchnorm.statistics "global" or a number of images',
         ),
     ):
         if is_refused:
@@ -287,14 +287,16 @@ def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, 
     if isinstance(accumulation, int):
         limit = unit * largest if micro == "auto" else unit
     if batch % unit or batch > limit:
-        product = f"{' × '.join(map(str, factors.values()))} ({' × '.join(factors)})"
+        split = f"over {world_size} rank{'' if world_size == 1 else 's'}"
+        if len(factors) > 1 or batch > limit:
+            split = f"into {' × '.join(map(str, factors.values()))} ({' × '.join(factors)})"
         if batch > limit and micro == "auto":
-            product += f" × at most {largest} images in a micro-batch (recipe.max_micro_batch_size)"
+            split += f" × at most {largest} images in a micro-batch (recipe.max_micro_batch_size)"
         nearest = {min(max(size, unit), limit) for size in (batch // unit * unit, batch // unit * unit + unit)}
         remedy = f"the nearest that can: {' or '.join(f'{size:.0f}' for size in sorted(nearest))}"
         if len(factors) > 1:
-            remedy += '; or write "auto" for train_micro_batch_size_per_gpu and gradient_accumulation_steps'
-        raise config.source.refusal("train_batch_size", f"it cannot be split into {product}", remedy)
+            remedy += '; or use "auto" for train_micro_batch_size_per_gpu and gradient_accumulation_steps'
+        raise config.source.refusal("train_batch_size", f"it cannot be split evenly {split}", remedy)
     share = batch // world_size
     ranks = f"{world_size} rank{'' if world_size == 1 else 's'}"
     n, mixes = config.statistics, config.recipe.data.mixes
@@ -315,7 +317,7 @@ def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, 
         raise config.source.refusal(
             f"recipe.data.{'mixup' if config.recipe.data.mixup.probability else 'cutmix'}.probability",
             f"{odd} images cannot be paired",
-            "write 0, or an even number of images for each rank and micro-batch",
+            "use 0, or an even number of images for each rank and micro-batch",
         )
     if isinstance(written, int):
         size = written if written in fitting else None
@@ -384,7 +386,7 @@ def _data_set_sizes(config: Config, contents: Contents | None) -> tuple[int, int
         problem, remedy = f"the data has {actual}", f"set {', '.join(f'{key} to {wrong[key]}' for key in wrong)}"
         if contents is not None:
             if key == "recipe.model.num_classes":
-                problem += f", with the fewest training images first {contents.name_classes()}"
+                problem += f" classes (smallest first, with their training images: {contents.name_classes()})"
             if left_out := contents.name_left_out():
                 problem += f"; {left_out}"
             # A folder of another level, or with one folder too many, would train, but on junk.
@@ -394,8 +396,8 @@ def _data_set_sizes(config: Config, contents: Contents | None) -> tuple[int, int
     for key in ("recipe.data.train_images", "recipe.data.validation_images"):
         size = known.get(key, written[key])
         if not isinstance(size, int):
-            problem = "only the folder tells how many there are"
-            raise config.source.refusal(key, problem, "write the number, or give the folder by --data")
+            problem = "it is unknown until the folder is read"
+            raise config.source.refusal(key, problem, "set it to the number, or name the folder with --data")
         sizes.append(size)
     return sizes[0], sizes[1]
 
@@ -415,7 +417,7 @@ def _preprocessing(config: Config) -> tuple[tuple[tuple[int, int], ...], tuple[f
         raise config.source.refusal(
             "recipe.data.image_size",
             "no config.json next to recipe.model.weights gives the size that they were trained with",
-            "write a number of pixels",
+            "use a number of pixels",
         )
     mean = tuple(own.get("mean", usual_mean)) if data.mean == "auto" else data.mean
     std = tuple(own.get("std", usual_std)) if data.std == "auto" else data.std
@@ -466,13 +468,13 @@ def _rate_schedule(config: Config, timeline: Timeline) -> RateSchedule:
         raise config.source.refusal(
             "recipe.schedule.warmup_epochs",
             f"the warmup is longer than the run of {rules.epochs} epochs",
-            f"write at most {rules.epochs}, or more recipe.schedule.epochs",
+            f"use at most {rules.epochs}, or more recipe.schedule.epochs",
         )
     if len(timeline.phases) > 1 and timeline.phases[1].first_step < warmup_steps:
         raise config.source.refusal(
             "recipe.schedule.batch_size",
             f"the batch changes within the {rules.warmup_epochs:g} epochs of warmup",
-            'write later epochs, or recipe.schedule.warmup "none": the rate follows the batch anyway',
+            'use later epochs, or recipe.schedule.warmup "none": the rate follows the batch anyway',
         )
     schedule = RateSchedule(
         start_rate=start,
@@ -491,7 +493,7 @@ def _rate_schedule(config: Config, timeline: Timeline) -> RateSchedule:
     lowest = min(map(schedule.peak, config.batches))
     if rules.final_lr > lowest:
         problem = f"the rate would rise from its peak of {lowest:.7g}"
-        raise config.source.refusal("recipe.schedule.final_lr", problem, "write less than that")
+        raise config.source.refusal("recipe.schedule.final_lr", problem, "use less than that")
     return schedule
 
 
@@ -517,4 +519,4 @@ def _check(config: Config, key: str, right: float, problem: str, alternative: st
         written = getattr(written, part)
     if written != "auto" and not math.isclose(written, right, rel_tol=RATE_TOLERANCE):
         shown = right if isinstance(right, int) else f"{right:.7g}"
-        raise config.source.refusal(key, problem, f'write "auto" or {shown}{alternative}')
+        raise config.source.refusal(key, problem, f'use "auto" or {shown}{alternative}')

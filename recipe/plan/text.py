@@ -72,6 +72,8 @@ def notes(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
             f"bf16 gradients of {plan.accumulation} accumulation steps are summed in bf16, which has 8 bits of "
             "precision; with more GPUs or a larger micro-batch there are fewer to sum"
         )
+    if min(phase.steps_per_epoch for phase in plan.timeline.phases) == 1:
+        found.append("an epoch is a single step; a smaller train_batch_size would give more updates")
     measured = plan.config.recipe.noise_scale
     few = too_few(planned_measurements(plan.total_steps, measured.every_steps), plan.total_steps, measured.every_steps)
     if measured.enabled and few is not None:
@@ -158,7 +160,7 @@ def _model(plan: Plan, facts: ModelFacts | None) -> str:
         batchnorm = "no batch norm" if model.freeze == "none" else "batch norm, if any, in evaluation mode"
     elif isinstance(n, int):
         ranks, groups = n // plan.micro_batch, plan.micro_batch // n
-        where = f"{groups} in a micro-batch" if groups else f"{ranks} ranks"
+        where = f"{counted(groups, 'group')} per micro-batch" if groups else f"{ranks} ranks"
         batchnorm = f"batch norm over groups of {n} images ({where})"
     else:
         batchnorm = {"global": "SyncBN over all ranks", "local": "batch norm over each rank's micro-batch"}[n]
@@ -251,7 +253,7 @@ def _steps(plan: Plan) -> str:
 def _batch_schedule(plan: Plan) -> str:
     """The later global batches with their accumulation steps and peak rates; "" if the batch does not change."""
     return "; ".join(
-        f"{phase.global_batch:,} from epoch {phase.first_epoch} (step {phase.first_step:,}) on, by "
+        f"{phase.global_batch:,} from epoch {phase.first_epoch} (step {phase.first_step:,}) on, in "
         f"{counted(plan.accumulation_of(phase), 'accumulation step')}: peak rate "
         f"{plan.schedule.peak(phase.global_batch):.6g}"
         for phase in plan.timeline.phases[1:]
@@ -284,7 +286,7 @@ def _decay(plan: Plan) -> str:
     reached = ", ".join(f"epoch {epoch:g} (step {step:,})" for epoch, step in turns if step < plan.total_steps)
     late = ", ".join(f"{epoch:g}" for epoch, step in turns if step >= plan.total_steps)
     text = f"× {rules.decay_factor:g} at {reached}" if reached else "none within the run"
-    return text + (f"; epoch {late} is after its end" if late else "")
+    return text + (f"; after its end: epoch {late}" if late else "")
 
 
 def rates(plan: Plan) -> list[tuple[int, float]]:
@@ -321,7 +323,7 @@ def _weight_average(plan: Plan) -> str:
         return ""
     images = math.log(0.5) / math.log(decay)
     step = f"{decay**plan.global_batch:.6g} per step of {plan.global_batch:,}"
-    return f"decay {decay!r} per image, {step}: weights count half after {images:,.0f} more images"
+    return f"decay {decay!r} per image, {step}: a half-life of {images:,.0f} images"
 
 
 def _local_sgd(plan: Plan) -> str:

@@ -131,11 +131,13 @@ def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = No
     )
     rows.append(("again", " \\\n".join(wrap(command, width - LABEL_WIDTH - 4))))
     next_plan = None if plan is None else _next_plan(plan)
-    if next_plan is not None:
+    if plan is not None and next_plan is not None:
         steps = next_plan.schedule.warmup_steps
         warmup = f"warmup of {counted(steps, 'step')}" if steps else "no warmup"
+        size = "twice" if next_plan.global_batch > plan.global_batch else "half"
         change = f"--set train_batch_size={next_plan.global_batch} with another --output"
-        rows.append(("next", f"{change}: peak rate {next_plan.schedule.peak_rate:.6g}, {warmup}"))
+        follows = f"peak rate {next_plan.schedule.peak_rate:.6g}, {warmup}"
+        rows.append(("to try", f"{size} the batch: {change} ({follows})"))
     return fields(rows, width)
 
 

@@ -147,13 +147,13 @@ SHARDED = "zero_optimization.stage=1"
 @pytest.mark.parametrize(
     ("before", "now", "resume", "accept_changes", "message"),
     [
-        ("recipe.seed=0", f"{DECAY}=[20, 30]", "auto", False, r"decay_epochs was .*, or insist with --accept-changes$"),
+        ("recipe.seed=0", f"{DECAY}=[20, 30]", "auto", False, r"decay_epochs was .*, or add --accept-changes$"),
         (
             "recipe.seed=0",
             "train_batch_size=256",
             "auto",
             True,
-            r"its steps are counted in it, so .*; name another --o",
+            r"a run cannot resume with other steps; name another --o",
         ),
         ("recipe.seed=0", "recipe.seed=0", "never", False, "--resume never: .* holds checkpoints"),
         (None, "recipe.seed=0", "must", False, "--resume must: .* holds no checkpoint"),

@@ -159,7 +159,7 @@ def test_the_card(run: Path) -> None:
     text = (run / "export/README.md").read_text()
     best = max(events(run, "validation"), key=lambda line: line["top1"])
     assert f"- **Measured:** top-1 {best['top1']:.2f} % on 355 validation images.\n" in text
-    assert f"- **Trained:** after {best['step'] + 1} of 6 steps (" in text
+    assert f"- **Trained:** {best['step'] + 1} of 6 steps (" in text
     (result,) = yaml.safe_load(text.split("---")[1])["model-index"][0]["results"]
     assert result["metrics"][0]["value"] == round(best["top1"], 2)
     digits = ", ".join(f'"{digit}"' for digit in range(10))
@@ -168,7 +168,7 @@ def test_the_card(run: Path) -> None:
     assert described["recipe"] == json.loads((run / "plan.json").read_text())
 
     stopped = card(replace(read_trained(run), step=3, top1=None))
-    assert "- **Measured:** not validated.\n- **Trained:** after 3 of 6 steps (1.5 of 3 epochs) on 1,442 ima" in stopped
+    assert "- **Measured:** not validated.\n- **Trained:** 3 of 6 steps (1.5 of 3 epochs) on 1,442 ima" in stopped
     assert "model-index" not in stopped
 
 

@@ -66,7 +66,7 @@ def test_good_hosts_have_no_problems(count: int, question: str, fact: Any) -> No
         ("clock", -5.0, "its clock is 5.1 s behind node-0's; synchronise both by NTP"),
         ("devices", {"gpus": ["H100"]}, "1 GPUs for 2 slots; write slots=1, or find out why torch does not see more"),
         ("devices", {"gpus": []}, "it would train on CPU, node-0 on 2 × H100; check GPUs and drivers"),
-        ("devices", {"knows_precision": False}, 'its 2 × H100 does not support fp16; write "fp16": {"enabled": false}'),
+        ("devices", {"knows_precision": False}, 'its 2 × H100 does not support fp16; use "fp16": {"enabled": false}'),
         ("checkout", {"code_sha256": "0ther"}, "code 8f7e6184 0ther, node-0 has 8f7e6184 c0de; make the checkouts"),
         ("checkout", {"commit": "aaaaaaaa"}, "code aaaaaaaa c0de, node-0 has 8f7e6184 c0de; make the checkouts"),
         ("checkout", {"config_sha256": "0ther"}, "config 0ther, node-0 has c0f1; copy the same file to all hosts"),

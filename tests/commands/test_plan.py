@@ -182,7 +182,7 @@ def test_text_of_the_headline_fits_one_screen(capsys: pytest.CaptureFixture[str]
         "48.7 MiB weights + 97.5 MiB master weights + 48.7 MiB gradients + 97.5 MiB momentum",
         "1.32 GiB activations",
         "activations: 32 × 42.3 MiB",
-        "up to 32 would fit 80 GiB",
+        "a rank's whole share of the batch, 32 images, would fit 80 GiB",
         "48.7 MiB of fp16 gradients, 97.1 MiB sent per rank and step",
         "assuming 5,653 images/s per GPU (measured on one H200 in fp16) and 50 Gbit/s per GPU (given)",
     ):
@@ -190,7 +190,7 @@ def test_text_of_the_headline_fits_one_screen(capsys: pytest.CaptureFixture[str]
 
 
 def test_hint_to_give_the_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "this is for one rank; for more, give --hostfile" in screen(capsys, str(ROOT / HEADLINE))
+    assert "this is for one rank; for more, use --hostfile" in screen(capsys, str(ROOT / HEADLINE))
     assert "this is for one rank" not in screen(capsys, str(ROOT / HEADLINE), "--world-size", "1")
 
 
@@ -209,8 +209,8 @@ INSPECT = ("--inspect", "--world-size=8")
 @pytest.mark.parametrize(
     ("options", "texts"),
     [
-        (OTHER, ["not known for this model; --inspect builds it", "over all ranks, if the model has batch norm"]),
-        (HEAD, ["not known for this model; --inspect builds it"]),
+        (OTHER, ["not known for this model; --inspect checks its name", "over all ranks, if the model has batch norm"]),
+        (HEAD, ["not known for this model; --inspect checks its name"]),
         (["--set=recipe.compile=true"], ["assuming 6,490 images/s per GPU (measured on one H200 in fp16)"]),
         (["--set=fp16.enabled=false"], ["speed not known for this model, size and precision: give one GPU's"]),
         (["--set=recipe.data.image_size=160"], ["speed not known for this"]),

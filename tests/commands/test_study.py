@@ -474,7 +474,7 @@ def test_study_resumes_after_a_signal(tmp_path: Path) -> None:
     first.send_signal(signal.SIGTERM)
     said, _ = first.communicate(timeout=300)
     assert first.returncode == 143, said
-    for line in ("1 of 3: short, seed 0 …\n", "[1/3] short, seed 0: failed: ", "[2/3] wild, seed 0: diverged"):
+    for line in ("started 1 of 3: short, seed 0\n", "[1/3] short, seed 0: failed: ", "[2/3] wild, seed 0: diverged"):
         assert f"\n{line}" in said
     assert re.search(r"^recipe: short, seed 0 failed: .*\.lock \(Is a directory\).*launch\.log", said, re.MULTILINE)
     (row,) = read_rows(output, "long")

@@ -163,7 +163,7 @@ def test_dali_continues_after_an_image_that_it_rejects(folder, dali):
 def test_a_missing_decoder_or_device_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     for name, problem in {
-        "gpu": 'there is no CUDA GPU; write "cpu", or "dali"$',
+        "gpu": 'there is no CUDA GPU; use "cpu", or "dali"$',
         "dali": ".* pip install nvidia-dali-cuda130, or write",
     }.items():
         with pytest.raises(ValueError, match=rf'^recipe\.data\.decoder = "{name}": {problem}'):

@@ -218,7 +218,7 @@ def test_an_image_can_be_a_separate_file_or_missing(folder: Path, monkeypatch: p
 
 REFUSED: list[tuple[dict[str, datasets.Dataset], float | None, str]] = [
     ({"validation": rows([0])}, None, r" has no split train, only validation$"),
-    ({"train": rows([0])}, None, r" has no split validation or val or test; write recipe.data.validation_share 0.1$"),
+    ({"train": rows([0])}, None, r" has no split validation or val or test; set recipe.data.validation_share to 0.1$"),
     ({"train": rows([0]), "test": rows([0])}, 0.1, r" has a split test; remove recipe.data.validation_share$"),
     ({"train": rows([0, 1, 1])}, 0.5, r": train has a single image of cat, which cannot be split; add some$"),
     (

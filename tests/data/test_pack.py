@@ -203,19 +203,19 @@ def test_too_many_open_files_do_not_blame_the_pack(packed, monkeypatch):
 
 
 def test_a_source_that_does_not_match_the_folder_is_refused(folder, packed):
-    with pytest.raises(ValueError, match='contains a pack of images; write "source": "pack"'):
+    with pytest.raises(ValueError, match='contains a pack of images; use "source": "pack"'):
         open_as("imagefolder", packed)
-    with pytest.raises(ValueError, match=r'is not a complete pack.*write "source": "imagefolder"'):
+    with pytest.raises(ValueError, match=r'is not a complete pack.*use "source": "imagefolder"'):
         open_as("pack", folder)
 
 
 @pytest.mark.parametrize(
     ("making", "options", "message"),
     [
-        ({"short_side": 0}, {"pack_short_side": 352}, "pack_short_side = 352: .* of short side 0, .*write 0,"),
+        ({"short_side": 0}, {"pack_short_side": 352}, "pack_short_side = 352: .* of short side 0, .*use 0,"),
         ({"short_side": 352}, {"pack_short_side": 0}, "pack_short_side = 0: .* of short side 352, .*write 352,"),
-        ({"raw": False}, {"pack_raw": True}, "pack_raw = true: .* is a pack of image files, .*write false,"),
-        ({"raw": True}, {"pack_raw": False}, "pack_raw = false: .* is a pack of raw pixels, .*write true,"),
+        ({"raw": False}, {"pack_raw": True}, "pack_raw = true: .* is a pack of image files, .*use false,"),
+        ({"raw": True}, {"pack_raw": False}, "pack_raw = false: .* is a pack of raw pixels, .*use true,"),
         (
             {"short_side": 255},
             {"image_size": 224, "crop": "random_resized"},

@@ -148,8 +148,8 @@ def test_killed_rank_is_named_by_another(tmp_path: Path) -> None:
     (code, said), killed = ranks.ends()
     assert (code, killed) == (FAILED, (-signal.SIGKILL, ""))
     assert said.startswith(
-        "recipe: rank 1 on host-1 ended without a word at step 3: killed (out of memory?), or the host is gone or cut "
-        "off; rank 0 saw "
+        "recipe: rank 1 on host-1 exited without reporting an error at step 3: killed (out of memory?), or the host is "
+        "gone or cut off; rank 0 saw "
     )
     assert said.count("\n") == 1
 
@@ -160,7 +160,7 @@ def test_killed_rank_0_is_named_once_per_host(tmp_path: Path) -> None:
     ranks.go()
     *_, (code, said), (other_code, silent) = ranks.ends()
     assert code == other_code == FAILED
-    assert said.startswith("recipe: rank 0 on one ended without a word at step 3: ")
+    assert said.startswith("recipe: rank 0 on one exited without reporting an error at step 3: ")
     assert silent == ""
 
 
@@ -180,7 +180,7 @@ def test_hanging_rank_is_named_after_the_timeout(tmp_path: Path) -> None:
     ranks.go()
     (code, said), _ = ranks.ends(0)
     assert code == FAILED
-    assert said.startswith("recipe: rank 1 on host-1 ended without a word at step 3: ")
+    assert said.startswith("recipe: rank 1 on host-1 exited without reporting an error at step 3: ")
     assert "Timed out waiting 8000ms" in said
 
 

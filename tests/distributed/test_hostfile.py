@@ -19,7 +19,7 @@ def hostfile(tmp_path: Path) -> HostfileOf:
     return write
 
 
-NO_ENTRY = ("not a host and its slots", 'write "host slots=4"')
+NO_ENTRY = ("not a host and its slots", 'use "host slots=4"')
 NO_NAME = ("not a host name", "write letters, digits")
 GOOD = [
     ("worker-1 slots=8", {"worker-1": 8}, 8),

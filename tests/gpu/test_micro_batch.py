@@ -47,5 +47,5 @@ def test_a_micro_batch_that_does_not_fit_is_reported(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "MicroBatchError: micro-batches of 16384 images do not fit" in done.stderr
-    assert 'or write "auto"' in done.stderr
+    assert 'or use "auto"' in done.stderr
     assert "Traceback" not in done.stderr

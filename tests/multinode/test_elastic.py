@@ -41,6 +41,6 @@ def test_run_continues_when_one_of_three_hosts_is_cut_off(four_hosts: Cluster, t
     said = "".join(printed)
     assert "384 = 3 ranks × " in said
     assert "384 = 2 ranks × " in said
-    assert re.search(r"recipe: rank \d on node-2 ended without a word", said)
+    assert re.search(r"recipe: rank \d on node-2 exited without reporting an error", said)
     assert [event["step"] for event in events(output, "step")] == list(range(15))
     assert losses(output) == pytest.approx(losses(reference), rel=1e-9)

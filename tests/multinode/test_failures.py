@@ -56,7 +56,7 @@ def test_killed_rank_0_is_named(two_hosts: Cluster, tmp_path: Path) -> None:
         two_hosts.kill("node-0", "recipe/train.py --local_rank=0 ")
         printed = output_of_failed(process, killed)
     assert re.match(
-        r"rank 0 on node-0 ended without a word at step \d+: killed \(out of memory\?\), or the host is gone",
+        r"rank 0 on node-0 exited without reporting an error at step \d+: killed \(out of memory\?\), or the host is",
         last_message(printed),
     ), printed
     assert (tmp_path / "train.log").read_text().splitlines()[-1].endswith(last_message(printed))
@@ -69,7 +69,7 @@ def test_host_that_is_cut_off_is_named(two_hosts: Cluster, tmp_path: Path) -> No
         cut = time.monotonic()
         with two_hosts.cut_off("node-1"):
             printed = output_of_failed(process, cut)
-    assert "rank 1 on node-1 ended without a word at step" in last_message(printed), printed
+    assert "rank 1 on node-1 exited without reporting an error at step" in last_message(printed), printed
     wait_until_no_process_is_left(two_hosts, cut)
 
 

@@ -124,7 +124,7 @@ def test_noise_scale_needs_two_batch_sizes() -> None:
     error = refusal(1, **changes)
     assert error.key == "recipe.noise_scale.enabled"
     assert error.problem.startswith("one rank takes the whole batch of 256 as one micro")
-    assert error.remedy.startswith("write a train_micro_batch_size_per_gpu below that and ")
+    assert error.remedy.startswith("use a train_micro_batch_size_per_gpu below that and ")
     make_plan(config(**changes, train_micro_batch_size_per_gpu=128), 1)
     make_plan(config(**changes, **N32), 2)
 
@@ -149,7 +149,7 @@ def test_written_micro_batch_and_accumulation_are_kept(
 @pytest.mark.parametrize(
     ("world_size", "changes", "product", "nearest"),
     [
-        (3, {}, "3 (ranks)", "8190 or 8193"),
+        (3, {}, "over 3 ranks", "8190 or 8193"),
         (1, {"train_micro_batch_size_per_gpu": 100}, "1 × 100 (ranks × images in a micro-batch)", "8100 or 8200"),
         (8, {"gradient_accumulation_steps": 6}, "8 × 6 (ranks × accumulation steps)", "8160 or 8208"),
         (
@@ -161,7 +161,7 @@ def test_written_micro_batch_and_accumulation_are_kept(
         # too large a batch for two accumulation steps
         (8, {"gradient_accumulation_steps": 2}, "at most 256 images in a micro-batch", "4096"),
         # less than one image per rank
-        (16, {"train_batch_size": 8}, "16 (ranks)", "16"),
+        (16, {"train_batch_size": 8}, "over 16 ranks", "16"),
     ],
 )
 def test_batch_that_cannot_be_split_is_refused_with_the_nearest(
@@ -226,16 +226,16 @@ PAIRS = {"recipe__data__mixup": {"probability": 0.3}, "recipe__data__cutmix": {"
     ("world_size", "changes", "key", "words"),
     [
         # numbers that contradict their rule
-        (1, {"optimizer__params__lr": 0.1}, "optimizer.params.lr", 'linear scaling); write "auto" or 3.2, or'),
-        (1, {"scheduler__params__warmup_max_lr": 3.3}, "scheduler.params.warmup_max_lr", 'write "auto" or 3.2'),
-        (1, {"scheduler__params__warmup_min_lr": 0.0}, "scheduler.params.warmup_min_lr", 'write "auto" or 0.1'),
+        (1, {"optimizer__params__lr": 0.1}, "optimizer.params.lr", 'linear scaling); use "auto" or 3.2, or'),
+        (1, {"scheduler__params__warmup_max_lr": 3.3}, "scheduler.params.warmup_max_lr", 'use "auto" or 3.2'),
+        (1, {"scheduler__params__warmup_min_lr": 0.0}, "scheduler.params.warmup_min_lr", 'use "auto" or 0.1'),
         (1, {"scheduler__params__warmup_num_steps": 781}, "scheduler.params.warmup_num_steps", '"auto" or 780, or'),
         (1, {"optimizer__params__lr": 3, "recipe__schedule__scaling_rule": "sqrt"}, "optimizer.params.lr", "0.5656854"),
         (
             1,
             {"train_batch_size": 256, "scheduler__params__warmup_min_lr": 0.05},
             "scheduler.params.warmup_min_lr",
-            'this run starts at 0.1, the peak rate, as it has no warmup; write "auto" or 0.1',
+            'this run starts at 0.1, the peak rate, as it has no warmup; use "auto" or 0.1',
         ),
         # impossible runs
         (1, {"train_batch_size": 1_300_000}, "train_batch_size", "at most 1281167"),
@@ -356,7 +356,7 @@ def test_shipped_config_on_shipped_hostfile_is_repeated_by_plan_json(path: Path,
 
 def test_plan_json_is_refused_on_another_number_of_ranks() -> None:
     resolved = json.loads(plan_json(make_plan(config(), 8)))
-    with pytest.raises(ConfigError, match='write "auto" for train_micro_batch_size_per_gpu'):
+    with pytest.raises(ConfigError, match='use "auto" for train_micro_batch_size_per_gpu'):
         make_plan(parse_config(resolved, "plan.json"), 16)
 
 
@@ -472,7 +472,7 @@ def test_plan_json_has_only_the_keys_of_its_optimizer(kind: str, params: dict, r
 
 def test_weight_average() -> None:
     """(1 − 2e-7)^8192 = e^−0.0016384, and ln 2 / 2e-7 = 3,465,736 images."""
-    text = "decay 0.9999998 per image, 0.998363 per step of 8,192: weights count half after 3,465,736 more images"
+    text = "decay 0.9999998 per image, 0.998363 per step of 8,192: a half-life of 3,465,736 images"
     assert fields_of(make_plan(config(recipe__ema__decay=1 - 2e-7), 32))["weight average"] == text
 
 
@@ -543,10 +543,19 @@ def test_notes_on_what_the_paper_found_worse(schedule: dict, note: str) -> None:
     ("changes", "advice"),
     [
         # 1,281,167 images are 78 steps of 16,384 per epoch; five epochs are 390.
-        ({}, "train_batch_size=16384 with another --output: peak rate 6.4, warmup of 390 steps"),
-        ({"schedule__scaling_rule": "none"}, "train_batch_size=16384 with another --output: peak rate 0.1, no warmup"),
+        (
+            {},
+            "twice the batch: --set train_batch_size=16384 with another --output (peak rate 6.4, warmup of 390 steps)",
+        ),
+        (
+            {"schedule__scaling_rule": "none"},
+            "twice the batch: --set train_batch_size=16384 with another --output (peak rate 0.1, no warmup)",
+        ),
         # A batch of 16,384 would leave one step per epoch; a batch of 4,096 leaves 4.
-        ({"data__train_images": 20_000}, "train_batch_size=4096 with another --output: peak rate 1.6, warmup of 20"),
+        (
+            {"data__train_images": 20_000},
+            "half the batch: --set train_batch_size=4096 with another --output (peak rate 1.6, warmup of 20",
+        ),
         # With 32 images on 32 ranks, a batch of 64 is too large, and one of 16 cannot be split.
         ({"data__train_images": 32}, None),
     ],
@@ -556,8 +565,9 @@ def test_summary_suggests_the_next_batch_with_its_plan(tmp_path: Path, changes: 
     changes = {f"recipe__{key}": value for key, value in changes.items()}
     summary = read_summary(write_run(tmp_path, summary={}))
     assert summary is not None
-    text = format_summary(summary, tmp_path, make_plan(config(train_batch_size=batch, **changes), 32))
-    assert (f"  next            --set {advice}" in text) if advice else "  next" not in text
+    plan = make_plan(config(train_batch_size=batch, **changes), 32)
+    text = format_summary(summary, tmp_path, plan, width=200)
+    assert (f"  to try          {advice}" in text) if advice else "  to try" not in text
 
 
 def run_command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -606,8 +616,8 @@ def test_batch_schedule() -> None:
         "156 steps per epoch × 30 epochs + 78 steps × 30 epochs + 15 steps × 30 epochs = 7,470; up to 52,367 images"
     )
     assert fields["batch schedule"] == (
-        "16,384 from epoch 30 (step 4,680) on, by 2 accumulation steps: peak rate 6.4; "
-        "81,920 from epoch 60 (step 7,020) on, by 10 accumulation steps: peak rate 32"
+        "16,384 from epoch 30 (step 4,680) on, in 2 accumulation steps: peak rate 6.4; "
+        "81,920 from epoch 60 (step 7,020) on, in 10 accumulation steps: peak rate 32"
     )
     assert_repeatable(plan)
     short = {"epochs": 2, "warmup_epochs": 1, "batch_size": [[30, 10**8]]}

@@ -62,7 +62,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("hostfile", help="the DeepSpeed hostfile")
     parser.add_argument("--config", type=Path, help="the config that will be trained")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one value of the config"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one value of the config; repeatable"
     )
     parser.add_argument("--data", help="folder of the data, with train/ and val/")
     parser.add_argument("--output", help="folder of the run (default: runs/<config name>)")
@@ -129,9 +129,10 @@ def _own_problems(host: Host, hosts: int, expected_data: Mapping[str, int | None
     if devices := host.facts.get("devices"):
         gpus = len(devices["gpus"])
         if 0 < gpus < host.slots:
-            yield f"{gpus} GPUs for {host.slots} slots; write slots={gpus}, or find out why torch does not see more"
+            remedy = f"write slots={gpus}, or find out why torch does not see more"
+            yield f"{counted(gpus, 'GPU')} for {host.slots} slots; {remedy}"
         if not devices["knows_precision"]:
-            remedy = f'write "{precision}": {{"enabled": false}} in the config'
+            remedy = f'use "{precision}": {{"enabled": false}} in the config'
             yield f"its {_device(host)} does not support {precision}; {remedy}"
     address = host.facts.get("network", {}).get("address")
     if hosts > 1 and address and is_loopback(address):

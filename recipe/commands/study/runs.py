@@ -57,11 +57,13 @@ class Resources:
 
 
 def check_output(study: Study, output: Path) -> None:
-    """Refuse an output folder in which the folder of a run belongs to a run with a different configuration.
+    """Refuse an output folder that is a run's own, or in which a run's folder has a different configuration.
 
     Raises:
         ValueError: names the folder and the keys that differ.
     """
+    if (output / PLAN).exists():
+        raise ValueError(f"{study.path}: {output} is the folder of a run; name another --output")
     for run in study.runs:
         folder = output / run.folder
         before = parse_object((folder / PLAN).read_bytes()) if (folder / PLAN).exists() else None
@@ -166,7 +168,7 @@ class Runner:
                 start_new_session=True,  # the terminal's Ctrl-C must not reach the run twice
             )
         self._running[slot] = run, process
-        self._progress.say(f"{self.over + len(self._running)} of {len(self.study.runs)}: {run} …")
+        self._progress.say(f"started {self.over + len(self._running)} of {len(self.study.runs)}: {run}")
 
     def _check(self, slot: int) -> None:
         """Report the run in a slot, and free the slot, if the run has ended."""
