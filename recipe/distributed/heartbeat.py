@@ -196,10 +196,9 @@ class Watch:
     def _silent(self, ranks: list[int], seen: str) -> str:
         # gloo's message, without the position in its source and the sentences that follow.
         seen = re.sub(r"\[/\S+\] ", "", seen).partition("\n")[0].partition(". ")[0]
-        return (
-            f"{name_ranks(ranks, self._meeting.hosts)} exited without reporting an error{self._at_step()}: "
-            f"killed (out of memory?), or the host is gone or cut off{seen and f'; rank {self._meeting.rank} saw {seen}'}"
-        )
+        silent = f"{name_ranks(ranks, self._meeting.hosts)} exited without reporting an error{self._at_step()}"
+        observed = seen and f"; rank {self._meeting.rank} saw {seen}"
+        return f"{silent}: killed (out of memory?), or the host is gone or cut off{observed}"
 
     def _failure(self, text: str) -> str:
         return f"{name_ranks([self._meeting.rank], self._meeting.hosts)} failed{self._at_step()}: {printable(text)}"

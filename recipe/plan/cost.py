@@ -237,7 +237,7 @@ class BatchNormTraffic:
 
 
 def batchnorm_traffic(plan: Plan, facts: ModelFacts) -> BatchNormTraffic:
-    """The traffic of torch's SyncBatchNorm: mean, variance and count forward, 2 values per channel backward.
+    """The traffic of SyncBN on GPUs: mean and variance forward, 2 sums per channel backward.
 
     With statistics over n images, the running averages (2 values per channel) are averaged over all ranks once a step.
     """
@@ -253,8 +253,7 @@ def batchnorm_traffic(plan: Plan, facts: ModelFacts) -> BatchNormTraffic:
     if ranks > 1:
         collectives = 2 * facts.batchnorm_layers * plan.accumulation
         messages = collectives * math.ceil(math.log2(ranks))
-        forward = (ranks - 1) * (channel_bytes + value * facts.batchnorm_layers)
-        sent = plan.accumulation * (forward + all_reduce_bytes(channel_bytes, ranks))
+        sent = plan.accumulation * ((ranks - 1) * channel_bytes + all_reduce_bytes(channel_bytes, ranks))
     if isinstance(n, int) and plan.world_size > 1 and facts.batchnorm_layers:
         collectives += 1
         messages += math.ceil(math.log2(plan.world_size))

@@ -128,10 +128,11 @@ class Runner:
         handlers = {signum: signal.signal(signum, self._stop) for signum in heeded()}
         try:
             with Progress(sum(run.images for run in self.study.runs), done=self._images_done()) as self._progress:
+                for folder in (self.output / run.folder for run in self._pending):
+                    if is_locked(folder):
+                        self._progress.say(f"another process is writing to {folder}: waiting for it")
                 while self._running or (self._pending and self.stopped_by is None):
-                    for slot in range(self.resources.jobs):
-                        if slot not in self._running and self._pending and self.stopped_by is None:
-                            self._start(self._pending.pop(0), slot)
+                    self._start_what_fits()
                     time.sleep(POLL_SECONDS)
                     if self._must_forward:
                         self._must_forward = False
@@ -149,6 +150,18 @@ class Runner:
         running = [run for run, _ in self._running.values()]
         over = sum(run.images for run in self.study.runs if run not in (*self._pending, *running))
         return over + sum(run.plan.timeline.images(steps_done(self.output / run.folder)) for run in running)
+
+    def _start_what_fits(self) -> None:
+        for slot in sorted(set(range(self.resources.jobs)) - self._running.keys()):
+            # A run that outlived a killed study may still complete.
+            free = [run for run in self._pending if not is_locked(self.output / run.folder)]
+            if not free or self.stopped_by is not None:
+                return
+            self._pending.remove(free[0])
+            if read_result(free[0], self.output).state in OVER:
+                self._report(free[0], 0)
+            else:
+                self._start(free[0], slot)
 
     def _start(self, run: Run, slot: int) -> None:
         folder = self.output / run.folder
