@@ -76,7 +76,7 @@ def test_the_config_for_own_images_can_be_planned(tmp_path: Path, capsys: pytest
     (example,) = re.findall(r"```json\n(.*?)```", PAGES["README.md"], re.DOTALL)
     (tmp_path / "mine.json").write_text(example)
     assert plan([str(tmp_path / "mine.json")]) == 2
-    assert "give the folder by --data" in capsys.readouterr().err
+    assert "name the folder with --data" in capsys.readouterr().err
     counted = [
         f"--set=recipe.data.{key}={images}" for key, images in (("train_images", 2000), ("validation_images", 200))
     ]

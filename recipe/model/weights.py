@@ -33,7 +33,7 @@ def read_weights(weights: str) -> dict[str, Tensor]:
     except (OSError, RuntimeError, ValueError, LookupError) as error:
         first = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"the weights {weights} cannot be fetched: {first}; write a file or folder on this machine for "
+            f"the weights {weights} cannot be fetched: {first}; name a file or folder on this machine for "
             "recipe.model.weights"
         ) from None
     path = Path(weights.removeprefix(LOCAL))
@@ -44,7 +44,7 @@ def read_weights(weights: str) -> dict[str, Tensor]:
         path = found[0]
     if not path.is_file():
         fault = "is not a regular file" if path.exists() else "does not exist"
-        raise ValueError(f"{key}: {path} {fault}; write a .safetensors or .pth file, or a folder that holds one")
+        raise ValueError(f"{key}: {path} {fault}; name a .safetensors or .pth file, or a folder that holds one")
     try:
         state = load_state_dict(str(path), weights_only=True)
     except Exception as error:  # the errors of pickle and of what it calls share no class

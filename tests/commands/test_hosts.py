@@ -64,7 +64,7 @@ def test_good_hosts_have_no_problems(count: int, question: str, fact: Any) -> No
     [
         ("clock", 6.2, "its clock is 6.1 s ahead of node-0's; synchronise both by NTP"),
         ("clock", -5.0, "its clock is 5.1 s behind node-0's; synchronise both by NTP"),
-        ("devices", {"gpus": ["H100"]}, "1 GPUs for 2 slots; write slots=1, or find out why torch does not see more"),
+        ("devices", {"gpus": ["H100"]}, "1 GPU for 2 slots; write slots=1, or find out why torch does not see more"),
         ("devices", {"gpus": []}, "it would train on CPU, node-0 on 2 × H100; check GPUs and drivers"),
         ("devices", {"knows_precision": False}, 'its 2 × H100 does not support fp16; use "fp16": {"enabled": false}'),
         ("checkout", {"code_sha256": "0ther"}, "code 8f7e6184 0ther, node-0 has 8f7e6184 c0de; make the checkouts"),

@@ -424,7 +424,7 @@ def test_failure_affects_no_other_run_and_refusal_only_its_case(
     reasons = [reason.partition(" (")[0] for reason in runner.failures.values()]
     config = f"{ROOT / 'ds_configs/digits_b512.json'}"
     assert reasons[:3] == ["Killed", f"{config}: no such model", "ended by SIGTERM, saved"]
-    assert "1 of 6: a, seed 0 …\n[1/6] a, seed 0: failed: Killed (" in capsys.readouterr().out
+    assert "started 1 of 6: a, seed 0\n[1/6] a, seed 0: failed: Killed (" in capsys.readouterr().out
     # What is wrong with a run's folder concerns no other run.
     script = 'echo "recipe: another run is writing to $0"; exit 2'
     assert len(run_with(monkeypatch, six, tmp_path / "folder", script).failures) == 6

@@ -164,7 +164,7 @@ def test_a_missing_decoder_or_device_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     for name, problem in {
         "gpu": 'there is no CUDA GPU; use "cpu", or "dali"$',
-        "dali": ".* pip install nvidia-dali-cuda130, or write",
+        "dali": ".* pip install nvidia-dali-cuda130, or use",
     }.items():
         with pytest.raises(ValueError, match=rf'^recipe\.data\.decoder = "{name}": {problem}'):
             open_decoder(name, CPU, threads=1)

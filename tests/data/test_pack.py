@@ -213,7 +213,7 @@ def test_a_source_that_does_not_match_the_folder_is_refused(folder, packed):
     ("making", "options", "message"),
     [
         ({"short_side": 0}, {"pack_short_side": 352}, "pack_short_side = 352: .* of short side 0, .*use 0,"),
-        ({"short_side": 352}, {"pack_short_side": 0}, "pack_short_side = 0: .* of short side 352, .*write 352,"),
+        ({"short_side": 352}, {"pack_short_side": 0}, "pack_short_side = 0: .* of short side 352, .*use 352,"),
         ({"raw": False}, {"pack_raw": True}, "pack_raw = true: .* is a pack of image files, .*use false,"),
         ({"raw": True}, {"pack_raw": False}, "pack_raw = false: .* is a pack of raw pixels, .*use true,"),
         (

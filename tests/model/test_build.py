@@ -104,7 +104,7 @@ def test_groups_skip_frozen_and_count_shared_parameters_once() -> None:
         ("", 'recipe.model.name = "": timm has no such model'),
         ("resnet50.a1_in1", 'timm has no such model; did you mean "resnet50.a1_in1k"?'),
         # A known name, but tests do not download weights.
-        ("resnet50.a1_in1k", "the weights resnet50.a1_in1k cannot be fetched: .*; write a file or folder on this "),
+        ("resnet50.a1_in1k", "the weights resnet50.a1_in1k cannot be fetched: .*; name a file or folder on this "),
         ("hf-hub:timm/resnet50.a1_in1k", 'goes into recipe.model.weights; did you mean "resnet50.a1_in1k"?'),
         ("timm/resnet18", 'goes into recipe.model.weights; did you mean "resnet18"?'),
         ("local-dir:weights/resnet50", 'goes into recipe.model.weights; did you mean "resnet50"?'),
