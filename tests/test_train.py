@@ -110,31 +110,44 @@ def test_two_ranks_write_one_run_and_are_quiet(tmp_path: Path) -> None:
     assert "Warning" not in done.stderr
 
 
-# On CPUs without AVX-512, bf16 takes 30 times as long as fp32.
-BF16 = (
-    "--set=bf16.enabled=true",
+# On CPUs without AVX-512, bf16 and fp16 take 30 times as long as fp32.
+SMALL = (
     "--set=recipe.model.name=test_efficientnet",
     '--set=recipe.data={"source": "synthetic", "image_size": 8, "train_images": 64, "validation_images": 16}',
     "--set=train_batch_size=32",
 )
 
 
+# Two overflows halve the scale, and two good steps double it.
+FP16 = ['--set=fp16={"enabled": true, "initial_scale_power": 14, "hysteresis": 1, "loss_scale_window": 2}', *SMALL]
+
+
 @pytest.mark.parametrize(
     ("ranks", "changes"),
-    [(2, ["--set=zero_optimization.stage=1"]), (2, ["--set=zero_optimization.stage=3"]), (1, BF16)],
-    ids=["ZeRO stage 1", "ZeRO stage 3", "bf16"],
+    [
+        (2, ["--set=zero_optimization.stage=1"]),
+        (2, ["--set=zero_optimization.stage=3"]),
+        (1, ["--set=bf16.enabled=true", *SMALL]),
+        (1, FP16),
+    ],
+    ids=["ZeRO stage 1", "ZeRO stage 3", "bf16", "fp16"],
 )
-def test_zero_and_bf16_train_and_resume(tmp_path: Path, ranks: int, changes: Sequence[str]) -> None:
+def test_zero_and_half_precision_train_and_resume(tmp_path: Path, ranks: int, changes: Sequence[str]) -> None:
     arguments = ["--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT, *changes]
-    train_ok(*arguments, ranks=ranks)
-    whole = losses(tmp_path)
-    assert whole[-1] < whole[0]
+    # The script of the kill tests trains in fp16 on any CPU.
+    whole = train(*arguments, ranks=ranks, script="benchmarks/killed_train.py")
+    assert whole.returncode == 0, whole.stderr
+    reported = [(line["loss"], line["loss_scale"], line["skipped"]) for line in events(tmp_path, "step")]
+    assert reported[-1][0] < reported[0][0]
+    if changes is FP16:
+        assert [loss_scale for _, loss_scale, _ in reported] == [2**14, 2**13, 2**12, 2**12, 2**12, 2**13]
+        assert [skipped for _, _, skipped in reported] == [True, True, False, False, False, False]
     # As if it had been killed before the last epoch ended.
     (tmp_path / "summary.json").unlink()
     (find(tmp_path / "checkpoints")[0].path / "manifest.json").unlink()
-    done = train_ok(*arguments, ranks=ranks)
-    assert "resumed from" in done.stdout
-    assert losses(tmp_path) == whole
+    resumed = train(*arguments, ranks=ranks, script="benchmarks/killed_train.py")
+    assert "resumed from" in resumed.stdout
+    assert [(line["loss"], line["loss_scale"], line["skipped"]) for line in events(tmp_path, "step")] == reported
 
 
 TOOLBOX = (
