@@ -32,7 +32,6 @@ from .rendezvous import (
 from .signals import (
     SIGNALS as SIGNALS,
     Interrupted as Interrupted,
-    end_at_once as end_at_once,
     heeded as heeded,
     ignore as ignore,
     listen as listen,
