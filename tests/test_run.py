@@ -93,6 +93,7 @@ def test_refusal_names_the_path_that_blocks_the_output(tmp_path: Path, output: s
     with pytest.raises(ValueError, match=r"^--output") as caught:
         lock(tmp_path / output, subfolder="checkpoints")
     assert str(caught.value) == f"--output {tmp_path / output}: {message.format(root=tmp_path)}"
+    assert not (tmp_path / "locked/checkpoints").exists()
 
 
 def test_refused_run_removes_only_what_it_created(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -45,9 +46,11 @@ def lock(output: Path, argument: str = "--output", subfolder: str = "") -> Lock:
         problem = f"cannot write to {in_the_way} ({error.strerror}); name another folder"
         if in_the_way != path and not in_the_way.is_dir():
             problem = f"{in_the_way} is not a folder; remove it, or name another folder"
+        _remove_empty(created)
         raise ValueError(f"{argument} {output}: {problem}") from None
     if not _acquire(file) or not _is_at(path, file):
         file.close()
+        _remove_empty(created)
         raise ValueError(f"another run is writing to {output}; wait for it, end it, or name another {argument}")
     return Lock(file, created)
 
@@ -57,9 +60,7 @@ def unlock(lock: Lock | None) -> None:
     if lock is not None:
         Path(lock.file.name).unlink(missing_ok=True)
         lock.file.close()
-        with suppress(OSError):  # a folder may have been put to use meanwhile
-            for folder in lock.created:
-                folder.rmdir()
+        _remove_empty(lock.created)
 
 
 def is_locked(output: Path) -> bool:
@@ -69,6 +70,12 @@ def is_locked(output: Path) -> bool:
             return not _acquire(file)
     except OSError:
         return False
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # it may have been put to use meanwhile
+            folder.rmdir()
 
 
 def _is_at(path: Path, file: IO[str]) -> bool:

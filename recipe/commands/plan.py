@@ -65,13 +65,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--images-per-second",
         type=positive,
         metavar="N",
-        help=f"of a single GPU (default: {MEASURED_SPEED['resnet50', False]:,.0f} for resnet50, measured on one H200)",
+        help="speed of a single GPU in images/s (default for resnet50: "
+        f"{MEASURED_SPEED['resnet50', False]:,.0f}, measured on one H200)",
     )
     parser.add_argument(
         "--bandwidth",
         type=positive,
         metavar="GBIT",
-        help=f"Gbit/s per GPU in each direction (default: {ASSUMED_GBIT_PER_SECOND:g})",
+        help=f"bandwidth of a GPU in Gbit/s per direction (default: {ASSUMED_GBIT_PER_SECOND:g})",
     )
     parser.add_argument(
         "--gpu-memory",
@@ -100,7 +101,8 @@ def answer(plan: Plan, arguments: argparse.Namespace) -> Answer:
     recipe = plan.config.recipe
     speed, kind = arguments.images_per_second, "given"
     if speed is None and plan.image_sizes == ((0, 224),) and plan.config.precision in ("fp16", "bf16"):
-        speed, kind = MEASURED_SPEED.get((recipe.model.architecture, recipe.compile)), "measured on one H200 in fp16"
+        speed = MEASURED_SPEED.get((recipe.model.architecture, recipe.compile))
+        kind = "measured on one H200 in fp16" + (", with recipe.cudnn_benchmark" if recipe.compile else "")
     bandwidth, bandwidth_kind = arguments.bandwidth, "given"
     if bandwidth is None:
         bandwidth, bandwidth_kind = ASSUMED_GBIT_PER_SECOND, "assumed"

@@ -329,6 +329,31 @@ def test_folder_of_a_different_run_is_refused(tmp_path: Path) -> None:
         check_output(now, tmp_path)
     (folder / "plan.json").write_text("[]")
     check_output(now, tmp_path)
+    (tmp_path / "plan.json").touch()
+    with pytest.raises(ValueError, match="is the folder of a run; name another --output"):
+        check_output(now, tmp_path)
+
+
+def test_run_that_outlived_a_killed_study_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = study(tmp_path)
+    folder = tmp_path / asked.runs[0].folder
+    hold = "import sys; from pathlib import Path; from recipe.checkpoints.locking import lock; "
+    hold += f"held = lock(Path({str(folder)!r})); print(flush=True); sys.stdin.read()"
+    started = []
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"\n"
+        end = holder.stdin.close
+        runner = Runner(asked, tmp_path, Resources(None, 1))
+        monkeypatch.setattr(runner, "_start", lambda run, slot: started.append((run, is_locked(folder))))
+        monkeypatch.setattr("recipe.commands.study.runs.time.sleep", lambda seconds: (end(), holder.wait()))
+        runner.run()
+    assert f"another process is writing to {folder}: waiting for it" in capsys.readouterr().out
+    assert (asked.runs[0], False) in started
+    assert {run for run, _ in started} == set(asked.runs)
 
 
 def test_different_split_is_refused_if_batch_norm_sees_other_images(tmp_path: Path) -> None:

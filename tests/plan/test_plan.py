@@ -539,6 +539,12 @@ def test_notes_on_what_the_paper_found_worse(schedule: dict, note: str) -> None:
     assert plan_notes(train_batch_size=256, **N32, **rules) == ""
 
 
+def test_note_on_an_epoch_of_a_single_step() -> None:
+    note = "an epoch is a single step; a smaller train_batch_size would give more updates"
+    assert note in plan_notes(recipe__data__train_images=16_383)
+    assert note not in plan_notes(recipe__data__train_images=16_384)
+
+
 @pytest.mark.parametrize(
     ("changes", "advice"),
     [

@@ -85,7 +85,7 @@ class StudyFile(Section):
     """the seeds to train each case with, a list of whole numbers >= 0"""
 
     cases: Annotated[tuple[Case, ...], Field(strict=False, min_length=1)]
-    """the cases to compare, a list of objects with name, label, paper and set"""
+    """the cases to compare, a list of objects with name, label, paper, baseline and set"""
 
     figures: Annotated[tuple[Figure, ...], Field(strict=False)] = ()
     """the figures to draw, a list of objects with draw, title, cases and, for "beside_baseline", baseline"""
