@@ -11,7 +11,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from recipe.config.schema import parse_config
 from recipe.engine.loop import Step, Validation
@@ -109,7 +108,7 @@ def test_reports_are_means_over_ranks_every_steps_per_print_and_at_the_end_of_an
 
 
 def _asynchronous_reports(rank: int, world_size: int, folder: str) -> list[int]:
-    """The number of steps written after each step."""
+    """The number of steps that rank 0 has written after each step."""
     reporter = telemetry(Path(folder), world_size=world_size, train_images=64 * 7)
     written = []
     with mock.patch("recipe.reporting.telemetry._is_asynchronous", return_value=True):
@@ -117,8 +116,8 @@ def _asynchronous_reports(rank: int, world_size: int, folder: str) -> list[int]:
             new = step(number, 1.0 + number + rank, skipped=number == 3)
             norms = torch.tensor([2.0 + rank, 1.0]) if number % 3 == 0 else None
             reporter.step(replace(new, gradient_norms=norms))
-            written.append(sum(line["event"] == "step" for line in lines(Path(folder))))
-            dist.barrier()
+            if rank == 0:
+                written.append(sum(line["event"] == "step" for line in lines(Path(folder))))
         reporter.sync()  # as before a checkpoint
     reporter.close()
     return written
