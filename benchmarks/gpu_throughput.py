@@ -6,17 +6,19 @@ All train the same timm model from the same weights on the same synthetic batch,
 - timm: the step of its ``train.py --channels-last --amp``, with its optimizer and its ``NativeScaler``;
 - torchvision: the step of its ``references/classification/train.py --amp``, which reads loss and accuracy every time;
 - recipe: ``recipe.engine.train_epoch`` on DeepSpeed's engine as configured by default, with
-  ``recipe.cudnn_benchmark``, and with ``recipe.compile`` too;
+  ``recipe.cudnn_benchmark``, with ``recipe.compile``, and with both;
 - jpegs, with ``--images``: the last of the recipe's loops, on training crops of JPEGs that worker processes read and
-  decode at the same time.
+  decode at the same time; jpegs_by_gpu: the same, decoded by nvJPEG;
+- pack, with ``--pack``: the same loop on training crops from a pack that ``recipe pack`` made.
 
 For each micro-batch size the loops are built, and compiled, once, and then take turns. A waiting loop keeps its
 weights, momentum and images, a few hundred MiB for ResNet-50, and releases the memory of its steps; a loop's memory is
-measured without that of the others. The updates of the first steps are compared, except for JPEGs: they must agree up
+measured without that of the others. The updates of the first steps are compared, except on images: they must agree up
 to rounding. A loop that raises or trains differently appears in the table with the reason, and the exit code is 1.
 Table and JSON are written after each micro-batch size.
 
-    python -m benchmarks.gpu_throughput --images /data/imagenet/train --json benchmarks/results/gpu_throughput.json
+    python -m recipe pack /data/imagenet /data/pack --short-side 256 --raw
+    python -m benchmarks.gpu_throughput --images /data/imagenet/train --pack /data/pack --json results.json
 
 Without a GPU the defaults are small and only check that the program runs.
 """
@@ -58,7 +60,18 @@ from benchmarks.engine_overhead import (
     synthetic_batches,
 )
 from benchmarks.report import add_json, at_least, context, heading, positive, say, write
-from recipe.data import PREFETCHED, Batch, ImageFiles, TrainLoader, index_folder
+from recipe.data import (
+    PREFETCHED,
+    Batch,
+    EncodedImages,
+    ImageFiles,
+    Samples,
+    TrainLoader,
+    index_folder,
+    open_decoder,
+    open_pack,
+    read_header,
+)
 from recipe.engine import choose_kernels
 from recipe.model import build_model, parameter_groups
 from recipe.plan import PIXEL_MEAN_STD
@@ -67,7 +80,8 @@ from recipe.train import set_up_torch
 WARM_UP_STEPS = 5
 TURN_STEPS = 2  # untimed steps at the start of a turn, which allocate the memory that the previous loop released
 READ_AHEAD = 2  # batches per worker, torch's default
-JPEGS, RECIPE = "jpegs", "recipe"
+RECIPE, JPEGS, JPEGS_BY_GPU, PACK = "recipe", "jpegs", "jpegs_by_gpu", "pack"
+FED = (JPEGS, JPEGS_BY_GPU, PACK)  # loops that train on images from files
 NOT_ON_GPU = "not run on GPU"
 DOES_NOT_FIT = "does not fit"
 LONGEST_IN_TABLE = 200  # characters of a reason; the JSON has all of them
@@ -129,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; the defaults depend on whether there is a GPU."""
     gpu = torch.cuda.is_available()
-    sizes = [64, 128, 256, 512] if gpu else [8]
+    size = 256 if gpu else 8
     parser = argparse.ArgumentParser(prog="benchmarks.gpu_throughput", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--model", default="resnet50" if gpu else "test_resnet", help="timm model name (default: %(default)s)"
@@ -141,8 +155,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--micro-batch",
         type=positive,
         nargs="+",
-        default=sizes,
-        help=f"one measurement each (default: {' '.join(map(str, sizes))})",
+        default=[size],
+        help=f"one measurement each (default: {size})",
     )
     parser.add_argument(
         "--steps", type=positive, default=30 if gpu else 3, help="timed steps per round (default: %(default)s)"
@@ -166,12 +180,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--images", type=Path, help="folder with one folder of JPEGs per class, to measure the recipe on as well"
     )
+    parser.add_argument("--pack", type=Path, help="pack of images, to measure the recipe on as well")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
         "--workers",
         type=positive,
         default=max(1, cores - 1),
-        help="processes that read JPEGs (default: cores minus one, %(default)s)",
+        help="processes that read images (default: cores minus one, %(default)s)",
     )
     parser.add_argument("--peak-tflops", type=float, help="the GPU's peak in this precision, if not built in")
     add_json(parser)
@@ -180,15 +195,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--model {arguments.model}: timm has no model of this name")
     if arguments.precision == "fp16" and not gpu:
         parser.error("--precision fp16 needs a GPU")
-    if arguments.images is not None:
+    try:
+        counts = {}
+        if arguments.images is not None:
+            expected = "expected a folder with one folder of images per class"
+            counts["--images"] = len(index_folder(str(arguments.images)))
+        if arguments.pack is not None:
+            expected = "expected a folder that python -m recipe pack has written"
+            counts["--pack"] = read_header(arguments.pack).train.images
+    except (OSError, ValueError) as error:
+        parser.error(f"{error}; {expected}")
+    for option, images in counts.items():
         if not any(name.startswith(RECIPE) for name in arguments.loops):
-            parser.error("--images: the recipe trains on them, and --loops has none of its loops")
-        try:
-            images = len(index_folder(str(arguments.images)))
-        except (OSError, ValueError) as error:
-            parser.error(f"--images {arguments.images}: {error}; expected a folder with one folder of images per class")
+            parser.error(f"{option}: the recipe trains on them, and --loops has none of its loops")
         if images < max(arguments.micro_batch):
-            parser.error(f"--micro-batch {max(arguments.micro_batch)}: --images has only {images}")
+            parser.error(f"--micro-batch {max(arguments.micro_batch)}: {option} has only {images} images")
     return arguments
 
 
@@ -197,9 +218,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Time the loops with ``micro_batch`` images; a loop that does not fit, or fails, has a reason and no numbers."""
     contenders = {name: CONTENDERS[name] for name in arguments.loops}
-    if arguments.images is not None:
+    for kind, samples in images_to_train_on(arguments, device).items():
         last = [name for name in arguments.loops if name.startswith(RECIPE)][-1]
-        contenders[last.replace(RECIPE, JPEGS)] = on_jpegs(CONTENDERS[last], arguments, micro_batch, device)
+        contenders[last.replace(RECIPE, kind)] = fed(CONTENDERS[last], samples, arguments.workers, micro_batch, device)
     loops: dict[str, Loop] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     memory: dict[str, int] = {}
@@ -210,7 +231,7 @@ def measure(
         nonlocal reference
         loops[name], update, memory[name] = make_loop(contenders[name], arguments, micro_batch, device)
         reference = reference or (update, name)
-        if not name.startswith(JPEGS):
+        if not name.startswith(FED):
             check_update(name, update, reference[0], arguments.precision, than=reference[1])
 
     def time_round(name: str) -> None:
@@ -276,28 +297,36 @@ def make_loop(
     return loop, update, torch.cuda.max_memory_allocated() - others if device.type == "cuda" else 0
 
 
-def on_jpegs(contender: Contender, arguments: argparse.Namespace, micro_batch: int, device: torch.device) -> Contender:
-    """The same recipe loop on images from the folder; the labels are its classes."""
+def images_to_train_on(arguments: argparse.Namespace, device: torch.device) -> dict[str, Samples]:
+    """The data sets that the command line names, by kind of loop."""
+    settings: dict[str, Any] = {"image_size": arguments.image_size, "crop": "random_resized", "flip": True, "seed": 0}
+    settings["on_bad_image"] = "skip"
+    found: dict[str, Samples] = {}
+    if arguments.images is not None:
+        files = ImageFiles(index_folder(str(arguments.images)), **settings)
+        found[JPEGS] = files
+        if device.type == "cuda":
+            decoder = open_decoder("gpu", device, threads=arguments.workers)
+            found[JPEGS_BY_GPU] = EncodedImages(files, decoder, device)
+    if arguments.pack is not None:
+        found[PACK] = open_pack(arguments.pack, **settings)[0]
+    return found
+
+
+def fed(contender: Contender, samples: Samples, workers: int, micro_batch: int, device: torch.device) -> Contender:
+    """The same recipe loop on images; the labels are their classes."""
 
     mean, std = PIXEL_MEAN_STD["imagefolder"]
 
     def make(model: nn.Module, batches: list[Batch], precision: str) -> Loop:
-        images = ImageFiles(
-            index_folder(str(arguments.images)),
-            image_size=arguments.image_size,
-            crop="random_resized",
-            flip=True,
-            seed=0,
-            on_bad_image="skip",
-        )
         loader = TrainLoader(
-            images,
+            samples,
             global_batch=micro_batch,
             micro_batch=micro_batch,
             rank=0,
             world_size=1,
             seed=0,
-            workers=arguments.workers,
+            workers=workers,
             device=device,
             dtype=batches[0].images.dtype,
             mean=mean,
@@ -306,7 +335,7 @@ def on_jpegs(contender: Contender, arguments: argparse.Namespace, micro_batch: i
         # mypy does not know that the recipe's loops accept a stream.
         return contender.make(model, batches, precision, stream=chain.from_iterable(map(loader.epoch, count())))  # type: ignore[call-arg]
 
-    return contender._replace(make=make, waiting_batches=READ_AHEAD * arguments.workers + PREFETCHED)
+    return contender._replace(make=make, waiting_batches=READ_AHEAD * workers + PREFETCHED)
 
 
 def time_steps(loop: Loop, untimed: int, steps: int, device: torch.device) -> float:
@@ -402,6 +431,7 @@ CONTENDERS = {
     "torchvision": Contender(torchvision_loop, cudnn_benchmark=True),
     "recipe": Contender(recipe_loop, cudnn_benchmark=False, recipes_model=True),
     "recipe+cudnn_benchmark": Contender(recipe_loop, cudnn_benchmark=True, recipes_model=True),
+    "recipe+compile": Contender(partial(recipe_loop, compiled=True), cudnn_benchmark=False, recipes_model=True),
     "recipe+compile+cudnn_benchmark": Contender(
         partial(recipe_loop, compiled=True), cudnn_benchmark=True, recipes_model=True
     ),
@@ -432,10 +462,12 @@ def goals(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
                 best[kind] = max(best.get(kind, 0.0), result["images_per_second"]["median"])
         if RECIPE in best:
             ratios[str(micro_batch)] = {
-                f"recipe ÷ {kind}": best[RECIPE] / speed for kind, speed in best.items() if kind not in (RECIPE, JPEGS)
+                f"{kind} ÷ recipe" if kind in FED else f"recipe ÷ {kind}": (
+                    speed / best[RECIPE] if kind in FED else best[RECIPE] / speed
+                )
+                for kind, speed in best.items()
+                if kind != RECIPE
             }
-            if JPEGS in best:
-                ratios[str(micro_batch)]["jpegs ÷ recipe"] = best[JPEGS] / best[RECIPE]
     return ratios
 
 
@@ -482,7 +514,8 @@ def format_report(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"{settings['rounds']} rounds of {settings['steps']} steps. Goals: the recipe's best loop ÷ the best bare loop "
-        "at least 0.98, ÷ timm's and torchvision's above 1; from JPEGs ÷ synthetic images at least 0.95.",
+        "at least 0.98, ÷ timm's and torchvision's above 1; from JPEGs ÷ synthetic images at least 0.6, from a pack of "
+        "raw pixels at least 0.95.",
     ]
     if on_gpu:
         for micro_batch, ratios in report["goals"].items():

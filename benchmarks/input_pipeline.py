@@ -18,12 +18,14 @@ Without a GPU, libjpeg-turbo stands in for nvJPEG: it is set to repeat the subsa
 
     python -m benchmarks.input_pipeline --images DIR --json benchmarks/results/input_pipeline_cpu.json
 
-DIR has one folder per class; without it, JPEGs are generated, and the ratios apply to those.
+DIR has one folder per class; without it, JPEGs are generated, and the ratios apply to those. With ``--device cuda`` the
+defaults suit a GPU: more images, one worker per core but one, and both decoders.
 """
 
 import argparse
 import contextlib
 import io
+import os
 import sys
 import tempfile
 import time
@@ -44,7 +46,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional
 
-from benchmarks.report import add_json, context, heading, positive, say, write
+from benchmarks.report import add_device, add_json, context, heading, parse_device, positive, say, write
 from recipe.commands.pack.command import pack
 from recipe.data import (
     Decoder,
@@ -65,6 +67,8 @@ from recipe.data import (
 )
 
 SEED = 0
+UNIQUE = 256  # generated images with pixels of their own
+ONE_BY_ONE = 256  # images that are measured on one thread, and that decoders are compared on
 PREDICTED_WORKERS = 16
 # ImageNet's usual size and density: 500 × 375 pixels in about 100 kB.
 MADE_UP = {"width": 500, "height": 375, "quality": 92, "classes": 2}
@@ -95,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "image_size": arguments.image_size,
                 "rounds": arguments.rounds,
                 "micro_batch": arguments.micro_batch,
-                "device": arguments.device,
+                "device": str(arguments.device),
             },
             "one_thread": one_thread(listing, packs, arguments.image_size, arguments.micro_batch, arguments.rounds),
             "decoders_missing": missing,
@@ -125,42 +129,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command line; the defaults depend on the device."""
     parser = argparse.ArgumentParser(prog="benchmarks.input_pipeline", description=(__doc__ or "").splitlines()[0])
+    on_gpu, cores = parse_device(argv).type == "cuda", len(os.sched_getaffinity(0))
+
+    def several(option: str, on_cpu: list[int], on_a_gpu: list[int], meaning: str, metavar: str | None = None) -> None:
+        default = on_a_gpu if on_gpu else on_cpu
+        shown = f"{meaning} (default: {' '.join(map(str, default))})"
+        parser.add_argument(option, type=positive, nargs="+", default=default, metavar=metavar, help=shown)
+
     parser.add_argument("--images", type=Path, help="folder with one folder of images per class (default: generate)")
     parser.add_argument(
-        "--made-up", type=positive, default=100, metavar="N", help="number of images to generate (default: %(default)s)"
+        "--made-up",
+        type=positive,
+        default=4096 if on_gpu else 100,
+        metavar="N",
+        help=f"number of files to generate, {UNIQUE} of them different (default: %(default)s)",
     )
     parser.add_argument("--image-size", type=positive, default=224, help="pixels per side (default: %(default)s)")
+    several("--short-sides", [400, 352, 320], [352], "one pack each", "PIXELS")
+    several("--raw-short-sides", [256], [256], "one pack of raw pixels each", "PIXELS")
+    several("--workers", [1, 2], [max(1, cores - 1)], "one measurement each")
     parser.add_argument(
-        "--short-sides",
-        type=positive,
-        nargs="+",
-        default=[400, 352, 320],
-        metavar="PIXELS",
-        help="one pack each (default: 400 352 320)",
+        "--rounds", type=positive, default=2 if on_gpu else 5, help="passes over the images (default: %(default)s)"
     )
     parser.add_argument(
-        "--raw-short-sides",
-        type=positive,
-        nargs="+",
-        default=[256],
-        metavar="PIXELS",
-        help="one pack of raw pixels each (default: 256)",
+        "--micro-batch", type=positive, default=64 if on_gpu else 32, help="images per batch (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=positive, default=5, help="passes over the images (default: %(default)s)")
-    parser.add_argument(
-        "--workers", type=positive, nargs="+", default=[1, 2], help="one measurement each (default: 1 2)"
-    )
-    parser.add_argument("--micro-batch", type=positive, default=32, help="images per batch (default: %(default)s)")
     parser.add_argument(
         "--decoders",
         nargs="+",
         choices=["gpu", "dali"],
-        default=[],
-        help="decoders whose loaders are measured as well (default: none)",
+        default=["gpu", "dali"] if on_gpu else [],
+        help=f"decoders whose loaders are measured as well (default: {'gpu dali' if on_gpu else 'none'})",
     )
-    parser.add_argument("--device", default="cpu", help="where the loaders' batches go (default: %(default)s)")
+    add_device(parser, "where the loaders' batches go")
     add_json(parser)
     arguments = parser.parse_args(argv)
     try:
@@ -173,15 +176,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def make_images(folder: Path, count: int) -> None:
-    """Write JPEGs of smooth shapes with a little noise, about as large as photographs."""
+    """Write JPEGs of smooth shapes with a little noise, about as large as photographs; some are links to others."""
     rng = np.random.default_rng(SEED)
     size = (MADE_UP["width"], MADE_UP["height"])
     for number in range(count):
+        path = folder / f"class{number % MADE_UP['classes']}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if number >= UNIQUE:
+            path.hardlink_to(folder / f"class{number % UNIQUE % MADE_UP['classes']}" / f"{number % UNIQUE}.jpg")
+            continue
         coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
         smooth = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
         pixels = np.clip(smooth + rng.normal(0, 10, smooth.shape), 0, 255).astype(np.uint8)
-        path = folder / f"class{number % MADE_UP['classes']}" / f"{number}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path, quality=MADE_UP["quality"])
 
 
@@ -253,7 +259,7 @@ def one_thread(
 
     ``packs`` maps names to paths.
     """
-    reference = Reference(listing, image_size)
+    count, reference = min(len(listing), ONE_BY_ONE), Reference(listing, image_size)
     ours: dict[str, ImageDataset] = {"recipe": data_set(listing, image_size)}
     ours |= {name: packed(path, image_size) for name, path in packs.items()}
     transform = create_transform(image_size, is_training=True, color_jitter=0.0, use_prefetcher=True)
@@ -269,8 +275,8 @@ def one_thread(
     for epoch in range(-1, rounds):  # the first pass warms up the page cache and lookup tables
         say(f"one thread: pass {epoch + 2} of {rounds + 1}")
         reference.set_epoch(epoch + 1)
-        for first in range(0, len(listing), micro_batch):
-            indices, views = range(first, min(first + micro_batch, len(listing))), {}
+        for first in range(0, count, micro_batch):
+            indices, views = range(first, min(first + micro_batch, count)), {}
             for name, view in pipelines.items():
                 started = time.thread_time()
                 views[name] = view(epoch + 1, indices)
@@ -280,10 +286,10 @@ def one_thread(
                 for sample, theirs in zip(views[name], views["torchvision"], strict=True):
                     ours_now = sample.image.flip(1) if sample.mirrored else sample.image
                     difference = (ours_now.movedim(-1, 0).int() - theirs.int()).abs()
-                    mean_difference[name] += float(difference.float().mean()) / (len(listing) * (rounds + 1))
+                    mean_difference[name] += float(difference.float().mean()) / (count * (rounds + 1))
                     largest_difference[name] = max(largest_difference[name], int(difference.max()))
     return {
-        "images_per_second": {name: len(listing) / median(of_rounds) for name, of_rounds in seconds.items()},
+        "images_per_second": {name: count / median(of_rounds) for name, of_rounds in seconds.items()},
         "ratio": {
             name: median(a / b for a, b in zip(seconds["torchvision"], of_rounds, strict=True))
             for name, of_rounds in seconds.items()
@@ -298,7 +304,7 @@ def open_decoders(arguments: argparse.Namespace) -> tuple[dict[str, Decoder], di
     decoders, missing = {}, {}
     for name in arguments.decoders:
         try:
-            decoders[name] = open_decoder(name, torch.device(arguments.device), threads=max(arguments.workers))
+            decoders[name] = open_decoder(name, arguments.device, threads=max(arguments.workers))
         except ValueError as error:
             missing[name] = str(error)
     return decoders, missing
@@ -314,13 +320,13 @@ def stand_ins(missing: dict[str, str]) -> dict[str, Decoder]:
     return {"stand-in for gpu": NvJpeg(torch.device("cpu"), repeat_colours)} if "gpu" in missing else {}
 
 
-def differences(images: ImageFiles, decoder: Decoder, device: str) -> dict[str, dict[str, float]]:
+def differences(images: ImageFiles, decoder: Decoder, device: torch.device) -> dict[str, dict[str, float]]:
     """Differences in grey levels between the pixels of ``decoder`` and the workers', in training and validation."""
-    decoded = EncodedImages(images, decoder, torch.device(device))
+    decoded = EncodedImages(images, decoder, device)
     apart = {}
     for part, epoch in {"training": 0, "validation": None}.items():
         means, most = [], 0
-        for index in range(len(images)):
+        for index in range(min(len(images), ONE_BY_ONE)):
             keys = Keys(epoch, np.array([index]))
             ours = decoded.on_device(decoded[keys]).images.cpu()
             levels = (ours.int() - images[keys].images.int()).abs()
@@ -338,13 +344,13 @@ def loaders(
     micro_batch: int,
     workers: int,
     rounds: int,
-    device: str,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Images per second of whole loaders, in turn, and the main process's CPU time per image."""
     images = data_set(listing, image_size)
     ours: dict[str, Samples] = {"recipe": images}
     ours |= {f"recipe, {name}": packed(path, image_size) for name, path in packs.items()}
-    ours |= {f"recipe, {name}": EncodedImages(images, d, torch.device(device)) for name, d in decoders.items()}
+    ours |= {f"recipe, {name}": EncodedImages(images, d, device) for name, d in decoders.items()}
     recipes = {
         name: TrainLoader(
             samples,
@@ -355,7 +361,7 @@ def loaders(
             seed=SEED,
             workers=workers,
             device=device,
-            dtype=torch.float32 if device == "cpu" else torch.float16,
+            dtype=torch.float32 if device.type == "cpu" else torch.float16,
             mean=MEAN,
             std=STD,
         )
@@ -378,7 +384,7 @@ def loaders(
             started, cpu = time.perf_counter(), time.process_time()
             for _ in one_pass(epoch):
                 pass
-            if device != "cpu":
+            if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if epoch:  # the first one starts the workers
                 images_per_second[name].append(count / (time.perf_counter() - started))

@@ -7,10 +7,11 @@ is the cost of their data. Both must see the same images.
     python -m benchmarks.on_device --data cifar10 --json benchmarks/results/on_device_cpu.json
 
 ``--data`` is an ImageFolder with train/ and val/ (or test/) of the config's classes; without it, JPEGs of 32 × 32
-pixels are generated.
+pixels are generated. With ``--device cuda`` the defaults suit a GPU.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -26,10 +27,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from benchmarks.report import add_json, context, heading, positive, say, write
+from benchmarks.report import add_device, add_json, context, heading, parse_device, positive, say, write
 from recipe.config import read_config
 from recipe.data import Batch, HeldImages, TrainLoader, list_imagefolder, open_datasets
-from recipe.model import build_model
+from recipe.model import build_model, cast_parameters
 from recipe.plan import make_plan
 
 ALONE, HELD, FOLDER = "one batch again and again", "held on the device", "read from the folder"
@@ -58,8 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; exit if the measurement is impossible."""
+    """Parse the command line; exit if the measurement is impossible. The defaults depend on the device."""
     parser = argparse.ArgumentParser(prog="benchmarks.on_device", description=(__doc__ or "").splitlines()[0])
+    cores = len(os.sched_getaffinity(0))
+    on_gpu = parse_device(argv).type == "cuda"
     parser.add_argument(
         "--config",
         type=Path,
@@ -67,11 +70,20 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="config with the model and crops (default: %(default)s)",
     )
     parser.add_argument("--data", type=Path, help="folder with train/ and val/ (default: generated images)")
-    parser.add_argument("--device", default="cpu", help="device of the model (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=positive, default=64, help="images per batch (default: %(default)s)")
-    parser.add_argument("--batches", type=positive, default=8, help="batches per round (default: %(default)s)")
+    add_device(parser, "device of the model")
+    parser.add_argument(
+        "--micro-batch", type=positive, default=256 if on_gpu else 64, help="images per batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batches", type=positive, default=64 if on_gpu else 8, help="batches per round (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=positive, default=5, help="rounds of interleaved loops (default: %(default)s)")
-    parser.add_argument("--workers", type=positive, default=1, help="processes per loader (default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=max(1, cores - 1) if on_gpu else 1,
+        help="processes per loader (default: %(default)s)",
+    )
     add_json(parser)
     arguments = parser.parse_args(argv)
     images = arguments.micro_batch * arguments.batches
@@ -107,7 +119,7 @@ def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
     """Seconds to load the data set onto the device; images per second and time relative to no data of each loop."""
     plan = make_plan(read_config(arguments.config), world_size=1)
     config = plan.config.recipe
-    device = torch.device(arguments.device)
+    device: torch.device = arguments.device
     precise = device.type == "cpu"
     size, crop, flip = plan.image_sizes, config.data.crop, config.data.flip
     folder, _ = open_datasets("imagefolder", data, size, crop, flip, config.seed, "stop")
@@ -138,7 +150,8 @@ def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
     sources |= {name: one.epoch for name, one in loaders.items()}
 
     model = build_model(config.model.name, config.model.num_classes, config.seed, "local", config.model.zero_init_last)
-    model = model.to(device, firsts[0].images.dtype).to(memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    cast_parameters(model, firsts[0].images.dtype)  # running averages stay in fp32, as in training
     seconds: dict[str, list[float]] = {name: [] for name in sources}
     for epoch in range(arguments.rounds + 1):
         say(f"round {epoch} of {arguments.rounds}" if epoch else "warming up")

@@ -44,9 +44,12 @@ def main() -> int:
             return 128 + signal.SIGINT
         except OSError as error:
             if not _cannot_be_written(sys.stdout):
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    say(f"{error.strerror}: the output is incomplete; make room, and run it again")
+                    return 2
+                if error.filename is None:
                     raise
-                say(f"{error.strerror}: the output is incomplete; make room, and run it again")
+                say(f"{os.fsdecode(error.filename)}: {error.strerror}")
                 return 2
             say(f"standard output cannot be written: {error.strerror}; the answer is incomplete")
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again when it exits

@@ -26,9 +26,11 @@ from recipe.engine import (
     deepspeed_config,
     device_name,
     evaluate,
+    explained_memory,
     join_process_group,
     listen_to_gradients,
     read_overflows,
+    seed_generators,
     set_global_batch,
     set_log_level,
     settle_micro_batch,
@@ -167,7 +169,8 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     mixing = data.open_mixing(recipe.data.model_dump(), recipe.model.num_classes, recipe.seed)
     gradient_norms = listen_to_gradients(engine, recipe.noise_scale.every_steps) if recipe.noise_scale.enabled else None
 
-    with Requests(recipe.checkpoint.save_every, timeout, watch.launchers) as requests:
+    memory = explained_memory(plan.micro_batch, run.device)
+    with memory, Requests(recipe.checkpoint.save_every, timeout, watch.launchers) as requests:
 
         def save_now(top1: float | None = None) -> None:
             telemetry.sync()
@@ -178,7 +181,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
 
         def expect_step() -> None:
             # Dropout and the like draw from torch's generator; seeded per step, they draw the same after a resume.
-            torch.manual_seed(data.derive_seed("layers", recipe.seed, engine.global_steps, dist.get_rank()))
+            seed_generators(run.device, data.derive_seed("layers", recipe.seed, engine.global_steps, dist.get_rank()))
             watch.step = engine.global_steps
             if plan.timeline.place(engine.global_steps + 1)[1] == 0:
                 validation_loader.begin()  # reads its first images during the epoch's last step
@@ -204,9 +207,8 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
                 telemetry.start_clock()
                 expect_step()
                 accumulation = set_global_batch(engine, plan.timeline.phase(engine.global_steps).global_batch)
-                batches = train_loader.epoch(epoch, first_step)
-                batches = watch.awaited(mixing.mix(batches, engine.global_steps, accumulation))
-                for step in train_epoch(engine, batches, gradient_norms, loss_function):
+                batches = mixing.mix(train_loader.epoch(epoch, first_step), engine.global_steps, accumulation)
+                for step in train_epoch(engine, watch.awaited(batches), gradient_norms, loss_function):
                     telemetry.step(step)
                     history.add(step)
                     signum, save_due = requests.agree()
@@ -221,8 +223,6 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
             telemetry.say(f"ended by {end}, saved after {done}; the same command resumes")
             watch.leave_process_group()
             raise
-        except torch.OutOfMemoryError as error:
-            raise MicroBatchError(plan.micro_batch, device_name(run.device), error) from error
         finally:
             train_loader.close()
             validation_loader.close()

@@ -38,6 +38,13 @@ from tests.launch import ROOT, forked, module, train_ok
         (gpu_throughput, "--steps 0", "argument --steps: expected a whole number from 1 to"),
         (gpu_throughput, "--rounds 1", "argument --rounds: expected a whole number from 2 to"),
         (gpu_throughput, "--model resnet19", "--model resnet19: timm has no model of this name"),
+        (gpu_throughput, "--pack {folder}/empty", "{folder}/empty/pack.json: no such file or directory"),
+        (gpu_throughput, "--images {folder}/two/train", "--micro-batch 8: --images has only 2 images"),
+        (
+            gpu_throughput,
+            "--images {folder}/two/train --loops bare",
+            "--images: the recipe trains on them, and --loops",
+        ),
         (input_pipeline, "--made-up 0", "argument --made-up: expected a whole number from 1 to"),
         (input_pipeline, "--workers 1 0", "argument --workers: expected a whole number from 1 to"),
         (input_pipeline, "--made-up 31", "--micro-batch 32: a batch needs as many images, and there are 31"),
@@ -57,6 +64,7 @@ from tests.launch import ROOT, forked, module, train_ok
             "--data {folder}/two",
             "2 training images in {folder}/two; --batches 8 of --micro-batch 64",
         ),
+        (on_device, "--device cuda:0", "argument --device: torch finds no GPU; use cpu"),
         (startup, "--rounds 0", "argument --rounds: expected a whole number from 1 to"),
         (startup, "--folder {file}/below", "argument --folder: {file}/below cannot be made a folder: Not a directory"),
         (startup, "--json {file}/below.json", "argument --json: {file} cannot be made a folder: File exists"),
@@ -150,14 +158,16 @@ def _throughput(words: list[str]) -> None:
 def test_gpu_throughput_trains_the_same_in_every_loop_and_keeps_what_it_has(tmp_path: Path) -> None:
     file = tmp_path / "throughput.json"
     input_pipeline.make_images(tmp_path / "images", 12)
+    packs = input_pipeline.make_packs(tmp_path / "images", tmp_path / "packs", [], [40])
     words = "--model test_resnet --image-size 32 --micro-batch 8 4 --steps 1 --rounds 2 --precision fp32 --workers 1"
     words += " --peak-tflops 1 --loops bare bare+compile half timm torchvision recipe"
-    done = forked(_throughput, [*words.split(), "--images", str(tmp_path / "images"), "--json", str(file)])
+    paths = {"--images": tmp_path / "images", "--pack": packs["raw pack 40"], "--json": file}
+    done = forked(_throughput, [*words.split(), *(str(word) for pair in paths.items() for word in pair)])
     assert done.returncode == 130, done.stderr
     report, table = json.loads(file.read_text()), file.with_suffix(".md").read_text()
     assert done.stdout == table
     measured = [result for result in report["results"] if "problem" not in result]
-    assert [result["loop"] for result in measured] == ["bare", "timm", "torchvision", "recipe", "jpegs"]
+    assert [result["loop"] for result in measured] == ["bare", "timm", "torchvision", "recipe", "jpegs", "pack"]
     for result in measured:
         assert result["micro_batch"] == 8
         speed = result["images_per_second"]["median"]
@@ -176,13 +186,14 @@ def test_gpu_throughput_trains_the_same_in_every_loop_and_keeps_what_it_has(tmp_
 
 def test_gpu_throughput_sets_the_recipes_best_beside_the_others_best() -> None:
     speeds = {"bare": 100, "bare+compile": 200, "timm": 80, "torchvision": None, "recipe": 150, "recipe+x": 198}
-    speeds["jpegs+x"] = 99
+    speeds |= {"jpegs+x": 99, "jpegs_by_gpu+x": 132, "pack+x": 198}
     results = [
         {"micro_batch": 64, "loop": loop, "images_per_second": None if speed is None else {"median": speed}}
         for loop, speed in speeds.items()
     ]
     assert gpu_throughput.goals(results) == {
-        "64": {"recipe ÷ bare": 0.99, "recipe ÷ timm": 198 / 80, "jpegs ÷ recipe": 0.5}
+        "64": {"recipe ÷ bare": 0.99, "recipe ÷ timm": 198 / 80}
+        | {"jpegs ÷ recipe": 0.5, "jpegs_by_gpu ÷ recipe": 132 / 198, "pack ÷ recipe": 1}
     }
     assert gpu_throughput.peak_tflops("NVIDIA H100 80GB HBM3", "bf16") == 989.4
     assert gpu_throughput.peak_tflops("another", "bf16") is None

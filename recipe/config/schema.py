@@ -461,6 +461,9 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(raw: dict[str, Any], file: str) -> Config:
     """The typed view of a config that is already in memory; ``file`` is its name in messages."""
+    if "cases" in raw and "recipe" not in raw:
+        problem, remedy = "this is a study, not a config", f"run it with python -m recipe study {file}"
+        raise ConfigError(file, "", ABSENT, problem, remedy)
     config = validate(Config, raw, file, "write a DeepSpeed config with a section recipe")
     config._source = Source(file, json.dumps(raw))
     for key, problem, remedy in (contradictions := _contradictions(config)):

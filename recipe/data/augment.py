@@ -202,4 +202,5 @@ def fill_boxes(images: Tensor, boxes: Tensor) -> Tensor:
     along = torch.arange(images.shape[-1], device=images.device)
     top, left, height, width = boxes[:, :, None].unbind(1)
     rows, columns = (top <= along) & (along < top + height), (left <= along) & (along < left + width)
-    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+    # Unlike masked_fill, where() keeps the images channels_last.
+    return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], 0, images)

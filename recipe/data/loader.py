@@ -71,6 +71,7 @@ class _Loader:
         self._sampler = sampler
         self._workers = workers
         self._begun: Iterator[HostBatch] | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._loader = self._new_loader()
 
     def close(self) -> None:
@@ -143,7 +144,8 @@ class _Loader:
 
     def _uploaded(self, host_batches: Iterator[HostBatch]) -> Iterator[Batch]:
         """Yield the batches, uploaded and prepared on a separate stream while the device computes."""
-        stream = torch.cuda.Stream(self._device)
+        # One stream for all passes: torch's allocator never gives memory that it cached for one stream to another.
+        stream = self._stream = self._stream or torch.cuda.Stream(self._device)
 
         def upload(host: HostBatch) -> tuple[Batch, torch.cuda.Event]:
             with torch.cuda.stream(stream):

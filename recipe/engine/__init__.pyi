@@ -1,5 +1,10 @@
 from .averaging import average_of as average_of
-from .device import choose_device as choose_device, choose_kernels as choose_kernels, device_name as device_name
+from .device import (
+    choose_device as choose_device,
+    choose_kernels as choose_kernels,
+    device_name as device_name,
+    seed_generators as seed_generators,
+)
 from .gradient_norms import GradientNorms as GradientNorms, listen_to_gradients as listen_to_gradients
 from .local_steps import local_steps_of as local_steps_of, step_locally as step_locally
 from .loop import (
@@ -11,7 +16,11 @@ from .loop import (
     train_epoch as train_epoch,
     training_loss as training_loss,
 )
-from .micro_batch import MicroBatchError as MicroBatchError, settle_micro_batch as settle_micro_batch
+from .micro_batch import (
+    MicroBatchError as MicroBatchError,
+    explained_memory as explained_memory,
+    settle_micro_batch as settle_micro_batch,
+)
 from .precision import read_overflows as read_overflows
 from .start import (
     deepspeed_config as deepspeed_config,

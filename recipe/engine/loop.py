@@ -47,7 +47,7 @@ class Batch(Protocol):
 
     @property
     def decoded_by_pil(self) -> int:
-        """The number of images that needed the slower decoder."""
+        """How often an image needed the slower decoder."""
 
 
 @dataclass(frozen=True)

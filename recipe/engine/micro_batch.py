@@ -6,7 +6,8 @@ it. On a GPU it is found by training steps of the model itself, the largest micr
 
 import copy
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,9 @@ CPU_MICRO_BATCH = 32  # more is no faster, and the activations of ResNet-50 take
 # moments), the gradients in fp32, and the buffer in which they are reduced.
 ENGINE_BYTES_PER_PARAMETER = 20
 RESERVED_SHARE = 0.05  # of the device's memory, for fragmentation and the process group
+# In messages of cuDNN and cuBLAS that lacked memory: torch does not raise its OutOfMemoryError for them
+# (https://github.com/pytorch/pytorch/issues/108645).
+NO_MEMORY = ("unable to find an engine", "STATUS_ALLOC_FAILED")
 
 
 class MicroBatchError(RuntimeError):
@@ -32,6 +36,17 @@ class MicroBatchError(RuntimeError):
             f"micro-batches of {micro_batch} images do not fit {device}: {error}; lower recipe.max_micro_batch_size, "
             'or use "auto"'
         )
+
+
+@contextmanager
+def explained_memory(micro_batch: int, device: torch.device) -> Iterator[None]:
+    """Raise a MicroBatchError in place of the errors that mean too little memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY):
+            raise MicroBatchError(micro_batch, device_name(device), error) from error
+        raise
 
 
 def settle_micro_batch(plan: Plan, model: nn.Module, device: torch.device, earlier: int | None) -> tuple[Plan, str]:

@@ -53,7 +53,9 @@ class BatchNorm(nn.BatchNorm2d):
         self.frozen = False
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()
-        self.collected: Tensor | None = None  # sums of means and of variances, and how many: (2 C + 1,)
+        # Sums of means and of variances, and how many of each: (3, C). Never None, for which torch.compile would make a
+        # second graph, and no buffer, because it is not part of the model's state.
+        self.collected = self.running_mean.new_zeros(3, self.num_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.drop(self._normalise(x)))
@@ -61,6 +63,11 @@ class BatchNorm(nn.BatchNorm2d):
     def train(self, mode: bool = True) -> "BatchNorm":
         """Like ``nn.Module.train``, but a frozen batch norm stays in evaluation mode."""
         super().train(mode and not self.frozen)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "BatchNorm":
+        super()._apply(fn, recurse)
+        self.collected = fn(self.collected)
         return self
 
     def _normalise(self, x: Tensor) -> Tensor:
@@ -91,9 +98,9 @@ class BatchNorm(nn.BatchNorm2d):
             groups, mean, var = 1, torch.zeros_like(weight), torch.ones_like(weight)
             y = _over_ranks(x, weight, bias, mean, var, 1.0, self.eps, self.process_group)
         if not is_repeated():
-            own = torch.cat([mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0), mean.new_ones(1)])
-            # A single tensor, because torch.compile would make one graph for each length of a list.
-            self.collected = own if self.collected is None else self.collected + own
+            if groups > 1:
+                mean, var = mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0)
+            self.collected.add_(torch.stack([mean, var, torch.ones_like(mean)]))
         return y
 
 
@@ -178,6 +185,7 @@ def _converted(module: _BatchNorm, statistics: Statistics) -> BatchNorm:
     converted = BatchNorm(module.num_features, module.eps, module.momentum, statistics=statistics, device="meta")
     for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
         setattr(converted, name, getattr(module, name))
+    converted.collected = converted.running_mean.new_zeros(converted.collected.shape)
     if followed_by_act:
         converted.drop, converted.act = module.drop, module.act  # type: ignore[assignment]
     return converted.train(module.training)

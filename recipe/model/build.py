@@ -46,8 +46,8 @@ def build_model(
     Raises:
         ValueError: timm has no such classifier, or the weights or an option do not fit it.
     """
-    architecture, _, tag = name.partition(".")
-    if architecture not in timm.list_models() or (tag and not timm.is_model_pretrained(name)):
+    architecture, dot, tag = name.partition(".")
+    if architecture not in timm.list_models() or (dot and not (tag and timm.is_model_pretrained(name))):
         raise ValueError(_unknown_name(name))
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which also seeds the CUDA generators.

@@ -15,29 +15,34 @@ def update_running_averages(model: nn.Module, discard: Tensor | None = None) -> 
     drops the statistics of the step: an update that overflowed must not change the running averages either. Does
     nothing for "global" and "local" statistics.
     """
-    collected = {
-        module: module.collected
+    modules = [
+        module
         for module in model.modules()
-        if isinstance(module, BatchNorm) and module.collected is not None
-    }
-    if not collected:
+        if isinstance(module, BatchNorm) and isinstance(module.statistics, int) and not module.frozen
+    ]
+    if not modules:
         return
-    means = torch.cat([sums[:-1] / sums[-1] for sums in collected.values()])
+    collected = [module.collected for module in modules]
+    sums = torch.cat(collected, dim=1)
+    means = sums[:2] / sums[2]
+    torch._foreach_zero_(collected)
     ranks = world_size_of(None)
     if ranks > 1:
         # Each rank has as many groups, or parts of groups, as any other, so the mean of their means is the mean.
         dist.all_reduce(means)
         means /= ranks
-    buffers = [buffer for module in collected for buffer in (module.running_mean, module.running_var)]
-    if discard is not None:
-        # A running average updated with itself does not change, whatever an overflow has left in the statistics.
-        means = torch.where(discard, torch.cat(buffers).to(means.dtype), means)
-    parts = iter(means.split([len(buffer) for buffer in buffers]))
-    for module in collected:
-        module.collected = None
-        module.num_batches_tracked.add_(1 if discard is None else ~discard)
-        for buffer in (module.running_mean, module.running_var):
-            buffer.lerp_(next(parts).to(buffer.dtype), module.momentum)
+    # A running average updated with itself does not change, whatever an overflow has left in the statistics.
+    kept = sums[2] == 0  # of a module that the model has not called
+    kept = kept if discard is None else kept | discard
+    sizes = [module.num_features for module in modules]
+    momenta = [module.momentum for module in modules]
+    running = [module.running_mean for module in modules], [module.running_var for module in modules]
+    for buffers, step_means in zip(running, means, strict=True):
+        own = torch.cat(buffers)
+        torch._foreach_lerp_(buffers, torch.where(kept, own, step_means.to(own.dtype)).split(sizes), momenta)
+    counters = [module.num_batches_tracked for module in modules]
+    one = torch.ones_like(counters[0]) if discard is None else (~discard).long()
+    torch._foreach_add_(counters, [one] * len(counters))  # torch reads a single tensor as a number, and waits for it
 
 
 @torch.no_grad()

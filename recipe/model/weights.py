@@ -1,5 +1,6 @@
 """The weights that training starts from: a file, a folder, a model hub, or timm's own for a tagged name."""
 
+import os
 from pathlib import Path
 
 import timm
@@ -37,13 +38,13 @@ def read_weights(weights: str) -> dict[str, Tensor]:
             "recipe.model.weights"
         ) from None
     path = Path(weights.removeprefix(LOCAL))
-    if path.is_dir():
-        found = [path / name for name in FILES if (path / name).is_file()]
+    if os.path.isdir(path):
+        found = [path / name for name in FILES if os.path.isfile(path / name)]
         if not found:
             raise ValueError(f"{key}: the folder holds neither {' nor '.join(FILES)}")
         path = found[0]
-    if not path.is_file():
-        fault = "is not a regular file" if path.exists() else "does not exist"
+    if not os.path.isfile(path):
+        fault = "is not a regular file" if os.path.exists(path) else "does not exist"
         raise ValueError(f"{key}: {path} {fault}; name a .safetensors or .pth file, or a folder that holds one")
     try:
         state = load_state_dict(str(path), weights_only=True)
@@ -52,9 +53,14 @@ def read_weights(weights: str) -> dict[str, Tensor]:
         raise ValueError(f"{key}: {path} cannot be read: {problem}; expected a .safetensors or .pth file") from None
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{key}: {path} holds more than weights by name")
-    if any(value.layout is not torch.strided or value.is_meta or value.is_complex() for value in state.values()):
-        raise ValueError(f"{key}: {path} holds tensors that are sparse, complex or without values")
+    if not all(map(_is_plain, state.values())):
+        raise ValueError(f"{key}: {path} holds tensors that are sparse, complex, quantized, nested or without values")
     return state
+
+
+def _is_plain(value: Tensor) -> bool:
+    special = value.is_meta or value.is_complex() or value.is_quantized or value.is_nested
+    return value.layout is torch.strided and not special
 
 
 def load_weights(model: nn.Module, weights: str) -> None:
@@ -72,6 +78,11 @@ def load_weights(model: nn.Module, weights: str) -> None:
         "it lacks": {name for name in wanted - state.keys() if not name.endswith("num_batches_tracked")},
         "the model has no": state.keys() - wanted,
         "of a different size are": {name for name in wanted & state.keys() if state[name].shape != own[name].shape},
+        "of whole numbers are": {
+            name
+            for name in wanted & state.keys()
+            if own[name].is_floating_point() and not state[name].is_floating_point()
+        },
     }
     wrong = [f"{words} {_some(names)}" for words, names in problems.items() if names]
     if wrong:

@@ -4,10 +4,11 @@ import json
 import math
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 from recipe.config import FOLDERS, Config, Contents, parse_config
 from recipe.plan.scaling import Phase, RateSchedule, Timeline, scaled_rate
@@ -402,25 +403,50 @@ def _data_set_sizes(config: Config, contents: Contents | None) -> tuple[int, int
     return sizes[0], sizes[1]
 
 
+class _Pretrained(BaseModel):
+    """What weights say of the images that they were trained with: ``pretrained_cfg`` in timm's config.json."""
+
+    input_size: tuple[int, int, int] | None = None
+    """channels, height and width"""
+
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+
+def _read_pretrained(config: Config) -> _Pretrained:
+    """The description next to the weights; an empty one if there is none."""
+    weights = config.recipe.model.weights
+    if weights is None:
+        return _Pretrained()
+    path = Path(weights.removeprefix("local-dir:"))
+    file = (path if os.path.isdir(path) else path.parent) / "config.json"
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))["pretrained_cfg"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # none, or another program's
+        return _Pretrained()
+    try:
+        return _Pretrained.model_validate(described or {})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, ("pretrained_cfg", *first["loc"])))
+        problem = f"{key} in {file} cannot be read: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        raise config.source.refusal("recipe.model.weights", problem, "correct or remove it") from None
+
+
 def _preprocessing(config: Config) -> tuple[tuple[tuple[int, int], ...], tuple[float, ...], tuple[float, ...]]:
     """Image sizes, mean and std: those of the file, else those of the weights, else the usual ones of the source."""
-    data, weights = config.recipe.data, config.recipe.model.weights
-    own: dict[str, Any] = {}
-    if weights is not None:
-        path = Path(weights.removeprefix("local-dir:"))
-        folder = path if path.is_dir() else path.parent
-        with suppress(OSError, ValueError, LookupError, TypeError):
-            own = json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
+    data, own = config.recipe.data, _read_pretrained(config)
     usual_mean, usual_std = PIXEL_MEAN_STD[data.source]
-    size = own.get("input_size", [None])[-1] if data.image_size == "auto" else data.image_size
-    if not isinstance(size, (int, tuple)):
-        raise config.source.refusal(
-            "recipe.data.image_size",
-            "no config.json next to recipe.model.weights gives the size that they were trained with",
-            "use a number of pixels",
-        )
-    mean = tuple(own.get("mean", usual_mean)) if data.mean == "auto" else data.mean
-    std = tuple(own.get("std", usual_std)) if data.std == "auto" else data.std
+    size = data.image_size
+    if size == "auto":
+        problem = "no config.json next to recipe.model.weights gives the size that they were trained with"
+        if own.input_size is not None:
+            _, height, size = own.input_size
+            problem = f"the weights were trained with images of {height} × {size} pixels"
+        if own.input_size is None or height != size or not 8 <= size <= 4096:
+            raise config.source.refusal("recipe.data.image_size", problem, "use a number of pixels from 8 to 4096")
+    mean = (own.mean or usual_mean) if data.mean == "auto" else data.mean
+    std = (own.std or usual_std) if data.std == "auto" else data.std
     sizes = ((0, size),) if isinstance(size, int) else size
     return tuple(change for change in sizes if change[0] < config.recipe.schedule.epochs), mean, std
 

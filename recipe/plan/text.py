@@ -265,9 +265,11 @@ def _warmup(plan: Plan) -> str:
     if schedule.warmup == "none":
         if rules.warmup == "none":
             return "none"
-        if plan.global_batch > rules.reference_batch_size:
-            return f"none: the peak rate is not above {schedule.start_rate:g}, where warmup would start"
-        return f"none: only batches above {rules.reference_batch_size:,} warm up"
+        if plan.global_batch <= rules.reference_batch_size:
+            return f"none: only batches above {rules.reference_batch_size:,} warm up"
+        if plan.timeline.steps(rules.warmup_epochs) == 0:
+            return f"none: warmup_epochs {rules.warmup_epochs:g} is 0 steps"
+        return "none: the peak rate is not above the rate where warmup would start"
     duration = f"{counted(schedule.warmup_steps, 'step')} ({counted(rules.warmup_epochs, 'epoch')})"
     if schedule.warmup == "constant":
         return f"constant: {schedule.start_rate:.6g} for {duration}, then {schedule.peak_rate:.6g}"

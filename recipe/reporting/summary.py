@@ -118,8 +118,9 @@ def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = No
     if summary["bad_images"]:
         rows.append(("bad images", f"{len(summary['bad_images'])} could not be read, listed in summary.json"))
     if summary["decoded_by_pil"]:
-        slow = f"{summary['decoded_by_pil']:,} images by the slower decoder: not JPEGs, or JPEGs that the faster one"
-        rows.append(("decoded", f"{slow} does not support"))
+        times = counted(summary["decoded_by_pil"], "time")
+        slow = f"{times}, an image took the slower decoder: it is not a JPEG, or one that the faster decoder does not"
+        rows.append(("decoded", f"{slow} support"))
     ranks_option = "" if summary["world_size"] == 1 else f"--num_gpus {summary['world_size']} "
     if summary["hosts"] > 1:
         ranks_option = "--hostfile … "

@@ -20,6 +20,9 @@ from recipe.reporting.files import LOG, OutputError, replace_text, writing
 from recipe.reporting.metrics import METRICS, accuracy_words, has_diverged, parse_event
 from recipe.reporting.terminal import Progress
 
+# More than fp16's loss scale needs to fall from any start to 1; bf16 has none that could fall.
+MOST_SKIPS_IN_A_ROW = 100
+
 
 class Telemetry:
     """Collects steps on all ranks; every ``steps_per_print`` steps, rank 0 writes them down.
@@ -47,6 +50,7 @@ class Telemetry:
         self.writer: Writer | None = None
         self._pending: list[Step] = []
         self._report: Report | None = None
+        self._skips_in_a_row = 0
         self._figures: list[str] = []
         self._clock = 0.0
         if dist.get_rank() == 0:
@@ -60,7 +64,8 @@ class Telemetry:
         """Take one step; report if there are enough of them, or the epoch ends.
 
         Raises:
-            FloatingPointError: the loss is not finite, and not because fp16's loss scale is too high.
+            FloatingPointError: the loss is not finite, and not because fp16's loss scale is too high; or too many
+                updates in a row were skipped.
         """
         self._write_report()
         self._pending.append(step)
@@ -138,6 +143,13 @@ class Telemetry:
         self._monitor("Train", last.step.step, rates)
         self._figures = [f"loss {last.loss:.3f}", f"{images / seconds:,.0f} images/s", f"rate {last.step.lr:.4g}"]
         for one in reported:
+            self._skips_in_a_row = self._skips_in_a_row + 1 if one.skipped else 0
+            if self._skips_in_a_row == MOST_SKIPS_IN_A_ROW:
+                raise FloatingPointError(
+                    f"{MOST_SKIPS_IN_A_ROW} updates in a row, up to step {one.step.step}, were skipped because of "
+                    f"gradients that are not finite, the last at loss scale {one.loss_scale:g}: lower the rate, or "
+                    "train in fp32"
+                )
             if has_diverged(_finite(one.loss), one.skipped, one.loss_scale):
                 raise FloatingPointError(
                     f"the loss of step {one.step.step} is {one.loss}: training has diverged at rate {one.step.lr:g}"

@@ -36,7 +36,7 @@ from recipe.commands.study.results import (
 from recipe.commands.study.runs import Resources, Runner, check_output, command
 from recipe.plan import plan_json
 from recipe.reporting import steps_done
-from tests.launch import wait_until
+from tests.launch import DIGITS, wait_until
 from tests.run_folders import step, validation, write_run
 
 STUDIES = sorted((ROOT / "ds_configs/studies").glob("*.json"))
@@ -180,6 +180,14 @@ def test_mistakes_are_refused_with_key_value_and_remedy(
     assert study_command.main([str(path), "--output", str(tmp_path / "out")]) == 2
     assert message.replace("{above}", str(tmp_path.parent)) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_config_is_no_study(capsys: pytest.CaptureFixture[str]) -> None:
+    assert study_command.main([DIGITS]) == 2
+    assert (
+        capsys.readouterr().err
+        == f'recipe: {DIGITS}: this is a config, not a study; name it in a study: "config": "…"\n'
+    )
 
 
 def test_mean_and_sample_deviation_of_the_medians(tmp_path: Path) -> None:

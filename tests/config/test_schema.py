@@ -124,6 +124,10 @@ def test_missing_file_is_refused(small: Path, name: str, parts: list[str]) -> No
         ('{"a": 1, "b": 2, "a": 3}', ["run.json: a = [1, 3]: this key occurs more than once; write it once"]),
         ('{"a": [{"b": {"c": 1, "c": 1}}]}', ["run.json: c = [1, 1]: this key occurs more than once"]),
         ('{"\\ud800": 1}', ["run.json: ", "write a DeepSpeed config"]),
+        (
+            '{"cases": [], "seeds": [1]}',
+            ["run.json: this is a study, not a config; run it with python -m"],
+        ),
     ],
 )
 def test_file_that_is_not_plain_json_is_refused(tmp_path: Path, text: str | bytes, parts: list[str]) -> None:

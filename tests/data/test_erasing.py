@@ -40,6 +40,8 @@ def test_boxes_are_filled_like_torchvisions():
         functional.erase(image, *box, torch.tensor(0.0)) for image, box in zip(images, boxes.tolist(), strict=True)
     ]
     assert torch.equal(fill_boxes(images, boxes), torch.stack(expected))
+    interleaved = fill_boxes(images.to(memory_format=torch.channels_last), boxes)
+    assert interleaved.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("way", ["held", "two workers", "two ranks"])

@@ -62,7 +62,6 @@ def trained(model: nn.Module, loss_function: Loss, seed: int) -> list[Tensor]:
 
 
 def _trains_the_same_without_graph_breaks(rank: int, world_size: int, backend: str) -> None:
-    """The first micro-batch of a step has its own graph, because it starts the sums for the running averages."""
     warnings.filterwarnings("ignore")  # within torch.compile
     torch.compile = partial(torch.compile, backend=backend)
     torch._dynamo.reset()
@@ -73,7 +72,7 @@ def _trains_the_same_without_graph_breaks(rank: int, world_size: int, backend: s
     found = trained(model, training_loss(model, label_smoothing=0.0, compiled=True), rank)
     assert list(model.state_dict()) == names
     assert counters["graph_break"] == {}
-    assert counters["stats"]["unique_graphs"] == 2 + 2  # the loss, and validation
+    assert counters["stats"]["unique_graphs"] == 3  # the model, the loss, and validation
     plain_model = small_model(n)
     plain_loss = training_loss(plain_model, label_smoothing=0.0, compiled=False)
     for ours, plain in zip(found, trained(plain_model, plain_loss, rank), strict=True):

@@ -84,6 +84,10 @@ def test_synthetic_batches_are_generated_on_the_gpu():
     assert first.images.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(first.images, last.images)
     assert torch.equal(torch.cuda.get_rng_state(), state)
+    reserved = torch.cuda.memory_reserved()
+    for epoch in range(1, 6):
+        assert len(list(loader.epoch(epoch))) == 2
+    assert torch.cuda.memory_reserved() == reserved
 
 
 @pytest.mark.filterwarnings("ignore:.*image decoding and encoding capabilities:DeprecationWarning")

@@ -13,6 +13,7 @@ from recipe.model.running_averages import (
     restore_running_averages,
     update_running_averages,
 )
+from tests.engine.test_start import Waits
 from tests.ranks import run_ranks
 
 N, CHANNELS, BATCH, STEPS = 4, 3, 16, 2
@@ -124,8 +125,13 @@ def test_any_split_gives_the_same_groups(world_size: int, micros: list[int]) -> 
 def test_a_skipped_update_does_not_change_the_running_averages() -> None:
     module = BatchNorm(CHANNELS, statistics=N)
     module(torch.full((N, CHANNELS, 2, 2), torch.inf))
-    update_running_averages(module, discard=torch.tensor(True))
+    with Waits() as waits:
+        update_running_averages(module, discard=torch.tensor(True))
+    assert waits.count == 0
     assert torch.equal(module.running_mean, torch.zeros(CHANNELS))
+    update_running_averages(module)  # of a step that has not called the module
+    assert torch.equal(module.running_mean, torch.zeros(CHANNELS))
+    module.num_batches_tracked.zero_()
     module(torch.randn(N, CHANNELS, 2, 2))
     update_running_averages(module, discard=torch.tensor(False))
     assert module.running_mean.isfinite().all()

@@ -102,6 +102,7 @@ def test_groups_skip_frozen_and_count_shared_parameters_once() -> None:
         ("resnt50", 'recipe.model.name = "resnt50": timm has no such model; did you mean "resnet50"?'),
         ("?", 'recipe.model.name = "?": timm has no such model'),
         ("", 'recipe.model.name = "": timm has no such model'),
+        ("resnet50.", 'recipe.model.name = "resnet50.": timm has no such model'),
         ("resnet50.a1_in1", 'timm has no such model; did you mean "resnet50.a1_in1k"?'),
         # A known name, but tests do not download weights.
         ("resnet50.a1_in1k", "the weights resnet50.a1_in1k cannot be fetched: .*; name a file or folder on this "),

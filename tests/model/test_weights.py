@@ -83,6 +83,7 @@ def test_unsuitable_weights_are_refused(tmp_path: Path, source: nn.Module) -> No
         ("resnet18", "a.safetensors", "these weights belong to a different model: it lacks "),
         ("resnet18", "a.safetensors", "check recipe.model.name"),
         ("test_resnet", "nowhere.pth", "nowhere.pth does not exist; name a .safetensors or .pth file"),
+        ("test_resnet", "long" * 100, "does not exist; name a .safetensors or .pth file"),
         ("test_resnet", "/dev/null", "/dev/null is not a regular file"),
         ("test_resnet", "empty", "holds neither model.safetensors nor pytorch_model.bin"),
         ("test_resnet", "cut.safetensors", "it holds no weights, or more than weights; expected a .safe"),

@@ -203,6 +203,21 @@ def test_no_warmup_at_or_below_the_reference_batch(batch: int) -> None:
     assert plan.schedule.warmup == "none"
     assert plan.schedule.rate(0) == plan.schedule.peak_rate == pytest.approx(0.1 * batch / 256)
     assert json.loads(plan_json(plan))["scheduler"]["params"]["warmup_num_steps"] == 1
+    assert fields_of(plan)["warmup"] == "none: only batches above 256 warm up"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"warmup": "none"}, ""),
+        ({"warmup_epochs": 0}, ": warmup_epochs 0 is 0 steps"),
+        ({"warmup_epochs": 0.003}, ": warmup_epochs 0.003 is 0 steps"),
+        ({"scaling_rule": "none"}, ": the peak rate is not above the rate where warmup would start"),
+    ],
+)
+def test_the_plan_says_why_there_is_no_warmup(changes: dict[str, Any], reason: str) -> None:
+    plan = make_plan(config(**{f"recipe__schedule__{key}": value for key, value in changes.items()}), 1)
+    assert fields_of(plan)["warmup"] == f"none{reason}"
 
 
 def test_inverse_weight_decay_is_divided_by_kn_over_256() -> None:

@@ -170,6 +170,20 @@ def test_monitors_get_the_loss_scale_of_each_step_once(tmp_path: Path) -> None:
     assert all(0 <= float(share) <= 1 for _, share in written["data_wait"])
 
 
+def _skips(rank: int, world_size: int, folder: str) -> None:
+    reporter = telemetry(Path(folder), train_images=64 * 200)
+    for number in range(102):
+        reporter.step(step(number, 1.0, skipped=number != 2))
+    reporter.step(step(102, 1.0, skipped=True))
+    with pytest.raises(FloatingPointError, match=r"100 updates in a row, up to step 102, were skipped because of"):
+        reporter.sync()
+    reporter.close()
+
+
+def test_a_run_that_only_skips_updates_ends(tmp_path: Path) -> None:
+    run_ranks(1, _skips, str(tmp_path))
+
+
 def _diverges(rank: int, world_size: int, folder: str) -> dict[str, str]:
     outcomes = {}
     for name, bad in {

@@ -134,6 +134,9 @@ def read_study(path: Path, world_size: int, data: str | None = None, cores_per_r
         ConfigError: the study, its config or the config of a case is wrong.
     """
     raw = parse_json(read_text(path, "*.json"), str(path))
+    if "recipe" in raw and "cases" not in raw:
+        problem, remedy = "this is a config, not a study", 'name it in a study: "config": "…"'
+        raise ConfigError(str(path), "", ABSENT, problem, remedy)
     file = validate(StudyFile, raw, str(path), "write a study with config, seeds and cases")
     _check_consistency(file, str(path))
     config = Path(os.path.normpath(path.parent / file.config))
