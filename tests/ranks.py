@@ -99,6 +99,7 @@ def _rank_main(rank: int, world_size: int, function: Callable[..., Any], args: t
         torch.save(result, Path(folder, f"{rank}.pt"))
         dist.barrier()
     except Exception:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or torch, which has seen another rank fail, ends this one first
         print(f"rank {rank} of {world_size} raised:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         raise
     finally:

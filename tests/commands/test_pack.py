@@ -289,7 +289,7 @@ def test_full_disk_is_reported_and_the_same_command_resumes(tmp_path: Path) -> N
     images = write_folder(tmp_path / "images", images=40)
     limit = (20_000, 20_000)
     process = start(images, tmp_path / "pack", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    _, said = process.communicate(timeout=100)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 2
     assert said == f"recipe: {tmp_path / 'pack'}: File too large; fix that, and the same command resumes\n"
     assert pack(images, tmp_path / "pack", 0) == 0

@@ -243,13 +243,15 @@ def test_the_first_images_of_a_pass_are_read_ahead(tmp_path):
 
 
 class Deadly(Pictures):
-    """Ends the process that reads its first image."""
+    """Ends the process that reads its first image, once it is to."""
 
-    def __init__(self, end):
+    def __init__(self, end, due):
         super().__init__()
         self.end = end
+        self.due = due
 
     def image(self, index):
+        self.due.wait()
         self.end()
 
 
@@ -266,10 +268,11 @@ class Deadly(Pictures):
     ids=["killed", "ended", "out of shared memory"],
 )
 def test_a_worker_that_dies_raises_where_its_batch_is_awaited(end, message):
-    before = set(multiprocessing.active_children())
-    source = train_loader(Deadly(end), workers=1)
+    before, due = set(multiprocessing.active_children()), multiprocessing.Event()
+    source = train_loader(Deadly(end, due), workers=1)
     source.begin_epoch(0)
-    (worker,) = set(multiprocessing.active_children()) - before
+    (worker,) = set(multiprocessing.active_children()) - before  # dead ones are not among them
+    due.set()
     worker.join(60)
     with pytest.raises(WorkerError, match=f"^{message}, or --set recipe.data.workers=0$"):
         list(source.epoch(0))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,11 +29,13 @@ TIMEOUT = timedelta(seconds=60)
 
 
 def _clocked(rank: int, world_size: int) -> list[bool]:
-    """Rank 1's clock always asks, rank 0's once it has slept."""
+    """Rank 1's clock always asks, rank 0's after a second, which does not pass while it waits for rank 1."""
+    now = 0.0
+    agreement.time = SimpleNamespace(monotonic=lambda: now)
     due = []
     with Requests(timedelta(seconds=0 if rank else 1), TIMEOUT) as requests:
-        for pause in (0, 1.1, 0):
-            time.sleep(pause)
+        for seconds in (0.5, 1.5, 1.5):
+            now = seconds
             due.append(requests.agree()[1])
         requests.saved()
         due.append(requests.agree()[1])
@@ -72,6 +75,12 @@ def start(folder: Path, function: Callable[..., Any], *arguments: Any) -> tuple[
     return process, process.pid
 
 
+def ask(folder: Path, pid: int, signum: signal.Signals) -> None:
+    """Send a rank its first signal, and wait until it has taken it, from when on it counts the time."""
+    os.kill(pid, signum)
+    wait_until(lambda: f"{signum.name}: finishing" in (folder / "rank.stderr").read_text())
+
+
 def exit_code(process: BaseProcess) -> int | None:
     process.join(60)
     return process.exitcode
@@ -79,11 +88,10 @@ def exit_code(process: BaseProcess) -> int | None:
 
 def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     process, pid = start(tmp_path, _held, None)
-    for _ in range(2):  # Ctrl-C comes twice: from the terminal and from the launcher
-        os.kill(pid, signal.SIGINT)
-        time.sleep(0.2)
-    assert process.is_alive()
+    ask(tmp_path, pid, signal.SIGINT)
+    os.kill(pid, signal.SIGINT)  # Ctrl-C comes twice: from the terminal and from the launcher
     time.sleep(SAME_REQUEST_SECONDS)
+    assert process.is_alive()
     os.kill(pid, signal.SIGTERM)
     assert exit_code(process) == 143
     said = (tmp_path / "rank.stderr").read_text()
@@ -93,7 +101,7 @@ def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
 
 def test_sigterm_from_the_launcher_or_the_watch_is_not_a_second_signal(tmp_path: Path) -> None:
     process, pid = start(tmp_path, _held, os.getpid())  # this test is the launcher
-    os.kill(pid, signal.SIGINT)
+    ask(tmp_path, pid, signal.SIGINT)
     time.sleep(SAME_REQUEST_SECONDS + 0.5)
     os.kill(pid, signal.SIGTERM)
     (tmp_path / "again").touch()

@@ -168,8 +168,9 @@ def test_all_ranks_end_if_torchruns_store_goes_away(tmp_path: Path) -> None:
     """This includes rank 0, which does not hold the store in this case, even if it is alone on its host."""
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     of_agent = {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    # On a busy machine the store may go away before a rank connects to it; torch then tries for twice the timeout.
-    ranks = Ranks(tmp_path, "is busy", 0, 1, timeout_seconds=30, **of_agent)
+    # On a busy machine the store may go away before a rank connects to it; torch then tries for over twice the timeout,
+    # and ``ends`` waits for a minute.
+    ranks = Ranks(tmp_path, "is busy", 0, 1, timeout_seconds=15, **of_agent)
     ranks.go()
     del agent
     assert [code for code, _ in ranks.ends()] == [FAILED, FAILED]

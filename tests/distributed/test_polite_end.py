@@ -27,7 +27,7 @@ def test_ctrl_c_in_a_long_step_saves_it(tmp_path: Path) -> None:
     words = shlex.join(["-q", *command(*long, "--set=recipe.max_micro_batch_size=4", launcher=True)[1:]])
     launch = f"cd {ROOT} && {command(launcher=True)[0]} {words} 2>&1 | tee {tmp_path}/printed"
     with subprocess.Popen(["bash", "-c", launch], env=environment(), start_new_session=True) as group:
-        wait_until(lambda: (output / "metrics.jsonl").exists() and len(events(output, "step")) == 1)
+        wait_until(lambda: (output / "metrics.jsonl").exists() and len(events(output, "step")) >= 1)
         os.killpg(group.pid, signal.SIGINT)
         group.wait(timeout=60)
     wait_until(lambda: not is_locked(output))
@@ -53,7 +53,7 @@ def test_ranks_end_if_their_launcher_is_killed_while_they_start(tmp_path: Path) 
             assert not list(tmp_path.glob("metrics.jsonl"))
             launcher.kill()
             launcher.wait()
-            wait_until(lambda: not ranks())
+            wait_until(lambda: not ranks(), seconds=600)  # those that import torch on a busy machine
         finally:
             for pid in ranks():
                 os.kill(pid, signal.SIGKILL)
