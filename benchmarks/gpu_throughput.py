@@ -59,6 +59,7 @@ from benchmarks.engine_overhead import (
     shown,
     synthetic_batches,
 )
+from benchmarks.input_pipeline import Repeated
 from benchmarks.report import add_json, at_least, context, heading, positive, say, write
 from recipe.data import (
     PREFETCHED,
@@ -80,6 +81,7 @@ from recipe.train import set_up_torch
 WARM_UP_STEPS = 5
 TURN_STEPS = 2  # untimed steps at the start of a turn, which allocate the memory that the previous loop released
 READ_AHEAD = 2  # batches per worker, torch's default
+STREAM_BATCHES = 10_000  # per epoch on images, at whose end the workers would be idle
 RECIPE, JPEGS, JPEGS_BY_GPU, PACK = "recipe", "jpegs", "jpegs_by_gpu", "pack"
 FED = (JPEGS, JPEGS_BY_GPU, PACK)  # loops that train on images from files
 NOT_ON_GPU = "not run on GPU"
@@ -116,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     join_process_group(device, TIMEOUT)
     flops = flops_an_image(arguments.model, arguments.image_size)
     peak = arguments.peak_tflops or peak_tflops(where["hardware"].get("gpu", ""), arguments.precision)
-    keys = ("model", "image_size", "precision", "steps", "rounds")
+    keys = ("model", "image_size", "precision", "steps", "rounds", "fed_from", "workers")
     report = where | {
         "settings": {key: getattr(arguments, key) for key in keys},
         "flops_an_image": flops,
@@ -205,11 +207,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             counts["--pack"] = read_header(arguments.pack).train.images
     except (OSError, ValueError) as error:
         parser.error(f"{error}; {expected}")
-    for option, images in counts.items():
+    arguments.fed_from = counts
+    for option in counts:
         if not any(name.startswith(RECIPE) for name in arguments.loops):
             parser.error(f"{option}: the recipe trains on them, and --loops has none of its loops")
-        if images < max(arguments.micro_batch):
-            parser.error(f"--micro-batch {max(arguments.micro_batch)}: {option} has only {images} images")
     return arguments
 
 
@@ -320,7 +321,7 @@ def fed(contender: Contender, samples: Samples, workers: int, micro_batch: int, 
 
     def make(model: nn.Module, batches: list[Batch], precision: str) -> Loop:
         loader = TrainLoader(
-            samples,
+            Repeated(samples, STREAM_BATCHES * micro_batch),
             global_batch=micro_batch,
             micro_batch=micro_batch,
             rank=0,
@@ -517,6 +518,8 @@ def format_report(report: dict[str, Any]) -> str:
         "at least 0.98, ÷ timm's and torchvision's above 1; from JPEGs ÷ synthetic images at least 0.6, from a pack of "
         "raw pixels at least 0.95.",
     ]
+    fed_from = ", ".join(f"{count:,} images in {option}" for option, count in settings.get("fed_from", {}).items())
+    lines += ["", f"Fed from {fed_from}, repeated, by {settings['workers']} processes.", ""] if fed_from else []
     if on_gpu:
         for micro_batch, ratios in report["goals"].items():
             lines.append(f"- {micro_batch}: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()))

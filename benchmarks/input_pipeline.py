@@ -10,7 +10,8 @@ are measured too: one of the originals, one of JPEGs for each of ``--short-sides
 ``--raw-short-sides``.
 
 The second part runs whole loaders with worker processes, the recipe's and a DataLoader of torchvision's reference, in
-turn. Besides images per second, it reports the main process's own cost per image, which workers cannot take over and
+turn, on the images repeated: a pass of a few batches would measure its start and end, when workers are idle. Besides
+images per second, it reports the main process's own cost per image, which workers cannot take over and
 which limits any number of them: taking a batch that a worker collated (and pinning it for a GPU), and getting it onto
 the device, mirrored and normalised, which a CPU does itself and a GPU does asynchronously. ``--decoders`` adds loaders
 that decode JPEGs on the device, and the difference of their pixels from the workers', in training and validation.
@@ -41,7 +42,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional
@@ -51,6 +52,7 @@ from recipe.commands.pack.command import pack
 from recipe.data import (
     Decoder,
     EncodedImages,
+    HostBatch,
     ImageDataset,
     ImageFiles,
     Keys,
@@ -67,8 +69,8 @@ from recipe.data import (
 )
 
 SEED = 0
-UNIQUE = 256  # generated images with pixels of their own
 ONE_BY_ONE = 256  # images that are measured on one thread, and that decoders are compared on
+BATCHES_PER_WORKER = 8  # of a loader's pass, whose start and end, with idle workers, must not matter
 PREDICTED_WORKERS = 16
 # ImageNet's usual size and density: 500 × 375 pixels in about 100 kB.
 MADE_UP = {"width": 500, "height": 375, "quality": 92, "classes": 2}
@@ -131,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; the defaults depend on the device."""
     parser = argparse.ArgumentParser(prog="benchmarks.input_pipeline", description=(__doc__ or "").splitlines()[0])
-    on_gpu, cores = parse_device(argv).type == "cuda", len(os.sched_getaffinity(0))
+    on_gpu, cores = parse_device(parser.prog, argv).type == "cuda", len(os.sched_getaffinity(0))
 
     def several(option: str, on_cpu: list[int], on_a_gpu: list[int], meaning: str, metavar: str | None = None) -> None:
         default = on_a_gpu if on_gpu else on_cpu
@@ -142,9 +144,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--made-up",
         type=positive,
-        default=4096 if on_gpu else 100,
+        default=256 if on_gpu else 100,
         metavar="N",
-        help=f"number of files to generate, {UNIQUE} of them different (default: %(default)s)",
+        help="number of images to generate (default: %(default)s)",
     )
     parser.add_argument("--image-size", type=positive, default=224, help="pixels per side (default: %(default)s)")
     several("--short-sides", [400, 352, 320], [352], "one pack each", "PIXELS")
@@ -167,27 +169,23 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add_json(parser)
     arguments = parser.parse_args(argv)
     try:
-        images = arguments.made_up if arguments.images is None else len(ImageFolder(arguments.images))
+        if arguments.images is not None:
+            ImageFolder(arguments.images)
     except OSError as error:
         parser.error(f"--images {arguments.images}: {error.strerror or error}; a folder of images per class expected")
-    if images < arguments.micro_batch:
-        parser.error(f"--micro-batch {arguments.micro_batch}: a batch needs as many images, and there are {images}")
     return arguments
 
 
 def make_images(folder: Path, count: int) -> None:
-    """Write JPEGs of smooth shapes with a little noise, about as large as photographs; some are links to others."""
+    """Write JPEGs of smooth shapes with a little noise, about as large as photographs."""
     rng = np.random.default_rng(SEED)
     size = (MADE_UP["width"], MADE_UP["height"])
     for number in range(count):
-        path = folder / f"class{number % MADE_UP['classes']}" / f"{number}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if number >= UNIQUE:
-            path.hardlink_to(folder / f"class{number % UNIQUE % MADE_UP['classes']}" / f"{number % UNIQUE}.jpg")
-            continue
         coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
         smooth = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
         pixels = np.clip(smooth + rng.normal(0, 10, smooth.shape), 0, 255).astype(np.uint8)
+        path = folder / f"class{number % MADE_UP['classes']}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path, quality=MADE_UP["quality"])
 
 
@@ -219,6 +217,24 @@ def data_set(listing: ImageFolder, image_size: int) -> ImageFiles:
     """The recipe's data set on the folder."""
     folder = index_folder(str(listing.root))
     return ImageFiles(folder, image_size=image_size, crop="random_resized", flip=True, seed=SEED, on_bad_image="stop")
+
+
+class Repeated(Samples):
+    """A data set, repeated until it has at least ``count`` samples."""
+
+    def __init__(self, samples: Samples, count: int) -> None:
+        self._samples, self._length = samples, len(samples) * -(-count // len(samples))
+        self.waits_for_device = samples.waits_for_device
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, keys: Keys) -> HostBatch:
+        return self._samples[keys._replace(indices=keys.indices % len(self._samples))]
+
+    def on_device(self, batch: HostBatch) -> HostBatch:
+        """Complete a batch like the data set."""
+        return self._samples.on_device(batch)
 
 
 class Reference(Dataset[Tensor]):
@@ -351,9 +367,10 @@ def loaders(
     ours: dict[str, Samples] = {"recipe": images}
     ours |= {f"recipe, {name}": packed(path, image_size) for name, path in packs.items()}
     ours |= {f"recipe, {name}": EncodedImages(images, d, device) for name, d in decoders.items()}
+    at_least = BATCHES_PER_WORKER * workers * micro_batch
     recipes = {
         name: TrainLoader(
-            samples,
+            Repeated(samples, at_least),
             global_batch=micro_batch,
             micro_batch=micro_batch,
             rank=0,
@@ -367,17 +384,17 @@ def loaders(
         )
         for name, samples in ours.items()
     }
+    repeated: ConcatDataset[Tensor] = ConcatDataset([Reference(listing, image_size)] * -(-at_least // len(listing)))
     theirs: DataLoader[Tensor] = DataLoader(
-        Reference(listing, image_size), micro_batch, shuffle=True, drop_last=True, num_workers=workers,
-        persistent_workers=True,
-    )  # fmt: skip
+        repeated, micro_batch, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True
+    )
     passes: dict[str, Callable[[int], Iterator[Any]]] = {"torchvision": lambda epoch: iter(theirs)}
     for name, loader in recipes.items():
         passes[name] = loader.epoch
         passes[f"{name}, taken"] = lambda epoch, loader=loader: loader.host_batches()  # type: ignore[misc]
     images_per_second: dict[str, list[float]] = {name: [] for name in passes}
     main_process: dict[str, list[float]] = {name: [] for name in passes}
-    count = len(listing) // micro_batch * micro_batch
+    count = len(repeated) // micro_batch * micro_batch
     for epoch in range(rounds + 1):
         say(f"loaders with {workers} workers: pass {epoch + 1} of {rounds + 1}")
         for name, one_pass in passes.items():

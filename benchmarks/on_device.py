@@ -62,7 +62,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; exit if the measurement is impossible. The defaults depend on the device."""
     parser = argparse.ArgumentParser(prog="benchmarks.on_device", description=(__doc__ or "").splitlines()[0])
     cores = len(os.sched_getaffinity(0))
-    on_gpu = parse_device(argv).type == "cuda"
+    on_gpu = parse_device(parser.prog, argv).type == "cuda"
     parser.add_argument(
         "--config",
         type=Path,

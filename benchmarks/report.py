@@ -62,9 +62,9 @@ def add_device(parser: argparse.ArgumentParser, purpose: str) -> None:
     parser.add_argument("--device", type=device, default="cpu", help=f"{purpose} (default: %(default)s)")
 
 
-def parse_device(words: Sequence[str]) -> torch.device:
-    """The device alone, on which the defaults of other options depend."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def parse_device(prog: str, words: Sequence[str]) -> torch.device:
+    """The value of ``--device``, on which the defaults of other options depend."""
+    parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
     add_device(parser, "")
     parsed: torch.device = parser.parse_known_args(words)[0].device
     return parsed

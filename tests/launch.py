@@ -8,6 +8,7 @@ import os
 import pty
 import runpy
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -46,9 +47,16 @@ def train(
     """Run to the end; return exit code and output. Without the launcher, ranks are forks that have torch imported."""
     if launcher:
         words = command(*arguments, ranks=ranks, launcher=True, script=script)
-        return subprocess.run(
-            words, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=300, check=False
-        )
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(
+            words, cwd=ROOT, env=environment(**variables), start_new_session=True, **pipes
+        ) as process:
+            try:
+                output, errors = process.communicate(timeout=300)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # the ranks, too, or they would slow the tests that follow
+                raise
+        return subprocess.CompletedProcess(words, process.returncode, output, errors)
     return forked(run_script, [script, *arguments], ranks, variables)
 
 

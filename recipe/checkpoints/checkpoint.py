@@ -137,6 +137,8 @@ def set_aside(checkpoints: Sequence[Checkpoint]) -> None:
 def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
     # DeepSpeed loads with weights_only=False, which could run code from a file; this variable overrides it.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    # With its state, the optimizer loads the momentum, weight decay … of the checkpoint; the config's own count.
+    settings = [group | {"params": None} for group in engine.basic_optimizer.param_groups]
     with torch.serialization.safe_globals(ZERO_CLASSES):
         try:
             path, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
@@ -144,5 +146,7 @@ def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
             raise CheckpointError("it holds more than tensors and plain values, which could run code") from None
     if path is None:
         raise CheckpointError("DeepSpeed finds no checkpoint in it")
+    for group, own in zip(engine.basic_optimizer.param_groups, settings, strict=True):
+        group.update(own | {"params": group["params"]})
     engine.lr_scheduler.step(engine.global_steps)
     return client_state

@@ -39,8 +39,17 @@ FREE_TO_CHANGE = (
     "recipe.noise_scale",
     "recipe.distributed",
 )
-# These define what a step is: with other values, the same step number is a different position in the data.
-NEVER_TO_CHANGE = ("train_batch_size", "recipe.schedule.batch_size", "recipe.data.train_images")
+# Not even --accept-changes accepts these. The first three define what a step is: with other values, the same step
+# number is a different position in the data. With the others, the checkpoint's tensors do not fit.
+NEVER_TO_CHANGE = (
+    "train_batch_size",
+    "recipe.schedule.batch_size",
+    "recipe.data.train_images",
+    "recipe.model.name",
+    "recipe.model.num_classes",
+    "optimizer.type",
+    "zero_optimization.stage",
+)
 
 Resume = Literal["auto", "never", "must"]
 
@@ -112,12 +121,12 @@ def choose_start(plan: Plan, output: Path, resume: Resume, accept_changes: bool,
 
     usable = [(checkpoint, differences) for checkpoint, differences, problem in compared if problem is None]
     _, differences, problem = compared[0]
-    redefined = _redefined_steps(differences)
-    if problem is not None and (redefined or not accept_changes or not usable):
+    never = _never_to_change(differences)
+    if problem is not None and (never or not accept_changes or not usable):
         raise ValueError(
             f"{output} belongs to a different run: {', '.join(differences)}"
-            f"{'; a run cannot resume with other steps' if redefined else ''}; name another --output"
-            f"{'' if redefined or accept_changes else ', or add --accept-changes'}"
+            f"{f'; a run cannot resume with another {never[0]}' if never else ''}; name another --output"
+            f"{'' if never or accept_changes else ', or add --accept-changes'}"
         )
     messages += [
         f"checkpoint {checkpoint.path} is skipped: {problem}" for checkpoint, _, problem in compared if problem
@@ -220,12 +229,13 @@ def _compare(checkpoint: Checkpoint, now: dict[str, Any], accept_changes: bool) 
     differences = differing_keys(before, now)
     if differences and not accept_changes:
         return differences, "its config differs, and --accept-changes was not given"
-    redefined = _redefined_steps(differences)
-    return differences, f"its steps are counted in a different {', '.join(redefined)}" if redefined else None
+    never = _never_to_change(differences)
+    return differences, f"it has another {', '.join(never)}" if never else None
 
 
-def _redefined_steps(differences: list[str]) -> list[str]:
-    return [text for text in differences if text.startswith(NEVER_TO_CHANGE)]
+def _never_to_change(differences: list[str]) -> list[str]:
+    keys = (text.partition(" ")[0] for text in differences)
+    return [key for key in keys if key in NEVER_TO_CHANGE]
 
 
 def _plan_of(checkpoint: Checkpoint) -> dict[str, Any]:

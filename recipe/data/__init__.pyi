@@ -1,5 +1,5 @@
 from .augment import View as View, draw_views as draw_views, evaluation_short_side as evaluation_short_side
-from .batch import Batch as Batch
+from .batch import Batch as Batch, HostBatch as HostBatch
 from .contents import look as look
 from .datasets import BadImageError as BadImageError, ImageDataset as ImageDataset, Samples as Samples
 from .decoding import UNREADABLE as UNREADABLE, decode as decode

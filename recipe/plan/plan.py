@@ -160,7 +160,7 @@ def make_plan(
         raise config.source.refusal(
             "train_batch_size" if config.train_batch_size > train_images else "recipe.schedule.batch_size",
             f"the training set has {train_images:,} images",
-            f"use at most {train_images}",
+            f"use at most {train_images // world_size * world_size or train_images}",
         )
     timeline = Timeline.of(config.batch_changes, train_images, recipe.schedule.epochs)
     schedule = _rate_schedule(config, timeline)

@@ -334,6 +334,8 @@ def _local_sgd(plan: Plan) -> str:
         return "" if local.steps is None else "no effect on a single rank"
     since = ""
     if local.after_epoch:
+        if local.after_epoch >= plan.epochs:
+            return f"no effect: it would start at epoch {local.after_epoch}, and the run has {plan.epochs}"
         since = f"from epoch {local.after_epoch} (step {plan.timeline.steps(local.after_epoch):,}) on, "
     return (
         f"{since}each rank steps alone; weights are averaged every {counted(local.steps, 'step')} and at the end of "

@@ -55,6 +55,8 @@ class Telemetry:
         self._clock = 0.0
         if dist.get_rank() == 0:
             self.writer = Writer(output, first_step, validated_steps, plan.total_steps)
+            if self.writer.steps_kept < first_step:
+                self.say(f"{output / METRICS} has only {self.writer.steps_kept:,} of the {first_step:,} steps done")
 
     def start_clock(self) -> None:
         """Resume measuring training time; time since the last report (validation, a save) does not count."""
@@ -204,7 +206,7 @@ class Writer:
 
     def __init__(self, output: Path, first_step: int, validated_steps: int, total_steps: int) -> None:
         with writing(output / METRICS):
-            drop_later_events(output / METRICS, first_step, validated_steps)
+            self.steps_kept = drop_later_events(output / METRICS, first_step, validated_steps)
             self.metrics = (output / METRICS).open("a", encoding="utf-8")
         with writing(output / LOG):
             self.log_file = (output / LOG).open("a", encoding="utf-8")
@@ -246,20 +248,22 @@ class Writer:
             self.log_file.close()
 
 
-def drop_later_events(metrics: Path, first_step: int, validated_steps: int) -> None:
-    """Drop the lines that a resumed run will write again, and half-written ones.
+def drop_later_events(metrics: Path, first_step: int, validated_steps: int) -> int:
+    """Drop the lines that a resumed run will write again, and half-written ones; return how many steps are left.
 
     Lines about updates before ``first_step`` stay, and validations after at most ``validated_steps`` steps.
     """
     if not metrics.exists():
-        return
+        return 0
     limits = {"step": first_step, "noise_scale": first_step, "validation": validated_steps}
-    kept = []
+    kept, steps = [], 0
     for line in metrics.read_bytes().splitlines():
         event = parse_event(line)
         if event is not None and event["step"] < limits.get(event["event"], 0):
             kept.append(line + b"\n")
+            steps += event["event"] == "step"
     replace_text(metrics, b"".join(kept).decode())
+    return steps
 
 
 class Reported(NamedTuple):

@@ -151,6 +151,17 @@ def test_accepted_change_resumes(tmp_path: Path, undisturbed: list[float]) -> No
     assert "resumes with changes: recipe.schedule.epochs was 3, is 4" in done.stdout
     assert losses(tmp_path)[:6] == undisturbed
     assert [event["step"] for event in events(tmp_path, "step")] == list(range(8))
+    # The optimizer's own settings change, too: without momentum and Nesterov, a buffer is the last gradient.
+    (tmp_path / "metrics.jsonl").write_text("")
+    plain = '--set=optimizer.params={"momentum": 0, "nesterov": false, "weight_decay": 0.25}'
+    done = train_ok(*longer, "--set=recipe.schedule.epochs=5", plain, "--accept-changes")
+    assert "metrics.jsonl has only 0 of the 8 steps done" in " ".join(done.stdout.split())
+    (state,) = (tmp_path / "checkpoints/step-00000010").glob("mp_rank_00_model_states.pt")
+    groups = torch.load(state, weights_only=True)["optimizer"]["param_groups"]
+    assert [(group["momentum"], group["nesterov"], group["weight_decay"]) for group in groups] == [
+        (0, False, 0.25),
+        (0, False, 0),
+    ]
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def test_a_pack_of_the_original_images_trains_the_same_as_the_folder(tmp_path: P
             True,
             [6],
             [
-                "4 is skipped: its steps are counted in a different train_batch_size",
+                "4 is skipped: it has another train_batch_size",
                 "resumes with changes: recipe.seed",
             ],
         ),
@@ -142,6 +142,7 @@ def test_checkpoints_to_resume_from(
 
 
 SHARDED = "zero_optimization.stage=1"
+LARS = 'optimizer={"type": "LARS"}'
 
 
 @pytest.mark.parametrize(
@@ -153,8 +154,11 @@ SHARDED = "zero_optimization.stage=1"
             "train_batch_size=256",
             "auto",
             True,
-            r"a run cannot resume with other steps; name another --o",
+            r"a run cannot resume with another train_batch_size; name another --o",
         ),
+        ("recipe.seed=0", LARS, "auto", True, r"with another optimizer\.type; name another --output$"),
+        ("recipe.seed=0", "recipe.model.name=resnet18", "auto", True, r"another recipe\.model\.name; name another --o"),
+        ("recipe.seed=0", SHARDED, "auto", False, r"another zero_optimization\.stage; name another --output$"),
         ("recipe.seed=0", "recipe.seed=0", "never", False, "--resume never: .* holds checkpoints"),
         (None, "recipe.seed=0", "must", False, "--resume must: .* holds no checkpoint"),
         ("recipe.seed=0", "recipe.schedule.epochs=37", "auto", True, "has 78 steps done, more than the 74 of this"),

@@ -505,6 +505,45 @@ def test_lars_gets_no_notes_on_sgd() -> None:
     assert plan_notes(**lars, **rules, optimizer__params__lr=16) == ""
 
 
+def test_local_sgd_that_never_begins_is_said() -> None:
+    late = {"recipe__local_sgd": {"steps": 4, "after_epoch": 90}}
+    assert fields_of(make_plan(config(**N32, **late), 2))["local SGD"] == (
+        "no effect: it would start at epoch 90, and the run has 90"
+    )
+
+
+def test_weights_say_what_images_they_were_trained_with(tmp_path: Path) -> None:
+    def images(described: str, **changes: Any) -> Plan:
+        (tmp_path / "config.json").write_text(described)
+        weights = {"recipe__model__weights": str(tmp_path), "recipe__data__image_size": "auto"}
+        return make_plan(config(**weights | changes), 1)
+
+    plan = images('{"pretrained_cfg": {"input_size": [3, 96, 96], "mean": [0.1, 0.2, 0.3], "std": null}}')
+    assert (plan.image_sizes, plan.mean, plan.std) == (((0, 96),), (0.1, 0.2, 0.3), (0.229, 0.224, 0.225))
+    for described in (
+        "{}",
+        "[]",
+        '{"pretrained_cfg": null}',
+        "[" * 100_000,
+        '{"pretrained_cfg": {"input_size": null}}',
+    ):
+        assert images(described, recipe__data__image_size=64).mean == (0.485, 0.456, 0.406)
+        with pytest.raises(
+            ConfigError, match=r"image_size = \"auto\": no config.json next to recipe.model.weights gives"
+        ):
+            images(described)
+    for described, message in (
+        (
+            '{"pretrained_cfg": {"input_size": [3, 32, 64]}}',
+            "the weights were trained with images of 32 × 64 pixels; use",
+        ),
+        ('{"pretrained_cfg": {"input_size": []}}', r"pretrained_cfg\.input_size.* in .*config\.json cannot be read: "),
+        ('{"pretrained_cfg": {"mean": 0.5}}', r"pretrained_cfg\.mean in .*config\.json cannot be read: .*; correct or"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            images(described)
+
+
 def test_notes() -> None:
     assert plan_notes(**N32) == ""
     for start in ({"recipe__model__name": "resnet50.a1_in1k"}, {"recipe__model__weights": "hf-hub:own/photos"}):

@@ -226,7 +226,7 @@ def test_a_resumed_run_drops_the_events_that_it_repeats(tmp_path: Path) -> None:
     later = [{"event": "step", "step": 2}, {"event": "noise_scale", "step": 2}]
     torn = b'{"event": "step", "step": 1e999}\n[]\n' + b"[" * 100_000 + b'\n{"event": "step", "st\xff'
     metrics.write_bytes("".join(json.dumps(event) + "\n" for event in kept + later).encode() + torn)
-    drop_later_events(metrics, first_step=2, validated_steps=2)
+    assert drop_later_events(metrics, first_step=2, validated_steps=2) == 2
     assert lines(tmp_path) == kept
     # Saved after the last step of an epoch, then killed between writing the validation and saving it.
     drop_later_events(metrics, first_step=2, validated_steps=0)
