@@ -4,7 +4,7 @@ import errno
 import os
 import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ OF_RANK = "rank-{:05d}.pt"
 
 # DeepSpeed pickles these classes into the shards of ZeRO stages 1 to 3; stage 0 has only tensors and containers.
 ZERO_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+# Of DeepSpeed's ``LossScaleConfig`` and ``DynamicLossScaler``.
+LOSS_SCALE_SETTINGS = ("scale_factor", "scale_window", "min_scale", "delayed_shift", "consecutive_hysteresis")
 
 # torch reports a full disk as an unexpected position in the file, and names the source file that noticed it.
 TORCH_CANNOT_WRITE = ("inline_container", "PytorchStreamWriter")
@@ -137,8 +140,7 @@ def set_aside(checkpoints: Sequence[Checkpoint]) -> None:
 def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
     # DeepSpeed loads with weights_only=False, which could run code from a file; this variable overrides it.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    # With its state, the optimizer loads the momentum, weight decay … of the checkpoint; the config's own count.
-    settings = [group | {"params": None} for group in engine.basic_optimizer.param_groups]
+    restore_settings = _keep_settings(engine)
     with torch.serialization.safe_globals(ZERO_CLASSES):
         try:
             path, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
@@ -146,7 +148,30 @@ def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
             raise CheckpointError("it holds more than tensors and plain values, which could run code") from None
     if path is None:
         raise CheckpointError("DeepSpeed finds no checkpoint in it")
-    for group, own in zip(engine.basic_optimizer.param_groups, settings, strict=True):
-        group.update(own | {"params": group["params"]})
+    restore_settings()
     engine.lr_scheduler.step(engine.global_steps)
     return client_state
+
+
+def _keep_settings(engine: DeepSpeedEngine) -> Callable[[], None]:
+    """A function that gives the optimizer and its loss scale the config's settings back.
+
+    They load those of the checkpoint with their state: momentum, weight decay, clipping, the loss scale's window.
+    """
+
+    def loss_scale() -> Any:
+        return getattr(engine.optimizer, "loss_scale_config", None) or getattr(engine.optimizer, "loss_scaler", None)
+
+    groups = [group | {"params": None} for group in engine.basic_optimizer.param_groups]
+    clip_grad = getattr(engine.optimizer, "clip_grad", None)
+    scaling = {name: getattr(loss_scale(), name) for name in LOSS_SCALE_SETTINGS if hasattr(loss_scale(), name)}
+
+    def restore() -> None:
+        for group, own in zip(engine.basic_optimizer.param_groups, groups, strict=True):
+            group.update(own | {"params": group["params"]})
+        if clip_grad is not None:
+            engine.optimizer.clip_grad = clip_grad
+        for name, value in scaling.items():
+            setattr(loss_scale(), name, value)
+
+    return restore

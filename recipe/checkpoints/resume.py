@@ -48,6 +48,9 @@ NEVER_TO_CHANGE = (
     "recipe.model.name",
     "recipe.model.num_classes",
     "optimizer.type",
+    "fp16.enabled",
+    "fp16.loss_scale",
+    "bf16.enabled",
     "zero_optimization.stage",
 )
 

@@ -325,6 +325,45 @@ def test_every_update_uses_the_closed_form_rate_even_after_a_resume(tmp_path: Pa
     assert found == {name: pytest.approx(rates, rel=1e-12) for name, rates in expected.items()}
 
 
+def _settings_after_a_resume(rank: int, world_size: int, folder: str) -> dict[str, list[Any]]:
+    """Momentum, Nesterov, clipping and the window of the loss scale in a run that resumed with others than before."""
+    from recipe.checkpoints import checkpoint
+    from recipe.checkpoints.manifest import find
+
+    found: dict[str, list[Any]] = {}
+    for name, sections in {
+        "fp32": {},
+        "fp16": PRECISIONS["fp16"],
+        "ZeRO 1": {"zero_optimization": {"stage": 1}},
+    }.items():
+        path = Path(folder, name)
+        path.mkdir()
+        engine = new_engine(world_size, 8, 2, **sections)
+        train_step(engine, rank, world_size, 0, 8)
+        checkpoint.save(engine, path, top1=None, client_state={}, plan="{}", training_sha256="")
+        plain = SGD | {"params": {"lr": 0.1, "momentum": 0.5, "nesterov": False, "weight_decay": WEIGHT_DECAY}}
+        changed = {"optimizer": plain, "gradient_clipping": 0.75}
+        if "fp16" in sections:
+            changed["fp16"] = sections["fp16"] | {"loss_scale_window": 7}
+        engine = new_engine(world_size, 8, 2, **sections | changed)
+        checkpoint.load_newest(engine, find(path))
+        assert engine.global_steps == 1
+        (group, *_), optimizer = engine.basic_optimizer.param_groups, engine.optimizer
+        window = optimizer.loss_scale_config.scale_window if "fp16" in sections else None
+        found[name] = [group["momentum"], group["nesterov"], getattr(optimizer, "clip_grad", None), window]
+        train_step(engine, rank, world_size, 1, 8)
+    return found
+
+
+def test_a_resumed_run_has_the_settings_of_its_config(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, _settings_after_a_resume, str(tmp_path))
+    assert found == {
+        "fp32": [0.5, False, None, None],
+        "fp16": [0.5, False, 0.75, 7],
+        "ZeRO 1": [0.5, False, 0.75, None],
+    }
+
+
 def _trained_in_both_memory_formats(rank: int, world_size: int, folder: str) -> dict[str, list[list[dict]]]:
     """Weights in four steps: contiguous, channels_last, and resumed from a checkpoint in the other format."""
     from recipe.checkpoints import checkpoint
