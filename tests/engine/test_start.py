@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipe.engine.optimizers import make_optimizer
+from recipe.model.batchnorm import BatchNorm
 from recipe.plan.scaling import RateSchedule, Timeline
 from tests.ranks import run_ranks
 
@@ -196,6 +197,8 @@ def _trained_in_three_precisions(rank: int, world_size: int) -> dict[str, tuple[
         engine, waits = new_engine(world_size, 16, 2, **sections), Waits()
         with waits:
             history = train_steps(engine, rank, world_size, [16] * 6)
+            normalised = small_model().insert(1, BatchNorm(8, statistics=4))
+            train_steps(new_engine(world_size, 16, 2, model=normalised, **sections), rank, world_size, [16] * 2)
         found[name] = history, waits.count
     return found
 

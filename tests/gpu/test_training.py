@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from recipe.model import BatchNorm
 from recipe.plan.scaling import RateSchedule
 from recipe.reporting.telemetry import Telemetry
 from tests.engine import test_noise_scale as noise_scale, test_start as on_cpu
@@ -49,7 +50,8 @@ def _waits(rank: int, world_size: int, folder: str) -> dict[str, tuple[int, int]
 
     found = {}
     for name, sections in on_cpu.PRECISIONS.items():
-        engine = on_cpu.new_engine(world_size, 16, 2, **sections)
+        model = on_cpu.small_model().insert(1, BatchNorm(8, statistics=4))
+        engine = on_cpu.new_engine(world_size, 16, 2, model=model, **sections)
         weight = next(engine.module.parameters())
         images, labels = on_cpu.samples(0, 8)
         batch = Batch(images.to(weight), labels.to(weight.device), torch.ones(8, device=weight.device), ())
