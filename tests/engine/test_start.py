@@ -198,7 +198,7 @@ def _trained_in_three_precisions(rank: int, world_size: int) -> dict[str, tuple[
         with waits:
             history = train_steps(engine, rank, world_size, [16] * 6)
             normalised = small_model().insert(1, BatchNorm(8, statistics=4))
-            train_steps(new_engine(world_size, 16, 2, model=normalised, **sections), rank, world_size, [16] * 2)
+            train_step(new_engine(world_size, 16, 2, model=normalised, **sections), rank, world_size, 0, 16)
         found[name] = history, waits.count
     return found
 
