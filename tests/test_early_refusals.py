@@ -60,6 +60,9 @@ def test_folder_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     cases = {
         data(tmp_path / "nowhere"): f"recipe.data.path: there is no folder {tmp_path}/nowhere; it should contain",
         data(tmp_path / ("long" * 100)): "long cannot be read: File name too long; name another folder\n",
+        data(
+            tmp_path / ("long" * 100), source="pack"
+        ): "long cannot be read: File name too long; name another folder\n",
         data(folder, train=7): f"train_images = 7: the data has 6; {left_out}; {check} recipe.data.train_images to 6\n",
         data(junk): f"num_classes = 2: the data has 3 {first} backup (1), cat (3), dog (3)); {check} recipe.model."
         "num_classes to 3, recipe.data.train_images to 7, recipe.data.validation_images to 5\n",

@@ -3,15 +3,22 @@
 from collections import Counter
 from pathlib import Path
 
-from recipe.config import Contents
+from recipe.config import Contents, printable
 
 
 def look(source: str, path: str, validation_share: float | None = None) -> Contents:
     """Count the images of an imagefolder, a pack or a Hugging Face data set.
 
     Raises:
-        ValueError: there is no such data, or it is not what ``source`` says.
+        ValueError: there is no such data, it is not what ``source`` says, or this user may not read it.
     """
+    try:
+        return _count(source, path, validation_share)
+    except OSError as error:
+        raise ValueError(printable(f"{path} cannot be read: {error.strerror}; name another folder")) from None
+
+
+def _count(source: str, path: str, validation_share: float | None) -> Contents:
     # Imported here, because a plan that counts nothing need not wait for numpy.
     import numpy as np
 

@@ -60,13 +60,6 @@ def list_imagefolder(path: Path, validation_share: float | None = None) -> tuple
     Raises a ValueError for a folder that is missing or cannot be listed, a class without images, and parts whose
     classes differ.
     """
-    try:
-        return _list_parts(path, validation_share)
-    except OSError as error:  # from Path.is_dir(), such as a folder that this user may not search
-        raise ValueError(printable(f"{path} cannot be read: {error.strerror}; name another folder")) from None
-
-
-def _list_parts(path: Path, validation_share: float | None) -> tuple[FolderIndex, FolderIndex]:
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}; it should contain train/ and val/")
     if (path / HEADER).is_file():
