@@ -173,8 +173,12 @@ def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def stated(plan: dict[str, Any]) -> dict[str, Any]:
     """The values of a plan by dotted key, without disabled sections, which are the same as absent ones."""
-    on = {key: value for key, value in plan.items() if not (isinstance(value, dict) and value.get("enabled") is False)}
-    return leaves(on)
+    off = ({"enabled": False}, {"stage": 0})
+    return leaves({key: value for key, value in plan.items() if not any(_contains(value, switch) for switch in off)})
+
+
+def _contains(section: Any, switch: dict[str, Any]) -> bool:
+    return isinstance(section, dict) and switch.items() <= section.items()
 
 
 def is_same_training(key: str, before: Any, now: Any) -> bool:

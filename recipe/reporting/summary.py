@@ -34,12 +34,18 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of ``summary.json``. ``classes`` are the class names in order.
 
-    Accuracies and errors are in per cent, of the averaged weights if the run keeps an average.
+    Accuracies and errors are in per cent, of the averaged weights since the run has kept an average.
     """
     measured, averaged = plan.config.recipe.noise_scale, plan.config.recipe.ema.decay is not None
-    top1, top5 = ("ema_top1", "ema_top5") if averaged else ("top1", "top5")
-    best = max(reversed(history.validations), key=lambda validation: validation[top1])  # the latest among equals
-    errors = [100 - validation[top1] for validation in history.validations[-LAST_EPOCHS:]]
+
+    def accuracy(validation: dict[str, Any], name: str) -> float:
+        value: float = validation.get(f"ema_{name}", validation[name]) if averaged else validation[name]
+        return value
+
+    best = max(
+        reversed(history.validations), key=lambda validation: accuracy(validation, "top1")
+    )  # of equals the latest
+    errors = [100 - accuracy(validation, "top1") for validation in history.validations[-LAST_EPOCHS:]]
     return {
         "config": plan.config.source.file,
         "model": plan.config.recipe.model.name,
@@ -54,9 +60,9 @@ def summarise(
         "train_images": plan.train_images,
         "skipped_steps": skipped_steps,
         "weights": "averaged" if averaged else "trained",
-        "final_top1": history.validations[-1][top1],
-        "final_top5": history.validations[-1][top5],
-        "best_top1": best[top1],
+        "final_top1": accuracy(history.validations[-1], "top1"),
+        "final_top5": accuracy(history.validations[-1], "top5"),
+        "best_top1": accuracy(best, "top1"),
         "best_epoch": best["epoch"],
         "best_checkpoint": None if best_checkpoint is None else str(best_checkpoint),
         "median_error_last_epochs": statistics.median(errors),

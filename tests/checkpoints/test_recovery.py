@@ -154,8 +154,11 @@ def test_accepted_change_resumes(tmp_path: Path, undisturbed: list[float]) -> No
     # The optimizer's own settings change, too: without momentum and Nesterov, a buffer is the last gradient.
     (tmp_path / "metrics.jsonl").write_text("")
     plain = '--set=optimizer.params={"momentum": 0, "nesterov": false, "weight_decay": 0.25}'
-    done = train_ok(*longer, "--set=recipe.schedule.epochs=5", plain, "--accept-changes")
+    more = ("--set=recipe.schedule.epochs=5", "--set=recipe.ema.decay=0.999", plain)
+    done = train_ok(*longer, *more, "--accept-changes")
     assert "metrics.jsonl has only 0 of the 8 steps done" in " ".join(done.stdout.split())
+    (validation,) = events(tmp_path, "validation")
+    assert json.loads((tmp_path / "summary.json").read_text())["final_top1"] == validation["ema_top1"]
     (state,) = (tmp_path / "checkpoints/step-00000010").glob("mp_rank_00_model_states.pt")
     groups = torch.load(state, weights_only=True)["optimizer"]["param_groups"]
     assert [(group["momentum"], group["nesterov"], group["weight_decay"]) for group in groups] == [

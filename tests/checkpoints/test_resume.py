@@ -75,6 +75,7 @@ DECAY = "recipe.schedule.decay_epochs"
     [
         ((), 2, []),
         (FREE, 1, []),
+        (("zero_optimization.stage=0",), 1, []),
         (("recipe.seed=1",), 1, ["recipe.seed was 0, is 1"]),
         ((f"{DECAY}=[20, 30]",), 1, [f"{DECAY} was [20.0, 30.0, 36.0], is [20.0, 30.0]"]),
     ],
