@@ -42,10 +42,9 @@ def summarise(
         value: float = validation.get(f"ema_{name}", validation[name]) if averaged else validation[name]
         return value
 
-    best = max(
-        reversed(history.validations), key=lambda validation: accuracy(validation, "top1")
-    )  # of equals the latest
-    errors = [100 - accuracy(validation, "top1") for validation in history.validations[-LAST_EPOCHS:]]
+    *_, last = validations = history.validations
+    best = max(reversed(validations), key=lambda validation: accuracy(validation, "top1"))  # the latest among equals
+    errors = [100 - accuracy(validation, "top1") for validation in validations[-LAST_EPOCHS:]]
     return {
         "config": plan.config.source.file,
         "model": plan.config.recipe.model.name,
@@ -60,8 +59,8 @@ def summarise(
         "train_images": plan.train_images,
         "skipped_steps": skipped_steps,
         "weights": "averaged" if averaged else "trained",
-        "final_top1": accuracy(history.validations[-1], "top1"),
-        "final_top5": accuracy(history.validations[-1], "top5"),
+        "final_top1": accuracy(last, "top1"),
+        "final_top5": accuracy(last, "top5"),
         "best_top1": accuracy(best, "top1"),
         "best_epoch": best["epoch"],
         "best_checkpoint": None if best_checkpoint is None else str(best_checkpoint),
