@@ -40,13 +40,16 @@ FREE_TO_CHANGE = (
     "recipe.distributed",
 )
 # Not even --accept-changes accepts these. The first three define what a step is: with other values, the same step
-# number is a different position in the data. With the others, the checkpoint's tensors do not fit.
+# number is a different position in the data. With the others, the checkpoint's tensors do not fit, or replace what they
+# say of the initial weights.
 NEVER_TO_CHANGE = (
     "train_batch_size",
     "recipe.schedule.batch_size",
     "recipe.data.train_images",
     "recipe.model.name",
     "recipe.model.num_classes",
+    "recipe.model.freeze",
+    "recipe.model.zero_init_last",
     "optimizer.type",
     "fp16.enabled",
     "fp16.loss_scale",

@@ -49,10 +49,9 @@ class Trained:
     def build(self, device: torch.device) -> nn.Module:
         """The model in evaluation mode, with parameters in the precision of training."""
         model = build_model(self.plan.config.recipe.model.architecture, self.num_classes, seed=0, statistics="local")
+        model = model.double() if self.plan.precision == "fp64" else model  # before, or loading would round
         self.load_into(model)
         cast_parameters(model, DTYPES[self.plan.precision])
-        if self.plan.precision == "fp64":
-            model = model.double()
         return model.to(device).eval()
 
     def load_into(self, model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from recipe.commands.evaluate import draw_confusion
 from recipe.commands.measure import Measured, calibration
 from recipe.commands.trained import read_trained
 from recipe.data import open_datasets
-from tests.launch import ROOT, complete_run, environment, events, recipe
+from tests.launch import DIGITS, ROOT, SHORT, complete_run, environment, events, recipe, train_ok
 
 SIZE, MEAN, STD = 16, 0.3054, 0.3237  # of the run: the digits' mean and standard deviation
 
@@ -63,6 +63,14 @@ def evaluation(run: Path) -> subprocess.CompletedProcess[str]:
     done = recipe("evaluate", str(run))
     assert done.returncode == 0, done.stderr
     return done
+
+
+def test_fp64_is_not_rounded(tmp_path: Path) -> None:
+    precise = ("--set=recipe.precision=fp64", "--set=recipe.ema.decay=0.9999")
+    train_ok("--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT, *precise)
+    assert recipe("evaluate", str(tmp_path)).returncode == 0
+    result = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
+    assert result["loss"] in [line["ema_loss"] for line in events(tmp_path, "validation")]
 
 
 def test_one_process_repeats_the_runs_validation_bit_for_bit(
