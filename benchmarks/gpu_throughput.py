@@ -197,18 +197,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--model {arguments.model}: timm has no model of this name")
     if arguments.precision == "fp16" and not gpu:
         parser.error("--precision fp16 needs a GPU")
-    try:
-        counts = {}
-        if arguments.images is not None:
-            expected = "expected a folder with one folder of images per class"
-            counts["--images"] = len(index_folder(str(arguments.images)))
-        if arguments.pack is not None:
-            expected = "expected a folder that python -m recipe pack has written"
-            counts["--pack"] = read_header(arguments.pack).train.images
-    except (OSError, ValueError) as error:
-        parser.error(f"{error}; {expected}")
-    arguments.fed_from = counts
-    for option in counts:
+    arguments.fed_from = {}
+    if arguments.images is not None:
+        try:
+            arguments.fed_from["--images"] = len(index_folder(str(arguments.images)))
+        except (OSError, ValueError) as error:
+            parser.error(f"--images {arguments.images}: {error}; expected a folder with one folder of images per class")
+    if arguments.pack is not None:
+        try:
+            arguments.fed_from["--pack"] = read_header(arguments.pack).train.images
+        except ValueError as error:
+            parser.error(str(error))
+    for option in arguments.fed_from:
         if not any(name.startswith(RECIPE) for name in arguments.loops):
             parser.error(f"{option}: the recipe trains on them, and --loops has none of its loops")
     return arguments
@@ -518,8 +518,8 @@ def format_report(report: dict[str, Any]) -> str:
         "at least 0.98, ÷ timm's and torchvision's above 1; from JPEGs ÷ synthetic images at least 0.6, from a pack of "
         "raw pixels at least 0.95.",
     ]
-    fed_from = ", ".join(f"{count:,} images in {option}" for option, count in settings.get("fed_from", {}).items())
-    lines += ["", f"Fed from {fed_from}, repeated, by {settings['workers']} processes.", ""] if fed_from else []
+    if fed_from := ", ".join(f"{count:,} ({option})" for option, count in settings["fed_from"].items()):
+        lines += ["", f"Images on disk: {fed_from}, read again and again by {settings['workers']} processes.", ""]
     if on_gpu:
         for micro_batch, ratios in report["goals"].items():
             lines.append(f"- {micro_batch}: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()))

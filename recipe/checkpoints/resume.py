@@ -40,8 +40,8 @@ FREE_TO_CHANGE = (
     "recipe.distributed",
 )
 # Not even --accept-changes accepts these. The first three define what a step is: with other values, the same step
-# number is a different position in the data. With the others, the checkpoint's tensors do not fit, or replace what they
-# say of the initial weights.
+# number is a different position in the data. With the others, the checkpoint's tensors do not fit, or (zero_init_last)
+# have replaced the initial weights that the key is about.
 NEVER_TO_CHANGE = (
     "train_batch_size",
     "recipe.schedule.batch_size",
@@ -176,12 +176,11 @@ def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def stated(plan: dict[str, Any]) -> dict[str, Any]:
     """The values of a plan by dotted key, without disabled sections, which are the same as absent ones."""
-    off = ({"enabled": False}, {"stage": 0})
-    return leaves({key: value for key, value in plan.items() if not any(_contains(value, switch) for switch in off)})
+    return leaves({key: value for key, value in plan.items() if not _is_off(value)})
 
 
-def _contains(section: Any, switch: dict[str, Any]) -> bool:
-    return isinstance(section, dict) and switch.items() <= section.items()
+def _is_off(section: Any) -> bool:
+    return isinstance(section, dict) and (section.get("enabled") is False or section.get("stage") == 0)
 
 
 def is_same_training(key: str, before: Any, now: Any) -> bool:

@@ -124,8 +124,8 @@ def format_summary(summary: dict[str, Any], output: Path, plan: Plan | None = No
         rows.append(("bad images", f"{len(summary['bad_images'])} could not be read, listed in summary.json"))
     if summary["decoded_by_pil"]:
         times = counted(summary["decoded_by_pil"], "time")
-        slow = f"{times}, an image took the slower decoder: it is not a JPEG, or one that the faster decoder does not"
-        rows.append(("decoded", f"{slow} support"))
+        slow = f"{times} by the slower decoder: not JPEGs, or JPEGs that the faster one does not support"
+        rows.append(("decoded", slow))
     ranks_option = "" if summary["world_size"] == 1 else f"--num_gpus {summary['world_size']} "
     if summary["hosts"] > 1:
         ranks_option = "--hostfile … "

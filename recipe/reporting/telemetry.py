@@ -56,7 +56,8 @@ class Telemetry:
         if dist.get_rank() == 0:
             self.writer = Writer(output, first_step, validated_steps, plan.total_steps)
             if self.writer.steps_kept < first_step:
-                self.say(f"{output / METRICS} has only {self.writer.steps_kept:,} of the {first_step:,} steps done")
+                kept = self.writer.steps_kept
+                self.say(f"{output / METRICS} has lines for only {kept:,} of the {first_step:,} steps done so far")
 
     def start_clock(self) -> None:
         """Resume measuring training time; time since the last report (validation, a save) does not count."""

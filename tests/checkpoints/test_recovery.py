@@ -156,7 +156,7 @@ def test_accepted_change_resumes(tmp_path: Path, undisturbed: list[float]) -> No
     plain = '--set=optimizer.params={"momentum": 0, "nesterov": false, "weight_decay": 0.25}'
     more = ("--set=recipe.schedule.epochs=5", "--set=recipe.ema.decay=0.999", plain)
     done = train_ok(*longer, *more, "--accept-changes")
-    assert "metrics.jsonl has only 0 of the 8 steps done" in " ".join(done.stdout.split())
+    assert "metrics.jsonl has lines for only 0 of the 8 steps done so far" in " ".join(done.stdout.split())
     (validation,) = events(tmp_path, "validation")
     assert json.loads((tmp_path / "summary.json").read_text())["final_top1"] == validation["ema_top1"]
     (state,) = (tmp_path / "checkpoints/step-00000010").glob("mp_rank_00_model_states.pt")
