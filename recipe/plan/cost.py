@@ -144,6 +144,9 @@ class Memory:
     reduction: float
     """the buffers of the gradient all-reduce"""
 
+    data_set: float
+    """the images that are kept on the device"""
+
     activations: float
     """the tensors that the forward pass keeps, and the images"""
 
@@ -173,9 +176,24 @@ def memory(plan: Plan, facts: ModelFacts) -> Memory:
         momentum=max(4, value) * parameters * optimizer_share * (2 if plan.config.optimizer.type == "LAMB" else 1),
         average=max(4, value) * parameters if plan.config.recipe.ema.decay is not None else 0.0,
         reduction=gradient_bytes(plan, facts) if ranks > 1 else 0.0,
+        data_set=held_bytes(plan),
         activations=plan.micro_batch * activation_bytes(plan, facts),
         workspace=2 * value * facts.largest_parameter + CONTEXT_BYTES,
     )
+
+
+def held_bytes(plan: Plan) -> float:
+    """Bytes of the images that ``recipe.data.on_device`` keeps on each device, as far as a plan can know.
+
+    Training images that are cropped anew in every epoch, or have several sizes, keep their own size, which only the
+    files tell: they are left out.
+    """
+    data = plan.config.recipe.data
+    if not data.on_device:
+        return 0.0
+    resized_once = data.crop != "random_resized" and len(plan.image_sizes) == 1
+    training = plan.train_images * plan.image_sizes[0][1] ** 2 if resized_once else 0
+    return 3.0 * (training + plan.validation_images * plan.validation_image_size**2)
 
 
 def activation_bytes(plan: Plan, facts: ModelFacts) -> float:

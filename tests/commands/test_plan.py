@@ -87,6 +87,12 @@ def test_memory_by_part() -> None:
     assert lamb.momentum == 2 * parts.momentum  # two moments
     averaging = memory(plan_of(HEADLINE, 256, "recipe.ema.decay=0.9999998"), RESNET50)
     assert averaging.total == parts.total + 4 * PARAMETERS
+    held, crops = (
+        memory(plan_of("ds_configs/cifar10_b1024.json", 1, f'recipe.data.crop="{crop}"'), SHIPPED["resnet18", 10])
+        for crop in ("padded", "random_resized")
+    )
+    assert held.data_set == 3 * 96 * 96 * 60_000
+    assert crops.data_set == 3 * 96 * 96 * 10_000  # training images keep a size that the plan does not know
 
     fp32 = memory(plan_of(HEADLINE, 1, "fp16.enabled=false"), RESNET50)
     assert (fp32.weights, fp32.master_weights, fp32.momentum) == (4 * PARAMETERS, 0, 4 * PARAMETERS)
