@@ -164,6 +164,7 @@ def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
     images = arguments.micro_batch * arguments.batches
     return {
         "images": len(folder),
+        "image_size": size[0][1],
         "same_images": same,
         "seconds_to_hold": round(seconds_to_hold, 2),
         "images_per_second": {name: images / median(of_rounds) for name, of_rounds in seconds.items()},
@@ -189,9 +190,9 @@ def format_report(report: dict[str, Any]) -> str:
     settings, results = report["settings"], report["results"]
     lines = [
         *heading("A small data set on the device", report),
-        f"{results['images']:,} {'generated ' if settings['made_up'] else ''}images, {settings['config']}; forward and "
-        f"backward passes on {settings['device']}, micro-batch {settings['micro_batch']}, {settings['workers']} worker "
-        f"processes per loader. Decoding all images onto the device took {results['seconds_to_hold']} s, once. "
+        f"{results['images']:,} {'generated ' if settings['made_up'] else ''}images, {settings['config']} at "
+        f"{results['image_size']} px; forward and backward passes on {settings['device']}, micro-batch "
+        f"{settings['micro_batch']}, {settings['workers']} worker processes per loader. Decoding all images onto the device took {results['seconds_to_hold']} s, once. "
         + ("Both loaders gave the same images." if results["same_images"] else "**The loaders' images differ.**"),
         "",
         "| data | images/s | time ÷ time without data |",
