@@ -72,7 +72,7 @@ def save(
             head |= {"world_size": dist.get_world_size(), "data": data and data.model_dump()}
             manifest.complete(unfinished / tag, head)
             manifest.publish(unfinished / tag, folder / tag)
-            shutil.rmtree(unfinished)  # and with it the script that DeepSpeed adds to ZeRO shards
+            manifest.clear(unfinished)  # and with it the script that DeepSpeed adds to ZeRO shards
     except (OSError, RuntimeError) as error:
         if not isinstance(error, OSError) and not any(word in str(error) for word in TORCH_CANNOT_WRITE):
             raise

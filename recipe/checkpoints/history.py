@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from recipe.checkpoints import checkpoint, manifest
 from recipe.checkpoints.checkpoint import CheckpointError
 from recipe.checkpoints.resume import Start, statistics_change, training_sha256
-from recipe.engine import Step, Validation, average_of, local_steps_of
+from recipe.engine import Step, Validation, average_of, local_steps_of, waiting_for_storage
 from recipe.model import average_running_statistics, gather_running_averages, restore_running_averages
 from recipe.plan import NoiseScale, Plan, plan_json
+
+BYTES_PER_PARAMETER = 16  # of a checkpoint, at most: weight, master weight, average and a moment or two
 
 
 @dataclass
@@ -65,7 +68,9 @@ def load_run(engine: DeepSpeedEngine, plan: Plan, start: Start) -> tuple[History
     """
     if not start.checkpoints:
         return None, list(start.messages)
-    loaded, state, problems = checkpoint.load_newest(engine, start.checkpoints)
+    largest = max(sum(file.size for file in one.files.values()) for one in start.checkpoints)
+    with waiting_for_storage(_timeout(plan), largest):
+        loaded, state, problems = checkpoint.load_newest(engine, start.checkpoints)
     messages = [*start.messages, *problems]
     if loaded is None:
         if start.must_resume:
@@ -111,16 +116,22 @@ def save_run(
     averaged = {} if average is None else {"average": average.state()}
     average_running_statistics(engine.module)
     resolved = plan_json(plan)
-    checkpoint.save(
-        engine,
-        folder,
-        top1=top1,
-        client_state=history.state(seconds) | {"running_averages": own} | averaged,
-        plan=resolved,
-        training_sha256=training_sha256(json.loads(resolved)),
-        data=data,
-        own_state=None if local is None else local.state(),
-    )
+    parameters = sum(getattr(one, "ds_numel", one.numel()) for one in engine.module.parameters())  # ZeRO-3 empties them
+    with waiting_for_storage(_timeout(plan), BYTES_PER_PARAMETER * parameters):
+        checkpoint.save(
+            engine,
+            folder,
+            top1=top1,
+            client_state=history.state(seconds) | {"running_averages": own} | averaged,
+            plan=resolved,
+            training_sha256=training_sha256(json.loads(resolved)),
+            data=data,
+            own_state=None if local is None else local.state(),
+        )
     restore_running_averages(engine.module, own)
     if dist.get_rank() == 0:
         manifest.prune(folder, recipe.checkpoint.keep_last, recipe.checkpoint.keep_best)
+
+
+def _timeout(plan: Plan) -> timedelta:
+    return timedelta(seconds=plan.config.recipe.distributed.timeout_seconds)

@@ -133,6 +133,8 @@ def open_data(trained: Trained, data: str | None, image_size: int) -> tuple[Imag
     options: dict[str, Any] = {"image_size": image_size, "crop": section.crop, "on_bad_image": "skip"}
     if data is None:
         if section.source == "digits":
+            # They are enlarged once, to the largest size, and resized from there.
+            options |= {"image_size": section.image_size, "validation_image_size": image_size}
             dataset: ImageDataset = open_datasets("digits", None, flip=False, seed=0, **options)[1]
             return dataset, "the digits' validation images"
         if section.path is None:

@@ -42,7 +42,8 @@ class HeldImages(Samples):
         first = read(0).image
         _check_memory(len(dataset), first, device)
         # The last row, at PADDING, is a blank.
-        images = torch.zeros(len(dataset) + 1, *first.shape, dtype=torch.uint8)
+        # Not on the host first: its memory may not hold the copies of all its GPUs.
+        images = torch.zeros(len(dataset) + 1, *first.shape, dtype=torch.uint8, device=device)
         self._labels = torch.zeros(len(dataset) + 1, dtype=torch.int64)
         self._weights = torch.zeros(len(dataset) + 1)
         self._bad_images: dict[int, str] = {}
@@ -59,7 +60,7 @@ class HeldImages(Samples):
                 if sample.bad_image:
                     self._bad_images[index] = sample.bad_image
                 self.decoded_by_pil += sample.by_pil
-        self._images = images.to(device)
+        self._images = images
         self._size = torch.tensor([first.shape[:2]], device=device)
 
     def __len__(self) -> int:

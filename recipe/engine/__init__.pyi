@@ -28,4 +28,5 @@ from .start import (
     set_global_batch as set_global_batch,
     set_log_level as set_log_level,
     start_engine as start_engine,
+    waiting_for_storage as waiting_for_storage,
 )

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from deepspeed.ops import __compatible_ops__
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups, logger
 from torch import Tensor, nn
-from torch.distributed import HashStore, Store, distributed_c10d
+from torch.distributed import HashStore, ProcessGroup, Store, distributed_c10d
 
 from recipe.engine.averaging import WeightAverage
 from recipe.engine.optimizers import make_optimizer
@@ -24,6 +25,8 @@ from recipe.engine.overlap import OverlappedReduction, fill_in_gradients
 from recipe.engine.precision import loss_scale, update_together
 from recipe.engine.schedule import PaperLR
 from recipe.plan import RateSchedule
+
+SLOW_STORAGE = 10e6  # bytes per second; a rank whose storage is no slower is waited for
 
 
 def join_process_group(device: torch.device, timeout: timedelta, store: Store | None = None) -> None:
@@ -51,8 +54,21 @@ def join_process_group(device: torch.device, timeout: timedelta, store: Store | 
         )
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     # DeepSpeed reduces over a clone of the group, whose timeout would be half an hour.
-    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # older torch
-    set_timeout(timeout, groups._get_data_parallel_group())
+    _set_timeout(timeout, groups._get_data_parallel_group())
+
+
+@contextmanager
+def waiting_for_storage(timeout: timedelta, checkpoint_bytes: int) -> Iterator[None]:
+    """Let the ranks wait longer than the usual ``timeout`` while one of them writes or reads a checkpoint."""
+    _set_timeout(timeout + timedelta(seconds=checkpoint_bytes / SLOW_STORAGE))
+    try:
+        yield
+    finally:
+        _set_timeout(timeout)
+
+
+def _set_timeout(timeout: timedelta, group: ProcessGroup | None = None) -> None:
+    (getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout)(timeout, group)  # older torch: the latter
 
 
 def deepspeed_config(config: Mapping[str, Any], output: Path) -> dict[str, Any]:

@@ -5,19 +5,23 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from recipe.checkpoints import manifest
 from recipe.checkpoints.manifest import damage, find
+from recipe.engine import start
 from tests.data.images import write_folder
-from tests.launch import DIGITS, ROOT, SHORT, complete_run, events, losses, train, train_ok
+from tests.launch import DIGITS, ROOT, SHORT, complete_run, events, forked, losses, run_script, train, train_ok
 
 pytestmark = pytest.mark.slow
 
+TIMEOUT = 8  # seconds
 WEIGHTS = "mp_rank_00_model_states.pt"
 
 
@@ -235,3 +239,37 @@ def test_an_epoch_is_saved_if_no_validation_image_can_be_read(tmp_path: Path) ->
         "command resumes"
     )
     assert [(found.step, damage(found)) for found in find(tmp_path / "run/checkpoints")] == [(1, None)]
+
+
+def test_ranks_wait_for_slow_storage(tmp_path: Path) -> None:
+    complete_run(tmp_path)
+    (tmp_path / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoints/step-00000006")
+    arguments = [
+        "--deepspeed_config",
+        DIGITS,
+        "--output",
+        str(tmp_path),
+        *SHORT,
+        f"--set=recipe.distributed.timeout_seconds={TIMEOUT}",
+    ]
+    done = forked(_train_on_slow_storage, ["recipe/train.py", *arguments], ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout
+    assert len(losses(tmp_path)) == 6
+
+
+def _train_on_slow_storage(words: list[str]) -> None:
+    """Train with a storage that takes longer for each step of reading or writing than ranks wait for each other."""
+
+    def slow(function: Callable[..., Any]) -> Callable[..., Any]:
+        def slowed(*args: Any, **options: Any) -> Any:
+            time.sleep(TIMEOUT + 3)
+            return function(*args, **options)
+
+        return slowed
+
+    start.SLOW_STORAGE = 100e3  # the checkpoint's 4.5 MB may take 45 s
+    for module, name in ((torch, "save"), (manifest, "complete"), (manifest, "damage")):
+        setattr(module, name, slow(getattr(module, name)))
+    run_script(words)

@@ -73,6 +73,15 @@ def test_fp64_is_not_rounded(tmp_path: Path) -> None:
     assert result["loss"] in [line["ema_loss"] for line in events(tmp_path, "validation")]
 
 
+def test_digits_are_resized_as_in_the_run(tmp_path: Path) -> None:
+    """From 32 px, to which training images are enlarged, not from the files' 8 px."""
+    smaller = ("--set=recipe.data.image_size=32", "--set=recipe.data.validation_image_size=16")
+    train_ok("--deepspeed_config", DIGITS, "--output", str(tmp_path), *SHORT, *smaller)
+    assert recipe("evaluate", str(tmp_path)).returncode == 0
+    result = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
+    assert result["loss"] in [line["loss"] for line in events(tmp_path, "validation")]
+
+
 def test_one_process_repeats_the_runs_validation_bit_for_bit(
     run: Path,
     evaluation: subprocess.CompletedProcess[str],
