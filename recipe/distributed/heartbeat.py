@@ -35,7 +35,7 @@ LOOK_EVERY_SECONDS = 1.0
 GRACE_SECONDS = 3.0  # a live rank answers within this time
 # Share of the group's timeout that a rank waits for data, so that it reports before the others time out.
 PATIENCE = 0.75
-_FAILED, _CAUSE = "failed", "cause"  # keys in the store
+_FAILED, _CAUSE, _SYMPTOM = "failed", "cause", "symptom"  # keys in the store
 _TORCH_DISTRIBUTED = str(Path(dist.__file__ or "").parent)
 
 T = TypeVar("T")
@@ -181,9 +181,11 @@ class Watch:
     def _settle(self, store: Store) -> tuple[str, bool]:
         """Notify the others that this rank ends; return the first failure, and whether this rank reports it."""
         rank, ranks = self._meeting.rank, range(len(self._meeting.hosts))
-        own = self._failure(self._error) if self._error else "a rank lost the others"
+        own = self._failure(self._error) if self._is_cause else ""
         if self._is_cause:
             store.compare_set(_CAUSE, "", own)
+        elif self._error:
+            store.compare_set(_SYMPTOM, "", self._failure(_brief(self._error)))
         store.set(f"heard/{rank}", "")
         store.set(_FAILED, "")
         _wait(lambda: store.check([_CAUSE]) or store.check([f"heard/{other}" for other in ranks]))
@@ -191,11 +193,17 @@ class Watch:
             first = store.get(_CAUSE).decode()
             return first, self._is_cause and first == own
         silent = [other for other in ranks if not store.check([f"heard/{other}"])]
-        return self._silent(silent, self._error) if silent else own, rank == min(set(ranks) - set(silent))
+        first = self._silent(silent, self._error)
+        if not silent:
+            symptom = store.get(_SYMPTOM).decode() if store.check([_SYMPTOM]) else "a rank lost the others"
+            first = (
+                f"{symptom}; all ranks are alive, so one was slow, or cut off for a while: they wait "
+                f"{self._timeout_seconds:g} s for each other (recipe.distributed.timeout_seconds)"
+            )
+        return first, rank == min(set(ranks) - set(silent))
 
     def _silent(self, ranks: list[int], seen: str) -> str:
-        # gloo's message, without the position in its source and the sentences that follow.
-        seen = re.sub(r"\[/\S+\] ", "", seen).partition("\n")[0].partition(". ")[0]
+        seen = _brief(seen)
         silent = f"{name_ranks(ranks, self._meeting.hosts)} exited without reporting an error{self._at_step()}"
         observed = seen and f"; rank {self._meeting.rank} saw {seen}"
         return f"{silent}: killed (out of memory?), or the host is gone or cut off{observed}"
@@ -205,6 +213,11 @@ class Watch:
 
     def _at_step(self) -> str:
         return "" if self.step is None else f" at step {self.step}"
+
+
+def _brief(error: str) -> str:
+    """gloo's message, without the position in its source and the sentences that follow."""
+    return re.sub(r"\[/\S+\] ", "", error).partition("\n")[0].partition(". ")[0]
 
 
 def is_cause(error: BaseException) -> bool:

@@ -133,6 +133,19 @@ def test_rank_that_knows_the_cause_waits_for_the_store(tmp_path: Path) -> None:
     assert ranks.ends() == [(FAILED, ""), (FAILED, told)]
 
 
+def test_a_slow_rank_is_told_from_a_dead_one(tmp_path: Path) -> None:
+    """A timeout where all ranks answer: the report names the key that sets it, and says that nobody is gone."""
+    ranks = Ranks(tmp_path, "is busy", 1, timeout_seconds=4)
+    ranks.go()
+    ends = ranks.ends()
+    assert [code for code, _ in ends] == [FAILED, FAILED]
+    told = (
+        r"recipe: rank 0 on host-0 failed at step 3: .*[Tt]imed out waiting.* 4000ms.*; all ranks are alive, so one "
+        r"was slow, .* wait 4 s for each other \(recipe\.distributed\.timeout_seconds\)\n"
+    )
+    assert re.fullmatch(told, "".join(said for _, said in ends))
+
+
 def test_unknown_error_is_shown_with_its_traceback(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, "raises an unknown error", 1)
     ranks.go()
