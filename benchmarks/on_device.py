@@ -192,7 +192,7 @@ def format_report(report: dict[str, Any]) -> str:
         *heading("A small data set on the device", report),
         f"{results['images']:,} {'generated ' if settings['made_up'] else ''}images, {settings['config']} at "
         f"{results['image_size']} px; forward and backward passes on {settings['device']}, micro-batch "
-        f"{settings['micro_batch']}, {settings['workers']} worker processes per loader. Decoding all "
+        f"{settings['micro_batch']}, loader workers: {settings['workers']}. Decoding all "
         f"images onto the device took {results['seconds_to_hold']} s, once. "
         + ("Both loaders gave the same images." if results["same_images"] else "**The loaders' images differ.**"),
         "",

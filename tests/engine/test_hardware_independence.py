@@ -95,9 +95,10 @@ def test_a_growing_batch_is_the_same_on_any_hardware_and_after_a_kill(tmp_path: 
 def test_one_fp32_step_from_the_same_checkpoint_gives_the_same_weights(tmp_path: Path) -> None:
     """Within 1e-5 of the update's norm, early and late in training; the checkpoints are from a real run.
 
-    At 32 pixels: at 16 the last stage has one value per image and channel, and rounding changes a step by 8e-5.
+    A model without ReLU or max-pooling: where rounding takes one activation across ReLU's kink, or turns a near-tie
+    in a window, the gradient jumps, and the step with it, by up to 1e-3.
     """
-    runs = Runs(tmp_path, epochs=5, run=train)
+    runs = Runs(tmp_path, epochs=5, run=train, model="test_efficientnet")
     base = run_with_all_checkpoints(runs)
     for start, split in ((2, Split(2, 16)), (8, Split(4, 128))):
         found = one_step(runs, base, start, [split])
