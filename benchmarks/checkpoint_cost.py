@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.report import add_json, context, heading, made_folder, positive, write
+from benchmarks.report import add_json, context, heading, made_folder, positive, publish
 from recipe.data import SyntheticImages, TrainLoader
 from recipe.model import build_model, parameter_groups
 from recipe.plan import RateSchedule
@@ -43,10 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "settings": {key: getattr(arguments, key) for key in ("model", "image_size", "batch", "precision")},
         "results": measured | {"share_of_an_epoch": shares(arguments, measured)},
     }
-    table = format_report(report)
-    print(table, end="")
-    if arguments.json is not None:
-        write(arguments.json, report, table)
+    publish(report, format_report(report), arguments.json)
     return 0
 
 

@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import SGD, Optimizer
 
-from benchmarks.report import add_json, at_least, context, heading, positive, write
+from benchmarks.report import add_json, at_least, context, heading, positive, publish
 from recipe.data import Batch, SyntheticImages, TrainLoader
 from recipe.model import build_model, parameter_groups
 from recipe.plan import RateSchedule
@@ -82,10 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "settings": {key: getattr(arguments, key) for key in ("model", "image_size", "micro_batch", "precision")},
         "results": results,
     }
-    table = format_report(report)
-    print(table, end="")
-    if arguments.json is not None:
-        write(arguments.json, report, table)
+    publish(report, format_report(report), arguments.json)
     return 0
 
 

@@ -32,7 +32,7 @@ import scipy.stats
 import torch
 
 from benchmarks.launch import run_direct
-from benchmarks.report import add_json, context, heading, positive, write
+from benchmarks.report import add_json, context, heading, positive, publish
 
 BATCH, STEPS_PER_EPOCH = 512, 2
 N = 32
@@ -204,12 +204,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             results |= fp32(runs) | other_trainings(runs)
     settings = {"batch": BATCH, "n": N, "steps": arguments.epochs * STEPS_PER_EPOCH, "reference": str(REFERENCE)}
     report = before | {"settings": settings, "results": results}
-    table = format_report(report)
-    print("\n" + table, end="")
-    if arguments.json is not None:
-        write(arguments.json, report, table)
-        if not arguments.only_fp64:
-            plot(report, arguments.json.with_suffix(""))
+    print()
+    publish(report, format_report(report), arguments.json)
+    if arguments.json is not None and not arguments.only_fp64:
+        plot(report, arguments.json.with_suffix(""))
     return 0 if holds(results) else 1
 
 

@@ -47,7 +47,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional
 
-from benchmarks.report import add_device, add_json, context, heading, parse_device, positive, say, write
+from benchmarks.report import add_device, add_json, context, heading, parse_device, positive, publish, say
 from recipe.commands.pack.command import pack
 from recipe.data import (
     Decoder,
@@ -123,10 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for workers in arguments.workers
             ],
         }
-    table = format_report(report)
-    print(table, end="")
-    if arguments.json is not None:
-        write(arguments.json, report, table)
+    publish(report, format_report(report), arguments.json)
     return 0
 
 

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.killed_train import MOMENTS
 from benchmarks.launch import ROOT, deepspeed_command, environment
-from benchmarks.report import add_json, context, heading, positive, write
+from benchmarks.report import add_json, context, heading, positive, publish
 
 TIMEOUT_SECONDS = 600
 EPOCHS, STEPS_PER_EPOCH, SAVE_EVERY = 4, 5, 2
@@ -273,10 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for o in outcomes
         ],
     }
-    table = format_report(report)
-    print("\n" + table, end="")
-    if arguments.json is not None:
-        write(arguments.json, report, table)
+    print()
+    publish(report, format_report(report), arguments.json)
     return 0 if report["survived"] == report["kills"] else 1
 
 

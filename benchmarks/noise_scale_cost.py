@@ -30,7 +30,7 @@ from benchmarks.engine_overhead import (
     synthetic_batches,
     timed,
 )
-from benchmarks.report import add_json, at_least, context, heading, positive, write
+from benchmarks.report import add_json, at_least, context, heading, positive, publish
 from recipe.config import NoiseScale
 from recipe.model import build_model
 from recipe.train import set_up_torch
@@ -60,10 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     settings = {key: getattr(arguments, key) for key in ("model", "image_size", "micro_batch", "precision")}
     report = before | {"settings": settings | {"world_size": world_size}, "results": results}
-    table = format_report(report)
-    print(table, end="")
-    if arguments.json is not None:
-        write(arguments.json, report, table)
+    publish(report, format_report(report), arguments.json)
     return 0
 
 
@@ -81,7 +78,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--precision", choices=list(DTYPES), default="fp32", help="training precision (default: %(default)s)"
     )
     add_json(parser)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.precision == "fp16" and not torch.cuda.is_available():
+        parser.error("--precision fp16 needs a GPU")
+    return arguments
 
 
 def measure(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.launch import ROOT, deepspeed_command, environment
-from benchmarks.report import add_json, context, heading, positive, write
+from benchmarks.report import add_json, context, heading, positive, publish
 from recipe.plan import DIGITS_IMAGES
 from recipe.reporting import read_events
 
@@ -36,10 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         results = [measure(seed, Path(folder, str(seed))) for seed in range(arguments.seeds)]
     report = before | {"training_images": DIGITS_IMAGES["train"], "results": results}
-    table = format_report(report)
-    print(table, end="")
-    if arguments.json is not None:
-        write(arguments.json, report, table)
+    publish(report, format_report(report), arguments.json)
     return 0
 
 

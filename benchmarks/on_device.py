@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from benchmarks.report import add_device, add_json, context, heading, parse_device, positive, say, write
+from benchmarks.report import add_device, add_json, context, heading, parse_device, positive, publish, say
 from recipe.config import read_config
 from recipe.data import Batch, HeldImages, TrainLoader, list_imagefolder, open_datasets
 from recipe.model import build_model, cast_parameters
@@ -51,10 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name: str(getattr(arguments, name)) for name in ("config", "device", "micro_batch", "batches", "workers")
     }
     report = before | {"settings": settings | {"made_up": arguments.data is None}, "results": results}
-    table = format_report(report)
-    print(table, end="")
-    if arguments.json is not None:
-        write(arguments.json, report, table)
+    publish(report, format_report(report), arguments.json)
     return 0
 
 

@@ -33,7 +33,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks.launch import ROOT, direct_command, environment
-from benchmarks.report import add_json, context, heading, made_folder, positive, say, write
+from benchmarks.report import add_json, context, heading, made_folder, positive, publish, say
 from recipe.commands.study.results import CONFIDENCE, interval
 from recipe.data import open_datasets
 from recipe.model import build_model
@@ -95,10 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     described = {key: str(value) if isinstance(value, Path) else value for key, value in vars(setting).items()}
     described["data"] = "digits" if arguments.data is None else arguments.data.name
     report = before | {"setting": described, "top1": top1}
-    table = format_report(report)
-    print(table, end="")
-    if arguments.json is not None:
-        write(arguments.json, report, table)
+    publish(report, format_report(report), arguments.json)
     return 0
 
 

@@ -120,6 +120,13 @@ def heading(title: str, report: dict[str, Any]) -> list[str]:
     ]
 
 
+def publish(report: dict[str, Any], table: str, file: Path | None) -> None:
+    """Print the Markdown of a report and, with ``file``, write both."""
+    print(table, end="")
+    if file is not None:
+        write(file, report, table)
+
+
 def write(file: Path, report: dict[str, Any], table: str) -> None:
     """Write a report as JSON, and its Markdown next to it."""
     file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

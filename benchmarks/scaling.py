@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.launch import ROOT, deepspeed_command, environment
-from benchmarks.report import add_json, context, heading, positive, write
+from benchmarks.report import add_json, context, heading, positive, publish
 from benchmarks.scaling_rank import FOUND, MODEL
 from recipe.plan import Link, all_reduce_bytes, all_reduce_seconds, efficiency, exposed_seconds
 
@@ -141,10 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "results": results,
         "on_paper": on_paper(),
     }
-    table = format_report(report)
-    print(table, end="")
-    if arguments.json is not None:
-        write(arguments.json, report, table)
+    publish(report, format_report(report), arguments.json)
     return 0
 
 

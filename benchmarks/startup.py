@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.launch import ROOT, deepspeed_command, environment
-from benchmarks.report import add_json, context, heading, made_folder, positive, say, write
+from benchmarks.report import add_json, context, heading, made_folder, positive, publish, say
 from benchmarks.timed_train import ORDER
 
 SCRIPT = "benchmarks/timed_train.py"
@@ -38,10 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "settings": {"config": CONFIG, "rounds": arguments.rounds},
             "seconds_to_first_step": starts(Path(folder), arguments.launches, arguments.rounds),
         }
-    table = format_report(report)
-    print(table, end="")
-    if arguments.json is not None:
-        write(arguments.json, report, table)
+    publish(report, format_report(report), arguments.json)
     return 0
 
 

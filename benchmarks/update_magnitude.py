@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from benchmarks.report import add_json, context, heading, positive, write
+from benchmarks.report import add_json, context, heading, positive, publish
 from recipe.commands.figure import new_figure, save_figure
 from recipe.data import Keys, epoch_permutation, open_digits
 from recipe.model import build_model, parameter_groups, update_running_averages
@@ -57,10 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "convergence": measure_convergence(problem, arguments.seeds),
     }
     report = before | {"settings": {"draws": arguments.draws, "seeds": arguments.seeds}, "results": results}
-    table = format_report(report)
-    print(table, end="")
+    publish(report, format_report(report), arguments.json)
     if arguments.json is not None:
-        write(arguments.json, report, table)
         draw_moves(results["moves"], arguments.json.with_suffix(""))
         draw_convergence(results["convergence"], convergence_figure(arguments.json))
     return 0

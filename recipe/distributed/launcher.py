@@ -99,6 +99,8 @@ def _placement(launcher: str, names: tuple[str, ...], given: Mapping[str, str]) 
         if not text.isdecimal():
             raise ValueError(f"{name}={text} is not a rank or a number of ranks")
     rank, world_size, local_rank, ranks_here = map(int, texts)
+    if ranks_here == 0:
+        raise ValueError(f"{names[3]}=0: a host has at least one rank; unset it, or set it to this host's ranks")
     if rank >= world_size:
         raise ValueError(f"{names[0]}={rank} with {names[1]}={world_size}: ranks count from 0 to {world_size - 1}")
     cores = int(given["SLURM_CPUS_PER_TASK"]) if launcher == "Slurm" and "SLURM_CPUS_PER_TASK" in given else None

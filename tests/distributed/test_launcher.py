@@ -85,6 +85,7 @@ def test_defaults_and_precedence() -> None:
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 with WORLD_SIZE=2: ranks count from 0"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 is not a rank"),
         (TORCHRUN | {"LOCAL_RANK": "one"}, "LOCAL_RANK=one is not a rank"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0: a host has at least one rank"),
     ],
 )
 def test_incomplete_variables_are_refused(environ: dict[str, str], message: str) -> None:
