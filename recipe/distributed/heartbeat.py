@@ -193,8 +193,9 @@ class Watch:
             first = store.get(_CAUSE).decode()
             return first, self._is_cause and first == own
         silent = [other for other in ranks if not store.check([f"heard/{other}"])]
-        first = self._silent(silent, self._error)
-        if not silent:
+        if silent:
+            first = self._silent(silent, self._error)
+        else:
             symptom = store.get(_SYMPTOM).decode() if store.check([_SYMPTOM]) else "a rank lost the others"
             first = (
                 f"{symptom}; all ranks are alive, so one was slow, or cut off for a while: they wait "
