@@ -86,16 +86,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; exit on a combination that cannot run."""
-    parser = argparse.ArgumentParser(prog="benchmarks.engine_overhead", description=(__doc__ or "").splitlines()[0])
+def add_loop_options(parser: argparse.ArgumentParser, accumulation: list[int]) -> None:
+    """Add the options of a program that times training loops; ``accumulation`` is the default of its own."""
+
+    def precision(text: str) -> str:
+        if text == "fp16" and not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError("fp16 needs a GPU")
+        return text
+
     parser.add_argument("--model", default="resnet18", help="timm model name (default: %(default)s)")
     parser.add_argument("--image-size", type=positive, default=64, help="pixels per side (default: %(default)s)")
     parser.add_argument("--micro-batch", type=positive, default=32, help="images per rank (default: %(default)s)")
     parser.add_argument(
-        "--accumulation", type=positive, nargs="+", default=[1, 8, 32], help="one measurement each (default: 1 8 32)"
+        "--accumulation",
+        type=positive,
+        nargs="+",
+        default=accumulation,
+        help=f"one measurement each (default: {' '.join(map(str, accumulation))})",
     )
     parser.add_argument("--steps", type=at_least(2), default=40, help="timed rounds (default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        type=precision,
+        choices=list(DTYPES),
+        default="fp32",
+        help="training precision (default: %(default)s)",
+    )
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; exit on a combination that cannot run."""
+    parser = argparse.ArgumentParser(prog="benchmarks.engine_overhead", description=(__doc__ or "").splitlines()[0])
+    add_loop_options(parser, accumulation=[1, 8, 32])
     parser.add_argument(
         "--world-size",
         type=positive,
@@ -103,13 +125,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=[1],
         help="numbers of ranks, measured one after the other (default: 1); not with torchrun",
     )
-    parser.add_argument(
-        "--precision", choices=list(DTYPES), default="fp32", help="training precision (default: %(default)s)"
-    )
     add_json(parser)
     arguments = parser.parse_args(argv)
-    if arguments.precision == "fp16" and not torch.cuda.is_available():
-        parser.error("--precision fp16 needs a GPU")
     if torch.cuda.is_available() and "RANK" not in os.environ and max(arguments.world_size) > torch.cuda.device_count():
         parser.error(f"--world-size {max(arguments.world_size)}: NCCL needs a GPU for each rank")
     return arguments

@@ -20,17 +20,17 @@ import torch.distributed as dist
 
 from benchmarks.engine_overhead import (
     CLASSES,
-    DTYPES,
     TIMEOUT,
     WARM_UP_STEPS,
     Loop,
+    add_loop_options,
     quartiles,
     recipe_loop,
     shown,
     synthetic_batches,
     timed,
 )
-from benchmarks.report import add_json, at_least, context, heading, positive, publish
+from benchmarks.report import add_json, context, heading, publish
 from recipe.config import NoiseScale
 from recipe.model import build_model
 from recipe.train import set_up_torch
@@ -67,21 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.noise_scale_cost", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="resnet18", help="timm model name (default: %(default)s)")
-    parser.add_argument("--image-size", type=positive, default=64, help="pixels per side (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=positive, default=32, help="images per rank (default: %(default)s)")
-    parser.add_argument(
-        "--accumulation", type=positive, nargs="+", default=[1, 8], help="one measurement each (default: 1 8)"
-    )
-    parser.add_argument("--steps", type=at_least(2), default=40, help="timed rounds (default: %(default)s)")
-    parser.add_argument(
-        "--precision", choices=list(DTYPES), default="fp32", help="training precision (default: %(default)s)"
-    )
+    add_loop_options(parser, accumulation=[1, 8])
     add_json(parser)
-    arguments = parser.parse_args(argv)
-    if arguments.precision == "fp16" and not torch.cuda.is_available():
-        parser.error("--precision fp16 needs a GPU")
-    return arguments
+    return parser.parse_args(argv)
 
 
 def measure(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> dict[str, Any]:

@@ -228,6 +228,9 @@ def test_hardware_independence_holds_only_where_losses_and_validations_agree(tmp
     same = run("same", [2.0, 1.0])
     assert not verdict(same, one_step=[{"parts_by": {"a": 1e-6, "b": 2e-5}}])
     assert verdict(same, one_step=[{"parts_by": {"a": 1e-6, "b": 9e-6}}])
+    once = [{"parts_by": {"a": 1e-6, "b": 2e-5}}, {"parts_by": {"a": 2e-5, "b": 9e-6}}]
+    assert verdict(same, one_step=once)
+    assert not verdict(same, one_step=[*once[:1], {"parts_by": {"a": 1e-6, "b": 2e-5}}])
 
     # A variance of 1 over three seeds, and within each pair one of d² / 2: 5 % of F's values for (3, 2) degrees of
     # freedom are above 19.16, as tables say.
