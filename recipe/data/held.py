@@ -3,6 +3,7 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -96,14 +97,16 @@ def _windows(images: Tensor, corners: Tensor, margin: int) -> Tensor:
 
 
 def _check_memory(count: int, first: Tensor, device: torch.device) -> None:
-    needed = count * first.numel()
+    needed, holders = count * first.numel(), 1
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > _SHARE * free:
+        free = psutil.virtual_memory().available  # including the page cache, which data that was just read may fill
+        holders = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if needed * holders > _SHARE * free:
         height, width = first.shape[:2]
+        each = f" for each of {holders} ranks" if holders > 1 else ""
         raise ValueError(
-            f"recipe.data.on_device = true: {count:,} images of {height} × {width} pixels take {needed / 1e9:,.1f} GB, "
-            f"but only {free / 1e9:,.1f} GB are free on {device}, and images may take half of that: use false"
+            f"recipe.data.on_device = true: {count:,} images of {height} × {width} pixels take {needed / 1e9:,.1f} GB"
+            f"{each}, but only {free / 1e9:,.1f} GB are free on {device}, and images may take half of that: use false"
         )

@@ -1,6 +1,7 @@
 """Samples cropped on the device are bit-identical to the data set's own."""
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -73,8 +74,10 @@ def test_images_of_several_sizes_are_refused_if_boxes_are_cut_out_of_them():
     assert batch(padded, 0, [5]).images.shape == (1, 16, 16, 3)
 
 
-def test_more_than_half_of_the_memory_is_refused_before_everything_is_read(monkeypatch):
-    monkeypatch.setattr("os.sysconf", lambda name: {"SC_AVPHYS_PAGES": 10, "SC_PAGE_SIZE": 4096}[name])
-    train = Pictures(length=1_000_000)
-    with pytest.raises(ValueError, match=r"1,000,000 images of 30 × 20 pixels take 1\.8 GB, but only 0\.0 GB are free"):
+@pytest.mark.parametrize(("ranks", "share"), [(1, 0.6), (2, 0.3)])
+def test_more_than_half_of_the_memory_is_refused_before_everything_is_read(monkeypatch, ranks, share):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    train = Pictures(length=int(share * psutil.virtual_memory().available / (30 * 20 * 3)))
+    each = " for each of 2 ranks" if ranks > 1 else ""
+    with pytest.raises(ValueError, match=rf"30 × 20 pixels take [\d.]+ GB{each}, but only [\d.]+ GB are free"):
         HeldImages(train, CPU, training=True)
