@@ -133,6 +133,23 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
     process.stdout.close()
 
 
+def test_asking_whether_a_folder_is_locked_takes_no_lock(tmp_path: Path) -> None:
+    """A run that starts just when a study asks must not be refused."""
+    ask = "from pathlib import Path; from recipe.checkpoints.locking import is_locked\n"
+    ask += f"print(flush=True)\nwhile True: is_locked(Path({str(tmp_path)!r}))"
+    process = subprocess.Popen([sys.executable, "-c", ask], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    try:
+        for _ in range(2000):
+            with lock(tmp_path):
+                pass
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
 def test_plan_prints_no_terminal_escapes() -> None:
     text = format_plan(plan('recipe.model.name="x\\u001b[2Jy"'))
     assert "\x1b" not in text
