@@ -35,7 +35,7 @@ from recipe.commands.study.results import (
 )
 from recipe.commands.study.runs import Resources, Runner, check_output, command
 from recipe.plan import plan_json
-from recipe.reporting import steps_done
+from recipe.reporting import Progress, steps_done
 from tests.launch import DIGITS, wait_until
 from tests.run_folders import step, validation, write_run
 
@@ -361,6 +361,26 @@ def test_run_that_outlived_a_killed_study_is_waited_for(
         runner.run()
     assert f"another process is writing to {folder}: waiting for it" in capsys.readouterr().out
     assert (asked.runs[0], False) in started
+    assert {run for run, _ in started} == set(asked.runs)
+
+
+def test_launch_that_outlived_a_killed_study_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its ranks still import torch, and have not locked the run's folder."""
+    asked = study(tmp_path)
+    words = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr("recipe.commands.study.runs.command", lambda *_: words)
+    killed, runner = Runner(asked, tmp_path, Resources(None, 1)), Runner(asked, tmp_path, Resources(None, 1))
+    with Progress(1, done=0) as killed._progress:
+        killed._start(asked.runs[0], 0)
+    launcher = killed._running[0][1]
+    started = []
+    monkeypatch.setattr(runner, "_start", lambda run, slot: started.append((run, launcher.returncode is not None)))
+    monkeypatch.setattr("recipe.commands.study.runs.time.sleep", lambda seconds: (launcher.kill(), launcher.wait()))
+    runner.run()
+    assert f"another process is writing to {tmp_path / asked.runs[0].folder}: waiting" in capsys.readouterr().out
+    assert (asked.runs[0], True) in started
     assert {run for run, _ in started} == set(asked.runs)
 
 

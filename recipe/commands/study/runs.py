@@ -4,6 +4,7 @@ How a run ended is read from its folder: a launcher's exit code proves nothing.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -129,7 +130,7 @@ class Runner:
         try:
             with Progress(sum(run.images for run in self.study.runs), done=self._images_done()) as self._progress:
                 for folder in (self.output / run.folder for run in self._pending):
-                    if is_locked(folder):
+                    if _is_busy(folder):
                         self._progress.say(f"another process is writing to {folder}: waiting for it")
                 while self._running or (self._pending and self.stopped_by is None):
                     self._start_what_fits()
@@ -154,7 +155,7 @@ class Runner:
     def _start_what_fits(self) -> None:
         for slot in sorted(set(range(self.resources.jobs)) - self._running.keys()):
             # A run that outlived a killed study may still complete.
-            free = [run for run in self._pending if not is_locked(self.output / run.folder)]
+            free = [run for run in self._pending if not _is_busy(self.output / run.folder)]
             if not free or self.stopped_by is not None:
                 return
             self._pending.remove(free[0])
@@ -170,6 +171,8 @@ class Runner:
         cores = self.resources.cores_per_rank()
         threads = {} if cores is None else {"OMP_NUM_THREADS": str(cores)}
         with (folder / LAUNCH_LOG).open("wb") as log:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(log, fcntl.LOCK_EX)  # until the launcher and its ranks, which inherit it, have ended
             log.write(f"$ {shlex.join(words)}\n".encode())
             log.flush()
             process = subprocess.Popen(
@@ -218,6 +221,18 @@ class Runner:
     def _signal_all(self, signum: int) -> None:
         for _, process in self._running.values():
             _signal(process, signum)
+
+
+def _is_busy(folder: Path) -> bool:
+    """Whether a launch is under way in a run's folder; it has the log open for seconds before the run has its lock."""
+    try:
+        with (folder / LAUNCH_LOG).open("rb") as log:
+            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # there is no log yet
+    return is_locked(folder)
 
 
 def _signal(process: subprocess.Popen[bytes], signum: int) -> None:
