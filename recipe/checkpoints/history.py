@@ -75,7 +75,8 @@ def load_run(engine: DeepSpeedEngine, plan: Plan, start: Start) -> tuple[History
     if loaded is None:
         if start.must_resume:
             raise CheckpointError(f"--resume must: no checkpoint is intact: {'; '.join(messages)}")
-        checkpoint.set_aside(start.checkpoints)
+        if dist.get_rank() == 0:
+            manifest.set_aside(start.checkpoints)
         return None, [*messages, "no intact checkpoint is left: training starts over"]
     restore_running_averages(engine.module, state["running_averages"])
     decoded_by_pil = state["decoded_by_pil"] if dist.get_rank() == 0 else 0
