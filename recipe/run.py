@@ -19,6 +19,7 @@ from recipe.config import ConfigError
 from recipe.data import BadImageError, Samples, WorkerError
 from recipe.distributed import Interrupted, Meeting, Requests, Watch, versions
 from recipe.engine import (
+    LocalSteps,
     MicroBatchError,
     NoImageError,
     choose_device,
@@ -35,7 +36,6 @@ from recipe.engine import (
     set_log_level,
     settle_micro_batch,
     start_engine,
-    step_locally,
     train_epoch,
     training_loss,
 )
@@ -49,7 +49,7 @@ KNOWN_FAILURES = (BadImageError, CheckpointError, FloatingPointError, MicroBatch
 
 @dataclass(frozen=True)
 class Run:
-    """The checked parts of a run, before the ranks' rendezvous."""
+    """The checked parts of a run, before the ranks' rendezvous; only rank 0 holds the output folder's lock."""
 
     plan: Plan
     output: Path
@@ -59,7 +59,6 @@ class Run:
     data: Data
     start: Start
     lock: Lock | None
-    """rank 0's lock on the output folder"""
 
     def facts(self) -> dict[str, str]:
         """The facts that must be equal on all ranks; see ``recipe.distributed.own_facts``."""
@@ -129,7 +128,8 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     groups = parameter_groups(run.model, plan.weight_decay)
     passed_on = deepspeed_config(plan.config.model_dump(mode="json", exclude_none=True), output)
     engine = start_engine(run.model, groups, passed_on, plan.schedule, recipe.ema.decay)
-    step_locally(engine, recipe.local_sgd.steps, plan.is_local, plan.equal_after)
+    if recipe.local_sgd.steps is not None:
+        engine.local_steps = LocalSteps(engine, plan.is_local, plan.equal_after)
     loss_function = training_loss(engine.module, **recipe.loss.model_dump(), compiled=recipe.compile)
 
     # The starting point and the output

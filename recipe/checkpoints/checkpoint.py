@@ -114,7 +114,8 @@ def load_newest(
             dist.all_gather_object(problems, problem[0])
             problem = [next(filter(None, problems), None)]
         if problem == [None]:
-            set_aside(checkpoints[: len(messages)])
+            if dist.get_rank() == 0:
+                manifest.set_aside(checkpoints[: len(messages)])
             return checkpoint, client_state, messages
         messages.append(f"checkpoint {checkpoint.path} is skipped: {problem[0]}")
     if tried:  # the engine may hold parts of it
@@ -128,13 +129,6 @@ def load_own(found: Checkpoint, device: torch.device) -> Any:
     if name not in found.files or found.world_size != dist.get_world_size():
         return None
     return torch.load(found.path / name, map_location=device, weights_only=True)
-
-
-def set_aside(checkpoints: Sequence[Checkpoint]) -> None:
-    """Rename unusable checkpoints so that they are not found. Every rank calls it, rank 0 does it."""
-    if dist.get_rank() == 0:
-        for checkpoint in checkpoints:
-            manifest.set_aside(checkpoint)
 
 
 def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +68,14 @@ def load_run(engine: DeepSpeedEngine, plan: Plan, start: Start) -> tuple[History
     if not start.checkpoints:
         return None, list(start.messages)
     largest = max(sum(file.size for file in one.files.values()) for one in start.checkpoints)
-    with waiting_for_storage(_timeout(plan), largest):
+    with waiting_for_storage(plan.config.recipe.distributed.timeout_seconds, largest):
         loaded, state, problems = checkpoint.load_newest(engine, start.checkpoints)
     messages = [*start.messages, *problems]
     if loaded is None:
         if start.must_resume:
             raise CheckpointError(f"--resume must: no checkpoint is intact: {'; '.join(messages)}")
-        checkpoint.set_aside(start.checkpoints)
+        if dist.get_rank() == 0:
+            manifest.set_aside(start.checkpoints)
         return None, [*messages, "no intact checkpoint is left: training starts over"]
     restore_running_averages(engine.module, state["running_averages"])
     decoded_by_pil = state["decoded_by_pil"] if dist.get_rank() == 0 else 0
@@ -117,7 +117,7 @@ def save_run(
     average_running_statistics(engine.module)
     resolved = plan_json(plan)
     parameters = sum(getattr(one, "ds_numel", one.numel()) for one in engine.module.parameters())  # ZeRO-3 empties them
-    with waiting_for_storage(_timeout(plan), BYTES_PER_PARAMETER * parameters):
+    with waiting_for_storage(recipe.distributed.timeout_seconds, BYTES_PER_PARAMETER * parameters):
         checkpoint.save(
             engine,
             folder,
@@ -131,7 +131,3 @@ def save_run(
     restore_running_averages(engine.module, own)
     if dist.get_rank() == 0:
         manifest.prune(folder, recipe.checkpoint.keep_last, recipe.checkpoint.keep_best)
-
-
-def _timeout(plan: Plan) -> timedelta:
-    return timedelta(seconds=plan.config.recipe.distributed.timeout_seconds)

@@ -95,12 +95,13 @@ def unreadable(folder: Path) -> list[Path]:
     return sorted(path.parent for path in manifests if path.parent.suffix != ASIDE and _read(path) is None)
 
 
-def set_aside(checkpoint: Checkpoint) -> None:
-    """Rename an unusable checkpoint so that it is not found, and does not count as one of those to keep."""
-    aside = checkpoint.path.with_name(checkpoint.path.name + ASIDE)
-    with suppress(OSError):
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(checkpoint.path, aside)
+def set_aside(checkpoints: Sequence[Checkpoint]) -> None:
+    """Rename unusable checkpoints so that they are not found, and do not count as some of those to keep."""
+    for checkpoint in checkpoints:
+        aside = checkpoint.path.with_name(checkpoint.path.name + ASIDE)
+        clear(aside)
+        with suppress(OSError):
+            os.rename(checkpoint.path, aside)
 
 
 def damage(checkpoint: Checkpoint) -> str | None:
@@ -122,23 +123,19 @@ def damage(checkpoint: Checkpoint) -> str | None:
 def prune(folder: Path, keep_last: int, keep_best: bool) -> None:
     """Remove all checkpoints but the newest ``keep_last`` and, with ``keep_best``, the most accurate one."""
     checkpoints = find(folder)
-    kept = {checkpoint.path for checkpoint in checkpoints[:keep_last]}
-    if keep_best and (most_accurate := best_path(folder)) is not None:
-        kept.add(most_accurate)
+    kept = checkpoints[:keep_last] + (best_first(checkpoints)[:1] if keep_best else [])
     for checkpoint in checkpoints:
-        if checkpoint.path not in kept:
+        if checkpoint not in kept:
             remove(checkpoint.path)
 
 
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint; what is left of it is never taken for a checkpoint. Failing to remove it ends no run."""
     with suppress(OSError):
-        if checkpoint.is_symlink():
-            checkpoint.unlink()
-            return
-        # Without its manifest it is not a checkpoint, even if the removal is interrupted.
-        (checkpoint / MANIFEST).unlink()
-        shutil.rmtree(checkpoint)
+        if not checkpoint.is_symlink():
+            # Without its manifest it is not a checkpoint, even if the removal is interrupted.
+            (checkpoint / MANIFEST).unlink()
+        clear(checkpoint)
 
 
 def best_path(folder: Path) -> Path | None:

@@ -217,7 +217,7 @@ def batchnorm_images(plan: dict[str, Any]) -> int | None:
 def statistics_change(plan: Plan, start: Start) -> list[str]:
     """A warning if another number of ranks or micro-batch changes the images per batch norm statistic."""
     statistics = plan.config.recipe.batchnorm.statistics
-    before, now = (batchnorm_images(of) for of in (start.earlier_plan or {}, json.loads(plan_json(plan))))
+    before, now = batchnorm_images(start.earlier_plan or {}), plan.batchnorm_images
     if isinstance(statistics, int) or before is None or before == now:
         return []
     return [

@@ -6,7 +6,7 @@ from .device import (
     seed_generators as seed_generators,
 )
 from .gradient_norms import GradientNorms as GradientNorms, listen_to_gradients as listen_to_gradients
-from .local_steps import local_steps_of as local_steps_of, step_locally as step_locally
+from .local_steps import LocalSteps as LocalSteps, local_steps_of as local_steps_of
 from .loop import (
     Batch as Batch,
     NoImageError as NoImageError,

@@ -5,6 +5,8 @@ import os
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from recipe.plan import counted
+
 
 def choose_device(precision: str) -> torch.device:
     """This rank's GPU, or the CPU if there is no GPU.
@@ -37,7 +39,7 @@ def device_name(device: torch.device) -> str:
     """A human-readable name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} per rank"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')} per rank"
 
 
 def seed_generators(device: torch.device, seed: int) -> None:

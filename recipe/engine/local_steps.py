@@ -72,14 +72,6 @@ class LocalSteps:
                     self._engine.basic_optimizer.state[master][name].copy_(value)
 
 
-def step_locally(
-    engine: DeepSpeedEngine, steps: int | None, is_local: Callable[[int], bool], equal_after: Callable[[int], bool]
-) -> None:
-    """Enable local steps in an engine, unless ``steps``, the number between two averages, is None."""
-    if steps is not None:
-        engine.local_steps = LocalSteps(engine, is_local, equal_after)
-
-
 def local_steps_of(engine: Any) -> LocalSteps | None:
     """The local steps of an engine, or None if all its steps reduce gradients."""
     return getattr(engine, "local_steps", None)

@@ -58,13 +58,13 @@ def join_process_group(device: torch.device, timeout: timedelta, store: Store | 
 
 
 @contextmanager
-def waiting_for_storage(timeout: timedelta, checkpoint_bytes: int) -> Iterator[None]:
-    """Let the ranks wait longer than the usual ``timeout`` while one of them writes or reads a checkpoint."""
-    _set_timeout(timeout + timedelta(seconds=checkpoint_bytes / SLOW_STORAGE))
+def waiting_for_storage(usual_seconds: float, checkpoint_bytes: int) -> Iterator[None]:
+    """Let the ranks wait longer than the usual timeout while one of them writes or reads a checkpoint."""
+    _set_timeout(timedelta(seconds=usual_seconds + checkpoint_bytes / SLOW_STORAGE))
     try:
         yield
     finally:
-        _set_timeout(timeout)
+        _set_timeout(timedelta(seconds=usual_seconds))
 
 
 def _set_timeout(timeout: timedelta, group: ProcessGroup | None = None) -> None:

@@ -108,13 +108,13 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path, keep_last: int, kee
 def test_checkpoint_set_aside_is_neither_found_nor_kept(tmp_path: Path) -> None:
     """A damaged checkpoint of a later step must not displace one that a run has just written."""
     make(tmp_path, 28)
-    set_aside(find(tmp_path)[0])
+    set_aside(find(tmp_path)[:1])
     make(tmp_path, 11)
     prune(tmp_path, keep_last=1, keep_best=False)
     assert steps(tmp_path) == [11]
     assert unreadable(tmp_path) == []
     make(tmp_path, 28)
-    set_aside(find(tmp_path)[0])
+    set_aside(find(tmp_path)[:1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000011", "step-00000028.aside"]
 
 

@@ -33,12 +33,12 @@ def equal_after(steps: int) -> bool:
 
 
 def _trained(rank: int, world_size: int) -> dict[str, list[dict[str, Tensor]]]:
-    from recipe.engine.local_steps import step_locally
+    from recipe.engine.local_steps import LocalSteps
 
     found = {}
     for precision in ("fp32", "bf16"):
         engine = new_engine(world_size, BATCH, 2, **PRECISIONS[precision])
-        step_locally(engine, EVERY, is_local, equal_after)
+        engine.local_steps = LocalSteps(engine, is_local, equal_after)
         found[precision] = train_steps(engine, rank, world_size, [BATCH] * STEPS)
     return found
 
