@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import timm
+import torch
 from timm.models import load_state_dict, load_state_dict_from_hf
 from torch import Tensor, nn
 
@@ -52,7 +53,14 @@ def read_weights(weights: str) -> dict[str, Tensor]:
         raise ValueError(f"{key}: {path} cannot be read: {problem}; expected a .safetensors or .pth file") from None
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{key}: {path} holds more than weights by name")
+    if not all(map(_is_plain, state.values())):
+        raise ValueError(f"{key}: {path} holds tensors that are sparse, complex, quantized, nested or without values")
     return state
+
+
+def _is_plain(value: Tensor) -> bool:
+    special = value.is_meta or value.is_complex() or value.is_quantized or value.is_nested
+    return value.layout is torch.strided and not special
 
 
 def load_weights(model: nn.Module, weights: str) -> None:

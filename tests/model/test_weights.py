@@ -78,6 +78,7 @@ def test_unsuitable_weights_are_refused(tmp_path: Path, source: nn.Module) -> No
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:1000])
     torch.save({"state_dict": {"fc.weight": Code()}}, tmp_path / "code.pth")
+    torch.save({name: value.to("meta") for name, value in source.state_dict().items()}, tmp_path / "meta.pth")
     conv = source.state_dict()["conv1.0.weight"]
     torch.save(source.state_dict() | {"conv1.0.weight": conv.to(torch.int8)}, tmp_path / "whole.pth")
     for name, weights, message in (
@@ -88,6 +89,7 @@ def test_unsuitable_weights_are_refused(tmp_path: Path, source: nn.Module) -> No
         ("test_resnet", "/dev/null", "/dev/null is not a regular file"),
         ("test_resnet", "empty", "holds neither model.safetensors nor pytorch_model.bin"),
         ("test_resnet", "cut.safetensors", "it holds no weights, or more than weights; expected a .safe"),
+        ("test_resnet", "meta.pth", "holds tensors that are sparse, complex, quantized, nested or without values"),
         ("test_resnet", "whole.pth", "of whole numbers are conv1.0.weight"),
         ("test_resnet", "code.pth", "it holds no weights, or more than weights; expected a .safe"),
     ):
