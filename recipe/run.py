@@ -35,6 +35,7 @@ from recipe.engine import (
     set_global_batch,
     set_log_level,
     settle_micro_batch,
+    slow_precision,
     start_engine,
     train_epoch,
     training_loss,
@@ -148,9 +149,7 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
         noise_scale=history.noise_scale,
         monitor=engine.monitor.write_events,
     )
-    if run.device.type == "cpu" and plan.precision == "fp16":
-        messages.append("fp16 on a CPU takes many times as long as fp32; --set fp16.enabled=false trains in fp32")
-    for message in messages:
+    for message in messages + slow_precision(run.device, plan.precision):
         telemetry.say(message)
     train_loader, validation_loader = data.open_loaders(
         run.samples,

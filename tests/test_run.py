@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 
 from recipe.checkpoints.locking import is_locked, lock, unlock
 from recipe.config.schema import read_config
-from recipe.engine.device import choose_device
+from recipe.engine.device import choose_device, slow_precision
 from recipe.plan.plan import Plan, make_plan
 from recipe.plan.text import format_plan
 from recipe.run import prepare
@@ -34,6 +34,17 @@ def test_precision_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPa
         choose_device(precision)
     if not torch.cuda.is_available():
         assert choose_device("fp32") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "slow"), [("fma avx2", {"fp16", "bf16"}), ("avx512f avx512_bf16", {"fp16"}), ("amx_bf16", {"fp16"})]
+)
+def test_precision_in_which_a_cpu_is_slow_is_said(monkeypatch: pytest.MonkeyPatch, flags: str, slow: set[str]) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"flags\t: {flags}\n")
+    for precision in ("fp16", "bf16", "fp32", "fp64"):
+        said = [f"--set {precision}.enabled=false trains in fp32"] if precision in slow else []
+        assert [line.split("; ")[1] for line in slow_precision(torch.device("cpu"), precision)] == said
+        assert slow_precision(torch.device("cuda"), precision) == []
 
 
 VIT = 'recipe.model.name="vit_tiny_patch16_224"'

@@ -4,6 +4,7 @@ from .device import (
     choose_kernels as choose_kernels,
     device_name as device_name,
     seed_generators as seed_generators,
+    slow_precision as slow_precision,
 )
 from .gradient_norms import GradientNorms as GradientNorms, listen_to_gradients as listen_to_gradients
 from .local_steps import LocalSteps as LocalSteps, local_steps_of as local_steps_of

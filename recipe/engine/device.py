@@ -1,6 +1,7 @@
 """Chooses the device of this rank and configures its kernels."""
 
 import os
+from pathlib import Path
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -33,6 +34,19 @@ def choose_device(precision: str) -> torch.device:
             "train in fp32, or run it on a GPU that supports it"
         )
     return device
+
+
+def slow_precision(device: torch.device, precision: str) -> list[str]:
+    """A warning if ``device`` is a CPU that computes faster in fp32 than in ``precision``."""
+    if device.type != "cpu" or precision not in ("fp16", "bf16"):
+        return []
+    # avx512_bf16 and amx_bf16, or bf16 on Arm. Without them, torch converts to fp32 and back.
+    if precision == "bf16" and "bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"):
+        return []
+    return [
+        f"{precision} on this CPU takes longer than fp32, perhaps many times as long; "
+        f"--set {precision}.enabled=false trains in fp32"
+    ]
 
 
 def device_name(device: torch.device) -> str:
