@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.report import add_json, context, heading, made_folder, positive, publish
+from benchmarks.report import context, heading, made_folder, new_parser, positive, publish
 from recipe.data import SyntheticImages, TrainLoader
 from recipe.model import build_model, parameter_groups
 from recipe.plan import RateSchedule
@@ -31,9 +31,8 @@ IMAGES_PER_EPOCH = 1_281_167
 CLASSES = 1000
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Measure; print a table and, with ``--json``, write it and the JSON."""
-    words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.checkpoint_cost", words)
     arguments = parse_arguments(words)
     set_up_torch()
@@ -47,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="benchmarks.checkpoint_cost", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.checkpoint_cost", __doc__)
     parser.add_argument("--model", default="resnet50", help="timm model name (default: %(default)s)")
     parser.add_argument("--image-size", type=positive, default=224, help="pixels per side (default: %(default)s)")
     parser.add_argument("--batch", type=positive, default=16, help="images per step (default: %(default)s)")
@@ -63,8 +62,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="speeds to assume (default: 2500 20000 32000)",
     )
     parser.add_argument("--folder", type=made_folder, help="folder for temporary checkpoints (default: the system's)")
-    add_json(parser)
-    return parser.parse_args(argv)
+    return parser.parse_args(words)
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -186,4 +184,4 @@ def _duration(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

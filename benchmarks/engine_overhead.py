@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import SGD, Optimizer
 
-from benchmarks.report import add_json, at_least, context, heading, positive, publish
+from benchmarks.report import at_least, context, heading, new_parser, positive, publish
 from recipe.data import Batch, SyntheticImages, TrainLoader
 from recipe.model import build_model, parameter_groups
 from recipe.plan import RateSchedule
@@ -67,9 +67,8 @@ class Loop(NamedTuple):
         return torch.cat([p.detach().reshape(-1) for group in self.optimizer.param_groups for p in group["params"]])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Measure; print a table and, with ``--json``, write it and the JSON."""
-    words = list(sys.argv[1:] if argv is None else argv)
     arguments, where = parse_arguments(words), context("benchmarks.engine_overhead", words)
     set_up_torch()  # spawned ranks inherit the environment before they import torch
     if "RANK" in os.environ:  # a launcher started this process as one of its ranks
@@ -114,9 +113,9 @@ def add_loop_options(parser: argparse.ArgumentParser, accumulation: list[int]) -
     )
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; exit on a combination that cannot run."""
-    parser = argparse.ArgumentParser(prog="benchmarks.engine_overhead", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.engine_overhead", __doc__)
     add_loop_options(parser, accumulation=[1, 8, 32])
     parser.add_argument(
         "--world-size",
@@ -125,8 +124,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=[1],
         help="numbers of ranks, measured one after the other (default: 1); not with torchrun",
     )
-    add_json(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     if torch.cuda.is_available() and "RANK" not in os.environ and max(arguments.world_size) > torch.cuda.device_count():
         parser.error(f"--world-size {max(arguments.world_size)}: NCCL needs a GPU for each rank")
     return arguments
@@ -398,4 +396,4 @@ def shown(quartiles: dict[str, float], form: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

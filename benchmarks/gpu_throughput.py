@@ -60,7 +60,7 @@ from benchmarks.engine_overhead import (
     synthetic_batches,
 )
 from benchmarks.input_pipeline import Repeated
-from benchmarks.report import add_json, at_least, context, heading, positive, say, write
+from benchmarks.report import at_least, context, heading, new_parser, positive, say, write
 from recipe.data import (
     PREFETCHED,
     Batch,
@@ -104,9 +104,8 @@ class Contender(NamedTuple):
     waiting_batches: int = 0  # prepared by the loader during other loops' turns, and therefore not timed
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Measure; print a table and, with ``--json``, write both; return 1 if a loop failed, 130 after Ctrl-C."""
-    words = list(sys.argv[1:] if argv is None else argv)
     arguments, where = parse_arguments(words), context("benchmarks.gpu_throughput", words)
     set_up_torch()
     from recipe.engine import join_process_group, set_log_level
@@ -142,11 +141,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code or int(failed(report["results"]))
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; the defaults depend on whether there is a GPU."""
     gpu = torch.cuda.is_available()
     size = 256 if gpu else 8
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu_throughput", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.gpu_throughput", __doc__)
     parser.add_argument(
         "--model", default="resnet50" if gpu else "test_resnet", help="timm model name (default: %(default)s)"
     )
@@ -191,8 +190,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="processes that read images (default: cores minus one, %(default)s)",
     )
     parser.add_argument("--peak-tflops", type=float, help="the GPU's peak in this precision, if not built in")
-    add_json(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     if not timm.is_model(arguments.model):
         parser.error(f"--model {arguments.model}: timm has no model of this name")
     if arguments.precision == "fp16" and not gpu:
@@ -529,4 +527,4 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -16,7 +16,6 @@ micro-batches of 16 to 128 and 0 or 2 loader processes per rank. The report has
     python -m benchmarks.hardware_independence --json benchmarks/results/hardware_independence_cpu.json
 """
 
-import argparse
 import itertools
 import json
 import shutil
@@ -32,7 +31,7 @@ import scipy.stats
 import torch
 
 from benchmarks.launch import run_direct
-from benchmarks.report import add_json, context, heading, positive, publish
+from benchmarks.report import context, heading, new_parser, positive, publish
 
 BATCH, STEPS_PER_EPOCH = 512, 2
 N = 32
@@ -182,20 +181,16 @@ def one_step(runs: Runs, base: Path, start: int, splits: Sequence[Split]) -> dic
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Run everything; return 1 if a split changed a result that must not change."""
-    words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.hardware_independence", words)
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.hardware_independence", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = new_parser("benchmarks.hardware_independence", __doc__, "table and plots are written next to it")
     parser.add_argument("--epochs", type=positive, default=25, help="epochs of two steps each (default: %(default)s)")
     parser.add_argument(
         "--splits", type=positive, default=len(GRID), help="number of splits from the grid (default: all %(default)s)"
     )
     parser.add_argument("--only-fp64", action="store_true", help="run only the first of the four parts")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time (default: %(default)s)")
-    add_json(parser, "table and plots are written next to it")
     arguments = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(Path(folder), arguments.epochs, arguments.jobs)
@@ -363,4 +358,4 @@ def plot(report: dict[str, Any], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -47,7 +47,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional
 
-from benchmarks.report import add_device, add_json, context, heading, parse_device, positive, publish, say
+from benchmarks.report import add_device, context, heading, new_parser, parse_device, positive, publish, say
 from recipe.commands.pack.command import pack
 from recipe.data import (
     Decoder,
@@ -77,9 +77,8 @@ MADE_UP = {"width": 500, "height": 375, "quality": 92, "classes": 2}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Measure; print a table and, with ``--json``, write it and the JSON."""
-    words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.input_pipeline", words, ("torch", "torchvision", "timm", "pillow", "simplejpeg"))
     arguments = parse_arguments(words)
     torch.set_num_threads(1)
@@ -127,10 +126,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; the defaults depend on the device."""
-    parser = argparse.ArgumentParser(prog="benchmarks.input_pipeline", description=(__doc__ or "").splitlines()[0])
-    on_gpu, cores = parse_device(parser.prog, argv).type == "cuda", len(os.sched_getaffinity(0))
+    parser = new_parser("benchmarks.input_pipeline", __doc__)
+    on_gpu, cores = parse_device(parser.prog, words).type == "cuda", len(os.sched_getaffinity(0))
 
     def several(option: str, on_cpu: list[int], on_a_gpu: list[int], meaning: str, metavar: str | None = None) -> None:
         default = on_a_gpu if on_gpu else on_cpu
@@ -163,8 +162,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help=f"decoders whose loaders are measured as well (default: {'gpu dali' if on_gpu else 'none'})",
     )
     add_device(parser, "where the loaders' batches go")
-    add_json(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     try:
         if arguments.images is not None:
             ImageFolder(arguments.images)
@@ -491,4 +489,4 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

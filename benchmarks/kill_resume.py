@@ -8,7 +8,6 @@ averages, loss scale) must then equal those of a run that was never killed. A ki
     python -m benchmarks.kill_resume --kills 100 --json benchmarks/results/kill_resume_cpu.json
 """
 
-import argparse
 import json
 import os
 import random
@@ -26,7 +25,7 @@ import torch
 
 from benchmarks.killed_train import MOMENTS
 from benchmarks.launch import ROOT, deepspeed_command, environment
-from benchmarks.report import add_json, context, heading, positive, publish
+from benchmarks.report import context, heading, new_parser, positive, publish
 
 TIMEOUT_SECONDS = 600
 EPOCHS, STEPS_PER_EPOCH, SAVE_EVERY = 4, 5, 2
@@ -237,14 +236,12 @@ def run_killed(
     return outcomes
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Kill as often as requested; return 1 if a run differs from the undisturbed one."""
-    words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.kill_resume", words)
-    parser = argparse.ArgumentParser(prog="benchmarks.kill_resume", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.kill_resume", __doc__)
     parser.add_argument("--kills", type=positive, default=100, help="total number of kills (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed for drawing the moments (default: %(default)s)")
-    add_json(parser)
     arguments = parser.parse_args(words)
     dice = random.Random(arguments.seed)
     settings = [Setting(1, "fp32"), Setting(2, "fp32"), Setting(1, "fp16", image_size=8)]  # CPUs are slow at fp16
@@ -306,4 +303,4 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -30,7 +30,7 @@ from benchmarks.engine_overhead import (
     synthetic_batches,
     timed,
 )
-from benchmarks.report import add_json, context, heading, publish
+from benchmarks.report import context, heading, new_parser, publish
 from recipe.config import NoiseScale
 from recipe.model import build_model
 from recipe.train import set_up_torch
@@ -39,9 +39,8 @@ EVERY_STEPS: int = NoiseScale.model_fields["every_steps"].default
 LOOPS = {"does not measure": None, "listens": lambda: False, "measures": lambda: True}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Measure; on rank 0 print a table and, with ``--json``, write it and the JSON."""
-    words = list(sys.argv[1:] if argv is None else argv)
     arguments, before = parse_arguments(words), context("benchmarks.noise_scale_cost", words)
     set_up_torch()
     from recipe.engine import join_process_group, set_log_level
@@ -64,12 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="benchmarks.noise_scale_cost", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.noise_scale_cost", __doc__)
     add_loop_options(parser, accumulation=[1, 8])
-    add_json(parser)
-    return parser.parse_args(argv)
+    return parser.parse_args(words)
 
 
 def measure(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> dict[str, Any]:
@@ -153,4 +151,4 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -6,7 +6,6 @@ for each seed, smoothed over about 20 measurements (fewer in the first rows).
     python -m benchmarks.noise_scale_digits --json benchmarks/results/noise_scale_digits_cpu.json
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.launch import ROOT, deepspeed_command, environment
-from benchmarks.report import add_json, context, heading, positive, publish
+from benchmarks.report import context, heading, new_parser, positive, publish
 from recipe.plan import DIGITS_IMAGES
 from recipe.reporting import read_events
 
@@ -26,12 +25,10 @@ VALUES = ("noise_scale", "gradient_variance", "gradient_norm_squared")
 TIMEOUT_SECONDS = 1200
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Train; print a table and, with ``--json``, write it and the JSON."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="benchmarks.noise_scale_digits", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.noise_scale_digits", __doc__)
     parser.add_argument("--seeds", type=positive, default=5, help="number of runs (default: %(default)s)")
-    add_json(parser)
     arguments, before = parser.parse_args(words), context("benchmarks.noise_scale_digits", words)
     with tempfile.TemporaryDirectory() as folder:
         results = [measure(seed, Path(folder, str(seed))) for seed in range(arguments.seeds)]
@@ -99,4 +96,4 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

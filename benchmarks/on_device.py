@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from benchmarks.report import add_device, add_json, context, heading, parse_device, positive, publish, say
+from benchmarks.report import add_device, context, heading, new_parser, parse_device, positive, publish, say
 from recipe.config import read_config
 from recipe.data import Batch, HeldImages, TrainLoader, list_imagefolder, open_datasets
 from recipe.model import build_model, cast_parameters
@@ -36,9 +36,8 @@ from recipe.plan import make_plan
 ALONE, HELD, FOLDER = "one batch again and again", "held on the device", "read from the folder"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Measure; print a table and, with ``--json``, write it and the JSON."""
-    words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.on_device", words, ("torch", "timm", "simplejpeg"))
     arguments = parse_arguments(words)
     with tempfile.TemporaryDirectory() as temporary:
@@ -55,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; exit if the measurement is impossible. The defaults depend on the device."""
-    parser = argparse.ArgumentParser(prog="benchmarks.on_device", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.on_device", __doc__)
     cores = len(os.sched_getaffinity(0))
-    on_gpu = parse_device(parser.prog, argv).type == "cuda"
+    on_gpu = parse_device(parser.prog, words).type == "cuda"
     parser.add_argument(
         "--config",
         type=Path,
@@ -81,8 +80,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=max(1, cores - 1) if on_gpu else 1,
         help="processes per loader (default: %(default)s)",
     )
-    add_json(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     images = arguments.micro_batch * arguments.batches
     try:
         model = read_config(arguments.config).recipe.model
@@ -206,4 +204,4 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

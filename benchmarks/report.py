@@ -23,10 +23,9 @@ def at_least(least: int) -> Callable[[str], int]:
     """An argparse type for counts of at least ``least``."""
 
     def count(text: str) -> int:
-        number = int(text) if text.isdecimal() and len(text) < 10 else -1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to 999999999")
-        return number
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}")
+        return int(text)
 
     return count
 
@@ -70,8 +69,13 @@ def parse_device(prog: str, words: Sequence[str]) -> torch.device:
     return parsed
 
 
-def add_json(parser: argparse.ArgumentParser, beside: str = "the table is written next to it, as .md") -> None:
-    """Add the option ``--json``; ``beside`` says in the help what is written next to the JSON."""
+def new_parser(
+    program: str, doc: str | None, beside: str = "the table is written next to it, as .md"
+) -> argparse.ArgumentParser:
+    """A parser for ``python -m program``, described by the first line of its docstring, with the option ``--json``.
+
+    ``beside`` says in the help what is written next to the JSON.
+    """
 
     def results(text: str) -> Path:
         file = made_folder(str(Path(text).parent)) / Path(text).name
@@ -79,7 +83,9 @@ def add_json(parser: argparse.ArgumentParser, beside: str = "the table is writte
             raise argparse.ArgumentTypeError(f"{text} cannot be the JSON: a file's name is expected, not in .md")
         return file
 
+    parser = argparse.ArgumentParser(program, description=(doc or "").splitlines()[0])
     parser.add_argument("--json", type=results, metavar="FILE", help=f"results file; {beside}")
+    return parser
 
 
 def say(progress: str) -> None:

@@ -11,7 +11,6 @@ predicts large clusters, under stated assumptions.
     python -m benchmarks.scaling --hosts 1gbit 200mbit --json benchmarks/results/scaling_cpu.json
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.launch import ROOT, deepspeed_command, environment
-from benchmarks.report import add_json, context, heading, positive, publish
+from benchmarks.report import context, heading, new_parser, positive, publish
 from benchmarks.scaling_rank import FOUND, MODEL
 from recipe.plan import Link, all_reduce_bytes, all_reduce_seconds, efficiency, exposed_seconds
 
@@ -115,11 +114,10 @@ def on_paper() -> list[dict[str, Any]]:
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Measure all cases; print the tables and, with ``--json``, write them and the JSON."""
-    words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.scaling", words)
-    parser = argparse.ArgumentParser(prog="benchmarks.scaling", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.scaling", __doc__)
     parser.add_argument(
         "--ranks", type=positive, nargs="+", default=[1, 2, 4], help="ranks on this machine (default: 1 2 4)"
     )
@@ -128,7 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--micro-batch", type=positive, default=16, help="images per rank and step (default: %(default)s)"
     )
     parser.add_argument("--steps", type=positive, default=15, help="steps per kind of reduction (default: %(default)s)")
-    add_json(parser)
     arguments = parser.parse_args(words)
     cases: list[tuple[int, str | None]] = [(ranks, None) for ranks in arguments.ranks]
     cases += [(ranks, rate) for rate in arguments.hosts for ranks in (2, 4)]
@@ -224,4 +221,4 @@ def _ms(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.launch import ROOT, deepspeed_command, environment
-from benchmarks.report import add_json, context, heading, made_folder, positive, publish, say
+from benchmarks.report import context, heading, made_folder, new_parser, positive, publish, say
 from benchmarks.timed_train import ORDER
 
 SCRIPT = "benchmarks/timed_train.py"
@@ -28,9 +28,8 @@ LAUNCHES: dict[str, int | None] = {"python": None, "deepspeed-1": 1, "deepspeed-
 NAMES = {"python": "python, 1 rank", "deepspeed-1": "deepspeed, 1 rank", "deepspeed-2": "deepspeed, 2 ranks"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Measure; print a table and, with ``--json``, write it and the JSON."""
-    words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.startup", words, ("torch", "torchvision", "deepspeed", "timm"))
     arguments = parse_arguments(words)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -42,14 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="benchmarks.startup", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.startup", __doc__)
     parser.add_argument("--launches", nargs="+", choices=LAUNCHES, default=list(LAUNCHES), help="(default: all)")
     parser.add_argument("--rounds", type=positive, default=5, help="launches of each kind (default: %(default)s)")
     parser.add_argument("--folder", type=made_folder, help="folder for temporary run folders (default: the system's)")
-    add_json(parser)
-    return parser.parse_args(argv)
+    return parser.parse_args(words)
 
 
 def starts(folder: Path, launches: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
@@ -106,4 +104,4 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

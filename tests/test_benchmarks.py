@@ -34,9 +34,9 @@ from tests.launch import ROOT, forked, module, train_ok
 @pytest.mark.parametrize(
     ("benchmark", "words", "problem"),
     [
-        (gpu_throughput, "--micro-batch -1", "argument --micro-batch: expected a whole number from 1 to"),
-        (gpu_throughput, "--steps 0", "argument --steps: expected a whole number from 1 to"),
-        (gpu_throughput, "--rounds 1", "argument --rounds: expected a whole number from 2 to"),
+        (gpu_throughput, "--micro-batch -1", "argument --micro-batch: expected a whole number of at least 1"),
+        (gpu_throughput, "--steps 0", "argument --steps: expected a whole number of at least 1"),
+        (gpu_throughput, "--rounds 1", "argument --rounds: expected a whole number of at least 2"),
         (gpu_throughput, "--model resnet19", "--model resnet19: timm has no model of this name"),
         (gpu_throughput, "--pack {folder}/empty", "{folder}/empty is not a complete pack"),
         (
@@ -44,12 +44,12 @@ from tests.launch import ROOT, forked, module, train_ok
             "--images {folder}/two/train --loops bare",
             "--images: the recipe trains on them, and --loops",
         ),
-        (input_pipeline, "--made-up 0", "argument --made-up: expected a whole number from 1 to"),
-        (input_pipeline, "--workers 1 0", "argument --workers: expected a whole number from 1 to"),
+        (input_pipeline, "--made-up 0", "argument --made-up: expected a whole number of at least 1"),
+        (input_pipeline, "--workers 1 0", "argument --workers: expected a whole number of at least 1"),
         (input_pipeline, "--images {folder}/no", "--images {folder}/no: No such file or directory; a folder of images"),
         (input_pipeline, "--images {folder}/empty", "--images {folder}/empty: Couldn't find any class folder in"),
         (input_pipeline, "--images {folder}", "--images {folder}: Found no valid file for the classes empty"),
-        (on_device, "--batches 0", "argument --batches: expected a whole number from 1 to"),
+        (on_device, "--batches 0", "argument --batches: expected a whole number of at least 1"),
         (on_device, "--config {folder}/no.json", "{folder}/no.json"),
         (on_device, "--data {folder}/no", "there is no folder {folder}/no; it should contain train/ and val/"),
         (
@@ -58,7 +58,7 @@ from tests.launch import ROOT, forked, module, train_ok
             "2 training images in {folder}/two; --batches 8 of --micro-batch 64",
         ),
         (on_device, "--device cuda:0", "argument --device: torch finds no GPU; use cpu"),
-        (startup, "--rounds 0", "argument --rounds: expected a whole number from 1 to"),
+        (startup, "--rounds 0", "argument --rounds: expected a whole number of at least 1"),
         (startup, "--folder {file}/below", "argument --folder: {file}/below cannot be made a folder: Not a directory"),
         (startup, "--json {file}/below.json", "argument --json: {file} cannot be made a folder: File exists"),
         (startup, "--json {folder}/table.md", "argument --json: {folder}/table.md cannot be the JSON"),
