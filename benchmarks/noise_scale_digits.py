@@ -6,14 +6,13 @@ for each seed, smoothed over about 20 measurements (fewer in the first rows).
     python -m benchmarks.noise_scale_digits --json benchmarks/results/noise_scale_digits_cpu.json
 """
 
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launch import ROOT, deepspeed_command, environment
+from benchmarks.launch import deepspeed_command, run_ok
 from benchmarks.report import context, heading, new_parser, positive, publish
 from recipe.plan import DIGITS_IMAGES
 from recipe.reporting import read_events
@@ -22,7 +21,6 @@ CONFIG = "ds_configs/digits_b512.json"
 BATCH, STEPS_PER_EPOCH = 512, 2
 AFTER_EPOCHS = (5, 10, 15, 20, 25, 30, 35, 40)
 VALUES = ("noise_scale", "gradient_variance", "gradient_norm_squared")
-TIMEOUT_SECONDS = 1200
 
 
 def main(words: Sequence[str]) -> int:
@@ -42,17 +40,7 @@ def measure(seed: int, output: Path) -> dict[str, Any]:
     changes = {"recipe.noise_scale.enabled": "true", "recipe.noise_scale.every_steps": 1, "recipe.seed": seed}
     overrides = [f"--set={key}={value}" for key, value in changes.items()]
     words = ("--deepspeed_config", CONFIG, "--output", str(output), *overrides)
-    done = subprocess.run(
-        deepspeed_command(1, "recipe/train.py", *words),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"seed {seed} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    run_ok(deepspeed_command(1, "recipe/train.py", *words))
     return {"seed": seed, "after_epoch": after_epochs(read_events(output))}
 
 

@@ -13,7 +13,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.launch import ROOT, direct_command, environment
+from benchmarks.launch import direct_command, run_ok
 from benchmarks.report import context, heading, made_folder, new_parser, positive, publish, say
 from recipe.commands.study.results import CONFIDENCE, interval
 from recipe.data import open_datasets
@@ -313,12 +312,7 @@ def held_out(data: Path) -> Path:
 
 
 def _run(command: Sequence[str]) -> None:
-    threads = str(len(os.sched_getaffinity(0)))
-    ended = subprocess.run(
-        command, cwd=ROOT, env=environment(OMP_NUM_THREADS=threads), capture_output=True, text=True, check=False
-    )
-    if ended.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stdout}\n{ended.stderr}")
+    run_ok(command, OMP_NUM_THREADS=str(len(os.sched_getaffinity(0))))
 
 
 def format_report(report: dict[str, Any]) -> str:

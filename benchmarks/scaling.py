@@ -12,7 +12,6 @@ predicts large clusters, under stated assumptions.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,13 +19,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.launch import ROOT, deepspeed_command, environment
-from benchmarks.report import context, heading, new_parser, positive, publish
+from benchmarks.launch import deepspeed_command, run_ok
+from benchmarks.report import context, heading, new_parser, positive, publish, say
 from benchmarks.scaling_rank import FOUND, MODEL
 from recipe.plan import Link, all_reduce_bytes, all_reduce_seconds, efficiency, exposed_seconds
 
 SCRIPT = "benchmarks/scaling_rank.py"
-TIMEOUT_SECONDS = 600
 
 # Hypothetical clusters: ResNet-50 in fp16, an all-reduce of fp16 gradients.
 RESNET50_GRADIENT_BYTES = 2 * 25_557_032
@@ -47,16 +45,7 @@ def measure(ranks: int, micro_batch: int, steps: int, rate: str | None) -> dict[
         folder.mkdir()
         words = ("--micro-batch", str(micro_batch), "--steps", str(steps), "--folder", str(folder))
         if rate is None:
-            done = subprocess.run(
-                deepspeed_command(ranks, SCRIPT, *words),
-                cwd=ROOT,
-                env=environment(),
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT_SECONDS,
-                check=False,
-            )
-            code, printed = done.returncode, done.stdout + done.stderr
+            run_ok(deepspeed_command(ranks, SCRIPT, *words))
         else:
             from tests.multinode.cluster import Cluster
 
@@ -64,10 +53,9 @@ def measure(ranks: int, micro_batch: int, steps: int, rate: str | None) -> dict[
                 for host in cluster.names:
                     cluster.limit(host, rate)
                 with cluster.launched(*words, script=SCRIPT) as process:
-                    printed, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-                    code = process.returncode
-        if code != 0:
-            raise RuntimeError(f"{ranks} ranks ended with {code}:\n{printed}")
+                    printed, _ = process.communicate()
+                if process.returncode != 0:
+                    raise RuntimeError(f"{ranks} hosts ended with {process.returncode}:\n{printed}")
         return summarise(json.loads((folder / FOUND).read_text()), ranks, rate)
 
 
@@ -131,7 +119,7 @@ def main(words: Sequence[str]) -> int:
     cases += [(ranks, rate) for rate in arguments.hosts for ranks in (2, 4)]
     results = []
     for ranks, rate in cases:
-        print(f"{ranks} ranks{f', hosts with links of {rate}' if rate else ''}", file=sys.stderr, flush=True)
+        say(f"{ranks} ranks{f', hosts with links of {rate}' if rate else ''}")
         results.append(measure(ranks, arguments.micro_batch, arguments.steps, rate))
     report = before | {
         "settings": {"model": MODEL, "micro_batch": arguments.micro_batch, "steps": arguments.steps},

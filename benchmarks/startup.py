@@ -8,7 +8,6 @@ ends after its first step.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,13 +16,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.launch import ROOT, deepspeed_command, environment
+from benchmarks.launch import deepspeed_command, run_ok
 from benchmarks.report import context, heading, made_folder, new_parser, positive, publish, say
 from benchmarks.timed_train import ORDER
 
 SCRIPT = "benchmarks/timed_train.py"
 CONFIG = "ds_configs/digits_b512.json"
-TIMEOUT_SECONDS = 300
 LAUNCHES: dict[str, int | None] = {"python": None, "deepspeed-1": 1, "deepspeed-2": 2}
 NAMES = {"python": "python, 1 rank", "deepspeed-1": "deepspeed, 1 rank", "deepspeed-2": "deepspeed, 2 ranks"}
 
@@ -71,17 +69,7 @@ def start(output: Path, ranks: int | None) -> dict[str, float]:
     words = (SCRIPT, "--deepspeed_config", CONFIG, "--output", str(output))
     command = [sys.executable, *words] if ranks is None else deepspeed_command(ranks, *words)
     times = output.with_suffix(".json")
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment(COMMAND_GIVEN=str(time.monotonic()), TIMES_FILE=str(times)),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    run_ok(command, COMMAND_GIVEN=str(time.monotonic()), TIMES_FILE=str(times))
     seconds: dict[str, float] = json.loads(times.read_text())
     return seconds
 
