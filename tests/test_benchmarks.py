@@ -218,24 +218,29 @@ def test_hardware_independence_holds_only_where_losses_and_validations_agree(tmp
 
     reference = run("reference", [2.0, 1.0])
 
-    def verdict(other: Path, **results: object) -> bool:
+    # A variance of 1 over three seeds, and within each pair one of d² / 2: 5 % of F's values for (3, 2) degrees of
+    # freedom are above 19.16, as tables say.
+    def pairs(d: float) -> list[dict[str, float]]:
+        return [{"reference": top1, "other": top1 + d} for top1 in (90.0, 91.0, 92.0)]
+
+    step_within = [{"parts_by": {"a": 1e-6, "b": 9e-6}}]
+    accurate = pairs(0.0)
+
+    def verdict(
+        other: Path, one_step: list[dict[str, object]] = step_within, accuracies: list[dict[str, float]] = accurate
+    ) -> bool:
         compared = hardware_independence.compare(other, reference)
-        return hardware_independence.holds({"fp64": {"split": compared}} | results)
+        results = {"fp64": {"split": compared}, "one_step": one_step, "accuracies": accuracies}
+        return hardware_independence.holds(results)
 
     assert verdict(run("rounded", [2.0, 1.0 + 5e-10]))
     assert not verdict(run("parted", [2.0, 1.0 + 2e-9]))
     assert not verdict(run("validated otherwise", [2.0, 1.0], top1=49.9))
     same = run("same", [2.0, 1.0])
     assert not verdict(same, one_step=[{"parts_by": {"a": 1e-6, "b": 2e-5}}])
-    assert verdict(same, one_step=[{"parts_by": {"a": 1e-6, "b": 9e-6}}])
     once = [{"parts_by": {"a": 1e-6, "b": 2e-5}}, {"parts_by": {"a": 2e-5, "b": 9e-6}}]
     assert verdict(same, one_step=once)
     assert not verdict(same, one_step=[*once[:1], {"parts_by": {"a": 1e-6, "b": 2e-5}}])
-
-    # A variance of 1 over three seeds, and within each pair one of d² / 2: 5 % of F's values for (3, 2) degrees of
-    # freedom are above 19.16, as tables say.
-    def pairs(d: float) -> list[dict[str, float]]:
-        return [{"reference": top1, "other": top1 + d} for top1 in (90.0, 91.0, 92.0)]
 
     assert verdict(same, accuracies=pairs((2 * 19.0) ** 0.5))
     assert not verdict(same, accuracies=pairs((2 * 19.4) ** 0.5))
