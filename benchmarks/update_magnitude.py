@@ -59,7 +59,7 @@ def main(words: Sequence[str]) -> int:
     publish(report, format_report(report), arguments.json)
     if arguments.json is not None:
         draw_moves(results["moves"], arguments.json.with_suffix(""))
-        draw_convergence(results["convergence"], convergence_figure(arguments.json))
+        draw_convergence(results["convergence"], arguments.json.with_name(f"{arguments.json.stem}_convergence"))
     return 0
 
 
@@ -306,17 +306,14 @@ def draw_convergence(convergence: Sequence[dict[str, Any]], file: Path) -> None:
     for axes, label in ((by_steps, "T, optimizer steps"), (by_images, "images seen")):
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:,g}")  # new_figure draws no formulas, such as matplotlib's powers of ten
         axes.set_xlabel(label)
     by_steps.set_ylabel("|∇L|² over all training images")
     by_steps.set_title("Fewer steps at a larger batch …")
     by_images.set_title("… on as many images")
     by_steps.legend(frameon=False)
     save_figure(figure, file)
-
-
-def convergence_figure(json: Path) -> Path:
-    """The path of part 2's figure."""
-    return json.with_name(f"{json.stem}_convergence")
 
 
 if __name__ == "__main__":

@@ -308,6 +308,20 @@ def test_a_committed_table_is_what_the_program_makes_of_its_numbers(program: Mod
     assert program.format_report(json.loads(file.read_text())) == file.with_suffix(".md").read_text()
 
 
+def test_figures_name_their_logarithmic_ticks(tmp_path: Path) -> None:
+    reports = {
+        program: json.loads((ROOT / f"benchmarks/results/{program}_cpu.json").read_text())
+        for program in ("hardware_independence", "update_magnitude")
+    }
+    hardware_independence.plot(reports["hardware_independence"], tmp_path / "differences")
+    update_magnitude.draw_moves(reports["update_magnitude"]["results"]["moves"], tmp_path / "moves")
+    update_magnitude.draw_convergence(reports["update_magnitude"]["results"]["convergence"], tmp_path / "convergence")
+    for figure, tick in {"differences": "0.01", "moves": "16", "convergence": "10,000"}.items():
+        drawn = (tmp_path / figure).with_suffix(".svg").read_text()
+        assert f"<!-- {tick} -->" in drawn
+        assert "mathdefault" not in drawn  # a formula that is not typeset
+
+
 def test_noise_scale_digits_shows_where_nothing_was_measured() -> None:
     report = json.loads((ROOT / "benchmarks/results/noise_scale_digits_cpu.json").read_text())
     report["results"][0]["after_epoch"]["5"]["noise_scale"] = None
