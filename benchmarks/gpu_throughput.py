@@ -516,7 +516,8 @@ def format_report(report: dict[str, Any]) -> str:
         "at least 0.98, ÷ timm's and torchvision's above 1; from JPEGs ÷ synthetic images at least 0.6, from a pack of "
         "raw pixels at least 0.95.",
     ]
-    if fed_from := ", ".join(f"{count:,} ({option})" for option, count in settings["fed_from"].items()):
+    # The committed results are older than this setting.
+    if fed_from := ", ".join(f"{count:,} ({option})" for option, count in settings.get("fed_from", {}).items()):
         lines += ["", f"Images on disk: {fed_from}, read again and again by {settings['workers']} processes.", ""]
     if on_gpu:
         for micro_batch, ratios in report["goals"].items():
