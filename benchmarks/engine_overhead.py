@@ -40,8 +40,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import SGD, Optimizer
 
+from benchmarks.loading import one_rank_loader
 from benchmarks.report import at_least, context, heading, new_parser, positive, publish
-from recipe.data import Batch, SyntheticImages, TrainLoader
+from recipe.data import Batch, SyntheticImages
 from recipe.model import build_model, parameter_groups
 from recipe.plan import RateSchedule
 from recipe.train import set_up_torch
@@ -204,7 +205,7 @@ def measure(arguments: argparse.Namespace, accumulation: int, device: torch.devi
 def make_loops(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> dict[str, Loop]:
     """The loops by name, with the same initial weights and the same batches."""
     world_size = dist.get_world_size()
-    batches = synthetic_batches(arguments, accumulation, device)
+    batches = synthetic_batches(arguments.micro_batch, arguments.image_size, arguments.precision, accumulation, device)
 
     def model() -> nn.Module:
         return build_model(arguments.model, CLASSES, seed=0, statistics="global").to(device)
@@ -224,26 +225,15 @@ def make_loops(arguments: argparse.Namespace, accumulation: int, device: torch.d
     return loops
 
 
-def synthetic_batches(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> list[Batch]:
+def synthetic_batches(
+    micro_batch: int, image_size: int, precision: str, accumulation: int, device: torch.device
+) -> list[Batch]:
     """The micro-batches of one step, different for each rank and micro-step."""
-    size, count = arguments.image_size, arguments.micro_batch
     batches: list[Batch] = []
     for micro_step in range(accumulation):
         seed = micro_step * dist.get_world_size() + dist.get_rank()
-        loader = TrainLoader(
-            SyntheticImages(count, classes=CLASSES, image_size=size, seed=seed, device=device),
-            global_batch=count,
-            micro_batch=count,
-            rank=0,
-            world_size=1,
-            seed=0,
-            workers=0,
-            device=device,
-            dtype=DTYPES[arguments.precision],
-            mean=(0.5,) * 3,
-            std=(0.25,) * 3,
-        )
-        batches += loader.epoch(0)
+        images = SyntheticImages(micro_batch, classes=CLASSES, image_size=image_size, seed=seed, device=device)
+        batches += one_rank_loader(images, micro_batch, device=device, dtype=DTYPES[precision]).epoch(0)
     return batches
 
 

@@ -59,7 +59,7 @@ from benchmarks.engine_overhead import (
     shown,
     synthetic_batches,
 )
-from benchmarks.input_pipeline import Repeated
+from benchmarks.loading import Repeated, one_rank_loader
 from benchmarks.report import at_least, context, heading, new_parser, positive, say, write
 from recipe.data import (
     PREFETCHED,
@@ -67,7 +67,6 @@ from recipe.data import (
     EncodedImages,
     ImageFiles,
     Samples,
-    TrainLoader,
     index_folder,
     open_decoder,
     open_pack,
@@ -75,7 +74,6 @@ from recipe.data import (
 )
 from recipe.engine import choose_kernels
 from recipe.model import build_model, parameter_groups
-from recipe.plan import PIXEL_MEAN_STD
 from recipe.train import set_up_torch
 
 WARM_UP_STEPS = 5
@@ -284,8 +282,7 @@ def make_loop(
         as_timm_makes_it = timm.create_model(arguments.model, num_classes=CLASSES)
         as_timm_makes_it.load_state_dict(model.state_dict())
         model = as_timm_makes_it
-    sizes = argparse.Namespace(micro_batch=micro_batch, image_size=arguments.image_size, precision=arguments.precision)
-    batches = synthetic_batches(sizes, 1, device)
+    batches = synthetic_batches(micro_batch, arguments.image_size, arguments.precision, 1, device)
     loop = contender.make(model.to(device).train(), batches, arguments.precision)
     start = loop.weights().cpu()
     loop.step()
@@ -315,22 +312,9 @@ def images_to_train_on(arguments: argparse.Namespace, device: torch.device) -> d
 def fed(contender: Contender, samples: Samples, workers: int, micro_batch: int, device: torch.device) -> Contender:
     """The same recipe loop on images; the labels are their classes."""
 
-    mean, std = PIXEL_MEAN_STD["imagefolder"]
-
     def make(model: nn.Module, batches: list[Batch], precision: str) -> Loop:
-        loader = TrainLoader(
-            Repeated(samples, STREAM_BATCHES * micro_batch),
-            global_batch=micro_batch,
-            micro_batch=micro_batch,
-            rank=0,
-            world_size=1,
-            seed=0,
-            workers=workers,
-            device=device,
-            dtype=batches[0].images.dtype,
-            mean=mean,
-            std=std,
-        )
+        repeated, dtype = Repeated(samples, STREAM_BATCHES * micro_batch), batches[0].images.dtype
+        loader = one_rank_loader(repeated, micro_batch, device=device, dtype=dtype, workers=workers)
         # mypy does not know that the recipe's loops accept a stream.
         return contender.make(model, batches, precision, stream=chain.from_iterable(map(loader.epoch, count())))  # type: ignore[call-arg]
 

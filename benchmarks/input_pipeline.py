@@ -47,19 +47,18 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional
 
+from benchmarks.loading import Repeated, one_rank_loader
 from benchmarks.report import add_device, context, heading, new_parser, parse_device, positive, publish, say
 from recipe.commands.pack.command import pack
 from recipe.data import (
     Decoder,
     EncodedImages,
-    HostBatch,
     ImageDataset,
     ImageFiles,
     Keys,
     NvJpeg,
     PackedImages,
     Samples,
-    TrainLoader,
     View,
     draw_views,
     index_folder,
@@ -74,7 +73,6 @@ BATCHES_PER_WORKER = 8  # of a loader's pass, whose start and end, with idle wor
 PREDICTED_WORKERS = 16
 # ImageNet's usual size and density: 500 × 375 pixels in about 100 kB.
 MADE_UP = {"width": 500, "height": 375, "quality": 92, "classes": 2}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def main(words: Sequence[str]) -> int:
@@ -214,24 +212,6 @@ def data_set(listing: ImageFolder, image_size: int) -> ImageFiles:
     return ImageFiles(folder, image_size=image_size, crop="random_resized", flip=True, seed=SEED, on_bad_image="stop")
 
 
-class Repeated(Samples):
-    """A data set, repeated until it has at least ``count`` samples."""
-
-    def __init__(self, samples: Samples, count: int) -> None:
-        self._samples, self._length = samples, len(samples) * -(-count // len(samples))
-        self.waits_for_device = samples.waits_for_device
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, keys: Keys) -> HostBatch:
-        return self._samples[keys._replace(indices=keys.indices % len(self._samples))]
-
-    def on_device(self, batch: HostBatch) -> HostBatch:
-        """Complete a batch like the data set."""
-        return self._samples.on_device(batch)
-
-
 class Reference(Dataset[Tensor]):
     """torchvision's reference with the recipe's crops, drawn in advance; PIL throughout, uint8 (3, S, S)."""
 
@@ -363,20 +343,9 @@ def loaders(
     ours |= {f"recipe, {name}": packed(path, image_size) for name, path in packs.items()}
     ours |= {f"recipe, {name}": EncodedImages(images, d, device) for name, d in decoders.items()}
     at_least = BATCHES_PER_WORKER * workers * micro_batch
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
     recipes = {
-        name: TrainLoader(
-            Repeated(samples, at_least),
-            global_batch=micro_batch,
-            micro_batch=micro_batch,
-            rank=0,
-            world_size=1,
-            seed=SEED,
-            workers=workers,
-            device=device,
-            dtype=torch.float32 if device.type == "cpu" else torch.float16,
-            mean=MEAN,
-            std=STD,
-        )
+        name: one_rank_loader(Repeated(samples, at_least), micro_batch, device=device, dtype=dtype, workers=workers)
         for name, samples in ours.items()
     }
     repeated: ConcatDataset[Tensor] = ConcatDataset([Reference(listing, image_size)] * -(-at_least // len(listing)))

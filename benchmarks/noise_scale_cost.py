@@ -76,7 +76,7 @@ def measure(arguments: argparse.Namespace, accumulation: int, device: torch.devi
     Raises:
         RuntimeError: Measuring changed the training.
     """
-    batches = synthetic_batches(arguments, accumulation, device)
+    batches = synthetic_batches(arguments.micro_batch, arguments.image_size, arguments.precision, accumulation, device)
     loops = {
         name: recipe_loop(
             build_model(arguments.model, CLASSES, seed=0, statistics="global").to(device),

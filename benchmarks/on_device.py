@@ -27,9 +27,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from benchmarks.loading import one_rank_loader
 from benchmarks.report import add_device, context, heading, new_parser, parse_device, positive, publish, say
 from recipe.config import read_config
-from recipe.data import Batch, HeldImages, TrainLoader, list_imagefolder, open_datasets
+from recipe.data import Batch, HeldImages, list_imagefolder, open_datasets
 from recipe.model import build_model, cast_parameters
 from recipe.plan import make_plan
 
@@ -115,7 +116,6 @@ def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
     plan = make_plan(read_config(arguments.config), world_size=1)
     config = plan.config.recipe
     device: torch.device = arguments.device
-    precise = device.type == "cpu"
     size, crop, flip = plan.image_sizes, config.data.crop, config.data.flip
     folder, _ = open_datasets("imagefolder", data, size, crop, flip, config.seed, "stop")
     say(f"decoding {len(folder):,} images")
@@ -123,22 +123,11 @@ def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
     held = HeldImages(folder, device, training=True)
     seconds_to_hold = time.perf_counter() - started
 
-    def loader(dataset: Any) -> TrainLoader:
-        return TrainLoader(
-            dataset,
-            global_batch=arguments.micro_batch,
-            micro_batch=arguments.micro_batch,
-            rank=0,
-            world_size=1,
-            seed=config.seed,
-            workers=arguments.workers,
-            device=device,
-            dtype=torch.float32 if precise else torch.float16,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.25, 0.25, 0.25),
-        )
-
-    loaders = {HELD: loader(held), FOLDER: loader(folder)}
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    loaders = {
+        name: one_rank_loader(data_set, arguments.micro_batch, device=device, dtype=dtype, workers=arguments.workers)
+        for name, data_set in {HELD: held, FOLDER: folder}.items()
+    }
     firsts = [next(one.epoch(0)) for one in loaders.values()]
     same = all(torch.equal(firsts[0].images, first.images) for first in firsts)
     sources: dict[str, Callable[[int], Iterator[Batch]]] = {ALONE: lambda epoch: repeat(firsts[0])}
@@ -146,7 +135,7 @@ def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
 
     model = build_model(config.model.name, config.model.num_classes, config.seed, "local", config.model.zero_init_last)
     model = model.to(device).to(memory_format=torch.channels_last)
-    cast_parameters(model, firsts[0].images.dtype)  # running averages stay in fp32, as in training
+    cast_parameters(model, dtype)  # running averages stay in fp32, as in training
     seconds: dict[str, list[float]] = {name: [] for name in sources}
     for epoch in range(arguments.rounds + 1):
         say(f"round {epoch} of {arguments.rounds}" if epoch else "warming up")
