@@ -289,7 +289,7 @@ def make_loop(
     update = loop.weights().cpu() - start
     for _ in range(WARM_UP_STEPS):
         loop.step()
-    synchronize(device)
+    torch.get_device_module(device).synchronize()
     return loop, update, torch.cuda.max_memory_allocated() - others if device.type == "cuda" else 0
 
 
@@ -325,11 +325,11 @@ def time_steps(loop: Loop, untimed: int, steps: int, device: torch.device) -> fl
     """Seconds for ``steps`` steps, after ``untimed`` steps that do not count."""
     for _ in range(untimed):
         loop.step()
-    synchronize(device)
+    torch.get_device_module(device).synchronize()
     started = time.perf_counter()
     for _ in range(steps):
         loop.step()
-    synchronize(device)
+    torch.get_device_module(device).synchronize()
     return time.perf_counter() - started
 
 
@@ -457,11 +457,6 @@ def goals(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def failed(results: list[dict[str, Any]]) -> bool:
     """Whether a loop raised or trained differently from the first; running out of memory does not count."""
     return any(result.get("problem", DOES_NOT_FIT) != DOES_NOT_FIT for result in results)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def release(device: torch.device) -> None:
