@@ -87,7 +87,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def add_loop_options(parser: argparse.ArgumentParser, accumulation: list[int]) -> None:
-    """Add the options of a program that times training loops; ``accumulation`` is the default of its own."""
+    """Add the options of a program that times training loops; ``accumulation`` is the default of ``--accumulation``."""
 
     def precision(text: str) -> str:
         if text == "fp16" and not torch.cuda.is_available():

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.launch import deepspeed_command, run_ok
-from benchmarks.report import context, heading, made_folder, new_parser, positive, publish, say
+from benchmarks.report import context, heading, new_parser, positive, publish, say
 from benchmarks.timed_train import ORDER
 
 SCRIPT = "benchmarks/timed_train.py"
@@ -30,7 +30,7 @@ def main(words: Sequence[str]) -> int:
     """Measure; print a table and, with ``--json``, write it and the JSON."""
     before = context("benchmarks.startup", words, ("torch", "torchvision", "deepspeed", "timm"))
     arguments = parse_arguments(words)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         report = before | {
             "settings": {"config": CONFIG, "rounds": arguments.rounds},
             "seconds_to_first_step": starts(Path(folder), arguments.launches, arguments.rounds),
@@ -44,7 +44,6 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = new_parser("benchmarks.startup", __doc__)
     parser.add_argument("--launches", nargs="+", choices=LAUNCHES, default=list(LAUNCHES), help="(default: all)")
     parser.add_argument("--rounds", type=positive, default=5, help="launches of each kind (default: %(default)s)")
-    parser.add_argument("--folder", type=made_folder, help="folder for temporary run folders (default: the system's)")
     return parser.parse_args(words)
 
 
