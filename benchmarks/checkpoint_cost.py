@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,19 +21,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.report import add_json, context, heading, made_folder, positive, publish
-from recipe.data import SyntheticImages, TrainLoader
-from recipe.model import build_model, parameter_groups
-from recipe.plan import RateSchedule
+from benchmarks.engine_overhead import CLASSES, DTYPES, TIMEOUT, recipe_engine, synthetic_batches
+from benchmarks.report import context, heading, made_folder, new_parser, positive, publish
+from recipe.model import build_model
 from recipe.train import set_up_torch
 
 IMAGES_PER_EPOCH = 1_281_167
-CLASSES = 1000
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Measure; print a table and, with ``--json``, write it and the JSON."""
-    words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.checkpoint_cost", words)
     arguments = parse_arguments(words)
     set_up_torch()
@@ -47,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="benchmarks.checkpoint_cost", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.checkpoint_cost", __doc__)
     parser.add_argument("--model", default="resnet50", help="timm model name (default: %(default)s)")
     parser.add_argument("--image-size", type=positive, default=224, help="pixels per side (default: %(default)s)")
     parser.add_argument("--batch", type=positive, default=16, help="images per step (default: %(default)s)")
-    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="(default: %(default)s)")
     parser.add_argument("--saves", type=positive, default=7, help="checkpoints to write (default: %(default)s)")
     parser.add_argument(
         "--images-per-second",
@@ -63,55 +60,31 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="speeds to assume (default: 2500 20000 32000)",
     )
     parser.add_argument("--folder", type=made_folder, help="folder for temporary checkpoints (default: the system's)")
-    add_json(parser)
-    return parser.parse_args(argv)
+    return parser.parse_args(words)
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds for a training step and for saving, checking and loading a checkpoint: median and maximum."""
     from recipe.checkpoints import checkpoint, manifest
-    from recipe.engine import join_process_group, set_log_level, start_engine, train_epoch
+    from recipe.engine import join_process_group, set_log_level, train_epoch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     set_log_level(verbose=False)
-    join_process_group(device, timedelta(minutes=10))
+    join_process_group(device, TIMEOUT)
     model = build_model(arguments.model, CLASSES, seed=0, statistics="local").to(device)
-    config: dict[str, Any] = {
-        "train_batch_size": arguments.batch,
-        "gradient_clipping": 0.0,
-        "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9, "nesterov": True}},
-    }
-    if arguments.precision != "fp32":
-        config[arguments.precision] = {"enabled": True}
-    rate = RateSchedule(0.01, 0.01, "none", 0, "linear", (), 0.1)
-    engine = start_engine(model, parameter_groups(model, 1e-4), config, rate)
-    images = arguments.batch * (arguments.saves + 1)
-    loader = TrainLoader(
-        SyntheticImages(images, classes=CLASSES, image_size=arguments.image_size, seed=0, device=device),
-        global_batch=arguments.batch,
-        micro_batch=arguments.batch,
-        rank=0,
-        world_size=1,
-        seed=0,
-        workers=0,
-        device=device,
-        dtype=next(engine.module.parameters()).dtype,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-    )
+    engine = recipe_engine(model, arguments.batch, 1, arguments.precision)
+    batches = synthetic_batches(arguments.batch, arguments.image_size, arguments.precision, 1, device)
     seconds: dict[str, list[float]] = {"step": [], "save": [], "check": [], "load": []}
 
     def timed(name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        torch.get_device_module(device).synchronize()
         started = time.perf_counter()
         result = call(*args, **kwargs)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        torch.get_device_module(device).synchronize()
         seconds[name].append(time.perf_counter() - started)
         return result
 
-    steps = train_epoch(engine, loader.epoch(0))
+    steps = train_epoch(engine, cycle(batches))
     next(steps)  # allocates memory
     for _ in range(arguments.saves):
         timed("step", next, steps)
@@ -164,9 +137,7 @@ def format_report(report: dict[str, Any]) -> str:
         "|---|---|---|",
         *(
             f"| {float(speed):,.0f}, {origin} | {_duration(IMAGES_PER_EPOCH / float(speed))} | {share:.3%} |"
-            for (speed, share), origin in zip(
-                [measured, *assumed], ["measured here"] + ["assumed"] * len(assumed), strict=True
-            )
+            for origin, (speed, share) in [("measured here", measured), *(("assumed", row) for row in assumed)]
         ),
         "",
         "Shares are for one checkpoint per epoch. The assumed speeds are not measured: one H100, eight H100s, and the "
@@ -176,14 +147,10 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:.1f} h"
-        if seconds >= 3600
-        else f"{seconds / 60:.1f} min"
-        if seconds >= 60
-        else f"{seconds:.0f} s"
-    )
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -40,8 +40,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import SGD, Optimizer
 
-from benchmarks.report import add_json, at_least, context, heading, positive, publish
-from recipe.data import Batch, SyntheticImages, TrainLoader
+from benchmarks.loading import one_rank_loader
+from benchmarks.report import at_least, context, heading, new_parser, positive, publish
+from recipe.data import Batch, SyntheticImages
 from recipe.model import build_model, parameter_groups
 from recipe.plan import RateSchedule
 from recipe.train import set_up_torch
@@ -67,13 +68,12 @@ class Loop(NamedTuple):
         return torch.cat([p.detach().reshape(-1) for group in self.optimizer.param_groups for p in group["params"]])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Measure; print a table and, with ``--json``, write it and the JSON."""
-    words = list(sys.argv[1:] if argv is None else argv)
     arguments, where = parse_arguments(words), context("benchmarks.engine_overhead", words)
     set_up_torch()  # spawned ranks inherit the environment before they import torch
     if "RANK" in os.environ:  # a launcher started this process as one of its ranks
-        results = run_rank(arguments)
+        results = run_rank(arguments, measure)
         if os.environ["RANK"] != "0":
             return 0
     else:
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_loop_options(parser: argparse.ArgumentParser, accumulation: list[int]) -> None:
-    """Add the options of a program that times training loops; ``accumulation`` is the default of its own."""
+    """Add the options of a program that times training loops; ``accumulation`` is the default of ``--accumulation``."""
 
     def precision(text: str) -> str:
         if text == "fp16" and not torch.cuda.is_available():
@@ -114,9 +114,9 @@ def add_loop_options(parser: argparse.ArgumentParser, accumulation: list[int]) -
     )
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; exit on a combination that cannot run."""
-    parser = argparse.ArgumentParser(prog="benchmarks.engine_overhead", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.engine_overhead", __doc__)
     add_loop_options(parser, accumulation=[1, 8, 32])
     parser.add_argument(
         "--world-size",
@@ -125,8 +125,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=[1],
         help="numbers of ranks, measured one after the other (default: 1); not with torchrun",
     )
-    add_json(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     if torch.cuda.is_available() and "RANK" not in os.environ and max(arguments.world_size) > torch.cuda.device_count():
         parser.error(f"--world-size {max(arguments.world_size)}: NCCL needs a GPU for each rank")
     return arguments
@@ -151,19 +150,21 @@ def _spawned_rank(rank: int, world_size: int, arguments: argparse.Namespace, fol
         world_size=world_size,
         timeout=TIMEOUT,
     )
-    results = run_rank(arguments)
+    results = run_rank(arguments, measure)
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results))
 
 
-def run_rank(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def run_rank(
+    arguments: argparse.Namespace, measure: Callable[[argparse.Namespace, int, torch.device], dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Measure every accumulation, as the rank given by the environment."""
     set_up_torch()
     from recipe.engine import join_process_group, set_log_level
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     set_log_level(verbose=False)
     join_process_group(device, TIMEOUT)
@@ -174,20 +175,12 @@ def run_rank(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> dict[str, Any]:
-    """Time the loops in turn; a loop's time in a round is that of its slowest rank."""
+    """Compare the recipe's step with the other loops'."""
     loops = make_loops(arguments, accumulation, device)
     start = loops["plain"].weights()
-    for _ in range(WARM_UP_STEPS):
-        for loop in loops.values():
-            loop.step()
+    warm_up(loops)
     differences = compare_training(loops, start, arguments.precision)
-    seconds = torch.zeros(arguments.steps, len(loops), dtype=torch.float64, device=device)
-    turns = list(enumerate(loops.values()))
-    for round_ in range(arguments.steps):
-        for column, loop in turns[round_ % len(turns) :] + turns[: round_ % len(turns)]:
-            seconds[round_, column] = timed(loop.step, device)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    by_loop = dict(zip(loops, seconds.T.tolist(), strict=True))
+    by_loop = take_turns(loops, arguments.steps, device)
     return {
         "world_size": dist.get_world_size(),
         "accumulation": accumulation,
@@ -195,9 +188,7 @@ def measure(arguments: argparse.Namespace, accumulation: int, device: torch.devi
         "threads_a_rank": torch.get_num_threads(),
         "step_ms": {name: quartiles([1000 * value for value in times]) for name, times in by_loop.items()},
         "recipe_ratio": {
-            name: quartiles([ours / theirs for ours, theirs in zip(by_loop["recipe"], times, strict=True)])
-            for name, times in by_loop.items()
-            if name != "recipe"
+            name: ratio_of(by_loop["recipe"], times) for name, times in by_loop.items() if name != "recipe"
         },
         "update_differs_from_plain_by": differences,
     }
@@ -206,7 +197,7 @@ def measure(arguments: argparse.Namespace, accumulation: int, device: torch.devi
 def make_loops(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> dict[str, Loop]:
     """The loops by name, with the same initial weights and the same batches."""
     world_size = dist.get_world_size()
-    batches = synthetic_batches(arguments, accumulation, device)
+    batches = synthetic_batches(arguments.micro_batch, arguments.image_size, arguments.precision, accumulation, device)
 
     def model() -> nn.Module:
         return build_model(arguments.model, CLASSES, seed=0, statistics="global").to(device)
@@ -226,26 +217,15 @@ def make_loops(arguments: argparse.Namespace, accumulation: int, device: torch.d
     return loops
 
 
-def synthetic_batches(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> list[Batch]:
+def synthetic_batches(
+    micro_batch: int, image_size: int, precision: str, accumulation: int, device: torch.device
+) -> list[Batch]:
     """The micro-batches of one step, different for each rank and micro-step."""
-    size, count = arguments.image_size, arguments.micro_batch
     batches: list[Batch] = []
     for micro_step in range(accumulation):
         seed = micro_step * dist.get_world_size() + dist.get_rank()
-        loader = TrainLoader(
-            SyntheticImages(count, classes=CLASSES, image_size=size, seed=seed, device=device),
-            global_batch=count,
-            micro_batch=count,
-            rank=0,
-            world_size=1,
-            seed=0,
-            workers=0,
-            device=device,
-            dtype=DTYPES[arguments.precision],
-            mean=(0.5,) * 3,
-            std=(0.25,) * 3,
-        )
-        batches += loader.epoch(0)
+        images = SyntheticImages(micro_batch, classes=CLASSES, image_size=image_size, seed=seed, device=device)
+        batches += one_rank_loader(images, micro_batch, device=device, dtype=DTYPES[precision]).epoch(0)
     return batches
 
 
@@ -261,13 +241,23 @@ def recipe_loop(
 
     It trains on ``batches`` repeatedly, or on those of ``stream``, which must match them in size and number per step.
     """
-    from recipe.engine import GradientNorms, start_engine, train_epoch, training_loss
+    from recipe.engine import GradientNorms, train_epoch, training_loss
 
-    micro_batch = len(batches[0].labels)
+    engine = recipe_engine(model, len(batches[0].labels), len(batches), precision)
+    norms = None if measured is None else GradientNorms(engine.module.parameters(), measured)
+    loss_function = training_loss(engine.module, label_smoothing=0.0, compiled=compiled)
+    steps = train_epoch(engine, stream or itertools.cycle(batches), norms, loss_function)
+    return Loop(lambda: next(steps), engine.basic_optimizer)
+
+
+def recipe_engine(model: nn.Module, micro_batch: int, accumulation: int, precision: str) -> Any:
+    """DeepSpeed's engine as the recipe starts it, with a constant rate."""
+    from recipe.engine import start_engine
+
     config: dict[str, Any] = {
-        "train_batch_size": micro_batch * len(batches) * dist.get_world_size(),
+        "train_batch_size": micro_batch * accumulation * dist.get_world_size(),
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": len(batches),
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,
         "timers": {"throughput": {"enabled": False}},  # as in all shipped configs
         "optimizer": {
@@ -280,11 +270,7 @@ def recipe_loop(
     elif precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": False}
     constant_rate = RateSchedule(RATE, RATE, "none", 0, "linear", (), 0.1)
-    engine = start_engine(model, parameter_groups(model, WEIGHT_DECAY), config, constant_rate)
-    norms = None if measured is None else GradientNorms(engine.module.parameters(), measured)
-    loss_function = training_loss(engine.module, label_smoothing=0.0, compiled=compiled)
-    steps = train_epoch(engine, stream or itertools.cycle(batches), norms, loss_function)
-    return Loop(lambda: next(steps), engine.basic_optimizer)
+    return start_engine(model, parameter_groups(model, WEIGHT_DECAY), config, constant_rate)
 
 
 def plain_loop(model: nn.Module, batches: list[Batch], precision: str) -> Loop:
@@ -348,16 +334,37 @@ def check_update(name: str, update: Tensor, reference: Tensor, precision: str, t
     return difference
 
 
+def warm_up(loops: dict[str, Loop]) -> None:
+    """Run the untimed steps of each loop."""
+    for _ in range(WARM_UP_STEPS):
+        for loop in loops.values():
+            loop.step()
+
+
+def take_turns(loops: dict[str, Loop], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds for a step of each loop in each round, on its slowest rank; each round starts with another loop."""
+    seconds = torch.zeros(rounds, len(loops), dtype=torch.float64, device=device)
+    turns = list(enumerate(loops.values()))
+    for round_ in range(rounds):
+        for column, loop in turns[round_ % len(turns) :] + turns[: round_ % len(turns)]:
+            seconds[round_, column] = timed(loop.step, device)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return dict(zip(loops, seconds.T.tolist(), strict=True))
+
+
 def timed(step: Callable[[], object], device: torch.device) -> float:
     """Seconds for one step, from when all ranks are ready until the device is done."""
     dist.barrier()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    torch.get_device_module(device).synchronize()
     started = time.perf_counter()
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    torch.get_device_module(device).synchronize()
     return time.perf_counter() - started
+
+
+def ratio_of(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Quartiles of the rounds' ratios."""
+    return quartiles([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
@@ -398,4 +405,4 @@ def shown(quartiles: dict[str, float], form: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

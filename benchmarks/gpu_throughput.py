@@ -59,15 +59,14 @@ from benchmarks.engine_overhead import (
     shown,
     synthetic_batches,
 )
-from benchmarks.input_pipeline import Repeated
-from benchmarks.report import add_json, at_least, context, heading, positive, say, write
+from benchmarks.loading import Repeated, one_rank_loader
+from benchmarks.report import at_least, context, heading, new_parser, positive, say, write
 from recipe.data import (
     PREFETCHED,
     Batch,
     EncodedImages,
     ImageFiles,
     Samples,
-    TrainLoader,
     index_folder,
     open_decoder,
     open_pack,
@@ -75,7 +74,6 @@ from recipe.data import (
 )
 from recipe.engine import choose_kernels
 from recipe.model import build_model, parameter_groups
-from recipe.plan import PIXEL_MEAN_STD
 from recipe.train import set_up_torch
 
 WARM_UP_STEPS = 5
@@ -104,9 +102,8 @@ class Contender(NamedTuple):
     waiting_batches: int = 0  # prepared by the loader during other loops' turns, and therefore not timed
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Measure; print a table and, with ``--json``, write both; return 1 if a loop failed, 130 after Ctrl-C."""
-    words = list(sys.argv[1:] if argv is None else argv)
     arguments, where = parse_arguments(words), context("benchmarks.gpu_throughput", words)
     set_up_torch()
     from recipe.engine import join_process_group, set_log_level
@@ -142,11 +139,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code or int(failed(report["results"]))
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; the defaults depend on whether there is a GPU."""
     gpu = torch.cuda.is_available()
     size = 256 if gpu else 8
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu_throughput", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.gpu_throughput", __doc__)
     parser.add_argument(
         "--model", default="resnet50" if gpu else "test_resnet", help="timm model name (default: %(default)s)"
     )
@@ -191,8 +188,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="processes that read images (default: cores minus one, %(default)s)",
     )
     parser.add_argument("--peak-tflops", type=float, help="the GPU's peak in this precision, if not built in")
-    add_json(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     if not timm.is_model(arguments.model):
         parser.error(f"--model {arguments.model}: timm has no model of this name")
     if arguments.precision == "fp16" and not gpu:
@@ -286,15 +282,14 @@ def make_loop(
         as_timm_makes_it = timm.create_model(arguments.model, num_classes=CLASSES)
         as_timm_makes_it.load_state_dict(model.state_dict())
         model = as_timm_makes_it
-    sizes = argparse.Namespace(micro_batch=micro_batch, image_size=arguments.image_size, precision=arguments.precision)
-    batches = synthetic_batches(sizes, 1, device)
+    batches = synthetic_batches(micro_batch, arguments.image_size, arguments.precision, 1, device)
     loop = contender.make(model.to(device).train(), batches, arguments.precision)
     start = loop.weights().cpu()
     loop.step()
     update = loop.weights().cpu() - start
     for _ in range(WARM_UP_STEPS):
         loop.step()
-    synchronize(device)
+    torch.get_device_module(device).synchronize()
     return loop, update, torch.cuda.max_memory_allocated() - others if device.type == "cuda" else 0
 
 
@@ -317,22 +312,9 @@ def images_to_train_on(arguments: argparse.Namespace, device: torch.device) -> d
 def fed(contender: Contender, samples: Samples, workers: int, micro_batch: int, device: torch.device) -> Contender:
     """The same recipe loop on images; the labels are their classes."""
 
-    mean, std = PIXEL_MEAN_STD["imagefolder"]
-
     def make(model: nn.Module, batches: list[Batch], precision: str) -> Loop:
-        loader = TrainLoader(
-            Repeated(samples, STREAM_BATCHES * micro_batch),
-            global_batch=micro_batch,
-            micro_batch=micro_batch,
-            rank=0,
-            world_size=1,
-            seed=0,
-            workers=workers,
-            device=device,
-            dtype=batches[0].images.dtype,
-            mean=mean,
-            std=std,
-        )
+        repeated, dtype = Repeated(samples, STREAM_BATCHES * micro_batch), batches[0].images.dtype
+        loader = one_rank_loader(repeated, micro_batch, device=device, dtype=dtype, workers=workers)
         # mypy does not know that the recipe's loops accept a stream.
         return contender.make(model, batches, precision, stream=chain.from_iterable(map(loader.epoch, count())))  # type: ignore[call-arg]
 
@@ -343,11 +325,11 @@ def time_steps(loop: Loop, untimed: int, steps: int, device: torch.device) -> fl
     """Seconds for ``steps`` steps, after ``untimed`` steps that do not count."""
     for _ in range(untimed):
         loop.step()
-    synchronize(device)
+    torch.get_device_module(device).synchronize()
     started = time.perf_counter()
     for _ in range(steps):
         loop.step()
-    synchronize(device)
+    torch.get_device_module(device).synchronize()
     return time.perf_counter() - started
 
 
@@ -477,11 +459,6 @@ def failed(results: list[dict[str, Any]]) -> bool:
     return any(result.get("problem", DOES_NOT_FIT) != DOES_NOT_FIT for result in results)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def release(device: torch.device) -> None:
     """Release the memory of a loop's steps, so that the next loop can use all of it."""
     gc.collect()
@@ -518,7 +495,8 @@ def format_report(report: dict[str, Any]) -> str:
         "at least 0.98, ÷ timm's and torchvision's above 1; from JPEGs ÷ synthetic images at least 0.6, from a pack of "
         "raw pixels at least 0.95.",
     ]
-    if fed_from := ", ".join(f"{count:,} ({option})" for option, count in settings["fed_from"].items()):
+    # The committed results are older than this setting.
+    if fed_from := ", ".join(f"{count:,} ({option})" for option, count in settings.get("fed_from", {}).items()):
         lines += ["", f"Images on disk: {fed_from}, read again and again by {settings['workers']} processes.", ""]
     if on_gpu:
         for micro_batch, ratios in report["goals"].items():
@@ -529,4 +507,4 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -16,7 +16,6 @@ micro-batches of 16 to 128 and 0 or 2 loader processes per rank. The report has
     python -m benchmarks.hardware_independence --json benchmarks/results/hardware_independence_cpu.json
 """
 
-import argparse
 import itertools
 import json
 import shutil
@@ -32,9 +31,11 @@ import scipy.stats
 import torch
 
 from benchmarks.launch import run_direct
-from benchmarks.report import add_json, context, heading, positive, publish
+from benchmarks.report import context, heading, new_parser, positive, publish, say
+from recipe.commands.figure import new_figure, save_figure
+from recipe.reporting import read_events
 
-BATCH, STEPS_PER_EPOCH = 512, 2
+BATCH, EPOCHS, STEPS_PER_EPOCH = 512, 25, 2
 N = 32
 FP64 = {"recipe.precision": "fp64"}
 LOSS_TOLERANCE = 1e-9
@@ -119,13 +120,12 @@ class Runs:
         done = self.run(*arguments, ranks=split.ranks, script=script, **variables)
         if done.returncode != exit_code:
             raise RuntimeError(f"{split} with {changes} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
-        print(f"  {split}{', one step' if variables else ''} {changes or ''}", flush=True)
+        say(f"  {split}{', one step' if variables else ''} {changes or ''}")
 
 
 def events(output: Path, kind: str) -> list[dict[str, Any]]:
     """The ``metrics.jsonl`` events of one kind."""
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["event"] == kind]
+    return [event for event in read_events(output) if event["event"] == kind]
 
 
 def compare(ours: Path, theirs: Path) -> dict[str, Any]:
@@ -182,40 +182,28 @@ def one_step(runs: Runs, base: Path, start: int, splits: Sequence[Split]) -> dic
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Run everything; return 1 if a split changed a result that must not change."""
-    words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.hardware_independence", words)
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.hardware_independence", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--epochs", type=positive, default=25, help="epochs of two steps each (default: %(default)s)")
-    parser.add_argument(
-        "--splits", type=positive, default=len(GRID), help="number of splits from the grid (default: all %(default)s)"
-    )
-    parser.add_argument("--only-fp64", action="store_true", help="run only the first of the four parts")
+    parser = new_parser("benchmarks.hardware_independence", __doc__, "table and plots are written next to it")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time (default: %(default)s)")
-    add_json(parser, "table and plots are written next to it")
     arguments = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(Path(folder), arguments.epochs, arguments.jobs)
-        results = same_training(runs, GRID[: arguments.splits])
-        if not arguments.only_fp64:
-            results |= fp32(runs) | other_trainings(runs)
-    settings = {"batch": BATCH, "n": N, "steps": arguments.epochs * STEPS_PER_EPOCH, "reference": str(REFERENCE)}
+        runs = Runs(Path(folder), EPOCHS, arguments.jobs)
+        results = same_training(runs) | fp32(runs) | other_trainings(runs)
+    settings = {"batch": BATCH, "n": N, "steps": EPOCHS * STEPS_PER_EPOCH, "reference": str(REFERENCE)}
     report = before | {"settings": settings, "results": results}
-    print()
     publish(report, format_report(report), arguments.json)
-    if arguments.json is not None and not arguments.only_fp64:
+    if arguments.json is not None:
         plot(report, arguments.json.with_suffix(""))
     return 0 if holds(results) else 1
 
 
-def same_training(runs: Runs, grid: Sequence[tuple[int, Split]]) -> dict[str, Any]:
+def same_training(runs: Runs) -> dict[str, Any]:
     """Part 1: double precision, batch norm over n images."""
     found = {}
-    for n, cases in itertools.groupby(grid, key=lambda case: case[0]):
-        print(f"fp64, batch norm over {n} images", flush=True)
+    for n, cases in itertools.groupby(GRID, key=lambda case: case[0]):
+        say(f"fp64, batch norm over {n} images")
         splits = [split for _, split in cases]
         changes = FP64 | {"recipe.batchnorm.statistics": n}
         reference, *others = runs.train_all([(split, changes) for split in (REFERENCE, *splits)])
@@ -228,7 +216,7 @@ def other_trainings(runs: Runs) -> dict[str, Any]:
     """Part 2, double precision: statistics that depend on the split."""
     results = {}
     for kind in ("global", "local"):
-        print(f'fp64, "{kind}" batch norm', flush=True)
+        say(f'fp64, "{kind}" batch norm')
         changes = FP64 | {"recipe.batchnorm.statistics": kind}
         reference, *others = runs.train_all([(split, changes) for split in (REFERENCE, *DEPENDENT)])
         results[kind] = {str(split): compare(other, reference) for split, other in zip(DEPENDENT, others, strict=True)}
@@ -237,7 +225,7 @@ def other_trainings(runs: Runs) -> dict[str, Any]:
 
 def fp32(runs: Runs) -> dict[str, Any]:
     """Parts 2 to 4 in fp32: losses, single steps, and the final top-1, in per cent, of pairs of splits."""
-    print(f"fp32, batch norm over {N} images", flush=True)
+    say(f"fp32, batch norm over {N} images")
     reference = run_with_all_checkpoints(runs)
     outputs = dict(zip(OTHERS, runs.train_all([(split, {}) for split in OTHERS]), strict=True))
     return {
@@ -265,10 +253,9 @@ def holds(results: dict[str, Any]) -> bool:
     )
     # Of a split's steps the closest: rounding that takes one activation across ReLU's kink moves a step by up to 1e-3,
     # now and then; a dependence on the split moves every step.
-    of_splits = zip(*(found["parts_by"].values() for found in results.get("one_step", [])), strict=True)
+    of_splits = zip(*(found["parts_by"].values() for found in results["one_step"]), strict=True)
     step = all(min(parts) <= STEP_TOLERANCE for parts in of_splits)
-    spread = "accuracies" not in results or p_value(results["accuracies"]) >= SIGNIFICANCE
-    return same and step and spread
+    return same and step and p_value(results["accuracies"]) >= SIGNIFICANCE
 
 
 def scatter(pairs: list[dict[str, Any]]) -> tuple[float, float]:
@@ -297,41 +284,39 @@ def format_report(report: dict[str, Any]) -> str:
     for split, found in results["fp64"].items():
         same = "same top-1, top-5 and count" if found["same_validations"] else "**different**"
         lines.append(f"| {split} | {max(found['differences']):.1e} | {same} |")
-    if "one_step" in results:
-        lines += ["", "| | relative loss difference at step 1 | 10 | last |", "|---|---|---|---|"]
-        names = {
-            "fp32": f"batch norm over {settings['n']} images, fp32",
-            "global": '"global", fp64',
-            "local": '"local", fp64',
-        }
-        for kind, name in names.items():
-            for split, found in results[kind].items():
-                at = [found["differences"][step] for step in (1, 10, -1)]
-                lines.append(f"| {name}: {split} | {' | '.join(f'{difference:.1e}' for difference in at)} |")
-        lines += ["", "| one fp32 step from the same checkpoint | weight difference ÷ update norm |", "|---|---|"]
-        for found in results["one_step"]:
-            worst = max(found["parts_by"], key=found["parts_by"].__getitem__)
-            lines.append(
-                f"| from step {found['from_step']}, rate {found['rate']:.4g}, ‖update‖ {found['update_norm']:.3g}, "
-                f"‖weights‖ {found['weights_norm']:.3g} | at most {found['parts_by'][worst]:.1e} ({worst}) |"
-            )
-        lines += ["", f"| final top-1, fp32: seed | {settings['reference']} | different split | |", "|---|---|---|---|"]
-        for pair in results["accuracies"]:
-            lines.append(f"| {pair['seed']} | {pair['reference']:.2f} % | {pair['other']:.2f} % | {pair['split']} |")
-        within, over_seeds = scatter(results["accuracies"])
-        lines += [
-            "",
-            f"Standard deviation between two splits of a seed: {within:.2f}; between seeds: {over_seeds:.2f}. F test "
-            f"that splits vary more: p = {p_value(results['accuracies']):.2f}.",
-        ]
-    lines += ["", f"Results that must not depend on the split {'agree' if holds(results) else '**differ**'}."]
+    lines += ["", "| | relative loss difference at step 1 | 10 | last |", "|---|---|---|---|"]
+    names = {
+        "fp32": f"batch norm over {settings['n']} images, fp32",
+        "global": '"global", fp64',
+        "local": '"local", fp64',
+    }
+    for kind, name in names.items():
+        for split, found in results[kind].items():
+            at = [found["differences"][step] for step in (1, 10, -1)]
+            lines.append(f"| {name}: {split} | {' | '.join(f'{difference:.1e}' for difference in at)} |")
+    lines += ["", "| one fp32 step from the same checkpoint | weight difference ÷ update norm |", "|---|---|"]
+    for found in results["one_step"]:
+        worst = max(found["parts_by"], key=found["parts_by"].__getitem__)
+        lines.append(
+            f"| from step {found['from_step']}, rate {found['rate']:.4g}, ‖update‖ {found['update_norm']:.3g}, "
+            f"‖weights‖ {found['weights_norm']:.3g} | at most {found['parts_by'][worst]:.1e} ({worst}) |"
+        )
+    lines += ["", f"| final top-1, fp32: seed | {settings['reference']} | different split | |", "|---|---|---|---|"]
+    for pair in results["accuracies"]:
+        lines.append(f"| {pair['seed']} | {pair['reference']:.2f} % | {pair['other']:.2f} % | {pair['split']} |")
+    within, over_seeds = scatter(results["accuracies"])
+    lines += [
+        "",
+        f"Standard deviation between two splits of a seed: {within:.2f}; between seeds: {over_seeds:.2f}. F test "
+        f"that splits vary more: p = {p_value(results['accuracies']):.2f}.",
+        "",
+        f"Results that must not depend on the split {'agree' if holds(results) else '**differ**'}.",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def plot(report: dict[str, Any], file: Path) -> None:
     """Plot the differences by step, as PNG and SVG."""
-    import matplotlib.pyplot as plt
-
     results, settings = report["results"], report["settings"]
     n, count = settings["n"], len(results["fp64"])
     curves = {  # colours from Okabe and Ito's colour-blind-safe palette
@@ -340,7 +325,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
         "fp32": (f"n = {n} images, fp32: the same, until chaos amplifies rounding", "#56B4E9"),
         "fp64": (f"n images, fp64: the same on all {count} splits", "#0072B2"),
     }
-    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
+    figure, axes = new_figure(size=(10, 6))
     for kind, (label, colour) in curves.items():
         for number, found in enumerate(results[kind].values()):
             shown = [max(difference, 1e-17) for difference in found["differences"]]
@@ -355,12 +340,10 @@ def plot(report: dict[str, Any], file: Path) -> None:
         ylim=(5e-18, 30),
         xlim=(0, settings["steps"] - 1),
     )
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
-    for suffix in (".png", ".svg"):
-        figure.savefig(file.with_suffix(suffix), dpi=120)
-    plt.close(figure)
+    axes.yaxis.set_major_formatter("{x:g}")  # 1e-16: new_figure draws no formulas, such as matplotlib's powers of ten
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    save_figure(figure, file)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -19,8 +19,8 @@ Without a GPU, libjpeg-turbo stands in for nvJPEG: it is set to repeat the subsa
 
     python -m benchmarks.input_pipeline --images DIR --json benchmarks/results/input_pipeline_cpu.json
 
-DIR has one folder per class; without it, JPEGs are generated, and the ratios apply to those. With ``--device cuda`` the
-defaults suit a GPU: more images, one worker per core but one, and both decoders.
+DIR has one folder per class; without it, JPEGs are generated, and the ratios apply to those. With a GPU, batches go
+there, and the defaults suit it: more images, one worker per core but one, and both decoders.
 """
 
 import argparse
@@ -47,19 +47,18 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional
 
-from benchmarks.report import add_device, add_json, context, heading, parse_device, positive, publish, say
+from benchmarks.loading import Repeated, one_rank_loader
+from benchmarks.report import context, heading, new_parser, positive, publish, say
 from recipe.commands.pack.command import pack
 from recipe.data import (
     Decoder,
     EncodedImages,
-    HostBatch,
     ImageDataset,
     ImageFiles,
     Keys,
     NvJpeg,
     PackedImages,
     Samples,
-    TrainLoader,
     View,
     draw_views,
     index_folder,
@@ -74,12 +73,10 @@ BATCHES_PER_WORKER = 8  # of a loader's pass, whose start and end, with idle wor
 PREDICTED_WORKERS = 16
 # ImageNet's usual size and density: 500 × 375 pixels in about 100 kB.
 MADE_UP = {"width": 500, "height": 375, "quality": 92, "classes": 2}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Measure; print a table and, with ``--json``, write it and the JSON."""
-    words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.input_pipeline", words, ("torch", "torchvision", "timm", "pillow", "simplejpeg"))
     arguments = parse_arguments(words)
     torch.set_num_threads(1)
@@ -98,39 +95,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             "settings": {
                 "images": len(listing),
                 "made_up": arguments.images is None,
-                "image_size": arguments.image_size,
-                "rounds": arguments.rounds,
-                "micro_batch": arguments.micro_batch,
+                **{key: getattr(arguments, key) for key in ("image_size", "rounds", "micro_batch")},
                 "device": str(arguments.device),
             },
-            "one_thread": one_thread(listing, packs, arguments.image_size, arguments.micro_batch, arguments.rounds),
+            "one_thread": one_thread(listing, packs, arguments),
             "decoders_missing": missing,
             "decoders": {
                 name: differences(data_set(listing, arguments.image_size), decoder, arguments.device)
                 for name, decoder in (decoders | stand_ins(missing)).items()
             },
-            "loaders": [
-                loaders(
-                    listing,
-                    {name: path for name, path in packs.items() if name.startswith("raw")},
-                    decoders,
-                    arguments.image_size,
-                    arguments.micro_batch,
-                    workers,
-                    arguments.rounds,
-                    arguments.device,
-                )
-                for workers in arguments.workers
-            ],
+            "loaders": [loaders(listing, packs, decoders, workers, arguments) for workers in arguments.workers],
         }
     publish(report, format_report(report), arguments.json)
     return 0
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; the defaults depend on the device."""
-    parser = argparse.ArgumentParser(prog="benchmarks.input_pipeline", description=(__doc__ or "").splitlines()[0])
-    on_gpu, cores = parse_device(parser.prog, argv).type == "cuda", len(os.sched_getaffinity(0))
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; the defaults depend on whether there is a GPU."""
+    parser = new_parser("benchmarks.input_pipeline", __doc__)
+    on_gpu, cores = torch.cuda.is_available(), len(os.sched_getaffinity(0))
+    parser.set_defaults(device=torch.device("cuda" if on_gpu else "cpu"))
 
     def several(option: str, on_cpu: list[int], on_a_gpu: list[int], meaning: str, metavar: str | None = None) -> None:
         default = on_a_gpu if on_gpu else on_cpu
@@ -162,9 +146,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=["gpu", "dali"] if on_gpu else [],
         help=f"decoders whose loaders are measured as well (default: {'gpu dali' if on_gpu else 'none'})",
     )
-    add_device(parser, "where the loaders' batches go")
-    add_json(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     try:
         if arguments.images is not None:
             ImageFolder(arguments.images)
@@ -216,24 +198,6 @@ def data_set(listing: ImageFolder, image_size: int) -> ImageFiles:
     return ImageFiles(folder, image_size=image_size, crop="random_resized", flip=True, seed=SEED, on_bad_image="stop")
 
 
-class Repeated(Samples):
-    """A data set, repeated until it has at least ``count`` samples."""
-
-    def __init__(self, samples: Samples, count: int) -> None:
-        self._samples, self._length = samples, len(samples) * -(-count // len(samples))
-        self.waits_for_device = samples.waits_for_device
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, keys: Keys) -> HostBatch:
-        return self._samples[keys._replace(indices=keys.indices % len(self._samples))]
-
-    def on_device(self, batch: HostBatch) -> HostBatch:
-        """Complete a batch like the data set."""
-        return self._samples.on_device(batch)
-
-
 class Reference(Dataset[Tensor]):
     """torchvision's reference with the recipe's crops, drawn in advance; PIL throughout, uint8 (3, S, S)."""
 
@@ -265,13 +229,12 @@ class Reference(Dataset[Tensor]):
         return pixels
 
 
-def one_thread(
-    listing: ImageFolder, packs: dict[str, Path], image_size: int, micro_batch: int, rounds: int
-) -> dict[str, Any]:
+def one_thread(listing: ImageFolder, packs: dict[str, Path], arguments: argparse.Namespace) -> dict[str, Any]:
     """Images per CPU second of each pipeline, interleaved by micro-batch, and their pixel differences.
 
     ``packs`` maps names to paths.
     """
+    image_size, micro_batch, rounds = arguments.image_size, arguments.micro_batch, arguments.rounds
     count, reference = min(len(listing), ONE_BY_ONE), Reference(listing, image_size)
     ours: dict[str, ImageDataset] = {"recipe": data_set(listing, image_size)}
     ours |= {name: packed(path, image_size) for name, path in packs.items()}
@@ -353,32 +316,19 @@ def loaders(
     listing: ImageFolder,
     packs: dict[str, Path],
     decoders: dict[str, Decoder],
-    image_size: int,
-    micro_batch: int,
     workers: int,
-    rounds: int,
-    device: torch.device,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Images per second of whole loaders, in turn, and the main process's CPU time per image."""
+    """Images per second of whole loaders, in turn, and the main process's CPU time per image; of packs, raw ones."""
+    image_size, micro_batch, device = arguments.image_size, arguments.micro_batch, arguments.device
     images = data_set(listing, image_size)
     ours: dict[str, Samples] = {"recipe": images}
-    ours |= {f"recipe, {name}": packed(path, image_size) for name, path in packs.items()}
+    ours |= {f"recipe, {name}": packed(path, image_size) for name, path in packs.items() if name.startswith("raw")}
     ours |= {f"recipe, {name}": EncodedImages(images, d, device) for name, d in decoders.items()}
     at_least = BATCHES_PER_WORKER * workers * micro_batch
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
     recipes = {
-        name: TrainLoader(
-            Repeated(samples, at_least),
-            global_batch=micro_batch,
-            micro_batch=micro_batch,
-            rank=0,
-            world_size=1,
-            seed=SEED,
-            workers=workers,
-            device=device,
-            dtype=torch.float32 if device.type == "cpu" else torch.float16,
-            mean=MEAN,
-            std=STD,
-        )
+        name: one_rank_loader(Repeated(samples, at_least), micro_batch, device=device, dtype=dtype, workers=workers)
         for name, samples in ours.items()
     }
     repeated: ConcatDataset[Tensor] = ConcatDataset([Reference(listing, image_size)] * -(-at_least // len(listing)))
@@ -392,14 +342,13 @@ def loaders(
     images_per_second: dict[str, list[float]] = {name: [] for name in passes}
     main_process: dict[str, list[float]] = {name: [] for name in passes}
     count = len(repeated) // micro_batch * micro_batch
-    for epoch in range(rounds + 1):
-        say(f"loaders with {workers} workers: pass {epoch + 1} of {rounds + 1}")
+    for epoch in range(arguments.rounds + 1):
+        say(f"loaders with {workers} workers: pass {epoch + 1} of {arguments.rounds + 1}")
         for name, one_pass in passes.items():
             started, cpu = time.perf_counter(), time.process_time()
             for _ in one_pass(epoch):
                 pass
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            torch.get_device_module(device).synchronize()
             if epoch:  # the first one starts the workers
                 images_per_second[name].append(count / (time.perf_counter() - started))
                 main_process[name].append((time.process_time() - cpu) / count)
@@ -478,17 +427,14 @@ def format_report(report: dict[str, Any]) -> str:
             )
     for problem in report["decoders_missing"].values():
         lines += ["", f"Not measured: {problem}."]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Predicted for {PREDICTED_WORKERS} workers with one core each: {predicted(report):,.0f} images per second "
-            f"into a GPU, the lower of {PREDICTED_WORKERS} times one thread's speed and the main process's limit. "
-            "**Not measured.**",
-            "",
-        ]
-    )
+    lines += [
+        "",
+        f"Predicted for {PREDICTED_WORKERS} workers with one core each: {predicted(report):,.0f} images per second "
+        f"into a GPU, the lower of {PREDICTED_WORKERS} times one thread's speed and the main process's limit. "
+        "**Not measured.**",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,6 @@ averages, loss scale) must then equal those of a run that was never killed. A ki
     python -m benchmarks.kill_resume --kills 100 --json benchmarks/results/kill_resume_cpu.json
 """
 
-import argparse
 import json
 import os
 import random
@@ -18,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +24,10 @@ import torch
 
 from benchmarks.killed_train import MOMENTS
 from benchmarks.launch import ROOT, deepspeed_command, environment
-from benchmarks.report import add_json, context, heading, positive, publish
+from benchmarks.report import context, heading, new_parser, positive, publish, say
 
 TIMEOUT_SECONDS = 600
+BATCH, MICRO_BATCH = 256, 64  # two or more micro-batches per step on each rank
 EPOCHS, STEPS_PER_EPOCH, SAVE_EVERY = 4, 5, 2
 LAST_STEP = EPOCHS * STEPS_PER_EPOCH
 # Only rank 0 reaches these; if another rank ended first, rank 0 would complete the run alone.
@@ -36,30 +35,23 @@ ON_RANK_0_ONLY = {"metrics", "checkpoint", "files", "publish", "published", "pru
 
 
 class Setting(NamedTuple):
-    """A run's ranks, precision and the settings that vary; every step has 256 images."""
+    """A run's ranks, precision and the settings that vary."""
 
     ranks: int
     precision: str
     workers: int = 0
     statistics: str = "global"
-    model: str = "test_resnet"
     image_size: int = 32
-
-    @property
-    def micro_batch(self) -> int:
-        """Small enough for two or more micro-batches per step on each rank."""
-        return 64
 
     @property
     def arguments(self) -> list[str]:
         """``recipe/train.py`` arguments: 20 steps on the digits, checkpoints every second step and after each epoch."""
         values: dict[str, Any] = {
-            "train_batch_size": 256,
-            "recipe.max_micro_batch_size": self.micro_batch,
+            "train_batch_size": BATCH,
+            "recipe.max_micro_batch_size": MICRO_BATCH,
             "recipe.data.workers": self.workers,
             "recipe.data.image_size": self.image_size,
             "recipe.batchnorm.statistics": self.statistics,
-            "recipe.model.name": self.model,
             "recipe.schedule.epochs": EPOCHS,
             "recipe.schedule.decay_epochs": [3],
             "recipe.checkpoint.every_steps": SAVE_EVERY,
@@ -87,18 +79,17 @@ class Kill(NamedTuple):
         return f"{whom}, {MOMENTS[self.moment]}, {when}"
 
 
-@dataclass
-class Outcome:
+class Outcome(NamedTuple):
     """A kill, and how its run differs from the undisturbed one, or None if it does not."""
 
     setting: Setting
     kill: Kill
-    difference: str | None = None
+    difference: str | None
 
 
 def draw(dice: random.Random, setting: Setting, moment: str) -> Kill:
     """A random kill at ``moment`` that a launch of ``setting`` can reach."""
-    micro_steps = 256 // setting.micro_batch // setting.ranks
+    micro_steps = BATCH // MICRO_BATCH // setting.ranks
     most = {
         "window": 4 * micro_steps,
         "step": 4 * micro_steps,
@@ -214,37 +205,34 @@ def run_killed(
         RuntimeError: A whole run does not reach a kill.
     """
     outcomes: list[Outcome] = []
-    belonging: list[Outcome] = []
+    of_this_run: list[Kill] = []
     waiting, runs = list(kills), 0
-    while waiting or belonging:
+    while waiting or of_this_run:
         output = folder / f"run-{runs}"
         kill = waiting.pop(0) if waiting else None
         start(setting, output, kill)
         if kill is not None and not is_complete(output):
-            belonging.append(Outcome(setting, kill))
-            print(f"  killed: {kill}", flush=True)
+            of_this_run.append(kill)
+            say(f"  killed: {kill}")
             continue
         if kill is not None:
-            if not belonging:
+            if not of_this_run:
                 raise RuntimeError(f"a whole run does not reach this kill: {kill}")
-            print(f"  the run ended before: {kill}", flush=True)
+            say(f"  the run ended before: {kill}")
             waiting.append(kill)
         found = difference(output, reference)
-        print(f"  complete, {found or 'equal'}, after {len(belonging)} kills", flush=True)
-        for outcome in belonging:
-            outcome.difference = found
-        outcomes, belonging, runs = [*outcomes, *belonging], [], runs + 1
+        say(f"  complete, {found or 'equal'}, after {len(of_this_run)} kills")
+        outcomes += [Outcome(setting, kill, found) for kill in of_this_run]
+        of_this_run, runs = [], runs + 1
     return outcomes
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Kill as often as requested; return 1 if a run differs from the undisturbed one."""
-    words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.kill_resume", words)
-    parser = argparse.ArgumentParser(prog="benchmarks.kill_resume", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.kill_resume", __doc__)
     parser.add_argument("--kills", type=positive, default=100, help="total number of kills (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed for drawing the moments (default: %(default)s)")
-    add_json(parser)
     arguments = parser.parse_args(words)
     dice = random.Random(arguments.seed)
     settings = [Setting(1, "fp32"), Setting(2, "fp32"), Setting(1, "fp16", image_size=8)]  # CPUs are slow at fp16
@@ -258,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for setting, kills in plans.items():
         if not kills:
             continue
-        print(f"{setting.ranks} ranks, {setting.precision}: {len(kills)} kills, seed {arguments.seed}", flush=True)
+        say(f"{setting.ranks} ranks, {setting.precision}: {len(kills)} kills, seed {arguments.seed}")
         dice.shuffle(kills)
         with tempfile.TemporaryDirectory() as folder:
             reference = Path(folder, "undisturbed")
@@ -273,7 +261,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             for o in outcomes
         ],
     }
-    print()
     publish(report, format_report(report), arguments.json)
     return 0 if report["survived"] == report["kills"] else 1
 
@@ -306,4 +293,4 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,9 +1,11 @@
 """Commands and environment variables for real launches on this machine."""
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -39,17 +41,25 @@ def direct_command(ranks: int, script: str, *arguments: str) -> list[str]:
     ]
 
 
+def run(command: Sequence[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to completion; return its exit code and output."""
+    return subprocess.run(command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, check=False)
+
+
+def run_ok(command: Sequence[str], **variables: str) -> None:
+    """Run a command to completion.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    done = run(command, **variables)
+    if done.returncode != 0:
+        raise RuntimeError(f"{shlex.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+
+
 def run_direct(*arguments: str, ranks: int, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a ``direct_command`` to completion; return its exit code and output."""
-    return subprocess.run(
-        direct_command(ranks, script, *arguments),
-        cwd=ROOT,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
+    return run(direct_command(ranks, script, *arguments), **variables)
 
 
 def environment(**variables: str) -> dict[str, str]:

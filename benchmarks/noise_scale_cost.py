@@ -16,69 +16,55 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from benchmarks.engine_overhead import (
     CLASSES,
-    TIMEOUT,
-    WARM_UP_STEPS,
     Loop,
     add_loop_options,
     quartiles,
+    ratio_of,
     recipe_loop,
+    run_rank,
     shown,
     synthetic_batches,
-    timed,
+    take_turns,
+    warm_up,
 )
-from benchmarks.report import add_json, context, heading, publish
+from benchmarks.report import context, heading, new_parser, publish
 from recipe.config import NoiseScale
 from recipe.model import build_model
-from recipe.train import set_up_torch
 
 EVERY_STEPS: int = NoiseScale.model_fields["every_steps"].default
 LOOPS = {"does not measure": None, "listens": lambda: False, "measures": lambda: True}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Measure; on rank 0 print a table and, with ``--json``, write it and the JSON."""
-    words = list(sys.argv[1:] if argv is None else argv)
     arguments, before = parse_arguments(words), context("benchmarks.noise_scale_cost", words)
-    set_up_torch()
-    from recipe.engine import join_process_group, set_log_level
-
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    set_log_level(verbose=False)
-    join_process_group(device, TIMEOUT)
-    results = [measure(arguments, accumulation, device) for accumulation in arguments.accumulation]
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    dist.barrier()  # a rank that exits early makes gloo abort the others
-    dist.destroy_process_group()
-    if rank != 0:
+    results = run_rank(arguments, measure)
+    if os.environ.get("RANK", "0") != "0":
         return 0
     settings = {key: getattr(arguments, key) for key in ("model", "image_size", "micro_batch", "precision")}
-    report = before | {"settings": settings | {"world_size": world_size}, "results": results}
+    settings["world_size"] = int(os.environ.get("WORLD_SIZE", "1"))
+    report = before | {"settings": settings, "results": results}
     publish(report, format_report(report), arguments.json)
     return 0
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="benchmarks.noise_scale_cost", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.noise_scale_cost", __doc__)
     add_loop_options(parser, accumulation=[1, 8])
-    add_json(parser)
-    return parser.parse_args(argv)
+    return parser.parse_args(words)
 
 
 def measure(arguments: argparse.Namespace, accumulation: int, device: torch.device) -> dict[str, Any]:
-    """Time the loops in turn; a loop's time in a round is that of its slowest rank.
+    """Compare the loops' steps.
 
     Raises:
         RuntimeError: Measuring changed the training.
     """
-    batches = synthetic_batches(arguments, accumulation, device)
+    batches = synthetic_batches(arguments.micro_batch, arguments.image_size, arguments.precision, accumulation, device)
     loops = {
         name: recipe_loop(
             build_model(arguments.model, CLASSES, seed=0, statistics="global").to(device),
@@ -88,22 +74,10 @@ def measure(arguments: argparse.Namespace, accumulation: int, device: torch.devi
         )
         for name, measured in LOOPS.items()
     }
-    for _ in range(WARM_UP_STEPS):
-        for loop in loops.values():
-            loop.step()
+    warm_up(loops)
     check_same(loops)
-    seconds = torch.zeros(arguments.steps, len(loops), dtype=torch.float64, device=device)
-    turns = list(enumerate(loops.values()))
-    for round_ in range(arguments.steps):
-        for column, loop in turns[round_ % len(turns) :] + turns[: round_ % len(turns)]:
-            seconds[round_, column] = timed(loop.step, device)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    times = dict(zip(loops, seconds.T.tolist(), strict=True))
-    base = times["does not measure"]
-    ratios = {
-        name: quartiles([ours / theirs for ours, theirs in zip(times[name], base, strict=True)])
-        for name in ("listens", "measures")
-    }
+    times = take_turns(loops, arguments.steps, device)
+    ratios = {name: ratio_of(times[name], times["does not measure"]) for name in ("listens", "measures")}
     listens, measures = (ratios[name]["median"] for name in ("listens", "measures"))
     return {
         "accumulation": accumulation,
@@ -153,4 +127,4 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

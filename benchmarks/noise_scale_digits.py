@@ -6,16 +6,14 @@ for each seed, smoothed over about 20 measurements (fewer in the first rows).
     python -m benchmarks.noise_scale_digits --json benchmarks/results/noise_scale_digits_cpu.json
 """
 
-import argparse
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launch import ROOT, deepspeed_command, environment
-from benchmarks.report import add_json, context, heading, positive, publish
+from benchmarks.launch import deepspeed_command, run_ok
+from benchmarks.report import context, heading, new_parser, positive, publish
 from recipe.plan import DIGITS_IMAGES
 from recipe.reporting import read_events
 
@@ -23,15 +21,12 @@ CONFIG = "ds_configs/digits_b512.json"
 BATCH, STEPS_PER_EPOCH = 512, 2
 AFTER_EPOCHS = (5, 10, 15, 20, 25, 30, 35, 40)
 VALUES = ("noise_scale", "gradient_variance", "gradient_norm_squared")
-TIMEOUT_SECONDS = 1200
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Train; print a table and, with ``--json``, write it and the JSON."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="benchmarks.noise_scale_digits", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.noise_scale_digits", __doc__)
     parser.add_argument("--seeds", type=positive, default=5, help="number of runs (default: %(default)s)")
-    add_json(parser)
     arguments, before = parser.parse_args(words), context("benchmarks.noise_scale_digits", words)
     with tempfile.TemporaryDirectory() as folder:
         results = [measure(seed, Path(folder, str(seed))) for seed in range(arguments.seeds)]
@@ -45,17 +40,7 @@ def measure(seed: int, output: Path) -> dict[str, Any]:
     changes = {"recipe.noise_scale.enabled": "true", "recipe.noise_scale.every_steps": 1, "recipe.seed": seed}
     overrides = [f"--set={key}={value}" for key, value in changes.items()]
     words = ("--deepspeed_config", CONFIG, "--output", str(output), *overrides)
-    done = subprocess.run(
-        deepspeed_command(1, "recipe/train.py", *words),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"seed {seed} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    run_ok(deepspeed_command(1, "recipe/train.py", *words))
     return {"seed": seed, "after_epoch": after_epochs(read_events(output))}
 
 
@@ -99,4 +84,4 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -7,7 +7,7 @@ is the cost of their data. Both must see the same images.
     python -m benchmarks.on_device --data cifar10 --json benchmarks/results/on_device_cpu.json
 
 ``--data`` is an ImageFolder with train/ and val/ (or test/) of the config's classes; without it, JPEGs of 32 × 32
-pixels are generated. With ``--device cuda`` the defaults suit a GPU.
+pixels are generated. The model is on the GPU if there is one, and the defaults suit it.
 """
 
 import argparse
@@ -27,18 +27,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from benchmarks.report import add_device, add_json, context, heading, parse_device, positive, publish, say
+from benchmarks.loading import one_rank_loader
+from benchmarks.report import context, heading, new_parser, positive, publish, say
 from recipe.config import read_config
-from recipe.data import Batch, HeldImages, TrainLoader, list_imagefolder, open_datasets
+from recipe.data import Batch, HeldImages, list_imagefolder, open_datasets
 from recipe.model import build_model, cast_parameters
 from recipe.plan import make_plan
 
 ALONE, HELD, FOLDER = "one batch again and again", "held on the device", "read from the folder"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Measure; print a table and, with ``--json``, write it and the JSON."""
-    words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.on_device", words, ("torch", "timm", "simplejpeg"))
     arguments = parse_arguments(words)
     with tempfile.TemporaryDirectory() as temporary:
@@ -55,11 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; exit if the measurement is impossible. The defaults depend on the device."""
-    parser = argparse.ArgumentParser(prog="benchmarks.on_device", description=(__doc__ or "").splitlines()[0])
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; exit if the measurement is impossible. The defaults depend on whether there is a GPU."""
+    parser = new_parser("benchmarks.on_device", __doc__)
     cores = len(os.sched_getaffinity(0))
-    on_gpu = parse_device(parser.prog, argv).type == "cuda"
+    on_gpu = torch.cuda.is_available()
+    parser.set_defaults(device=torch.device("cuda" if on_gpu else "cpu"))
     parser.add_argument(
         "--config",
         type=Path,
@@ -67,7 +68,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="config with the model and crops (default: %(default)s)",
     )
     parser.add_argument("--data", type=Path, help="folder with train/ and val/ (default: generated images)")
-    add_device(parser, "device of the model")
     parser.add_argument(
         "--micro-batch", type=positive, default=256 if on_gpu else 64, help="images per batch (default: %(default)s)"
     )
@@ -81,8 +81,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=max(1, cores - 1) if on_gpu else 1,
         help="processes per loader (default: %(default)s)",
     )
-    add_json(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     images = arguments.micro_batch * arguments.batches
     try:
         model = read_config(arguments.config).recipe.model
@@ -117,7 +116,6 @@ def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
     plan = make_plan(read_config(arguments.config), world_size=1)
     config = plan.config.recipe
     device: torch.device = arguments.device
-    precise = device.type == "cpu"
     size, crop, flip = plan.image_sizes, config.data.crop, config.data.flip
     folder, _ = open_datasets("imagefolder", data, size, crop, flip, config.seed, "stop")
     say(f"decoding {len(folder):,} images")
@@ -125,22 +123,11 @@ def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
     held = HeldImages(folder, device, training=True)
     seconds_to_hold = time.perf_counter() - started
 
-    def loader(dataset: Any) -> TrainLoader:
-        return TrainLoader(
-            dataset,
-            global_batch=arguments.micro_batch,
-            micro_batch=arguments.micro_batch,
-            rank=0,
-            world_size=1,
-            seed=config.seed,
-            workers=arguments.workers,
-            device=device,
-            dtype=torch.float32 if precise else torch.float16,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.25, 0.25, 0.25),
-        )
-
-    loaders = {HELD: loader(held), FOLDER: loader(folder)}
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    loaders = {
+        name: one_rank_loader(data_set, arguments.micro_batch, device=device, dtype=dtype, workers=arguments.workers)
+        for name, data_set in {HELD: held, FOLDER: folder}.items()
+    }
     firsts = [next(one.epoch(0)) for one in loaders.values()]
     same = all(torch.equal(firsts[0].images, first.images) for first in firsts)
     sources: dict[str, Callable[[int], Iterator[Batch]]] = {ALONE: lambda epoch: repeat(firsts[0])}
@@ -148,7 +135,7 @@ def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
 
     model = build_model(config.model.name, config.model.num_classes, config.seed, "local", config.model.zero_init_last)
     model = model.to(device).to(memory_format=torch.channels_last)
-    cast_parameters(model, firsts[0].images.dtype)  # running averages stay in fp32, as in training
+    cast_parameters(model, dtype)  # running averages stay in fp32, as in training
     seconds: dict[str, list[float]] = {name: [] for name in sources}
     for epoch in range(arguments.rounds + 1):
         say(f"round {epoch} of {arguments.rounds}" if epoch else "warming up")
@@ -177,8 +164,7 @@ def timed(model: nn.Module, batches: Iterator[Batch], device: torch.device) -> f
     started = time.perf_counter()
     for batch in batches:
         F.cross_entropy(model(batch.images).float(), batch.labels).backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    torch.get_device_module(device).synchronize()
     return time.perf_counter() - started
 
 
@@ -206,4 +192,4 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -32,8 +31,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.launch import ROOT, direct_command, environment
-from benchmarks.report import add_json, context, heading, made_folder, positive, publish, say
+from benchmarks.launch import direct_command, run_ok
+from benchmarks.report import context, heading, made_folder, new_parser, positive, publish, say
 from recipe.commands.study.results import CONFIDENCE, interval
 from recipe.data import open_datasets
 from recipe.model import build_model
@@ -76,10 +75,9 @@ class Setting:
         return round(self.image_size * 256 / 224) if self.augmented else self.image_size
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Train; print a table and, with ``--json``, write it and the JSON."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    arguments, before = parse(words), context("benchmarks.parity", words)
+    arguments, before = parse_arguments(words), context("benchmarks.parity", words)
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.folder or Path(scratch)
         setting = digits(work / "digits") if arguments.data is None else photographs(arguments)
@@ -99,9 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line, and check that the paths in it exist."""
-    parser = argparse.ArgumentParser(prog="benchmarks.parity", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.parity", __doc__)
     parser.add_argument("--data", type=Path, help="folder with train/ and val/ or test/ (default: the digits)")
     parser.add_argument("--timm", type=Path, metavar="TRAIN.PY", help="timm's train.py, from a clone of its repository")
     parser.add_argument("--seeds", type=positive, default=5, help="runs per program (default: %(default)s)")
@@ -109,7 +107,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="test_resnet", help="with --data (default: %(default)s)")
     parser.add_argument("--image-size", type=positive, default=32, help="with --data (default: %(default)s)")
     parser.add_argument("--folder", type=made_folder, help="folder for the runs; runs already in it are not repeated")
-    add_json(parser)
     arguments = parser.parse_args(words)
     if arguments.seeds < 2:
         parser.error("--seeds 1: a confidence interval needs at least two")
@@ -315,12 +312,7 @@ def held_out(data: Path) -> Path:
 
 
 def _run(command: Sequence[str]) -> None:
-    threads = str(len(os.sched_getaffinity(0)))
-    ended = subprocess.run(
-        command, cwd=ROOT, env=environment(OMP_NUM_THREADS=threads), capture_output=True, text=True, check=False
-    )
-    if ended.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stdout}\n{ended.stderr}")
+    run_ok(command, OMP_NUM_THREADS=str(len(os.sched_getaffinity(0))))
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -353,4 +345,4 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

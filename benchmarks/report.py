@@ -23,10 +23,9 @@ def at_least(least: int) -> Callable[[str], int]:
     """An argparse type for counts of at least ``least``."""
 
     def count(text: str) -> int:
-        number = int(text) if text.isdecimal() and len(text) < 10 else -1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to 999999999")
-        return number
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}")
+        return int(text)
 
     return count
 
@@ -45,33 +44,13 @@ def made_folder(text: str) -> Path:
     return Path(text)
 
 
-def add_device(parser: argparse.ArgumentParser, purpose: str) -> None:
-    """Add the option ``--device``."""
+def new_parser(
+    program: str, doc: str | None, beside: str = "the table is written next to it, as .md"
+) -> argparse.ArgumentParser:
+    """A parser for ``python -m program``, described by the first line of its docstring, with the option ``--json``.
 
-    def device(text: str) -> torch.device:
-        try:
-            named = torch.device(text)
-        except RuntimeError:
-            raise argparse.ArgumentTypeError(f"{text} is no device; use cpu or cuda") from None
-        if named.type not in ("cpu", "cuda"):
-            raise argparse.ArgumentTypeError(f"{text} is not supported; use cpu or cuda")
-        if named.type == "cuda" and not torch.cuda.is_available():
-            raise argparse.ArgumentTypeError("torch finds no GPU; use cpu")
-        return named
-
-    parser.add_argument("--device", type=device, default="cpu", help=f"{purpose} (default: %(default)s)")
-
-
-def parse_device(prog: str, words: Sequence[str]) -> torch.device:
-    """The value of ``--device``, on which the defaults of other options depend."""
-    parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
-    add_device(parser, "")
-    parsed: torch.device = parser.parse_known_args(words)[0].device
-    return parsed
-
-
-def add_json(parser: argparse.ArgumentParser, beside: str = "the table is written next to it, as .md") -> None:
-    """Add the option ``--json``; ``beside`` says in the help what is written next to the JSON."""
+    ``beside`` says in the help what is written next to the JSON.
+    """
 
     def results(text: str) -> Path:
         file = made_folder(str(Path(text).parent)) / Path(text).name
@@ -79,7 +58,9 @@ def add_json(parser: argparse.ArgumentParser, beside: str = "the table is writte
             raise argparse.ArgumentTypeError(f"{text} cannot be the JSON: a file's name is expected, not in .md")
         return file
 
+    parser = argparse.ArgumentParser(program, description=(doc or "").splitlines()[0])
     parser.add_argument("--json", type=results, metavar="FILE", help=f"results file; {beside}")
+    return parser
 
 
 def say(progress: str) -> None:

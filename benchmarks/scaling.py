@@ -11,9 +11,7 @@ predicts large clusters, under stated assumptions.
     python -m benchmarks.scaling --hosts 1gbit 200mbit --json benchmarks/results/scaling_cpu.json
 """
 
-import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,13 +19,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.launch import ROOT, deepspeed_command, environment
-from benchmarks.report import add_json, context, heading, positive, publish
+from benchmarks.launch import deepspeed_command, run_ok
+from benchmarks.report import context, heading, new_parser, positive, publish, say
 from benchmarks.scaling_rank import FOUND, MODEL
 from recipe.plan import Link, all_reduce_bytes, all_reduce_seconds, efficiency, exposed_seconds
 
 SCRIPT = "benchmarks/scaling_rank.py"
-TIMEOUT_SECONDS = 600
 
 # Hypothetical clusters: ResNet-50 in fp16, an all-reduce of fp16 gradients.
 RESNET50_GRADIENT_BYTES = 2 * 25_557_032
@@ -48,16 +45,7 @@ def measure(ranks: int, micro_batch: int, steps: int, rate: str | None) -> dict[
         folder.mkdir()
         words = ("--micro-batch", str(micro_batch), "--steps", str(steps), "--folder", str(folder))
         if rate is None:
-            done = subprocess.run(
-                deepspeed_command(ranks, SCRIPT, *words),
-                cwd=ROOT,
-                env=environment(),
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT_SECONDS,
-                check=False,
-            )
-            code, printed = done.returncode, done.stdout + done.stderr
+            run_ok(deepspeed_command(ranks, SCRIPT, *words))
         else:
             from tests.multinode.cluster import Cluster
 
@@ -65,10 +53,9 @@ def measure(ranks: int, micro_batch: int, steps: int, rate: str | None) -> dict[
                 for host in cluster.names:
                     cluster.limit(host, rate)
                 with cluster.launched(*words, script=SCRIPT) as process:
-                    printed, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-                    code = process.returncode
-        if code != 0:
-            raise RuntimeError(f"{ranks} ranks ended with {code}:\n{printed}")
+                    printed, _ = process.communicate()
+                if process.returncode != 0:
+                    raise RuntimeError(f"{ranks} hosts ended with {process.returncode}:\n{printed}")
         return summarise(json.loads((folder / FOUND).read_text()), ranks, rate)
 
 
@@ -115,11 +102,10 @@ def on_paper() -> list[dict[str, Any]]:
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Measure all cases; print the tables and, with ``--json``, write them and the JSON."""
-    words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.scaling", words)
-    parser = argparse.ArgumentParser(prog="benchmarks.scaling", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.scaling", __doc__)
     parser.add_argument(
         "--ranks", type=positive, nargs="+", default=[1, 2, 4], help="ranks on this machine (default: 1 2 4)"
     )
@@ -128,13 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--micro-batch", type=positive, default=16, help="images per rank and step (default: %(default)s)"
     )
     parser.add_argument("--steps", type=positive, default=15, help="steps per kind of reduction (default: %(default)s)")
-    add_json(parser)
     arguments = parser.parse_args(words)
     cases: list[tuple[int, str | None]] = [(ranks, None) for ranks in arguments.ranks]
     cases += [(ranks, rate) for rate in arguments.hosts for ranks in (2, 4)]
     results = []
     for ranks, rate in cases:
-        print(f"{ranks} ranks{f', hosts with links of {rate}' if rate else ''}", file=sys.stderr, flush=True)
+        say(f"{ranks} ranks{f', hosts with links of {rate}' if rate else ''}")
         results.append(measure(ranks, arguments.micro_batch, arguments.steps, rate))
     report = before | {
         "settings": {"model": MODEL, "micro_batch": arguments.micro_batch, "steps": arguments.steps},
@@ -224,4 +209,4 @@ def _ms(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

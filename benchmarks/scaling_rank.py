@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import chain, count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -118,7 +119,7 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
     reduces, step_of_engine = engine.enable_backward_allreduce, engine.step
     ways = WAYS if ranks > 1 else ("none",)
     seconds: dict[str, list[float]] = {name: [] for name in (*ways, "data_wait")}
-    trained = train_epochs(lambda epoch: train_epoch(engine, loader.epoch(epoch)))
+    trained = chain.from_iterable(train_epoch(engine, loader.epoch(epoch)) for epoch in count())
     for _ in range(WARM_UP_STEPS):
         next(trained)
     for number in range(len(ways) * arguments.steps):
@@ -163,14 +164,6 @@ def reduces_first(engine: Any, step_of_engine: Callable[[], None]) -> Callable[[
         step_of_engine()
 
     return step
-
-
-def train_epochs(epoch: Callable[[int], Any]) -> Any:
-    """An endless stream of steps."""
-    number = 0
-    while True:
-        yield from epoch(number)
-        number += 1
 
 
 if __name__ == "__main__":

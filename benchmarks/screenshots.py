@@ -12,7 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.launch import ROOT
+
 PICTURES = {
     "plan": ("python -m recipe plan ds_configs/resnet50_b8192.json --hostfile hostfiles/four_nodes_8gpu", ""),
     "summary": ("deepspeed -q recipe/train.py --deepspeed_config ds_configs/digits_b512.json", "  trained"),

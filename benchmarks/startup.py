@@ -8,7 +8,6 @@ ends after its first step.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,23 +16,21 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.launch import ROOT, deepspeed_command, environment
-from benchmarks.report import add_json, context, heading, made_folder, positive, publish, say
+from benchmarks.launch import deepspeed_command, run_ok
+from benchmarks.report import context, heading, new_parser, positive, publish, say
 from benchmarks.timed_train import ORDER
 
 SCRIPT = "benchmarks/timed_train.py"
 CONFIG = "ds_configs/digits_b512.json"
-TIMEOUT_SECONDS = 300
 LAUNCHES: dict[str, int | None] = {"python": None, "deepspeed-1": 1, "deepspeed-2": 2}
 NAMES = {"python": "python, 1 rank", "deepspeed-1": "deepspeed, 1 rank", "deepspeed-2": "deepspeed, 2 ranks"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Measure; print a table and, with ``--json``, write it and the JSON."""
-    words = list(sys.argv[1:] if argv is None else argv)
     before = context("benchmarks.startup", words, ("torch", "torchvision", "deepspeed", "timm"))
     arguments = parse_arguments(words)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         report = before | {
             "settings": {"config": CONFIG, "rounds": arguments.rounds},
             "seconds_to_first_step": starts(Path(folder), arguments.launches, arguments.rounds),
@@ -42,14 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="benchmarks.startup", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.startup", __doc__)
     parser.add_argument("--launches", nargs="+", choices=LAUNCHES, default=list(LAUNCHES), help="(default: all)")
     parser.add_argument("--rounds", type=positive, default=5, help="launches of each kind (default: %(default)s)")
-    parser.add_argument("--folder", type=made_folder, help="folder for temporary run folders (default: the system's)")
-    add_json(parser)
-    return parser.parse_args(argv)
+    return parser.parse_args(words)
 
 
 def starts(folder: Path, launches: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
@@ -73,17 +68,7 @@ def start(output: Path, ranks: int | None) -> dict[str, float]:
     words = (SCRIPT, "--deepspeed_config", CONFIG, "--output", str(output))
     command = [sys.executable, *words] if ranks is None else deepspeed_command(ranks, *words)
     times = output.with_suffix(".json")
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment(COMMAND_GIVEN=str(time.monotonic()), TIMES_FILE=str(times)),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    run_ok(command, COMMAND_GIVEN=str(time.monotonic()), TIMES_FILE=str(times))
     seconds: dict[str, float] = json.loads(times.read_text())
     return seconds
 
@@ -106,4 +91,4 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

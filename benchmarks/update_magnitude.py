@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from benchmarks.report import add_json, context, heading, positive, publish
+from benchmarks.report import context, heading, new_parser, positive, publish
 from recipe.commands.figure import new_figure, save_figure
 from recipe.data import Keys, epoch_permutation, open_digits
 from recipe.model import build_model, parameter_groups, update_running_averages
@@ -46,9 +46,8 @@ Gradient = Callable[[Tensor, Tensor], Tensor]
 """The gradient (P,) of the mean loss, from weights (P,) and image indices (m,)."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Measure; print a table and, with ``--json``, write it, the JSON and the figures."""
-    words = list(sys.argv[1:] if argv is None else argv)
     arguments, before = parse_arguments(words), context("benchmarks.update_magnitude", words)
     set_up_torch()
     problem = Digits()
@@ -60,17 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     publish(report, format_report(report), arguments.json)
     if arguments.json is not None:
         draw_moves(results["moves"], arguments.json.with_suffix(""))
-        draw_convergence(results["convergence"], convergence_figure(arguments.json))
+        draw_convergence(results["convergence"], arguments.json.with_name(f"{arguments.json.stem}_convergence"))
     return 0
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="benchmarks.update_magnitude", description=(__doc__ or "").splitlines()[0])
+    parser = new_parser("benchmarks.update_magnitude", __doc__, "table and figures are written next to it")
     parser.add_argument("--draws", type=positive, default=4, help="draws of images for each k (default: %(default)s)")
     parser.add_argument("--seeds", type=positive, default=2, help="runs per batch size (default: %(default)s)")
-    add_json(parser, "table and figures are written next to it")
-    return parser.parse_args(argv)
+    return parser.parse_args(words)
 
 
 class Digits:
@@ -308,6 +306,8 @@ def draw_convergence(convergence: Sequence[dict[str, Any]], file: Path) -> None:
     for axes, label in ((by_steps, "T, optimizer steps"), (by_images, "images seen")):
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:,g}")  # new_figure draws no formulas, such as matplotlib's powers of ten
         axes.set_xlabel(label)
     by_steps.set_ylabel("|∇L|² over all training images")
     by_steps.set_title("Fewer steps at a larger batch …")
@@ -316,10 +316,5 @@ def draw_convergence(convergence: Sequence[dict[str, Any]], file: Path) -> None:
     save_figure(figure, file)
 
 
-def convergence_figure(json: Path) -> Path:
-    """The path of part 2's figure."""
-    return json.with_name(f"{json.stem}_convergence")
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
