@@ -19,8 +19,8 @@ Without a GPU, libjpeg-turbo stands in for nvJPEG: it is set to repeat the subsa
 
     python -m benchmarks.input_pipeline --images DIR --json benchmarks/results/input_pipeline_cpu.json
 
-DIR has one folder per class; without it, JPEGs are generated, and the ratios apply to those. With a GPU, batches go
-there, and the defaults suit it: more images, one worker per core but one, and both decoders.
+DIR has one folder per class; without it, JPEGs are generated, and the ratios apply to those. With ``--device cuda`` the
+defaults suit a GPU: more images, one worker per core but one, and both decoders.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional
 
 from benchmarks.loading import Repeated, one_rank_loader
-from benchmarks.report import context, heading, new_parser, positive, publish, say
+from benchmarks.report import add_device, context, heading, new_parser, parse_device, positive, publish, say
 from recipe.commands.pack.command import pack
 from recipe.data import (
     Decoder,
@@ -95,26 +95,39 @@ def main(words: Sequence[str]) -> int:
             "settings": {
                 "images": len(listing),
                 "made_up": arguments.images is None,
-                **{key: getattr(arguments, key) for key in ("image_size", "rounds", "micro_batch")},
+                "image_size": arguments.image_size,
+                "rounds": arguments.rounds,
+                "micro_batch": arguments.micro_batch,
                 "device": str(arguments.device),
             },
-            "one_thread": one_thread(listing, packs, arguments),
+            "one_thread": one_thread(listing, packs, arguments.image_size, arguments.micro_batch, arguments.rounds),
             "decoders_missing": missing,
             "decoders": {
                 name: differences(data_set(listing, arguments.image_size), decoder, arguments.device)
                 for name, decoder in (decoders | stand_ins(missing)).items()
             },
-            "loaders": [loaders(listing, packs, decoders, workers, arguments) for workers in arguments.workers],
+            "loaders": [
+                loaders(
+                    listing,
+                    {name: path for name, path in packs.items() if name.startswith("raw")},
+                    decoders,
+                    arguments.image_size,
+                    arguments.micro_batch,
+                    workers,
+                    arguments.rounds,
+                    arguments.device,
+                )
+                for workers in arguments.workers
+            ],
         }
     publish(report, format_report(report), arguments.json)
     return 0
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; the defaults depend on whether there is a GPU."""
+    """Parse the command line; the defaults depend on the device."""
     parser = new_parser("benchmarks.input_pipeline", __doc__)
-    on_gpu, cores = torch.cuda.is_available(), len(os.sched_getaffinity(0))
-    parser.set_defaults(device=torch.device("cuda" if on_gpu else "cpu"))
+    on_gpu, cores = parse_device(parser.prog, words).type == "cuda", len(os.sched_getaffinity(0))
 
     def several(option: str, on_cpu: list[int], on_a_gpu: list[int], meaning: str, metavar: str | None = None) -> None:
         default = on_a_gpu if on_gpu else on_cpu
@@ -146,6 +159,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         default=["gpu", "dali"] if on_gpu else [],
         help=f"decoders whose loaders are measured as well (default: {'gpu dali' if on_gpu else 'none'})",
     )
+    add_device(parser, "where the loaders' batches go")
     arguments = parser.parse_args(words)
     try:
         if arguments.images is not None:
@@ -229,12 +243,13 @@ class Reference(Dataset[Tensor]):
         return pixels
 
 
-def one_thread(listing: ImageFolder, packs: dict[str, Path], arguments: argparse.Namespace) -> dict[str, Any]:
+def one_thread(
+    listing: ImageFolder, packs: dict[str, Path], image_size: int, micro_batch: int, rounds: int
+) -> dict[str, Any]:
     """Images per CPU second of each pipeline, interleaved by micro-batch, and their pixel differences.
 
     ``packs`` maps names to paths.
     """
-    image_size, micro_batch, rounds = arguments.image_size, arguments.micro_batch, arguments.rounds
     count, reference = min(len(listing), ONE_BY_ONE), Reference(listing, image_size)
     ours: dict[str, ImageDataset] = {"recipe": data_set(listing, image_size)}
     ours |= {name: packed(path, image_size) for name, path in packs.items()}
@@ -316,14 +331,16 @@ def loaders(
     listing: ImageFolder,
     packs: dict[str, Path],
     decoders: dict[str, Decoder],
+    image_size: int,
+    micro_batch: int,
     workers: int,
-    arguments: argparse.Namespace,
+    rounds: int,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Images per second of whole loaders, in turn, and the main process's CPU time per image; of packs, raw ones."""
-    image_size, micro_batch, device = arguments.image_size, arguments.micro_batch, arguments.device
+    """Images per second of whole loaders, in turn, and the main process's CPU time per image."""
     images = data_set(listing, image_size)
     ours: dict[str, Samples] = {"recipe": images}
-    ours |= {f"recipe, {name}": packed(path, image_size) for name, path in packs.items() if name.startswith("raw")}
+    ours |= {f"recipe, {name}": packed(path, image_size) for name, path in packs.items()}
     ours |= {f"recipe, {name}": EncodedImages(images, d, device) for name, d in decoders.items()}
     at_least = BATCHES_PER_WORKER * workers * micro_batch
     dtype = torch.float32 if device.type == "cpu" else torch.float16
@@ -342,13 +359,14 @@ def loaders(
     images_per_second: dict[str, list[float]] = {name: [] for name in passes}
     main_process: dict[str, list[float]] = {name: [] for name in passes}
     count = len(repeated) // micro_batch * micro_batch
-    for epoch in range(arguments.rounds + 1):
-        say(f"loaders with {workers} workers: pass {epoch + 1} of {arguments.rounds + 1}")
+    for epoch in range(rounds + 1):
+        say(f"loaders with {workers} workers: pass {epoch + 1} of {rounds + 1}")
         for name, one_pass in passes.items():
             started, cpu = time.perf_counter(), time.process_time()
             for _ in one_pass(epoch):
                 pass
-            torch.get_device_module(device).synchronize()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             if epoch:  # the first one starts the workers
                 images_per_second[name].append(count / (time.perf_counter() - started))
                 main_process[name].append((time.process_time() - cpu) / count)
@@ -427,13 +445,16 @@ def format_report(report: dict[str, Any]) -> str:
             )
     for problem in report["decoders_missing"].values():
         lines += ["", f"Not measured: {problem}."]
-    lines += [
-        "",
-        f"Predicted for {PREDICTED_WORKERS} workers with one core each: {predicted(report):,.0f} images per second "
-        f"into a GPU, the lower of {PREDICTED_WORKERS} times one thread's speed and the main process's limit. "
-        "**Not measured.**",
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Predicted for {PREDICTED_WORKERS} workers with one core each: {predicted(report):,.0f} images per second "
+            f"into a GPU, the lower of {PREDICTED_WORKERS} times one thread's speed and the main process's limit. "
+            "**Not measured.**",
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ is the cost of their data. Both must see the same images.
     python -m benchmarks.on_device --data cifar10 --json benchmarks/results/on_device_cpu.json
 
 ``--data`` is an ImageFolder with train/ and val/ (or test/) of the config's classes; without it, JPEGs of 32 × 32
-pixels are generated. The model is on the GPU if there is one, and the defaults suit it.
+pixels are generated. With ``--device cuda`` the defaults suit a GPU.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.loading import one_rank_loader
-from benchmarks.report import context, heading, new_parser, positive, publish, say
+from benchmarks.report import add_device, context, heading, new_parser, parse_device, positive, publish, say
 from recipe.config import read_config
 from recipe.data import Batch, HeldImages, list_imagefolder, open_datasets
 from recipe.model import build_model, cast_parameters
@@ -56,11 +56,10 @@ def main(words: Sequence[str]) -> int:
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; exit if the measurement is impossible. The defaults depend on whether there is a GPU."""
+    """Parse the command line; exit if the measurement is impossible. The defaults depend on the device."""
     parser = new_parser("benchmarks.on_device", __doc__)
     cores = len(os.sched_getaffinity(0))
-    on_gpu = torch.cuda.is_available()
-    parser.set_defaults(device=torch.device("cuda" if on_gpu else "cpu"))
+    on_gpu = parse_device(parser.prog, words).type == "cuda"
     parser.add_argument(
         "--config",
         type=Path,
@@ -68,6 +67,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         help="config with the model and crops (default: %(default)s)",
     )
     parser.add_argument("--data", type=Path, help="folder with train/ and val/ (default: generated images)")
+    add_device(parser, "device of the model")
     parser.add_argument(
         "--micro-batch", type=positive, default=256 if on_gpu else 64, help="images per batch (default: %(default)s)"
     )
@@ -164,7 +164,8 @@ def timed(model: nn.Module, batches: Iterator[Batch], device: torch.device) -> f
     started = time.perf_counter()
     for batch in batches:
         F.cross_entropy(model(batch.images).float(), batch.labels).backward()
-    torch.get_device_module(device).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - started
 
 

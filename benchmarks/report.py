@@ -44,6 +44,31 @@ def made_folder(text: str) -> Path:
     return Path(text)
 
 
+def add_device(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Add the option ``--device``."""
+
+    def device(text: str) -> torch.device:
+        try:
+            named = torch.device(text)
+        except RuntimeError:
+            raise argparse.ArgumentTypeError(f"{text} is no device; use cpu or cuda") from None
+        if named.type not in ("cpu", "cuda"):
+            raise argparse.ArgumentTypeError(f"{text} is not supported; use cpu or cuda")
+        if named.type == "cuda" and not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError("torch finds no GPU; use cpu")
+        return named
+
+    parser.add_argument("--device", type=device, default="cpu", help=f"{purpose} (default: %(default)s)")
+
+
+def parse_device(prog: str, words: Sequence[str]) -> torch.device:
+    """The value of ``--device``, on which the defaults of other options depend."""
+    parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
+    add_device(parser, "")
+    parsed: torch.device = parser.parse_known_args(words)[0].device
+    return parsed
+
+
 def new_parser(
     program: str, doc: str | None, beside: str = "the table is written next to it, as .md"
 ) -> argparse.ArgumentParser:

@@ -59,6 +59,7 @@ from tests.launch import ROOT, forked, module, train_ok
             "--data {folder}/two",
             "2 training images in {folder}/two; --batches 8 of --micro-batch 64",
         ),
+        (on_device, "--device cuda:0", "argument --device: torch finds no GPU; use cpu"),
         (startup, "--rounds 0", "argument --rounds: expected a whole number of at least 1"),
         (
             checkpoint_cost,
@@ -362,10 +363,7 @@ def test_update_magnitude_finds_the_exponent_and_how_far_the_rule_holds() -> Non
     assert update_magnitude.largest_close_k(moves[2:], 1) == 1
 
 
-def test_input_pipeline_compares_pixels_and_speed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # tests that fork follow
+def test_input_pipeline_compares_pixels_and_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "input.json"
     threads = torch.get_num_threads()
     words = ["--made-up", "8", "--image-size", "64", "--rounds", "1", "--workers", "1", "--micro-batch", "4"]
@@ -399,9 +397,8 @@ def test_input_pipeline_compares_pixels_and_speed(
 
 
 def test_on_device_trains_on_the_same_images_with_and_without_the_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # tests that fork follow
     file = tmp_path / "on_device.json"
     words = "--micro-batch 4 --batches 2 --rounds 1 --config ds_configs/digits_b512.json --json"
     assert on_device.main([*words.split(), str(file)]) == 0
