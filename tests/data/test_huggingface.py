@@ -82,7 +82,7 @@ WRITERS = (save, write_parquet)
 
 
 def open_as(source: str, path: Path, on_bad_image: str = "skip", crop: str = "random_resized", **more: Any) -> Any:
-    return open_datasets(source, path, 16, crop, True, 7, on_bad_image, **more)
+    return open_datasets(source, path, image_size=16, crop=crop, flip=True, seed=7, on_bad_image=on_bad_image, **more)
 
 
 @pytest.mark.parametrize("write", WRITERS)
