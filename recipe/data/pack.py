@@ -1,6 +1,5 @@
 """The images of a pack, read at random from its shards, with the same samples as the folder that was packed."""
 
-import errno
 import json
 import os
 import weakref
@@ -39,9 +38,7 @@ class PackedImages(ImageDataset):
             try:
                 self._files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             except OSError as error:
-                too_many = error.errno in (errno.EMFILE, errno.ENFILE)
-                remedy = "raise ulimit -n: a pack's shards stay open" if too_many else "fix that, or recreate the pack"
-                raise ValueError(f"{path}: {error.strerror}; {remedy}") from error
+                raise ValueError(f"{path}: {error.strerror}; fix that, or recreate the pack") from error
 
     def file(self, index: int) -> bytes:
         return self._content(index).tobytes()

@@ -1,6 +1,5 @@
 """A pack gives the same samples as the folder that was packed, and is refused if it has been changed."""
 
-import errno
 import hashlib
 import json
 import os
@@ -191,15 +190,6 @@ def test_a_changed_pack_is_refused(packed, tmp_path, monkeypatch, spoilt, messag
     assert str(error.value).startswith(f"recipe.data.path: {message.format(pack=tmp_path / 'pack')}")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "payload").exists()
-
-
-def test_too_many_open_files_do_not_blame_the_pack(packed, monkeypatch):
-    def open_no_more(path, *arguments):
-        raise OSError(errno.EMFILE, "Too many open files", str(path))
-
-    monkeypatch.setattr(os, "open", open_no_more)
-    with pytest.raises(ValueError, match=r"train/00000\.tar: Too many open files; raise ulimit -n: .* stay open$"):
-        open_as("pack", packed)
 
 
 def test_a_source_that_does_not_match_the_folder_is_refused(folder, packed):
