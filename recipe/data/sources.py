@@ -1,6 +1,6 @@
-"""Opens the data sets and loaders that a config names."""
+"""Opens the data sets that a config names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -15,7 +15,6 @@ from recipe.data.folder_index import held_out_folder, list_classes, list_imagefo
 from recipe.data.held import HeldImages
 from recipe.data.huggingface_index import is_huggingface, list_huggingface, list_validation
 from recipe.data.image_files import HubImages, ImageFiles
-from recipe.data.loader import TrainLoader, ValidationLoader
 from recipe.data.pack import open_pack
 from recipe.data.pack_format import HEADER
 from recipe.data.synthetic import SyntheticImages
@@ -133,22 +132,3 @@ def open_samples(
     if section["random_erasing"]:
         training.erasing = Erasing(section["random_erasing"], seed)
     return training, validation
-
-
-def describe_data(samples: tuple[Samples, Samples]) -> dict[str, Any]:
-    """Return ``classes``, their names by label, and a ``digest`` of the images; both are empty for synthetic data."""
-    return {"classes": samples[0].class_names, "digest": " ".join(part.digest for part in samples).strip()}
-
-
-def open_loaders(
-    samples: tuple[Samples, Samples],
-    *,
-    global_batch: int,
-    batch_changes: Sequence[tuple[int, int]] = (),
-    seed: int,
-    **common: Any,
-) -> tuple[TrainLoader, ValidationLoader]:
-    """Return this rank's loaders of training and validation data; ``common`` are the arguments that both take."""
-    training, validation = samples
-    train_loader = TrainLoader(training, global_batch=global_batch, batch_changes=batch_changes, seed=seed, **common)
-    return train_loader, ValidationLoader(validation, **common)
