@@ -117,7 +117,7 @@ def measure(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
     config = plan.config.recipe
     device: torch.device = arguments.device
     size, crop, flip = plan.image_sizes, config.data.crop, config.data.flip
-    folder, _ = open_datasets("imagefolder", data, size, crop, flip, config.seed, "stop")
+    folder, _ = open_datasets("imagefolder", data, image_size=size, crop=crop, flip=flip, seed=config.seed)
     say(f"decoding {len(folder):,} images")
     started = time.perf_counter()
     held = HeldImages(folder, device, training=True)

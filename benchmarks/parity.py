@@ -122,7 +122,7 @@ def digits(folder: Path) -> Setting:
     setting = Setting(folder, "test_resnet", 10, 16, 128, 32, 0.1, 32, 18, 2, (6, 12, 16), augmented=False)
     if folder.exists():
         return setting
-    parts = open_datasets("digits", None, 8, "none", flip=False, seed=0, on_bad_image="stop")
+    parts = open_datasets("digits", None, image_size=8, crop="none", flip=False, seed=0)
     for name, part in zip(("train", "val"), parts, strict=True):
         count = len(part) - len(part) % setting.global_batch if name == "train" else len(part)
         for index in range(count):

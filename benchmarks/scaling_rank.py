@@ -84,7 +84,7 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from recipe.data import open_loaders
+    from recipe.data import TrainLoader
     from recipe.engine import deepspeed_config, start_engine, train_epoch
     from recipe.model import parameter_groups
     from recipe.run import prepare
@@ -101,8 +101,8 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
     run = prepare(plan, arguments.folder, "auto")
     passed_on = deepspeed_config(plan.config.model_dump(mode="json", exclude_none=True), run.output)
     engine = start_engine(run.model, parameter_groups(run.model, plan.weight_decay), passed_on, plan.schedule)
-    loader, _ = open_loaders(
-        run.samples,
+    loader = TrainLoader(
+        run.samples[0],
         global_batch=plan.global_batch,
         micro_batch=plan.micro_batch,
         rank=dist.get_rank(),

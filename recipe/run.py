@@ -84,7 +84,8 @@ def prepare(plan: Plan, output: Path, resume: Resume, accept_changes: bool = Fal
         device = choose_device(plan.precision)
         view: dict[str, Any] = {"classes": recipe.model.num_classes, "seed": recipe.seed}
         samples = data.open_samples(section, **view, device=device, workers=plan.workers)
-        described = Data(**data.describe_data(samples))
+        # Both are empty for synthetic images.
+        described = Data(classes=samples[0].class_names, digest=" ".join(part.digest for part in samples).strip())
         model = build_model(seed=recipe.seed, statistics=recipe.batchnorm.statistics, **recipe.model.model_dump())
         check_image_sizes(model, plan.image_sizes, plan.validation_image_size, plan.batchnorm_images)
     except ConfigError:
@@ -151,20 +152,19 @@ def train(run: Run, meeting: Meeting, watch: Watch, verbose: bool) -> dict[str, 
     )
     for message in messages + slow_precision(run.device, plan.precision):
         telemetry.say(message)
-    train_loader, validation_loader = data.open_loaders(
-        run.samples,
-        global_batch=plan.global_batch,
-        batch_changes=plan.config.batch_changes[1:],
-        micro_batch=plan.micro_batch,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        seed=recipe.seed,
-        workers=plan.workers,
-        device=run.device,
-        dtype=next(engine.module.parameters()).dtype,
-        mean=plan.mean,
-        std=plan.std,
-    )
+    loading: dict[str, Any] = {
+        "micro_batch": plan.micro_batch,
+        "rank": dist.get_rank(),
+        "world_size": dist.get_world_size(),
+        "workers": plan.workers,
+        "device": run.device,
+        "dtype": next(engine.module.parameters()).dtype,
+        "mean": plan.mean,
+        "std": plan.std,
+    }
+    training, validation = run.samples
+    train_loader = data.TrainLoader(training, global_batch=plan.config.batch_changes, seed=recipe.seed, **loading)
+    validation_loader = data.ValidationLoader(validation, **loading)
     mixing = data.open_mixing(recipe.data.model_dump(), recipe.model.num_classes, recipe.seed)
     gradient_norms = listen_to_gradients(engine, recipe.noise_scale.every_steps) if recipe.noise_scale.enabled else None
 

@@ -48,9 +48,7 @@ from .pack_format import (
 from .sampler import Keys as Keys, epoch_permutation as epoch_permutation
 from .seeds import derive_seed as derive_seed
 from .sources import (
-    describe_data as describe_data,
     open_datasets as open_datasets,
-    open_loaders as open_loaders,
     open_samples as open_samples,
     open_validation as open_validation,
     recognise as recognise,

@@ -14,7 +14,7 @@ from torch import Tensor
 from recipe.data.augment import View, cut
 from recipe.data.batch import HostBatch
 from recipe.data.datasets import ImageDataset, Sample, Samples, collate
-from recipe.data.decoding import jpeg_size
+from recipe.data.decoding import UNREADABLE, jpeg_size
 from recipe.data.sampler import PADDING, Keys
 
 Decoder = Callable[[Sequence[Tensor], Sequence[View], int], Sequence[Tensor]]
@@ -78,7 +78,7 @@ class EncodedImages(Samples):
     def _file(self, index: int) -> bytes:
         try:
             return b"" if index == PADDING else self._dataset.file(index)
-        except OSError:
+        except UNREADABLE:
             return b""
 
     def on_device(self, batch: HostBatch) -> HostBatch:

@@ -1,7 +1,6 @@
 """scikit-learn's 1,797 handwritten digits: real data that ships with a package and trains in seconds."""
 
-from importlib.util import find_spec
-from pathlib import Path
+from importlib.metadata import distribution
 from typing import Unpack
 
 import numpy as np
@@ -36,10 +35,8 @@ def open_digits(**options: Unpack[Options]) -> tuple[Digits, Digits]:
     This is stratified and, unlike a random split, does not depend on a library's version.
     """
     # Read without importing scikit-learn, which takes seconds.
-    package = find_spec("sklearn")
-    assert package is not None
-    assert package.origin is not None
-    rows = np.loadtxt(Path(package.origin).with_name("datasets") / "data" / "digits.csv.gz", delimiter=",")
+    file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    rows = np.loadtxt(str(file), delimiter=",")
     pixels, labels = rows[:, :-1], rows[:, -1].astype(int)
     greys = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     held_out = np.zeros(len(labels), dtype=bool)

@@ -224,10 +224,6 @@ class TrainLoader(_Loader):
         self._begun_at = (0, 0)
         super().__init__(dataset, self._order, workers=workers, device=device, dtype=dtype, mean=mean, std=std)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self._order.steps_per_epoch
-
     def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Have the workers read ahead for a call of ``epoch`` with the same arguments."""
         self._order.set_epoch(epoch, first_step)

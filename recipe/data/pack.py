@@ -1,6 +1,5 @@
 """The images of a pack, read at random from its shards, with the same samples as the folder that was packed."""
 
-import errno
 import json
 import os
 import weakref
@@ -15,7 +14,7 @@ from recipe.config import printable
 from recipe.data.augment import evaluation_short_side
 from recipe.data.datasets import ImageDataset, Options
 from recipe.data.decoding import Decoded
-from recipe.data.pack_format import HEADER, Header, Part, damage, open_index, read_header
+from recipe.data.pack_format import Header, Part, damage, open_index, read_header
 
 
 class PackedImages(ImageDataset):
@@ -39,9 +38,7 @@ class PackedImages(ImageDataset):
             try:
                 self._files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             except OSError as error:
-                too_many = error.errno in (errno.EMFILE, errno.ENFILE)
-                remedy = "raise ulimit -n: a pack's shards stay open" if too_many else "fix that, or recreate the pack"
-                raise ValueError(f"{path}: {error.strerror}; {remedy}") from error
+                raise ValueError(f"{path}: {error.strerror}; fix that, or recreate the pack") from error
 
     def file(self, index: int) -> bytes:
         return self._content(index).tobytes()
@@ -85,31 +82,26 @@ def open_pack(
     are smaller than validation resizes them to. Unlike ``python -m recipe pack --verify``, it does not read every byte.
     """
     path = Path(path)
-    if not (path / HEADER).is_file():
-        raise ValueError(
-            f"recipe.data.path: {path} is not a complete pack, which has a {HEADER}; create one with python -m recipe "
-            'pack, or use "source": "imagefolder"'
-        )
     header = read_header(path)
     packed_at = header.making.short_side
     if short_side is not None and short_side != packed_at:
         raise ValueError(
-            f"recipe.data.pack_short_side = {short_side}: {path} is a pack of short side {packed_at}, so the pixels "
-            f"differ; use {packed_at}, or name a different pack"
+            f"{path} is a pack of short side {packed_at}, but recipe.data.pack_short_side = {short_side}, so the "
+            f"pixels differ; set it to {packed_at}, or name a different pack"
         )
     if raw is not None and raw != header.making.raw:
         kind = "raw pixels" if header.making.raw else "image files"
         raise ValueError(
-            f"recipe.data.pack_raw = {json.dumps(raw)}: {path} is a pack of {kind}, so the pixels differ; use "
-            f"{json.dumps(header.making.raw)}, or name a different pack"
+            f"{path} is a pack of {kind}, but recipe.data.pack_raw = {json.dumps(raw)}, so the pixels differ; set it "
+            f"to {json.dumps(header.making.raw)}, or name a different pack"
         )
     train, validation = (PackedImages(path, header, part, **options) for part in header.parts)
     image_size = validation.sizes.validation
     needed = evaluation_short_side(image_size, options["crop"])
     if 0 < packed_at < needed:
         raise ValueError(
-            f"recipe.data.path: {path} is a pack of short side {packed_at}, but validation at {image_size} px resizes "
-            f"to {needed}; recreate the pack with --short-side {needed} or more"
+            f"{path} is a pack of short side {packed_at}, but validation at {image_size} px resizes to {needed}; "
+            f"recreate the pack with --short-side {needed} or more"
         )
     return train, validation
 

@@ -1,7 +1,7 @@
 """The order of samples on each rank, as a function of (seed, epoch, step)."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, NotRequired, TypedDict, Unpack
+from typing import NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +33,9 @@ def epoch_permutation(seed: int, epoch: int, length: int) -> Tensor:
 class Split(TypedDict):
     """How global batches are split into micro-batches and ranks."""
 
-    global_batch: int
-    """samples per step, over all ranks and accumulation rounds"""
-    batch_changes: NotRequired[Sequence[tuple[int, int]]]
-    """(epoch, global batch from then on) in ascending order, if the batch size changes during the run"""
+    global_batch: int | Sequence[tuple[int, int]]
+    """samples per step, over all ranks and accumulation rounds: one number, or (epoch, number from then on) in
+    ascending order from epoch 0"""
     micro_batch: int
     """samples per rank and accumulation round"""
     rank: int
@@ -53,20 +52,18 @@ class TrainSampler(Sampler[Keys]):
     """
 
     def __init__(self, length: int, **split: Unpack[Split]) -> None:
-        micro_batch, world_size = split["micro_batch"], split["world_size"]
-        for _, batch in (changes := ((0, split["global_batch"]), *split.get("batch_changes", ()))):
-            if batch % (world_size * micro_batch):
-                raise ValueError(f"global batch {batch} is not a multiple of {world_size} ranks × {micro_batch} images")
-            if batch > length:
-                raise ValueError(f"global batch {batch} is larger than the data set ({length} images)")
-        self._changes = changes
+        global_batch = split["global_batch"]
+        self._batches = ((0, global_batch),) if isinstance(global_batch, int) else tuple(global_batch)
         self._length = length
         self._split = split
+        for _, batch in self._batches:  # as the plan has made sure
+            assert batch % (split["world_size"] * split["micro_batch"]) == 0, (batch, split)
+            assert batch <= length, (batch, length)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Set the epoch of the next pass, and the step of that epoch at which it starts."""
-        self._batch = next(batch for first_epoch, batch in reversed(self._changes) if first_epoch <= epoch)
+        self._batch = next(batch for first_epoch, batch in reversed(self._batches) if first_epoch <= epoch)
         self.accumulation = self._batch // (self._split["world_size"] * self._split["micro_batch"])
         self.steps_per_epoch = self._length // self._batch
         assert 0 <= first_step <= self.steps_per_epoch, (first_step, self.steps_per_epoch)

@@ -1,21 +1,20 @@
-"""Opens the data sets and loaders that a config names."""
+"""Opens the data sets that a config names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 
 from recipe.data.augment import Crop, Erasing
 from recipe.data.auto_augment import AutoAugment
-from recipe.data.datasets import ImageDataset, OnBadImage, Samples
+from recipe.data.datasets import ImageDataset, OnBadImage, Options, Samples
 from recipe.data.device_decoding import EncodedImages, open_decoder
 from recipe.data.digits import open_digits
 from recipe.data.folder_index import held_out_folder, list_classes, list_imagefolder
 from recipe.data.held import HeldImages
 from recipe.data.huggingface_index import is_huggingface, list_huggingface, list_validation
 from recipe.data.image_files import HubImages, ImageFiles
-from recipe.data.loader import TrainLoader, ValidationLoader
 from recipe.data.pack import open_pack
 from recipe.data.pack_format import HEADER
 from recipe.data.synthetic import SyntheticImages
@@ -24,48 +23,38 @@ from recipe.data.synthetic import SyntheticImages
 def open_datasets(
     source: Literal["digits", "imagefolder", "pack", "huggingface"],
     path: str | Path | None,
-    image_size: int | Sequence[tuple[int, int]],
-    crop: Crop,
-    flip: bool,
-    seed: int,
-    on_bad_image: OnBadImage,
+    *,
     pack_short_side: int | None = None,
     pack_raw: bool | None = None,
     validation_share: float | None = None,
-    validation_image_size: int | None = None,
-    augment: AutoAugment | None = None,
+    **options: Unpack[Options],
 ) -> tuple[ImageDataset, ImageDataset]:
     """Return (training, validation), without a process group, so that errors show before one is started.
 
-    See ``Options`` for most arguments, ``open_pack`` for ``pack_short_side`` and ``pack_raw``, and ``list_imagefolder``
-    and ``list_huggingface`` for ``validation_share``. ``path`` is a folder, the name of a data set on the hub, or None
-    for digits.
+    See ``open_pack`` for ``pack_short_side`` and ``pack_raw``, and ``list_imagefolder`` and ``list_huggingface`` for
+    ``validation_share``. ``path`` is a folder, the name of a data set on the hub, or None for digits.
 
     Raises:
         ValueError: The data is missing or unsuitable; see these functions.
         BadImageError: The first image cannot be read and may not be skipped, or none of the following can be read.
     """
-    sizes = {"image_size": image_size, "validation_image_size": validation_image_size}
-    views: dict[str, Any] = {**sizes, "crop": crop, "flip": flip, "seed": seed, "augment": augment}
     if source == "digits":
-        return open_digits(**views)
+        return open_digits(**options)
     if path is None:
         raise ValueError(f'recipe.data.path: missing; source "{source}" needs the folder with train/ and val/')
-    options: dict[str, Any] = views | {"on_bad_image": on_bad_image}
     training: ImageDataset
     validation: ImageDataset
-    if source == "pack":
-        training, validation = open_pack(path, **options, short_side=pack_short_side, raw=pack_raw)
-    else:
-        try:
-            if source == "huggingface":
-                splits = list_huggingface(str(path), validation_share)
-                training, validation = (HubImages(split, **options) for split in splits)
-            else:
-                folders = list_imagefolder(Path(path), validation_share)
-                training, validation = (ImageFiles(folder, **options) for folder in folders)
-        except ValueError as error:
-            raise ValueError(f"recipe.data.path: {error}") from error
+    try:
+        if source == "pack":
+            training, validation = open_pack(path, short_side=pack_short_side, raw=pack_raw, **options)
+        elif source == "huggingface":
+            splits = list_huggingface(str(path), validation_share)
+            training, validation = (HubImages(split, **options) for split in splits)
+        else:
+            folders = list_imagefolder(Path(path), validation_share)
+            training, validation = (ImageFiles(folder, **options) for folder in folders)
+    except ValueError as error:
+        raise ValueError(f"recipe.data.path: {error}") from error
     for dataset in (training, validation):
         dataset.readable_from(0)  # shows at once, not after an epoch, if none of its images can be read
     return training, validation
@@ -92,8 +81,7 @@ def open_validation(
     ``source`` and ``validation_share`` are those of the run if this is its data; without a source, the content decides.
     Raises a ValueError if the path contains no such data.
     """
-    options: dict[str, Any] = {"image_size": image_size, "crop": crop, "on_bad_image": on_bad_image}
-    options |= {"flip": False, "seed": 0}
+    options = Options(image_size=image_size, crop=crop, flip=False, seed=0, on_bad_image=on_bad_image)
     source = source or recognise(path)
     if source == "huggingface":
         return HubImages(list_validation(str(path), validation_share), **options)
@@ -144,22 +132,3 @@ def open_samples(
     if section["random_erasing"]:
         training.erasing = Erasing(section["random_erasing"], seed)
     return training, validation
-
-
-def describe_data(samples: tuple[Samples, Samples]) -> dict[str, Any]:
-    """Return ``classes``, their names by label, and a ``digest`` of the images; both are empty for synthetic data."""
-    return {"classes": samples[0].class_names, "digest": " ".join(part.digest for part in samples).strip()}
-
-
-def open_loaders(
-    samples: tuple[Samples, Samples],
-    *,
-    global_batch: int,
-    batch_changes: Sequence[tuple[int, int]] = (),
-    seed: int,
-    **common: Any,
-) -> tuple[TrainLoader, ValidationLoader]:
-    """Return this rank's loaders of training and validation data; ``common`` are the arguments that both take."""
-    training, validation = samples
-    train_loader = TrainLoader(training, global_batch=global_batch, batch_changes=batch_changes, seed=seed, **common)
-    return train_loader, ValidationLoader(validation, **common)

@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def digits() -> tuple[torch.Tensor, list[int]]:
     """The validation images, uint8 (355, 32, 32, 3), and their labels."""
-    dataset = open_datasets("digits", None, SIZE, "padded", False, 0, "stop")[1]
+    dataset = open_datasets("digits", None, image_size=SIZE, crop="padded", flip=False, seed=0)[1]
     return torch.stack([dataset.image(index).pixels for index in range(len(dataset))]), dataset.labels.tolist()
 
 

@@ -58,7 +58,7 @@ print(float((torch.from_numpy(found) - logits).abs().max()))
 
 def write_images(root: Path, image_size: int, size: tuple[int, int]) -> None:
     """Write the validation images of a run at ``image_size`` as PNG files of ``size``, for training and validation."""
-    _, held_out = open_datasets("digits", None, image_size, "padded", False, 0, "stop")
+    _, held_out = open_datasets("digits", None, image_size=image_size, crop="padded", flip=False, seed=0)
     for number, label in enumerate(held_out.labels.tolist()):
         image = Image.fromarray(held_out.image(number).pixels.numpy()).resize(size, Image.Resampling.BILINEAR)
         for part in ("train", "val"):

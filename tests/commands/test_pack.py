@@ -84,8 +84,8 @@ def test_larger_images_are_resized_to_the_short_side_as_by_torchvision(tmp_path:
     for kind, image in originals.items():
         image.save(tmp_path / f"images/train/c0/{kind}.jpg", "PNG" if kind == "png" else "JPEG", quality=95)
     assert pack(tmp_path / "images", tmp_path / "pack", 48, raw=raw) == 0
-    resized, _ = open_datasets("pack", tmp_path / "pack", 16, "none", False, 0, "stop")
-    whole, _ = open_datasets("imagefolder", tmp_path / "images", 16, "none", False, 0, "stop")
+    resized, _ = open_datasets("pack", tmp_path / "pack", image_size=16, crop="none", flip=False, seed=0)
+    whole, _ = open_datasets("imagefolder", tmp_path / "images", image_size=16, crop="none", flip=False, seed=0)
     for index in range(len(whole)):
         image = Image.fromarray(whole.image(index).pixels.numpy())
         expected = functional.pil_to_tensor(functional.resize(image, 48) if min(image.size) > 48 else image)
@@ -156,7 +156,7 @@ def test_interrupted_pack_resumes(tmp_path: Path, signals: list[signal.Signals])
     wait_until(lambda: not group(process.pid))
     assert not (tmp_path / "pack/pack.json").exists()
     with pytest.raises(ValueError, match="is not a complete pack"):
-        open_datasets("pack", tmp_path / "pack", 16, "none", False, 0, "stop")
+        open_datasets("pack", tmp_path / "pack", image_size=16, crop="none", flip=False, seed=0)
     first = (tmp_path / "pack/train/00000.tar").stat()
     assert pack(images, tmp_path / "pack", 0) == 0
     assert (tmp_path / "pack/train/00000.tar").stat().st_mtime_ns == first.st_mtime_ns
@@ -199,7 +199,9 @@ def test_bad_images_are_listed_and_keep_their_index(tmp_path: Path, capsys: pyte
         assert printed[2].endswith("2 bad")
         header = json.loads((destination / "pack.json").read_text())
         assert [image["name"] for image in header["train"]["bad_images"]] == ["train/c0/1.jpg"]
-        train, _ = open_datasets("pack", destination, 16, "none", False, 0, "skip")
+        train, _ = open_datasets(
+            "pack", destination, image_size=16, crop="none", flip=False, seed=0, on_bad_image="skip"
+        )
         assert sample(train, (0, 1)).bad_image == f"{destination}/train/00000.tar: train/c0/1.jpg"
         assert torch.equal(sample(train, (0, 1)).image, sample(train, (0, 2)).image)
 
@@ -305,7 +307,7 @@ def test_hosts_command_counts_the_images_of_a_pack(tmp_path: Path) -> None:
     assert f"2 classes, 6 + 6 images in pack {found['pack'][:8]}" in format_table([Host("node", 1, {"data": found})])
     with pytest.raises(ValueError, match="is not a complete pack"):
         count_data(str(tmp_path / "images"), "pack")
-    with pytest.raises(ValueError, match=r"pack_short_side = 352: .* is a pack of short side 0"):
+    with pytest.raises(ValueError, match=r"is a pack of short side 0, but recipe\.data\.pack_short_side = 352"):
         count_data(str(tmp_path / "pack"), "pack", pack_short_side=352)
 
 
@@ -337,7 +339,9 @@ def test_images_too_large_or_too_long_are_named(
     assert "kept as it is: val/c0/long.png: 68,266 pixels are too long for a JPEG" in lines
     assert "bad image: train/c0/large.png: it has more than 178,956,970 pixels, PIL's limit; shrink it" in lines
     assert "0 images resized, 1 bad" in lines[-2]
-    _, held_out = open_datasets("pack", tmp_path / "pack", 16, "none", False, 0, "stop", pack_short_side=256)
+    _, held_out = open_datasets(
+        "pack", tmp_path / "pack", image_size=16, crop="none", flip=False, seed=0, pack_short_side=256
+    )
     shapes = {held_out.name(index): held_out.image(index).pixels for index in range(len(held_out))}
     (long,) = (pixels for name, pixels in shapes.items() if name.endswith("long.png"))
     assert long.shape == (80_000, 300, 3)

@@ -56,7 +56,8 @@ def save_picture(folder, seed, name, *, width=40, height=30, mode="RGB", **setti
 
 
 def open_folder(folder, crop="random_resized", on_bad_image="stop", size=SIZE):
-    return open_datasets("imagefolder", folder, size, crop, True, 3, on_bad_image, validation_image_size=20)
+    sizes = {"image_size": size, "validation_image_size": 20}
+    return open_datasets("imagefolder", folder, **sizes, crop=crop, flip=True, seed=3, on_bad_image=on_bad_image)
 
 
 def encoded(datasets, decoder=NVJPEG):

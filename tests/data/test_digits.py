@@ -8,7 +8,7 @@ from tests.data.images import sample
 
 
 def digits(crop: str = "none", image_size: int = 8):
-    return open_datasets("digits", None, image_size, crop, False, 0, "stop")
+    return open_datasets("digits", None, image_size=image_size, crop=crop, flip=False, seed=0)
 
 
 def test_every_fifth_image_of_each_class_is_held_out():

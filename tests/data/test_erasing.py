@@ -46,7 +46,7 @@ def test_boxes_are_filled_like_torchvisions():
 
 @pytest.mark.parametrize("way", ["held", "two workers", "two ranks"])
 def test_erased_batches_are_the_same_on_every_rank_and_way_and_validation_erases_nothing(way):
-    train, validation = open_datasets("digits", None, 16, "padded", True, 3, "stop")
+    train, validation = open_datasets("digits", None, image_size=16, crop="padded", flip=True, seed=3)
 
     def batches(dataset, **changes):
         loader = train_loader(dataset, global_batch=64, micro_batch=32, **changes)

@@ -41,7 +41,7 @@ def test_boxes_are_resized_as_by_torch_on_a_cpu(size, height, width):
     ],
 )
 def test_batches_are_the_data_sets(crop, workers, size):
-    plain = open_datasets("digits", None, size, crop, True, 3, "stop", validation_image_size=28)
+    plain = open_datasets("digits", None, image_size=size, crop=crop, flip=True, seed=3, validation_image_size=28)
     held = [HeldImages(part, CPU, training=part is plain[0]) for part in plain]
     seen, expected = (load(samples, (2,), workers, global_batch=64, micro_batch=32) for samples in (held, plain))
     assert {batch.images.shape[-1] for batch in expected} == {24 if size == 24 else 20, 28}
@@ -53,7 +53,8 @@ def test_bad_images_are_replaced_or_left_out_as_from_the_folder(tmp_path):
     for part in ("train", "val"):
         (folder / part / "c0" / "2.jpg").write_bytes(b"no image")
         picture(5).save(folder / part / "c1" / "1.jpg", "PNG")
-    plain = open_datasets("imagefolder", folder, 16, "padded", True, 0, "skip")
+    options = {"image_size": 16, "crop": "padded", "flip": True, "seed": 0}
+    plain = open_datasets("imagefolder", folder, **options, on_bad_image="skip")
     for part in plain:
         training = part is plain[0]
         held = HeldImages(part, CPU, training=training)
@@ -64,7 +65,7 @@ def test_bad_images_are_replaced_or_left_out_as_from_the_folder(tmp_path):
         assert ours.bad_images == expected.bad_images == [str(folder / ("train" if training else "val") / "c0/2.jpg")]
         assert (ours.decoded_by_pil, held.decoded_by_pil) == (0, 1)
     with pytest.raises(BadImageError, match=r"2\.jpg: not a readable image"):
-        HeldImages(open_datasets("imagefolder", folder, 16, "padded", True, 0, "stop")[1], CPU, training=False)
+        HeldImages(open_datasets("imagefolder", folder, **options)[1], CPU, training=False)
 
 
 def test_images_of_several_sizes_are_refused_if_boxes_are_cut_out_of_them():

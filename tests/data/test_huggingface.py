@@ -14,10 +14,10 @@ import torch
 
 from recipe.commands.export import data_name
 from recipe.commands.hosts import probe
-from recipe.data import BadImageError, Keys, list_imagefolder, look
+from recipe.data import BadImageError, EncodedImages, Keys, list_imagefolder, look
 from recipe.data.huggingface_index import list_huggingface
 from recipe.data.sources import open_datasets, open_validation
-from tests.data.images import assert_same, load, spoil, write_folder, write_kinds
+from tests.data.images import CPU, assert_same, load, spoil, write_folder, write_kinds
 from tests.launch import DIGITS, losses, train_ok
 from tests.test_early_refusals import without_torch
 
@@ -82,7 +82,7 @@ WRITERS = (save, write_parquet)
 
 
 def open_as(source: str, path: Path, on_bad_image: str = "skip", crop: str = "random_resized", **more: Any) -> Any:
-    return open_datasets(source, path, 16, crop, True, 7, on_bad_image, **more)
+    return open_datasets(source, path, image_size=16, crop=crop, flip=True, seed=7, on_bad_image=on_bad_image, **more)
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -214,6 +214,8 @@ def test_an_image_can_be_a_separate_file_or_missing(folder: Path, monkeypatch: p
     for index, (_, message) in enumerate(bad):
         with pytest.raises(BadImageError, match=message):
             ours.image(index)
+        with pytest.raises(BadImageError, match=message):  # as a worker that leaves JPEGs to the device reads it
+            EncodedImages(ours, lambda *_: [], CPU)[Keys(None, np.array([index]))]
 
 
 REFUSED: list[tuple[dict[str, datasets.Dataset], float | None, str]] = [

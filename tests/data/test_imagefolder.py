@@ -13,7 +13,7 @@ from tests.data.images import picture, pixels, sample, spoil, train_loader, vali
 
 
 def open_folder(path, on_bad_image="stop", crop="none"):
-    return open_datasets("imagefolder", path, 16, crop, False, 0, on_bad_image)
+    return open_datasets("imagefolder", path, image_size=16, crop=crop, flip=False, seed=0, on_bad_image=on_bad_image)
 
 
 def loaders(path, on_bad_image, workers):
@@ -77,14 +77,14 @@ def test_classes_are_sorted_as_text_and_hidden_files_ignored_in_folder_and_pack(
     assert pack(tmp_path / "images", tmp_path / "pack", 0) == 0
     assert list(read_header(tmp_path / "pack").classes) == expected
     for source, folder in (("imagefolder", "images"), ("pack", "pack")):
-        train, _ = open_datasets(source, tmp_path / folder, 16, "none", False, 0, "stop")
+        train, _ = open_datasets(source, tmp_path / folder, image_size=16, crop="none", flip=False, seed=0)
         assert (train.class_names, len(train)) == (expected, 12)
         assert all(torch.equal(train.image(i).pixels, pixels(picture(int(name)))) for i, name in enumerate(expected))
 
 
 def test_the_digest_depends_on_names_and_classes_and_not_on_the_folders_path(tmp_path):
     def digests(root):
-        return [part.digest for part in open_datasets("imagefolder", root, 8, "none", False, 0, "stop")]
+        return [part.digest for part in open_folder(root)]
 
     root = write_folder(tmp_path / "images")
     before = digests(root)
@@ -221,7 +221,9 @@ def test_a_part_without_a_readable_image_is_refused_when_it_is_opened(tmp_path, 
     ):
         for on_bad_image, what in (("stop", "not a readable image"), ("skip", "cannot be read")):
             with pytest.raises(BadImageError) as error:
-                open_datasets(source, tmp_path / folder, 16, "none", False, 0, on_bad_image)
+                open_datasets(
+                    source, tmp_path / folder, image_size=16, crop="none", flip=False, seed=0, on_bad_image=on_bad_image
+                )
             assert str(error.value).startswith(name)
             assert f"{what} (it is a Git LFS pointer; git lfs pull fetches the image)" in str(error.value)
             assert "\n" not in str(error.value)

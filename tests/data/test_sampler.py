@@ -7,7 +7,7 @@ from recipe.data.sampler import PADDING, TrainSampler, ValidationSampler, epoch_
 SPLITS = [(1, 24), (1, 8), (1, 1), (2, 12), (2, 4), (3, 8), (4, 6), (4, 3), (8, 1), (24, 1)]
 
 
-def train_sampler(rank: int, world_size: int, micro_batch: int, *, length: int = 100, global_batch: int = 24):
+def train_sampler(rank: int, world_size: int, micro_batch: int, *, length: int = 100, global_batch=24):
     split = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world_size": world_size}
     return TrainSampler(length, **split, seed=3)
 
@@ -65,11 +65,13 @@ def test_a_resumed_epoch_is_the_rest_of_the_epoch(world_size, micro_batch):
         assert taken(sampler) == whole[first_step * sampler.accumulation :]
 
 
-def test_batches_that_cannot_be_split_or_filled_are_refused():
-    with pytest.raises(ValueError, match="24 is not a multiple of 5 ranks × 1 images"):
-        train_sampler(0, 5, 1)
-    with pytest.raises(ValueError, match=r"24 is larger than the data set \(23 images\)"):
-        train_sampler(0, 1, 1, length=23)
+def test_the_global_batch_follows_the_epoch():
+    sampler = train_sampler(0, 2, 4, global_batch=((0, 8), (2, 24)))
+    found = []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        found.append((sampler.accumulation, len(taken(sampler))))
+    assert found == [(1, 12), (1, 12), (3, 4 * 3), (3, 4 * 3)]
 
 
 def test_validation_batches_by_hand():

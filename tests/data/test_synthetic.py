@@ -1,16 +1,12 @@
 import torch
 
 from recipe.data import SyntheticImages, TrainLoader, ValidationLoader
-from tests.data.images import MEAN, STD, rng_states
+from tests.data.images import CPU, MEAN, STD, rng_states, train_loader, validation_loader
 
 
 def loaders(*, seed: int = 0, **sizes) -> tuple[TrainLoader, ValidationLoader]:
-    train, validation = (
-        SyntheticImages(length, classes=7, **sizes, seed=seed, device=torch.device("cpu")) for length in (100, 23)
-    )
-    common = {"micro_batch": 4, "rank": 0, "world_size": 1, "workers": 0}
-    common |= {"device": "cpu", "dtype": torch.float32, "mean": MEAN, "std": STD}
-    return TrainLoader(train, global_batch=24, seed=seed, **common), ValidationLoader(validation, **common)
+    train, validation = (SyntheticImages(length, classes=7, **sizes, seed=seed, device=CPU) for length in (100, 23))
+    return train_loader(train, global_batch=24), validation_loader(validation)
 
 
 def test_every_training_batch_is_the_same_random_batch():

@@ -50,7 +50,7 @@ def test_validation_counts_every_image_once(workers):
 
 @pytest.mark.parametrize("crop", ["random_resized", "padded", "none"])
 def test_held_batches_cropped_on_the_gpu_equal_those_of_the_cpu_bit_for_bit(crop):
-    dataset = open_datasets("digits", None, 24, crop, True, 3, "stop")[0]
+    dataset = open_datasets("digits", None, image_size=24, crop=crop, flip=True, seed=3)[0]
     held = HeldImages(dataset, torch.device("cuda"), training=True)
     keys = Keys(7, np.arange(len(dataset)))
     ours, theirs = held.on_device(held[keys]), dataset[keys]
@@ -107,7 +107,7 @@ def test_pixels_decoded_on_the_gpu_are_close_to_those_of_the_cpu(tmp_path, name,
             image = picture(number, width=200, height=150 + number, mode="L" if number == 8 else "RGB")
             settings = {"progressive": number == 7} | ({"subsampling": subsampling} if number < 8 else {})
             image.save(tmp_path / part / "c0" / f"{number}.jpg", quality=90, **settings)
-    plain = open_datasets("imagefolder", tmp_path, 32, crop, True, 0, "stop")
+    plain = open_datasets("imagefolder", tmp_path, image_size=32, crop=crop, flip=True, seed=0)
     device = torch.device("cuda")
     decoder = open_decoder(name, device, threads=2)
     for part, epoch in zip(plain, (0, None), strict=True):
@@ -133,7 +133,7 @@ def test_loaders_return_images_decoded_on_the_gpu(tmp_path, name):
         for number in range(12):
             picture(number, width=200, height=150).save(tmp_path / part / "c0" / f"{number}.jpg", subsampling="4:4:4")
         picture(12, mode="CMYK").save(tmp_path / part / "c0" / "12.jpg")
-    plain = open_datasets("imagefolder", tmp_path, 32, "random_resized", True, 0, "stop")
+    plain = open_datasets("imagefolder", tmp_path, image_size=32, crop="random_resized", flip=True, seed=0)
     device = torch.device("cuda")
     decoder = open_decoder(name, device, threads=2)
     common = COMMON | {"dtype": torch.float32}

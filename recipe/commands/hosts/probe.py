@@ -137,7 +137,7 @@ def data(
     from recipe.data import HEADER, open_datasets, recognise
 
     source = source or recognise(folder)
-    train, validation = open_datasets(source, folder, 8, "none", False, 0, "stop", **options)
+    train, validation = open_datasets(source, folder, image_size=8, crop="none", flip=False, seed=0, **options)
     counts = {"classes": train.classes, "train_images": len(train), "validation_images": len(validation)}
     # The header has the SHA-256 of every file.
     pack = {"pack": hashlib.sha256(Path(folder, HEADER).read_bytes()).hexdigest()} if source == "pack" else {}
