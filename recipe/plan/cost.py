@@ -259,20 +259,15 @@ def batchnorm_traffic(plan: Plan, facts: ModelFacts) -> BatchNormTraffic:
 
     With statistics over n images, the running averages (2 values per channel) are averaged over all ranks once a step.
     """
-    n, value = plan.config.statistics, 8 if plan.precision == "fp64" else 4
-    if n == "global":
-        images, ranks = plan.micro_batch * plan.world_size, plan.world_size
-    elif n == "local":
-        images, ranks = plan.micro_batch, 1
-    else:
-        images, ranks = n, max(1, n // plan.micro_batch)
+    images = plan.batchnorm_images
+    ranks = max(1, images // plan.micro_batch)
     collectives, messages, sent = 0, 0, 0.0
-    channel_bytes = value * 2 * facts.batchnorm_channels
+    channel_bytes = 2 * max(4, VALUE_BYTES[plan.precision]) * facts.batchnorm_channels
     if ranks > 1:
         collectives = 2 * facts.batchnorm_layers * plan.accumulation
         messages = collectives * math.ceil(math.log2(ranks))
         sent = plan.accumulation * ((ranks - 1) * channel_bytes + all_reduce_bytes(channel_bytes, ranks))
-    if isinstance(n, int) and plan.world_size > 1 and facts.batchnorm_layers:
+    if isinstance(plan.config.statistics, int) and plan.world_size > 1 and facts.batchnorm_layers:
         collectives += 1
         messages += math.ceil(math.log2(plan.world_size))
         sent += all_reduce_bytes(channel_bytes, plan.world_size)
