@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from recipe.config import FOLDERS
-from recipe.plan.plan import Plan, fitting_micro_batches
+from recipe.plan.plan import Plan
 
 VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp64": 8}
 CONTEXT_BYTES = 1.5 * 2**30  # assumed: CUDA context, cuDNN workspaces and memory that the allocator cannot use
@@ -207,10 +207,9 @@ def activation_bytes(plan: Plan, facts: ModelFacts) -> float:
 
 
 def largest_micro_batch(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> int | None:
-    """The largest micro-batch that divides the global batch, fits batch norm's groups and fits the GPU, or None."""
+    """The largest micro-batch that the run could use and that fits the GPU, or None."""
     room = (gpu_bytes - memory(plan, facts).fixed) / activation_bytes(plan, facts)
-    sizes = fitting_micro_batches(plan.config.common_batch, plan.world_size, plan.config.statistics)
-    return next((size for size in sizes if size <= room), None)
+    return next((size for size in plan.possible_micro_batches if size <= room), None)
 
 
 def reduction_precision(plan: Plan) -> str:

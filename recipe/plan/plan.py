@@ -78,6 +78,13 @@ class Plan:
         return phase.global_batch // (self.world_size * self.micro_batch)
 
     @property
+    def possible_micro_batches(self) -> list[int]:
+        """The micro-batches that batches, ranks, pairs and batch norm's groups allow, the largest first."""
+        config = self.config
+        even = config.recipe.data.mixes
+        return fitting_micro_batches(config.common_batch, self.world_size, config.statistics, even=even)
+
+    @property
     def epochs(self) -> int:
         """Passes over the training images."""
         return self.config.recipe.schedule.epochs

@@ -13,7 +13,7 @@ from recipe.checkpoints.resume import batchnorm_images
 from recipe.config.contents import Contents
 from recipe.config.schema import Config, ConfigError, parse_config, read_config
 from recipe.distributed.hostfile import read_hostfile
-from recipe.plan.cost import SHIPPED, activation_bytes, cores_to_load, local_bytes
+from recipe.plan.cost import SHIPPED, activation_bytes, cores_to_load, largest_micro_batch, local_bytes, memory
 from recipe.plan.plan import Plan, fitting_micro_batches, make_plan, with_micro_batch
 from recipe.plan.text import format_plan, notes, plan_fields, plan_json
 from recipe.reporting.summary import format_summary, read_summary
@@ -529,7 +529,11 @@ def test_mixup_and_cutmix() -> None:
     text = fields_of(make_plan(config(**PAIRS), 32))["images"]
     assert "mirrored, mixup in 30 % of steps (α = 0.2), CutMix in 25 % of steps (α = 0.5); " in text
     # 450 images are two micro-batches of 225, but three of 150.
-    assert make_plan(config(**PAIRS, train_batch_size=450), 1).micro_batch == 150
+    plan = make_plan(config(**PAIRS, train_batch_size=450), 1)
+    assert plan.micro_batch == 150
+    facts = SHIPPED["resnet50", 1000]
+    room = memory(plan, facts).fixed + 230 * activation_bytes(plan, facts)
+    assert largest_micro_batch(plan, facts, room) == 150
 
 
 def test_lars_gets_no_notes_on_sgd() -> None:
