@@ -61,8 +61,6 @@ def settle_micro_batch(plan: Plan, model: nn.Module, device: torch.device, earli
     if not plan.assumes_micro_batch:
         return plan, ""
     candidates = plan.possible_micro_batches
-    if plan.config.recipe.noise_scale.enabled:  # it compares two batch sizes
-        candidates = [size for size in candidates if size < min(plan.config.batches)]
     if earlier in candidates:
         return with_micro_batch(plan, earlier), "as before"
     if device.type == "cpu":

@@ -29,7 +29,7 @@ Look = Callable[[str, str, float | None], Contents]
 PAPER_WEIGHT_DECAY = 1e-4
 TIMM_EPS = {"LARS": 1e-8, "LAMB": 1e-6}
 ASSUMED_MICRO_BATCH = 256  # the headline's, the largest that a plan assumes if the run is to find the largest that fits
-AUTO_SPLIT = '"auto" for train_micro_batch_size_per_gpu and gradient_accumulation_steps'
+AUTO_SPLIT = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
 RATE_TOLERANCE = 1e-6  # a rate written with seven digits matches the rule
 
 
@@ -82,7 +82,10 @@ class Plan:
         """The micro-batches that batches, ranks, pairs and batch norm's groups allow, the largest first."""
         config = self.config
         even = config.recipe.data.mixes
-        return fitting_micro_batches(config.common_batch, self.world_size, config.statistics, even=even)
+        sizes = fitting_micro_batches(config.common_batch, self.world_size, config.statistics, even=even)
+        if config.recipe.noise_scale.enabled:  # it compares two batch sizes
+            sizes = [size for size in sizes if size < min(config.batches)]
+        return sizes
 
     @property
     def epochs(self) -> int:
@@ -234,43 +237,32 @@ def with_micro_batch(plan: Plan, micro_batch: int) -> Plan:
 
 def _check_statistics(config: Config, world_size: int, micro_batch: int) -> None:
     """Refuse a noise scale, local SGD or weight average that micro-batch or batch norm's statistics rule out."""
-    recipe, statistics = config.recipe, config.statistics
-    measures = recipe.noise_scale.enabled
-    spans_ranks = statistics > micro_batch if isinstance(statistics, int) else statistics == "global" and world_size > 1
-    spanning = "batch norm's statistics come from several ranks, "
-    within_rank = f'for recipe.batchnorm.statistics "local" or a number of images up to the micro-batch, {micro_batch}'
-    for is_refused, key, problem, remedy in (
-        (
-            measures and micro_batch in config.batches,
-            "noise_scale.enabled",
+    recipe, statistics, refusal = config.recipe, config.statistics, config.source.refusal
+    if recipe.noise_scale.enabled and micro_batch in config.batches:
+        raise refusal(
+            "recipe.noise_scale.enabled",
             f"one rank takes the whole batch of {micro_batch} as one micro-batch, which leaves no second batch size to "
             "compare",
             'use a train_micro_batch_size_per_gpu below that and gradient_accumulation_steps "auto", start more '
             "ranks, or use false",
-        ),
+        )
+    spans_ranks = statistics > micro_batch if isinstance(statistics, int) else statistics == "global" and world_size > 1
+    if spans_ranks:
+        spanning = "batch norm's statistics come from several ranks, so that"
+        within = f'for recipe.batchnorm.statistics "local" or a number of images up to the micro-batch, {micro_batch}'
         # A rank's gradient then has large parts that cancel in the sum over all ranks: measured on the digits, two
         # ranks gave a variance of 1,749 where one gave 138.
-        (
-            measures and spans_ranks,
-            "noise_scale.enabled",
-            f"{spanning}so that a rank's gradient is not that of its own images",
-            f"use false, or {within_rank}",
-        ),
-        (
-            recipe.local_sgd.steps is not None and spans_ranks,
-            "local_sgd.steps",
-            f"{spanning}so that they could not step alone",
-            f"use null, or {within_rank}",
-        ),
-        (
-            recipe.ema.decay is not None and statistics == "local" and world_size > 1,
-            "ema.decay",
+        if recipe.noise_scale.enabled:
+            problem = f"{spanning} a rank's gradient is not that of its own images"
+            raise refusal("recipe.noise_scale.enabled", problem, f"use false, or {within}")
+        if recipe.local_sgd.steps is not None:
+            raise refusal("recipe.local_sgd.steps", f"{spanning} they could not step alone", f"use null, or {within}")
+    if recipe.ema.decay is not None and statistics == "local" and world_size > 1:
+        raise refusal(
+            "recipe.ema.decay",
             'with "local" statistics each rank has its own running averages, none of which fits the average weights',
             'use null, or for recipe.batchnorm.statistics "global" or a number of images',
-        ),
-    ):
-        if is_refused:
-            raise config.source.refusal(f"recipe.{key}", problem, remedy)
+        )
 
 
 def batch_triangle(config: Config, world_size: int, largest: int, train_images: int) -> tuple[int, int]:
@@ -300,14 +292,12 @@ def batch_triangle(config: Config, world_size: int, largest: int, train_images: 
             split += f" × at most {largest} images in a micro-batch (recipe.max_micro_batch_size)"
         remedy = f"the nearest that can: {_nearest(config, batch, world_size, largest, min(limit, train_images))}"
         if len(factors) > 1:
-            remedy += f"; or use {AUTO_SPLIT}"
+            remedy += f'; or use "auto" for {" and ".join(AUTO_SPLIT)}'
         raise config.source.refusal("train_batch_size", f"it cannot be split evenly {split}", remedy)
     share = batch // world_size
     n, mixes = config.statistics, config.recipe.data.mixes
     written = share // accumulation if isinstance(accumulation, int) else micro
-    later_config = config.model_copy(
-        update={"train_micro_batch_size_per_gpu": written, "gradient_accumulation_steps": "auto"}
-    )
+    later_config = config.model_copy(update=AUTO_SPLIT | {"train_micro_batch_size_per_gpu": written})
     for later in config.batches[1:]:
         if later % _unit(later_config, world_size):
             raise config.source.refusal(
@@ -330,13 +320,10 @@ def batch_triangle(config: Config, world_size: int, largest: int, train_images: 
             key, which = "recipe.batchnorm.statistics", f"micro-batches up to {largest} (recipe.max_micro_batch_size)"
         remedy = f"micro-batches that do: {', '.join(map(str, sorted(fitting)))}"
         if not fitting:
-            auto = config.model_copy(
-                update={"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
-            )
+            nearest = _nearest(config.model_copy(update=AUTO_SPLIT), batch, world_size, largest, train_images)
             remedy = (
-                "the nearest train_batch_size that can: "
-                f"{_nearest(auto, batch, world_size, largest, train_images)}, with {AUTO_SPLIT}; "
-                "or choose another number of samples or ranks"
+                f'the nearest train_batch_size that can: {nearest}, with "auto" for {" and ".join(AUTO_SPLIT)}; or '
+                "choose another number of samples or ranks"
             )
         problem = f"{which} neither contain whole groups of {n} samples nor, on {ranks}, make one up"
         raise config.source.refusal(key, problem, remedy)

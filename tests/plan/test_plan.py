@@ -126,7 +126,8 @@ def test_noise_scale_needs_two_batch_sizes() -> None:
     assert error.key == "recipe.noise_scale.enabled"
     assert error.problem.startswith("one rank takes the whole batch of 256 as one micro")
     assert error.remedy.startswith("use a train_micro_batch_size_per_gpu below that and ")
-    make_plan(config(**changes, train_micro_batch_size_per_gpu=128), 1)
+    smaller = make_plan(config(**changes, train_micro_batch_size_per_gpu=128), 1)
+    assert smaller.possible_micro_batches[0] == 128  # nor does a plan name the whole batch as one that fits a GPU
     make_plan(config(**changes, **N32), 2)
 
 
