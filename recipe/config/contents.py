@@ -1,6 +1,6 @@
 """Image counts of a data set, which the data room reads and the plan compares with the config."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 SHOWN = 5
 
@@ -14,7 +14,7 @@ class Contents:
 
     train_images: int
     validation_images: int
-    left_out: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int]
     """the number of files per extension that is not an image's"""
 
     def name_classes(self) -> str:

@@ -44,8 +44,8 @@ def read_text(path: Path, siblings: str) -> str:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         problem, remedy = f"not UTF-8 at byte {error.start}", "save it as UTF-8"
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        problem, remedy = (getattr(error, "strerror", None) or str(error)).lower(), _nearby(path, siblings)
+    except OSError as error:
+        problem, remedy = str(error.strerror).lower(), _nearby(path, siblings)
     else:
         if text.startswith("\ufeff"):
             problem, remedy = "begins with a byte-order mark", "save it as UTF-8 without one"
@@ -78,11 +78,6 @@ def parse_json(text: str, file: str) -> dict[str, Any]:
             remedy = "remove the comma before it (DeepSpeed would accept it, as Hjson)"
         problem = f"line {error.lineno}, column {error.colno}: {error.msg}"
         raise ConfigError(file, "", ABSENT, problem, remedy) from None
-    except ConfigError:
-        raise
-    except (RecursionError, ValueError) as error:
-        problem = f"Python cannot read it: {str(error).partition(';')[0]}"
-        raise ConfigError(file, "", ABSENT, problem, "write plain JSON") from None
     if not isinstance(raw, dict):
         raise ConfigError(file, "", raw, "not an object", "write keys and values between { and }")
     return raw
@@ -106,9 +101,7 @@ def apply_override(raw: dict[str, Any], override: str, file: str) -> None:
         raise ConfigError(file, "", ABSENT, problem, "write it as in --set recipe.schedule.epochs=2")
     try:
         value = json.loads(text, object_pairs_hook=partial(_object, file))
-    except ConfigError:
-        raise
-    except (ValueError, RecursionError):
+    except json.JSONDecodeError:
         value = text
     section: Any = raw
     for depth, part in enumerate(path, start=1):

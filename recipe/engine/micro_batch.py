@@ -16,7 +16,7 @@ from torch import nn
 
 from recipe.engine.device import device_name
 from recipe.model import DTYPES, BatchNorm, cast_parameters
-from recipe.plan import Plan, fitting_micro_batches, with_micro_batch
+from recipe.plan import Plan, with_micro_batch
 
 CPU_MICRO_BATCH = 32  # more is no faster, and the activations of ResNet-50 take 6 GB
 # Bytes per parameter in addition to the trial's own weights and gradients: fp32 master copy and momentum (LAMB has two
@@ -60,10 +60,7 @@ def settle_micro_batch(plan: Plan, model: nn.Module, device: torch.device, earli
     """
     if not plan.assumes_micro_batch:
         return plan, ""
-    even = plan.config.recipe.data.mixes
-    candidates = fitting_micro_batches(plan.config.common_batch, plan.world_size, plan.config.statistics, even=even)
-    if plan.config.recipe.noise_scale.enabled:  # it compares two batch sizes
-        candidates = [size for size in candidates if size < min(plan.config.batches)]
+    candidates = plan.possible_micro_batches
     if earlier in candidates:
         return with_micro_batch(plan, earlier), "as before"
     if device.type == "cpu":

@@ -40,7 +40,6 @@ from .plan import (
     DIGITS_IMAGES as DIGITS_IMAGES,
     PIXEL_MEAN_STD as PIXEL_MEAN_STD,
     Plan as Plan,
-    fitting_micro_batches as fitting_micro_batches,
     make_plan as make_plan,
     with_micro_batch as with_micro_batch,
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from recipe.config import FOLDERS
-from recipe.plan.plan import Plan, fitting_micro_batches
+from recipe.plan.plan import Plan
 
 VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp64": 8}
 CONTEXT_BYTES = 1.5 * 2**30  # assumed: CUDA context, cuDNN workspaces and memory that the allocator cannot use
@@ -207,10 +207,9 @@ def activation_bytes(plan: Plan, facts: ModelFacts) -> float:
 
 
 def largest_micro_batch(plan: Plan, facts: ModelFacts, gpu_bytes: float) -> int | None:
-    """The largest micro-batch that divides the global batch, fits batch norm's groups and fits the GPU, or None."""
+    """The largest micro-batch that the run could use and that fits the GPU, or None."""
     room = (gpu_bytes - memory(plan, facts).fixed) / activation_bytes(plan, facts)
-    sizes = fitting_micro_batches(plan.config.common_batch, plan.world_size, plan.config.statistics)
-    return next((size for size in sizes if size <= room), None)
+    return next((size for size in plan.possible_micro_batches if size <= room), None)
 
 
 def reduction_precision(plan: Plan) -> str:
@@ -259,20 +258,15 @@ def batchnorm_traffic(plan: Plan, facts: ModelFacts) -> BatchNormTraffic:
 
     With statistics over n images, the running averages (2 values per channel) are averaged over all ranks once a step.
     """
-    n, value = plan.config.statistics, 8 if plan.precision == "fp64" else 4
-    if n == "global":
-        images, ranks = plan.micro_batch * plan.world_size, plan.world_size
-    elif n == "local":
-        images, ranks = plan.micro_batch, 1
-    else:
-        images, ranks = n, max(1, n // plan.micro_batch)
+    images = plan.batchnorm_images
+    ranks = max(1, images // plan.micro_batch)
     collectives, messages, sent = 0, 0, 0.0
-    channel_bytes = value * 2 * facts.batchnorm_channels
+    channel_bytes = 2 * max(4, VALUE_BYTES[plan.precision]) * facts.batchnorm_channels
     if ranks > 1:
         collectives = 2 * facts.batchnorm_layers * plan.accumulation
         messages = collectives * math.ceil(math.log2(ranks))
         sent = plan.accumulation * ((ranks - 1) * channel_bytes + all_reduce_bytes(channel_bytes, ranks))
-    if isinstance(n, int) and plan.world_size > 1 and facts.batchnorm_layers:
+    if isinstance(plan.config.statistics, int) and plan.world_size > 1 and facts.batchnorm_layers:
         collectives += 1
         messages += math.ceil(math.log2(plan.world_size))
         sent += all_reduce_bytes(channel_bytes, plan.world_size)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from recipe.plan.layout import counted
+
 # The decay of the moving averages per measurement: as accurate as the mean of (1 + decay) / (1 - decay) = 19 of them.
 DECAY = 0.9
 ENOUGH = 20  # measurements, after which the averages are as accurate as they get
@@ -95,7 +97,7 @@ def too_few(measurements: int, total_steps: int, every_steps: int) -> str | None
     if measurements >= ENOUGH:
         return None
     enough_every = (total_steps - 1) // (ENOUGH - 1)  # the longest interval that gives enough measurements
-    text = f"{measurements} measurement{'' if measurements == 1 else 's'} instead of about {ENOUGH}: it may be far off"
+    text = f"{counted(measurements, 'measurement')} instead of about {ENOUGH}: it may be far off"
     if not enough_every:
         if every_steps > 1:
             text += f"; with recipe.noise_scale.every_steps = 1 there are {total_steps}"
@@ -122,11 +124,10 @@ def in_words(found: Mapping[str, Any], global_batch: int, train_images: int, tot
         if scale > train_images:
             lines.append(f"more than the {train_images:,} training images: by this measure no batch is too large")
         lines.append(_beside(scale, global_batch, train_images))
-    number = found["measurements"]
-    text = f"{number:,} measurement{'' if number == 1 else 's'}, the last at step {found['last_step']:,}"
+    text = f"{counted(found['measurements'], 'measurement')}, the last at step {found['last_step']:,}"
     if found["lowest"] is not None:
         text += f"; {_two_digits(found['lowest'])} to {_two_digits(found['highest'])} images from the {ENOUGH}th on"
-    few = too_few(number, total_steps, found["every_steps"])
+    few = too_few(found["measurements"], total_steps, found["every_steps"])
     return [*lines, text, *([] if few is None else [few])]
 
 

@@ -1,5 +1,6 @@
 """Turns a config and a world size into a frozen ``Plan``, with every "auto" resolved. Imports no torch."""
 
+import itertools
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from recipe.config import FOLDERS, Config, Contents, parse_config
+from recipe.plan.layout import counted
 from recipe.plan.scaling import Phase, RateSchedule, Timeline, scaled_rate
 
 DIGITS_CLASSES, DIGITS_IMAGES = 10, {"train": 1442, "validation": 355}
@@ -22,9 +24,12 @@ PIXEL_MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "synthetic": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
 
+Look = Callable[[str, str, float | None], Contents]
+
 PAPER_WEIGHT_DECAY = 1e-4
 TIMM_EPS = {"LARS": 1e-8, "LAMB": 1e-6}
 ASSUMED_MICRO_BATCH = 256  # the headline's, the largest that a plan assumes if the run is to find the largest that fits
+AUTO_SPLIT = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
 RATE_TOLERANCE = 1e-6  # a rate written with seven digits matches the rule
 
 
@@ -71,6 +76,16 @@ class Plan:
     def accumulation_of(self, phase: Phase) -> int:
         """Accumulation steps of a phase's global batch."""
         return phase.global_batch // (self.world_size * self.micro_batch)
+
+    @property
+    def possible_micro_batches(self) -> list[int]:
+        """The micro-batches that batches, ranks, pairs and batch norm's groups allow, the largest first."""
+        config = self.config
+        even = config.recipe.data.mixes
+        sizes = fitting_micro_batches(config.common_batch, self.world_size, config.statistics, even=even)
+        if config.recipe.noise_scale.enabled:  # it compares two batch sizes
+            sizes = [size for size in sizes if size < min(config.batches)]
+        return sizes
 
     @property
     def epochs(self) -> int:
@@ -127,35 +142,29 @@ class Plan:
         return self.config.precision
 
 
-def make_plan(
-    config: Config,
-    world_size: int,
-    cores_per_rank: int | None = None,
-    look: Callable[[str, str, float | None], Contents] | None = None,
-) -> Plan:
+def make_plan(config: Config, world_size: int, cores_per_rank: int | None = None, look: Look | None = None) -> Plan:
     """Resolve every "auto" and check every written number against its rule.
 
-    ``look`` counts the images of a folder, given ``source``, ``path`` and ``validation_share`` of ``recipe.data``; it
-    is called once the batch is known to be valid.
+    ``look`` counts the images of a folder, given ``source``, ``path`` and ``validation_share`` of ``recipe.data``. It
+    can take long: if the file gives the numbers, it is called once the batch is known to be valid.
 
     Raises:
         ConfigError: a contradiction, a batch that the ranks cannot share, a warmup longer than the run, …
         ValueError: ``look`` refuses the folder.
     """
     recipe, data = config.recipe, config.recipe.data
+    contents = _contents(config, look) if data.needs_counting else None
+    train_images, validation_images = _data_set_sizes(config, contents)
     largest, assumes_micro_batch = recipe.max_micro_batch_size, False
     if largest == "auto":
         assumes_micro_batch = config.train_micro_batch_size_per_gpu == config.gradient_accumulation_steps == "auto"
-        largest = ASSUMED_MICRO_BATCH if assumes_micro_batch else config.train_batch_size
-    micro_batch, accumulation = batch_triangle(config, world_size, largest)
+        no_limit = max(config.train_batch_size, train_images)
+        largest = ASSUMED_MICRO_BATCH if assumes_micro_batch else no_limit
+    micro_batch, accumulation = batch_triangle(config, world_size, largest, train_images)
     _check_statistics(config, world_size, micro_batch)
-    contents = None
-    if look is not None and data.path is not None:
-        try:
-            contents = look(data.source, data.path, data.validation_share)
-        except ValueError as error:
-            raise ValueError(f"{config.source.file}: recipe.data.path: {error}") from error
-    train_images, validation_images = _data_set_sizes(config, contents)
+    if contents is None:
+        contents = _contents(config, look)
+        _data_set_sizes(config, contents)
     if max(config.batches) > train_images:
         raise config.source.refusal(
             "train_batch_size" if config.train_batch_size > train_images else "recipe.schedule.batch_size",
@@ -228,46 +237,35 @@ def with_micro_batch(plan: Plan, micro_batch: int) -> Plan:
 
 def _check_statistics(config: Config, world_size: int, micro_batch: int) -> None:
     """Refuse a noise scale, local SGD or weight average that micro-batch or batch norm's statistics rule out."""
-    recipe, statistics = config.recipe, config.statistics
-    measures = recipe.noise_scale.enabled
-    spans_ranks = statistics > micro_batch if isinstance(statistics, int) else statistics == "global" and world_size > 1
-    spanning = "batch norm's statistics come from several ranks, "
-    within_rank = f'for recipe.batchnorm.statistics "local" or a number of images up to the micro-batch, {micro_batch}'
-    for is_refused, key, problem, remedy in (
-        (
-            measures and micro_batch in config.batches,
-            "noise_scale.enabled",
+    recipe, statistics, refusal = config.recipe, config.statistics, config.source.refusal
+    if recipe.noise_scale.enabled and micro_batch in config.batches:
+        raise refusal(
+            "recipe.noise_scale.enabled",
             f"one rank takes the whole batch of {micro_batch} as one micro-batch, which leaves no second batch size to "
             "compare",
             'use a train_micro_batch_size_per_gpu below that and gradient_accumulation_steps "auto", start more '
             "ranks, or use false",
-        ),
+        )
+    spans_ranks = statistics > micro_batch if isinstance(statistics, int) else statistics == "global" and world_size > 1
+    if spans_ranks:
+        spanning = "batch norm's statistics come from several ranks, so that"
+        within = f'for recipe.batchnorm.statistics "local" or a number of images up to the micro-batch, {micro_batch}'
         # A rank's gradient then has large parts that cancel in the sum over all ranks: measured on the digits, two
         # ranks gave a variance of 1,749 where one gave 138.
-        (
-            measures and spans_ranks,
-            "noise_scale.enabled",
-            f"{spanning}so that a rank's gradient is not that of its own images",
-            f"use false, or {within_rank}",
-        ),
-        (
-            recipe.local_sgd.steps is not None and spans_ranks,
-            "local_sgd.steps",
-            f"{spanning}so that they could not step alone",
-            f"use null, or {within_rank}",
-        ),
-        (
-            recipe.ema.decay is not None and statistics == "local" and world_size > 1,
-            "ema.decay",
+        if recipe.noise_scale.enabled:
+            problem = f"{spanning} a rank's gradient is not that of its own images"
+            raise refusal("recipe.noise_scale.enabled", problem, f"use false, or {within}")
+        if recipe.local_sgd.steps is not None:
+            raise refusal("recipe.local_sgd.steps", f"{spanning} they could not step alone", f"use null, or {within}")
+    if recipe.ema.decay is not None and statistics == "local" and world_size > 1:
+        raise refusal(
+            "recipe.ema.decay",
             'with "local" statistics each rank has its own running averages, none of which fits the average weights',
             'use null, or for recipe.batchnorm.statistics "global" or a number of images',
-        ),
-    ):
-        if is_refused:
-            raise config.source.refusal(f"recipe.{key}", problem, remedy)
+        )
 
 
-def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, int]:
+def batch_triangle(config: Config, world_size: int, largest: int, train_images: int) -> tuple[int, int]:
     """Micro-batch and accumulation steps with ranks × accumulation × micro-batch = global batch.
 
     An "auto" micro-batch is the largest up to ``largest`` that divides a rank's share of every batch of the schedule;
@@ -278,39 +276,34 @@ def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, 
     """
     batch = config.train_batch_size
     micro, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
-    factors = {"ranks": world_size}
+    ranks, factors = counted(world_size, "rank"), {"ranks": world_size}
     if isinstance(accumulation, int):
         factors["accumulation steps"] = accumulation
     if isinstance(micro, int):
         factors["images in a micro-batch"] = micro
-    unit = math.prod(factors.values())
-    limit = math.inf
+    product, limit = math.prod(factors.values()), max(batch, train_images)
     if isinstance(accumulation, int):
-        limit = unit * largest if micro == "auto" else unit
-    if batch % unit or batch > limit:
-        split = f"over {world_size} rank{'' if world_size == 1 else 's'}"
+        limit = product * largest if micro == "auto" else product
+    if batch % product or batch > limit:
+        split = f"over {ranks}"
         if len(factors) > 1 or batch > limit:
             split = f"into {' × '.join(map(str, factors.values()))} ({' × '.join(factors)})"
         if batch > limit and micro == "auto":
             split += f" × at most {largest} images in a micro-batch (recipe.max_micro_batch_size)"
-        nearest = {min(max(size, unit), limit) for size in (batch // unit * unit, batch // unit * unit + unit)}
-        remedy = f"the nearest that can: {' or '.join(f'{size:.0f}' for size in sorted(nearest))}"
+        remedy = f"the nearest that can: {_nearest(config, batch, world_size, largest, min(limit, train_images))}"
         if len(factors) > 1:
-            remedy += '; or use "auto" for train_micro_batch_size_per_gpu and gradient_accumulation_steps'
+            remedy += f'; or use "auto" for {" and ".join(AUTO_SPLIT)}'
         raise config.source.refusal("train_batch_size", f"it cannot be split evenly {split}", remedy)
     share = batch // world_size
-    ranks = f"{world_size} rank{'' if world_size == 1 else 's'}"
     n, mixes = config.statistics, config.recipe.data.mixes
     written = share // accumulation if isinstance(accumulation, int) else micro
-    # A micro-batch exists exactly if a batch is divisible by ranks, pairs and groups.
-    own = written if isinstance(written, int) else 2 if mixes else 1
-    unit = math.lcm(world_size * own, n if isinstance(n, int) else 1)
+    later_config = config.model_copy(update=AUTO_SPLIT | {"train_micro_batch_size_per_gpu": written})
     for later in config.batches[1:]:
-        if later % unit:
+        if later % _unit(later_config, world_size):
             raise config.source.refusal(
                 "recipe.schedule.batch_size",
                 f"{later} cannot be split over {ranks} into the micro-batches of train_batch_size",
-                f"the nearest that can: {max(unit, later // unit * unit)} or {later // unit * unit + unit}",
+                f"the nearest that can: {_nearest(later_config, later, world_size, largest, train_images)}",
             )
     fitting = fitting_micro_batches(config.common_batch, world_size, n, even=mixes)
     odd = share if written == "auto" else written
@@ -320,18 +313,57 @@ def batch_triangle(config: Config, world_size: int, largest: int) -> tuple[int, 
             f"{odd} images cannot be paired",
             "use 0, or an even number of images for each rank and micro-batch",
         )
-    if isinstance(written, int):
-        size = written if written in fitting else None
-        key, which = "train_micro_batch_size_per_gpu", f"micro-batches of {written}"
-    else:
-        size = next((size for size in fitting if size <= largest), None)
-        if size is None and fitting and config.recipe.max_micro_batch_size == "auto":
-            size = fitting[-1]
-        key, which = "recipe.batchnorm.statistics", f"micro-batches up to {largest} (recipe.max_micro_batch_size)"
+    size = _choose(config, fitting, written, largest)
     if size is None:
+        key, which = "train_micro_batch_size_per_gpu", f"micro-batches of {written}"
+        if written == "auto":
+            key, which = "recipe.batchnorm.statistics", f"micro-batches up to {largest} (recipe.max_micro_batch_size)"
+        remedy = f"micro-batches that do: {', '.join(map(str, sorted(fitting)))}"
+        if not fitting:
+            nearest = _nearest(config.model_copy(update=AUTO_SPLIT), batch, world_size, largest, train_images)
+            remedy = (
+                f'the nearest train_batch_size that can: {nearest}, with "auto" for {" and ".join(AUTO_SPLIT)}; or '
+                "choose another number of samples or ranks"
+            )
         problem = f"{which} neither contain whole groups of {n} samples nor, on {ranks}, make one up"
-        raise config.source.refusal(key, problem, _fitting_remedy(fitting, batch, n, world_size))
+        raise config.source.refusal(key, problem, remedy)
     return size, share // size
+
+
+def _choose(config: Config, fitting: list[int], written: int | str, largest: int) -> int | None:
+    """The written micro-batch if it is a fitting one, or the largest fitting one up to ``largest``; None if none is."""
+    if isinstance(written, int):
+        return written if written in fitting else None
+    size = next((size for size in fitting if size <= largest), None)
+    if size is None and fitting and config.recipe.max_micro_batch_size == "auto":
+        return fitting[-1]
+    return size
+
+
+def _unit(config: Config, world_size: int) -> int:
+    """What divides every global batch that has a micro-batch: ranks, accumulation steps, pairs and groups."""
+    micro, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
+    own = micro if isinstance(micro, int) else 2 if config.recipe.data.mixes else 1
+    group = config.statistics if isinstance(config.statistics, int) else 1
+    return math.lcm(world_size * own, group) * (accumulation if isinstance(accumulation, int) else 1)
+
+
+def _nearest(config: Config, batch: int, world_size: int, largest: int, most: int) -> str:
+    """The global batches up to ``most`` that are nearest to ``batch`` and have a micro-batch, in words."""
+    micro, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
+
+    def is_split(size: int) -> bool:
+        written = size // world_size // accumulation if isinstance(accumulation, int) else micro
+        fitting = fitting_micro_batches(size, world_size, config.statistics, even=config.recipe.data.mixes)
+        return _choose(config, fitting, written, largest) is not None
+
+    unit = _unit(config, world_size)
+    below = range(min(batch, most) // unit * unit, 0, -unit)
+    above = range(batch // unit * unit + unit, most + 1, unit)
+    # Not every multiple has a micro-batch; but if any has, so does one of this many in a row.
+    tried = (filter(is_split, multiples[: 2 * world_size]) for multiples in (below, above))
+    found = [str(size) for sizes in tried for size in itertools.islice(sizes, 1)]
+    return " or ".join(found) or f"none of up to {most:,} images on {counted(world_size, 'rank')}"
 
 
 def fitting_micro_batches(
@@ -350,17 +382,15 @@ def fitting_micro_batches(
     return [size for size in sizes if not even or size % 2 == 0]
 
 
-def _fitting_remedy(fitting: list[int], batch: int, n: str | int, world_size: int) -> str:
-    if fitting:
-        return f"micro-batches that do: {', '.join(map(str, sorted(fitting)))}"
-    assert isinstance(n, int), "other statistics fit any micro-batch"
-    # A batch has such a micro-batch exactly if it is divisible by both ranks and groups.
-    unit = math.lcm(n, world_size)
-    nearest = sorted({max(unit, batch // unit * unit), batch // unit * unit + unit})
-    return (
-        f'the nearest train_batch_size that can: {" or ".join(map(str, nearest))}, with "auto" for '
-        "train_micro_batch_size_per_gpu and gradient_accumulation_steps; or choose another number of samples or ranks"
-    )
+def _contents(config: Config, look: Look | None) -> Contents | None:
+    """What ``look`` finds in the data's folder; None if there is no folder or no ``look``."""
+    data = config.recipe.data
+    if look is None or data.path is None:
+        return None
+    try:
+        return look(data.source, data.path, data.validation_share)
+    except ValueError as error:
+        raise ValueError(f"{config.source.file}: recipe.data.path: {error}") from error
 
 
 def _data_set_sizes(config: Config, contents: Contents | None) -> tuple[int, int]:

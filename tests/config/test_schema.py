@@ -114,8 +114,6 @@ def test_missing_file_is_refused(small: Path, name: str, parts: list[str]) -> No
         (b'{"a": "\xff"}', ["run.json: not UTF-8 at byte 7; save it as UTF-8"]),
         (b"\xef\xbb\xbf{}", ["run.json: begins with a byte-order mark; save it as UTF-8 without one"]),
         ("[1]", ["run.json = [1]: not an object; write keys and values between { and }"]),
-        ("[" * 100_000, ["run.json: Python cannot read it: maximum recursion", "; write plain JSON"]),
-        ('{"a": ' + "1" * 5000 + "}", ["run.json: Python cannot read it: ", "4300 digits", "; write plain JSON"]),
         ('{\n  "a": 1,\n}', ["run.json: line 3, column 1:", "remove the comma before it", "Hjson"]),
         ('{\n  // why\n  "a": 1}', ["run.json: line 2, column 3:", "remove the comment", "Hjson"]),
         ('{"a": 1, # why\n "b": 2}', ["run.json: line 1, column 10:", "remove the comment"]),
@@ -375,7 +373,6 @@ def test_null_restores_the_default(tmp_path: Path) -> None:
         ("recpie.seed=2", ': recpie = {"seed": 2}: unknown key; did you mean "recipe"?'),
         ("recipe.seed=two", ': recipe.seed = "two": not a valid integer;'),
         ('recipe.model={"name": "a", "name": "b"}', ': name = ["a", "b"]: this key occurs more than'),
-        ("recipe.seed=" + "1" * 5000, ': recipe.seed = "1111'),
     ],
 )
 def test_override_is_refused(small: Path, override: str, message: str) -> None:

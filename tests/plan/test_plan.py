@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from recipe.checkpoints.resume import batchnorm_images
+from recipe.config.contents import Contents
 from recipe.config.schema import Config, ConfigError, parse_config, read_config
 from recipe.distributed.hostfile import read_hostfile
-from recipe.plan.cost import SHIPPED, activation_bytes, cores_to_load, local_bytes
+from recipe.plan.cost import SHIPPED, activation_bytes, cores_to_load, largest_micro_batch, local_bytes, memory
 from recipe.plan.plan import Plan, fitting_micro_batches, make_plan, with_micro_batch
 from recipe.plan.text import format_plan, notes, plan_fields, plan_json
 from recipe.reporting.summary import format_summary, read_summary
@@ -125,7 +126,8 @@ def test_noise_scale_needs_two_batch_sizes() -> None:
     assert error.key == "recipe.noise_scale.enabled"
     assert error.problem.startswith("one rank takes the whole batch of 256 as one micro")
     assert error.remedy.startswith("use a train_micro_batch_size_per_gpu below that and ")
-    make_plan(config(**changes, train_micro_batch_size_per_gpu=128), 1)
+    smaller = make_plan(config(**changes, train_micro_batch_size_per_gpu=128), 1)
+    assert smaller.possible_micro_batches[0] == 128  # nor does a plan name the whole batch as one that fits a GPU
     make_plan(config(**changes, **N32), 2)
 
 
@@ -162,6 +164,18 @@ def test_written_micro_batch_and_accumulation_are_kept(
         (8, {"gradient_accumulation_steps": 2}, "at most 256 images in a micro-batch", "4096"),
         # less than one image per rank
         (16, {"train_batch_size": 8}, "over 16 ranks", "16"),
+        # 1,026 are more than there are
+        (3, {"train_batch_size": 1024, "recipe__data__train_images": 1025}, "over 3 ranks", "1023"),
+        # whole groups of batch norm, and whole pairs
+        (3, {"recipe__batchnorm__statistics": 32}, "over 3 ranks", "8160 or 8256"),
+        (3, {"recipe__data__mixup": {"probability": 0.3}}, "over 3 ranks", "8190 or 8196"),
+        # micro-batches of 120 and 132, as 123 and 126 contain no whole groups of 12
+        (
+            4,
+            {"gradient_accumulation_steps": 2, "recipe__batchnorm__statistics": 12, "train_batch_size": 1001},
+            "4 × 2 (ranks × accumulation steps)",
+            "960 or 1056",
+        ),
     ],
 )
 def test_batch_that_cannot_be_split_is_refused_with_the_nearest(
@@ -170,9 +184,30 @@ def test_batch_that_cannot_be_split_is_refused_with_the_nearest(
     error = refusal(world_size, **changes)
     assert error.key == "train_batch_size"
     assert product in error.problem
-    assert error.remedy.startswith(f"the nearest that can: {nearest}")
+    assert error.remedy.partition(";")[0] == f"the nearest that can: {nearest}"
     for batch in nearest.split(" or "):
         make_plan(config(**(changes | {"train_batch_size": int(batch)})), world_size)
+
+
+def test_no_batch_is_suggested_that_the_images_are_too_few_for() -> None:
+    few = {"train_batch_size": 8, "recipe__data__train_images": 15}
+    assert refusal(16, **few).remedy == "the nearest that can: none of up to 15 images on 16 ranks"
+    later = {"train_batch_size": 3, "recipe__schedule": {"epochs": 2, "batch_size": [[1, 4]]}}
+    assert refusal(3, **later, recipe__data__train_images=5).remedy == "the nearest that can: 3"
+    grouped = {"train_batch_size": 10, "recipe__data__train_images": 11, "recipe__batchnorm__statistics": 4}
+    assert "train_batch_size that can: 8, with" in refusal(2, **grouped).remedy
+
+
+def test_images_are_counted_before_a_batch_is_refused_only_if_the_file_leaves_their_number_open() -> None:
+    def look(*_: object) -> Contents:
+        looked.append(1)
+        return Contents((("cat", 1),) * 1000, 8192, 50_000, {})
+
+    for images, nearest, times in (("auto", "8190", 1), (1_281_167, "8190 or 8193", 0)):
+        looked = list[int]()
+        with pytest.raises(ConfigError, match=f"the nearest that can: {nearest}$"):
+            make_plan(config(recipe__data__train_images=images), 3, look=look)
+        assert len(looked) == times
 
 
 def test_plan_of_the_papers_run() -> None:
@@ -495,7 +530,11 @@ def test_mixup_and_cutmix() -> None:
     text = fields_of(make_plan(config(**PAIRS), 32))["images"]
     assert "mirrored, mixup in 30 % of steps (α = 0.2), CutMix in 25 % of steps (α = 0.5); " in text
     # 450 images are two micro-batches of 225, but three of 150.
-    assert make_plan(config(**PAIRS, train_batch_size=450), 1).micro_batch == 150
+    plan = make_plan(config(**PAIRS, train_batch_size=450), 1)
+    assert plan.micro_batch == 150
+    facts = SHIPPED["resnet50", 1000]
+    room = memory(plan, facts).fixed + 230 * activation_bytes(plan, facts)
+    assert largest_micro_batch(plan, facts, room) == 150
 
 
 def test_lars_gets_no_notes_on_sgd() -> None:
