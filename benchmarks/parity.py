@@ -36,6 +36,7 @@ from benchmarks.report import context, heading, made_folder, new_parser, positiv
 from recipe.commands.study.results import CONFIDENCE, interval
 from recipe.data import open_datasets
 from recipe.model import build_model
+from recipe.plan import counted
 from recipe.reporting import read_events
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -325,8 +326,8 @@ def format_report(report: dict[str, Any]) -> str:
         f"{setting['image_size']} px, {augmented}; batch {setting['global_batch']} in micro-batches of "
         f"{setting['micro_batch']}, {setting['epochs']} epochs; SGD with Nesterov momentum {MOMENTUM}, weight decay "
         f"{WEIGHT_DECAY:g} except on norms and biases, rate {setting['reference_lr']:g} for "
-        f"{setting['reference_batch']} images, scaled linearly, {setting['warmup_epochs']} epochs of warmup, "
-        f"divided by ten after epochs {', '.join(map(str, setting['decay_epochs']))}. "
+        f"{setting['reference_batch']} images, scaled linearly, {counted(setting['warmup_epochs'], 'epoch')} of "
+        f"warmup, divided by ten after epochs {', '.join(map(str, setting['decay_epochs']))}. "
         "For each seed, all start from the same weights.",
         "",
         "| | final top-1, mean ± standard deviation | minus the recipe's, paired by seed | by seed |",
