@@ -14,7 +14,7 @@ from recipe.config import printable
 from recipe.data.augment import evaluation_short_side
 from recipe.data.datasets import ImageDataset, Options
 from recipe.data.decoding import Decoded
-from recipe.data.pack_format import Header, Part, damage, open_index, read_header
+from recipe.data.pack_format import HEADER, Header, Part, damage, open_index, read_header
 
 
 class PackedImages(ImageDataset):
@@ -82,6 +82,11 @@ def open_pack(
     are smaller than validation resizes them to. Unlike ``python -m recipe pack --verify``, it does not read every byte.
     """
     path = Path(path)
+    if not (path / HEADER).is_file():
+        raise ValueError(
+            f"{path} is not a complete pack, which has a {HEADER}; create one with python -m recipe pack, or use "
+            '"source": "imagefolder"'
+        )
     header = read_header(path)
     packed_at = header.making.short_side
     if short_side is not None and short_side != packed_at:

@@ -171,8 +171,9 @@ class Runner:
         cores = self.resources.cores_per_rank()
         threads = {} if cores is None else {"OMP_NUM_THREADS": str(cores)}
         with (folder / LAUNCH_LOG).open("wb") as log:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(log, fcntl.LOCK_EX)  # until the launcher and its ranks, which inherit it, have ended
+            # Until the launcher and its ranks, which inherit it, have ended; some file systems have no locks.
+            with contextlib.suppress(OSError):
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             log.write(f"$ {shlex.join(words)}\n".encode())
             log.flush()
             process = subprocess.Popen(
